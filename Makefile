@@ -1,0 +1,92 @@
+# The developer's commands, and CI's. Every one runs on a fresh clone; `make help` lists them.
+#
+# Two environments on purpose: the one that serves holds no torch, as the image does; the one that tests and trains
+# holds everything. Both are locked by deploy/constraints.txt and installed again only when that or pyproject.toml changes.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+RUNTIME ?= cpu
+VENV ?= .venv
+SERVE_VENV ?= .venv-serve-$(RUNTIME)
+LOCK_VENV ?= .venv-lock
+IMAGE ?= vaeserve:$(RUNTIME)
+BUILD ?= docker build
+ENGINE ?= docker
+ARGS ?=
+DATA ?= digits
+
+CONSTRAINTS := deploy/constraints.txt
+BIN := $(VENV)/bin
+DEV_READY := $(VENV)/.installed-$(RUNTIME)
+SERVE_READY := $(SERVE_VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-slow check format train bench lock image image-check clean distclean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  RUNTIME=gpu takes the CUDA runtime instead of the CPU one (serve, image; with VENV=… also test, train, bench);'
+	@echo '  ARGS="…" is handed on to serve, test, train and bench.'
+
+serve: $(SERVE_READY) ## serve the bundles of exported/ on port 8000 (no torch is installed)
+	$(SERVE_VENV)/bin/vaeserve serve $(ARGS)
+
+test: check ## check, then every test but the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(DEV_READY) ## the long tests only
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(DEV_READY) ## lint, formatting, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV_READY) ## let ruff format and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(DEV_READY) ## train on DATA (digits, mnist, fashion-mnist or a folder) and end with a bundle in exported/
+	$(BIN)/vaetrain fit --data $(DATA) $(ARGS)
+
+bench: $(DEV_READY) ## measure the service against raw onnxruntime
+	$(BIN)/python -m bench $(ARGS)
+
+# The local wheels and extra indexes of this machine are switched off: the lock describes the registry's own releases,
+# so that torch is pinned together with the CUDA packages that it wants elsewhere. pip-tools has an environment of its
+# own, because a lock that no longer fits pyproject.toml must not stand in the way of a new one.
+lock: $(LOCK_VENV)/bin/pip-compile ## write deploy/constraints.txt from pyproject.toml (LOCK=--upgrade for newest versions)
+	env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null \
+	  $< --quiet --all-extras --strip-extras --allow-unsafe --no-header --no-emit-options \
+	  --annotation-style line $(LOCK) --output-file $(CONSTRAINTS) pyproject.toml
+	sed -i '1i # Exact versions of everything that any extra installs. Written by `make lock`; not edited by hand.' $(CONSTRAINTS)
+
+image: ## build the container image (BUILD="podman build" or "buildah bud" where there is no docker)
+	$(BUILD) --tag $(IMAGE) --target $(RUNTIME) .
+
+image-check: ## run the built image read-only, score a picture, look for what must not be in it (ENGINE=podman|buildah)
+	$(PYTHON) deploy/check_image.py --engine $(ENGINE) $(IMAGE)
+
+clean: ## remove caches and build products, not the environments
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find service training tests bench deploy -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove the environments that make created
+	rm -rf $(VENV) $(SERVE_VENV) $(LOCK_VENV)
+
+# Extras cpu and gpu bring two packages that own the same files, so an environment only ever gets one of them.
+$(DEV_READY): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUNTIME),train,dev,parquet]'
+	touch $@
+
+$(SERVE_READY): pyproject.toml $(CONSTRAINTS)
+	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUNTIME)]'
+	touch $@
+
+$(LOCK_VENV)/bin/pip-compile:
+	$(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) pip-tools
