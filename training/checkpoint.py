@@ -1,0 +1,69 @@
+"""Checkpoints: one file, written atomically, holding all that an exact resume needs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import Config
+from training.errors import CheckpointError
+
+FORMAT = 1
+FILE = "checkpoint.pt"
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of the configuration that must not change between a run and its resume."""
+    tree = config.model_dump(mode="json", exclude={"run": {"threads", "validate_every", "checkpoint_seconds"}})
+    for key in ("description", "evaluate", "score"):
+        tree.pop(key)
+    tree["data"].pop("directory", None)
+    return tree
+
+
+def save_checkpoint(folder: Path, config: Config, content: dict[str, Any]) -> None:
+    """Write ``content`` (tensors and plain values) so that a crash leaves the old checkpoint or the new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / (FILE + ".part")
+    with temporary.open("wb") as file:
+        torch.save({"format": FORMAT, "identity": identity(config), **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / FILE)
+
+
+def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any] | None:
+    """The checkpoint of a run, or None where there is none.
+
+    Raises CheckpointError: unreadable, or made with another configuration than ``config`` (the keys are named).
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file: all mean the same here
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {content.get('format')!r}: expected {FORMAT}")
+    if config is not None:
+        changed = _differences(content["identity"], identity(config))
+        if changed:
+            raise CheckpointError(
+                f"{path} was made with another configuration ({', '.join(changed)}): "
+                "use --restart to discard it, or another --run-dir"
+            )
+    return content
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            found
+            for key in sorted(set(old) | set(new))
+            for found in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]

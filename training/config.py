@@ -1,0 +1,201 @@
+"""Typed configuration: defaults here, TOML presets in configs/ with only the differences, then ``--set a.b=value``."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from training.data.config import DataConfig
+from training.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values are immutable and finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NetworkConfig(Section):
+    """Trunks of encoder and decoder; the decoder mirrors the encoder."""
+
+    kind: Literal["mlp", "conv"] = "mlp"
+    hidden: list[int] = Field(default=[300, 300], min_length=1, description="sizes of the gated dense layers")
+    channels: list[int] = Field(default=[32, 64], min_length=1, description="conv: width of each stride-2 level")
+    blocks: int = Field(default=1, ge=0, description="conv: gated residual blocks a level")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class LikelihoodConfig(Section):
+    """p(x|z)."""
+
+    family: Literal["bernoulli", "gaussian", "discretised_logistic"] = "bernoulli"
+    binarisation: Literal["dynamic", "static", "threshold"] = Field(
+        default="dynamic", description="bernoulli: how grey pixels become binary"
+    )
+    scale: Literal["shared", "pixel"] = Field(default="shared", description="gaussian: one learned σ, or one a pixel")
+    min_scale: float = Field(default=1e-3, gt=0, description="floor of the Gaussian's or logistic's scale")
+
+
+class ModelConfig(Section):
+    """The latent variable model."""
+
+    latent_dim: int = Field(default=40, ge=1)
+    network: NetworkConfig = NetworkConfig()
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+
+
+class ObjectiveConfig(Section):
+    """What is maximised."""
+
+    kind: Literal["elbo", "iwae", "dreg"] = "elbo"
+    samples: int = Field(default=1, ge=1, description="posterior samples K an image")
+    beta: float = Field(default=1.0, ge=0)
+    warmup_epochs: float = Field(default=0, ge=0, description="KL annealing: β rises linearly over these epochs")
+    free_bits: float = Field(default=0.0, ge=0, description="elbo: nats a latent dimension that cost nothing")
+
+
+class OptimiserConfig(Section):
+    """Adam and what surrounds it."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = Field(default=200, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    batch_size: int = Field(default=128, ge=1)
+    epochs: int = Field(default=100, ge=1)
+    gradient_clip: float = Field(default=200.0, gt=0, description="gradients are scaled down to this norm")
+    skip_above: float = Field(default=2000.0, gt=0, description="updates of a larger or non-finite norm are skipped")
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    patience: int = Field(default=50, ge=1, description="stop after this many validations without a better bound")
+
+
+class RunConfig(Section):
+    """How the loop runs; none of it changes the mathematics but ``precision``."""
+
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
+    devices: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1)
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    validate_every: int = Field(default=1, ge=1, description="epochs between validations")
+    checkpoint_seconds: float = Field(default=60.0, ge=0, description="seconds between checkpoints")
+
+
+class EvaluateConfig(Section):
+    """The final evaluation on the test split."""
+
+    k: int = Field(default=1000, ge=1, le=100_000, description="samples of the IWAE-k log-likelihood")
+    images: int | None = Field(default=None, ge=1, description="first images of the split only; none means all")
+    chunk: int = Field(default=4096, ge=1, description="decodes at a time")
+
+
+class ScoreConfig(Section):
+    """The calibrated anomaly score."""
+
+    estimator: Literal["elbo", "iwae"] = "elbo"
+    k: int = Field(default=16, ge=1, le=1024)
+    seed: int = Field(default=0, ge=0)
+
+
+class Config(Section):
+    """Everything that defines a training run."""
+
+    name: str = Field(default="", description="name of the bundle; the data's name if empty")
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    data: DataConfig = DataConfig(source="digits")
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    run: RunConfig = RunConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    score: ScoreConfig = ScoreConfig()
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("training") / "configs"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A shipped preset by name, or any .toml file by path. Raises ConfigError."""
+    path = Path(name)
+    try:
+        if path.suffix == ".toml":
+            return tomllib.loads(path.read_text())
+        if name not in presets():
+            raise ConfigError(
+                f"unknown preset {name!r}: expected one of {', '.join(presets())}{_nearest(name, presets())}"
+            )
+        return tomllib.loads((resources.files("training") / "configs" / f"{name}.toml").read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"preset {name!r} cannot be read: {error}") from error
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """``a.b=value`` -> (["a", "b"], value), the value in TOML; a bare word is a string. Raises ConfigError."""
+    key, separator, value = text.partition("=")
+    if not separator or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"--set {text!r}: expected section.key=value, for example model.latent_dim=16")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    return [part.strip() for part in key.split(".")], parsed
+
+
+def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` laid over ``base``, table by table; neither is modified."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def load_config(preset: str | None = None, overrides: Iterable[str] = (), base: dict[str, Any] | None = None) -> Config:
+    """Defaults, then the preset, then ``base`` (flags of the command line), then ``--set`` overrides.
+
+    Raises ConfigError: an unknown key is named with the nearest known one.
+    """
+    tree = merge(read_preset(preset) if preset else {}, base or {})
+    for text in overrides:
+        keys, value = parse_override(text)
+        for key in reversed(keys):
+            value = {key: value}
+        tree = merge(tree, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item["loc"], item) for item in error.errors())) from error
+
+
+def _explain(location: tuple[int | str, ...], item: Mapping[str, Any]) -> str:
+    dotted = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {dotted!r}{_nearest(dotted, known_keys(Config))}"
+    return f"{dotted}: {item['msg']} (got {item['input']!r})"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            keys += known_keys(nested, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

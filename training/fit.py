@@ -1,0 +1,300 @@
+"""The training loop, on Lightning Fabric: devices, precision and processes are Fabric's, the loop is plain.
+
+``fit`` is deterministic given (config, data): order, noise and learning rate are functions of the step. A run killed
+at any moment and started again ends, on CPU, with bitwise the weights of one never killed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from training.batches import StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.config import Config, OptimiserConfig
+from training.data import Dataset
+from training.errors import TrainingDiverged
+from training.evaluate import bounds
+from training.journal import Journal, Row
+from training.models.vae import VAE, Terms
+from training.objectives import annealed_beta, objective
+
+MAX_SKIPPED_IN_A_ROW = 100
+"""So many updates skipped one after the other mean that the run has diverged."""
+
+
+@dataclass
+class State:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_bound: float = -math.inf
+    best_epoch: int = 0
+    validations_since_best: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+@dataclass
+class Sums:
+    """Sums of one epoch's batch means, kept on the device so that no step waits for it."""
+
+    values: Tensor
+    steps: int = 0
+
+    def add(self, terms: Terms) -> None:
+        """Add a batch's ELBO, rate and distortion (sampled)."""
+        with torch.no_grad():
+            rate = (terms.log_q - terms.log_p_z).mean()
+            fit = terms.log_p_x.mean()
+            self.values += torch.stack([fit - rate, rate, -fit])
+        self.steps += 1
+
+    def means(self) -> list[float]:
+        """Mean ELBO, rate, distortion so far."""
+        return [float(value) / max(1, self.steps) for value in self.values]
+
+
+class Trainer:
+    """One run: model, optimiser, averaged weights and state, and the steps that advance them."""
+
+    def __init__(self, config: Config, dataset: Dataset, folder: Path, fabric: Fabric) -> None:
+        self.config, self.dataset, self.folder, self.fabric = config, dataset, folder, fabric
+        torch.manual_seed(derived_seed(config.seed, "weights"))
+        model = VAE(dataset.preprocessing.shape, config.model)
+        model.initialise(training_mean(dataset))
+        self.source: Dataset | StaticallyBinarised = dataset
+        if config.model.likelihood.family == "bernoulli" and config.model.likelihood.binarisation == "static":
+            self.source = StaticallyBinarised(dataset, config.seed)
+        optimiser = torch.optim.AdamW(
+            model.parameters(),
+            config.optimiser.learning_rate,
+            weight_decay=config.optimiser.weight_decay,
+            fused=config.run.precision != "16-mixed",
+        )
+        self.model, self.optimiser = fabric.setup(model, optimiser)
+        self.ema = AveragedModel(self._bare, multi_avg_fn=get_ema_multi_avg_fn(config.optimiser.ema_decay))
+        self.best = _copy(self.ema.module.state_dict())
+        self.state = State()
+        self.sums = Sums(torch.zeros(3, device=fabric.device))
+        self.history: list[Row] = []
+        self.train_indices = dataset.splits["train"]
+        self.steps_per_epoch = steps_per_epoch(len(self.train_indices), config.optimiser.batch_size, fabric.world_size)
+        self.total_steps = self.steps_per_epoch * config.optimiser.epochs
+        self._saved = time.perf_counter()
+
+    @property
+    def _bare(self) -> VAE:
+        return self.model.module
+
+    def resume(self) -> bool:
+        """Load the run's checkpoint, if there is one."""
+        content = load_checkpoint(self.folder, self.config)
+        if content is None:
+            return False
+        self._bare.load_state_dict(content["model"])
+        self.ema.load_state_dict(content["ema"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.best = content["best"]
+        self.state = State(**content["state"])
+        self.sums = Sums(self.fabric.to_device(content["sums"]), content["sum_steps"])
+        self.history = content["history"]
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint (first rank only)."""
+        self._saved = time.perf_counter()
+        if not self.fabric.is_global_zero:
+            return
+        content: dict[str, Any] = {
+            "model": self._bare.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "best": self.best,
+            "state": asdict(self.state),
+            "sums": self.sums.values.cpu(),
+            "sum_steps": self.sums.steps,
+            "history": self.history,
+        }
+        save_checkpoint(self.folder, self.config, content)
+
+    def training_step(self, pixels: np.ndarray) -> Terms:
+        """One update from a batch of pixels [B,C,H,W]; skipped and counted if the gradient's norm is not sane."""
+        config, step = self.config, self.state.step
+        torch.manual_seed(derived_seed(config.seed, "step", step, self.fabric.global_rank))
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(config.optimiser, step, self.total_steps)
+        x = self.fabric.to_device(to_unit(pixels))
+        noise = torch.randn(len(x), config.objective.samples, self._bare.noise_dim, device=x.device)
+        dither = torch.rand_like(x) if self._bare.likelihood.dither else None
+        terms = self.model(x, noise, dither, config.objective.kind == "dreg")
+        beta = annealed_beta(config.objective, step / self.steps_per_epoch)
+        self.optimiser.zero_grad()
+        self.fabric.backward(-objective(terms, config.objective, beta))
+        norm = self.fabric.clip_gradients(
+            self.model, self.optimiser, max_norm=config.optimiser.gradient_clip, error_if_nonfinite=False
+        )
+        self._update(float(norm))
+        self.state.step += 1
+        return terms
+
+    def _update(self, gradient_norm: float) -> None:
+        state = self.state
+        if not math.isfinite(gradient_norm) or gradient_norm > self.config.optimiser.skip_above:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+                raise TrainingDiverged(
+                    f"{MAX_SKIPPED_IN_A_ROW} updates in a row had a gradient norm that is not finite or above "
+                    f"{self.config.optimiser.skip_above}: lower optimiser.learning_rate"
+                )
+            return
+        state.skipped_in_a_row = 0
+        self.optimiser.step()
+        self.ema.update_parameters(self._bare)
+
+    def train_epoch(self, journal: Journal) -> Row:
+        """The rest of the epoch in which the state stands; its means."""
+        epoch, offset = divmod(self.state.step, self.steps_per_epoch)
+        batches = epoch_batches(
+            self.train_indices,
+            self.config.optimiser.batch_size,
+            self.config.seed,
+            epoch,
+            self.fabric.global_rank,
+            self.fabric.world_size,
+        )[offset:]
+        self.model.train()
+        before, started, images = self.state.seconds, time.perf_counter(), 0
+        for pixels in self.source.batches(batches):
+            self.sums.add(self.training_step(pixels))
+            images += len(pixels) * self.fabric.world_size
+            elapsed = time.perf_counter() - started
+            self.state.seconds = before + elapsed
+            if self.state.step % 20 == 0:
+                journal.step(self.state.step, *self.sums.means(), images / elapsed)
+            if time.perf_counter() - self._saved > self.config.run.checkpoint_seconds:
+                self.save()
+        return self._epoch_row(epoch + 1, images / max(1e-9, time.perf_counter() - started))
+
+    def _epoch_row(self, epoch: int, images_per_second: float) -> Row:
+        means = self.fabric.all_reduce(self.sums.values / max(1, self.sums.steps), reduce_op="mean").tolist()
+        self.sums = Sums(torch.zeros(3, device=self.fabric.device))
+        names = ("train_elbo", "train_rate", "train_distortion")
+        return {
+            "epoch": epoch,
+            "step": self.state.step,
+            **dict(zip(names, means, strict=True)),
+            "images_per_second": images_per_second,
+            "learning_rate": self.optimiser.param_groups[0]["lr"],
+            "beta": annealed_beta(self.config.objective, epoch - 1),
+            "skipped": self.state.skipped,
+        }
+
+    def validate(self) -> dict[str, float]:
+        """The averaged weights on the validation split: ``bound`` is the objective's own, at its own K."""
+        objective_config = self.config.objective
+        means = bounds(
+            self.ema.module.eval(),
+            self.dataset,
+            self.dataset.splits["validation"],
+            objective_config.samples,
+            self.config.evaluate.chunk,
+        ).means()
+        bound = means["elbo"] if objective_config.kind == "elbo" else means["iwae"]
+        return {"bound": bound, "elbo": means["elbo"], "rate": means["rate"], "distortion": means["distortion"]}
+
+    def judge(self, row: Row, warmed_up: bool) -> bool:
+        """Keep the weights if their validation bound is the best; True if patience is at its end."""
+        state = self.state
+        if row["bound"] > state.best_bound or not warmed_up:
+            state.best_bound = row["bound"] if warmed_up else -math.inf
+            state.best_epoch = int(row["epoch"])
+            state.validations_since_best = 0
+            self.best = _copy(self.ema.module.state_dict())
+            return False
+        state.validations_since_best += 1
+        return state.validations_since_best >= self.config.optimiser.patience
+
+    def run(self, journal: Journal) -> None:
+        """Epochs until the last, or until patience ends."""
+        validate_every = self.config.run.validate_every
+        while self.state.step < self.total_steps and not self.state.finished:
+            row = self.train_epoch(journal)
+            epoch = int(row["epoch"])
+            if epoch % validate_every == 0 or self.state.step == self.total_steps:
+                row |= self.validate()
+                self.history.append(row)
+                self.state.finished = self.judge(row, epoch > self.config.objective.warmup_epochs)
+                journal.epoch(self.history)
+        self.state.finished = True
+        self.save()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished run: the averaged weights with the best validation bound, and how they came about."""
+
+    model: VAE
+    state: State
+    history: list[Row]
+
+
+def learning_rate(config: OptimiserConfig, step: int, total: int) -> float:
+    """Linear warm-up over ``warmup_steps``, then constant, or a half cosine to 0 (Loshchilov & Hutter 2017)."""
+    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / total))
+    return rate
+
+
+def training_mean(dataset: Dataset, images: int = 5000) -> Tensor:
+    """Mean training image [C,H,W] in [0,1], of the first ``images`` at most."""
+    indices = dataset.splits["train"][:images]
+    parts = [indices[i : i + 500] for i in range(0, len(indices), 500)]
+    total = sum(to_unit(pixels).sum(0) for pixels in dataset.batches(parts))
+    return torch.as_tensor(total) / len(indices)
+
+
+def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in weights.items()}
+
+
+def make_fabric(config: Config) -> Fabric:
+    """Fabric for the configured devices and precision; under torchrun it joins the processes that torchrun started."""
+    run = config.run
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    fabric = Fabric(accelerator=run.accelerator, devices=run.devices, num_nodes=run.nodes, precision=run.precision)
+    fabric.launch()
+    return fabric
+
+
+def fit(
+    config: Config, dataset: Dataset, folder: Path, fabric: Fabric | None = None, console: Console | None = None
+) -> Fitted:
+    """Train, or go on with, the run in ``folder``. Raises CheckpointError, TrainingDiverged, DataError."""
+    trainer = Trainer(config, dataset, folder, fabric or make_fabric(config))
+    trainer.resume()
+    journal = Journal(folder, trainer.total_steps, trainer.state.step, trainer.fabric.is_global_zero, console)
+    with journal:
+        try:
+            trainer.run(journal)
+        except KeyboardInterrupt:
+            trainer.save()
+            raise
+    model = VAE(dataset.preprocessing.shape, config.model)
+    model.load_state_dict(trainer.best)
+    return Fitted(model.eval(), trainer.state, trainer.history)

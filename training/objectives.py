@@ -1,0 +1,54 @@
+"""Training objectives, to be maximised, written as the papers write them. All values in nats."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from training.config import ObjectiveConfig
+from training.models.vae import Terms
+
+
+def annealed_beta(config: ObjectiveConfig, epoch: float) -> float:
+    """β at ``epoch`` (may be fractional): linear from 0 over ``warmup_epochs`` (Bowman et al. 2016), then ``beta``."""
+    if config.warmup_epochs <= 0:
+        return config.beta
+    return config.beta * min(1.0, epoch / config.warmup_epochs)
+
+
+def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
+    """E_q[log p(x|z)] − β Σ_j max(λ, KL_j), averaged over the batch, KL analytic.
+
+    β: Higgins et al. 2017. λ = ``free_bits`` nats for each latent dimension's batch mean: Kingma et al. 2016, eq. 15.
+    """
+    rate = terms.kl.mean(0).clamp(min=free_bits).sum()
+    return terms.log_p_x.mean() - beta * rate
+
+
+def iwae(terms: Terms, beta: float = 1.0) -> Tensor:
+    """log (1/K) Σ w_k with log w = log p(x|z) + β(log p(z) − log q(z|x)) at sampled z (Burda et al. 2016, eq. 8)."""
+    log_w = terms.log_p_x + beta * (terms.log_p_z - terms.log_q)
+    return (torch.logsumexp(log_w, 1) - math.log(log_w.shape[1])).mean()
+
+
+def dreg(terms: Terms, beta: float = 1.0) -> Tensor:
+    """The IWAE bound with doubly reparameterised gradients (Tucker et al. 2019, eq. 7); wants terms with detached q.
+
+    The decoder sees Σ w̃ ∂log w, the encoder Σ w̃² ∂log w/∂z ∂z/∂φ: the second w̃ enters as a hook on z.
+    """
+    log_w = terms.log_p_x + beta * (terms.log_p_z - terms.log_q)
+    weights = torch.softmax(log_w.detach(), 1)
+    if terms.z.requires_grad:
+        terms.z.register_hook(lambda gradient: weights.unsqueeze(-1) * gradient)
+    surrogate = (weights * log_w).sum(1).mean()
+    bound = (torch.logsumexp(log_w.detach(), 1) - math.log(log_w.shape[1])).mean()
+    return surrogate + (bound - surrogate.detach())
+
+
+def objective(terms: Terms, config: ObjectiveConfig, beta: float) -> Tensor:
+    """The configured objective, a scalar."""
+    if config.kind == "elbo":
+        return elbo(terms, beta, config.free_bits)
+    return iwae(terms, beta) if config.kind == "iwae" else dreg(terms, beta)
