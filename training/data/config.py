@@ -1,0 +1,62 @@
+"""What to train on: the typed configuration of a data set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Side = Annotated[int, Field(ge=1, le=4096)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def default_directory() -> Path:
+    """The user's cache folder, where downloaded data sets lie unless a directory is given."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "vaetrain"
+
+
+class DataConfig(BaseModel):
+    """Which images, brought to which form, split how.
+
+    ``source`` is ``digits`` (scikit-learn's 8×8 digits, no network), ``mnist``, ``fashion-mnist``, or the path of a
+    folder of images, a .npy or a .npz file; a folder that is itself called ``mnist`` is written ``./mnist``.
+
+    Without ``size`` an image set keeps its own size; a folder of images keeps the size that they all share if no side
+    of it is over 128 pixels, and becomes 64×64 otherwise. ``mode`` auto is L where the images are grey, else RGB.
+
+    Data sets that come with a test part keep it whole; ``validation`` and ``calibration`` are fractions of the rest.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(default="digits", min_length=1, description="digits, mnist, fashion-mnist, or a path")
+    directory: Path = Field(default_factory=default_directory, description="where data sets lie, or are downloaded to")
+    mode: Literal["auto", "L", "RGB"] = Field(default="auto", description="grey or colour")
+    size: Side | tuple[Side, Side] | None = Field(default=None, description="side of a square, or (height, width)")
+    fit: Literal["cover", "contain", "stretch"] = Field(default="cover", description="how another shape becomes size")
+    resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bilinear"
+    background: int = Field(default=0, ge=0, le=255, description="colour behind transparency and beside ``contain``")
+    validation: Fraction = Field(default=0.05, description="fraction kept for early stopping")
+    calibration: Fraction = Field(default=0.05, description="fraction kept for conformal calibration")
+    test: Fraction = Field(default=0.10, description="fraction kept for the final figures, if no test part comes along")
+    split_seed: int = Field(default=0, ge=0, lt=2**32)
+    on_bad: Literal["skip", "refuse"] = Field(default="skip", description="what to do with images that cannot be read")
+    memory_limit_mb: int = Field(default=2048, ge=0, description="MiB of pixels above which data are streamed")
+    limit: int | None = Field(default=None, ge=1, description="use at most so many images, drawn by split_seed")
+    images: str | None = Field(default=None, description="key of the images in an .npz file")
+    labels: str | None = Field(default=None, description="key of the labels in an .npz file")
+
+    @model_validator(mode="after")
+    def _leaves_a_training_split(self) -> DataConfig:
+        held_out = self.validation + self.calibration + self.test
+        if held_out >= 1:
+            raise ValueError(f"validation + calibration + test is {held_out:g}, which leaves nothing to train on")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(H, W) as asked for, or None."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size

@@ -1,0 +1,154 @@
+"""A folder of images of the user's own: PNG, JPEG or WebP, nested or flat, grey or colour, of any size."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from service.bundle import Preprocessing
+from service.errors import VaeserveError
+from service.images import ImageLimits, decode_image
+from training.data.config import DataConfig
+from training.data.source import Source, slug
+from training.errors import DataError, DataFormatError, DataNotFound
+
+LIMITS = ImageLimits(max_bytes=256 * 2**20, max_pixels=200_000_000)  # a user's own files: far above any sane image
+PROBED = 256  # files, spread evenly over the sorted names, that the size and mode rules look at
+KEPT_SIDE = 128  # a size that all images share is kept up to this side: above, networks for a desktop CPU are too slow
+FALLBACK_SIDE = 64
+WORKERS = min(8, os.cpu_count() or 1)
+TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
+
+
+@dataclass(frozen=True)
+class FilePixels:
+    """Image files under ``root``, decoded by the same code that serves."""
+
+    root: Path
+    paths: Sequence[str]
+    preprocessing: Preprocessing
+
+    def read(self, index: int) -> np.ndarray:
+        """File ``index`` as uint8 [C,H,W]. Raises DataError with the reason if it is no usable image."""
+        return _decode(self.root / self.paths[index], self.preprocessing)
+
+    def name(self, index: int) -> str:
+        """The path relative to the folder, with forward slashes."""
+        return self.paths[index]
+
+
+def open_folder(root: Path, config: DataConfig) -> Source:
+    """Every file under ``root``, in the order of its path; hidden ones aside, links followed, loops not.
+
+    Size and mode, where the configuration leaves them open, are chosen from up to 256 files spread evenly: the size
+    that all of them share if no side is over 128 pixels, else 64×64; L if all of them are grey in every pixel, else
+    RGB. The names of at least two subfolders are labels, if no image lies beside them. Raises DataNotFound.
+    """
+    paths = sorted(_files(root))
+    if not paths:
+        raise DataNotFound(f"{root}: no file in this folder; PNG, JPEG or WebP images were expected")
+    preprocessing = _preprocessing(root, paths, config)
+    labels, label_names = _labels(paths)
+    return Source(
+        name=slug(root.resolve().name),
+        pixels=FilePixels(root, paths, preprocessing),
+        count=len(paths),
+        preprocessing=preprocessing,
+        labels=labels,
+        label_names=label_names,
+        workers=WORKERS,
+    )
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Relative paths, with forward slashes, of all files that are not hidden; each real folder is entered once."""
+    entered = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = Path(folder).relative_to(root)
+        yield from ((inside / name).as_posix() for name in files if not name.startswith("."))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise DataFormatError("not a regular file")
+        if path.stat().st_size > LIMITS.max_bytes:
+            raise DataFormatError(f"{path.stat().st_size} bytes; at most {LIMITS.max_bytes} are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataFormatError(f"cannot be read ({error.strerror})") from error
+    if not data:
+        raise DataFormatError("empty file")
+    return data
+
+
+def _decode(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    try:
+        return decode_image(_read(path), preprocessing, LIMITS)
+    except VaeserveError as error:
+        raise DataFormatError(str(error)) from error
+
+
+def _preprocessing(root: Path, paths: Sequence[str], config: DataConfig) -> Preprocessing:
+    """The rule that the configuration asks for, its open parts chosen from a sample of the files."""
+    count = min(len(paths), PROBED)
+    sample = [root / paths[i * len(paths) // count] for i in range(count)]
+    height, width = config.shape or _common_size(sample)
+    options = {"height": height, "width": width, "fit": config.fit, "resample": config.resample}
+    colour = Preprocessing(mode="RGB", background=config.background, **options)
+    grey = config.mode == "L" or (config.mode == "auto" and all(_is_grey(path, colour) for path in sample))
+    return colour.model_copy(update={"mode": "L"}) if grey else colour
+
+
+def _common_size(sample: Sequence[Path]) -> tuple[int, int]:
+    """(H, W) that all readable files of the sample share, if it is small enough to be kept; else 64×64."""
+    sizes = {size for size in map(_size, sample) if size is not None}
+    if len(sizes) == 1 and max(next(iter(sizes))) <= KEPT_SIDE:
+        return sizes.pop()
+    return FALLBACK_SIDE, FALLBACK_SIDE
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """(H, W) of an upright image as its header says, None if it has none."""
+    try:
+        data = _read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # size limits are decode_image's, which speaks of them by name
+            with Image.open(BytesIO(data)) as image:
+                width, height = image.size
+                turned = image.getexif().get(ExifTags.Base.Orientation) in TRANSPOSED
+    except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return (width, height) if turned else (height, width)
+
+
+def _is_grey(path: Path, colour: Preprocessing) -> bool:
+    """Whether red, green and blue agree in every pixel; True for what is no image, which says nothing of colour."""
+    try:
+        pixels = _decode(path, colour)
+    except DataError:
+        return True
+    return bool((pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all())
+
+
+def _labels(paths: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Numbers and sorted names of the uppermost subfolders, or (None, None) if they are no classes."""
+    tops = [path.partition("/")[0] if "/" in path else None for path in paths]
+    names = sorted({top for top in tops if top is not None})
+    if len(names) < 2 or None in tops:
+        return None, None
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[top] for top in tops if top is not None], dtype=np.int64), names

@@ -1,0 +1,149 @@
+"""From an opened source to a Dataset: read every image once, drop the bad ones, split the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from service.bundle import Preprocessing
+from training.data.config import DataConfig
+from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint
+from training.data.parallel import ordered_map
+from training.data.splits import number_groups, split, split_with_test
+from training.errors import BadImages, DataError, SplitError
+
+NAMED = 10  # bad images that a message names
+
+
+@dataclass(frozen=True)
+class Source:
+    """``count`` images that have been found but not read, and what is known of them.
+
+    ``labels`` int64 [count] and ``is_test`` bool [count] are aligned with the images; ``workers`` is the number of
+    threads that reading profits from; ``details`` go into the provenance.
+    """
+
+    name: str
+    pixels: Pixels
+    count: int
+    preprocessing: Preprocessing
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.uint8))
+    labels: np.ndarray | None = None
+    label_names: list[str] | None = None
+    is_test: np.ndarray | None = None
+    workers: int = 1
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Scan:
+    """What came of reading every image once. ``pixels`` [N,C,H,W] if they fit into memory."""
+
+    kept: list[int]
+    digests: list[bytes]
+    skipped: list[tuple[str, str]]
+    pixels: np.ndarray | None
+
+
+def slug(text: str) -> str:
+    """``text`` as a bundle's name may be: lower case, digits, dots, dashes."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:64] or "images"
+
+
+def load_source(source: Source, config: DataConfig) -> Dataset:
+    """Read, check and split ``source``. Raises BadImages (on_bad = "refuse") and SplitError (too few usable images)."""
+    rows = _drawn(source.count, config)
+    scan = _scan(source, rows, config)
+    _check(source, scan, config)
+    kept = np.array(scan.kept, dtype=np.int64)
+    digests = np.frombuffer(b"".join(scan.digests), dtype=np.uint8).reshape(len(kept), -1)
+    groups = number_groups(digests)
+    splits = _split(source, kept, groups, config)
+    labels = None if source.labels is None else source.labels[kept].astype(np.int64)
+    store = Streamed(source.pixels, kept, digests, source.workers) if scan.pixels is None else scan.pixels
+    return Dataset(
+        name=source.name,
+        preprocessing=source.preprocessing,
+        splits=splits,
+        labels=labels,
+        label_names=source.label_names,
+        fingerprint=fingerprint(source.preprocessing.shape, source.dtype, digests, labels, splits),
+        skipped=scan.skipped,
+        dtype=source.dtype,
+        store=store,
+        details=source.details | {"split_seed": config.split_seed, "duplicates": len(kept) - len(set(groups.tolist()))},
+    )
+
+
+def _drawn(count: int, config: DataConfig) -> np.ndarray:
+    """Indices of the images to use: all, or ``config.limit`` of them drawn by the split's seed; ascending."""
+    if config.limit is None or config.limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.RandomState(config.split_seed).permutation(count)[: config.limit])
+
+
+def _scan(source: Source, rows: np.ndarray, config: DataConfig) -> _Scan:
+    shape = (len(rows), *source.preprocessing.shape)
+    fits = int(np.prod(shape, dtype=np.int64)) * source.dtype.itemsize <= config.memory_limit_mb * 2**20
+    scan = _Scan([], [], [], np.empty(shape, dtype=source.dtype) if fits else None)
+    console = Console(stderr=True)
+    quiet = source.workers == 1 or not console.is_terminal
+    outcomes = track(_outcomes(source, rows), f"Reading {source.name}", total=len(rows), console=console, disable=quiet)
+    for row, outcome in zip(rows.tolist(), outcomes, strict=True):
+        if isinstance(outcome, DataError):
+            scan.skipped.append((source.pixels.name(row), str(outcome)))
+            continue
+        if scan.pixels is not None:
+            scan.pixels[len(scan.kept)] = outcome
+        scan.kept.append(row)
+        scan.digests.append(digest(outcome))
+    if scan.pixels is not None:
+        scan.pixels = scan.pixels[: len(scan.kept)]
+    return scan
+
+
+def _outcomes(source: Source, rows: np.ndarray) -> Iterator[np.ndarray | DataError]:
+    """For each row its pixels, or the DataError that says why there are none."""
+
+    def outcome(row: int) -> np.ndarray | DataError:
+        try:
+            return source.pixels.read(row)
+        except DataError as error:
+            return error
+
+    if source.workers == 1:
+        yield from map(outcome, rows.tolist())
+    else:
+        yield from ordered_map(outcome, rows.tolist(), source.workers, 4 * source.workers)
+
+
+def _check(source: Source, scan: _Scan, config: DataConfig) -> None:
+    if scan.skipped and config.on_bad == "refuse":
+        raise BadImages(f"{source.name}: {len(scan.skipped)} images cannot be used:\n{_listed(scan.skipped)}")
+    if not scan.kept:
+        bad = f"; all {len(scan.skipped)} found cannot be used:\n{_listed(scan.skipped)}" if scan.skipped else ""
+        raise SplitError(f"{source.name}: no usable image{bad}")
+
+
+def _split(source: Source, kept: np.ndarray, groups: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:
+    fractions = {"validation": config.validation, "calibration": config.calibration, "test": config.test}
+    try:
+        if source.is_test is None:
+            return split(groups, fractions, config.split_seed)
+        return split_with_test(groups, source.is_test[kept], fractions, config.split_seed)
+    except SplitError as error:
+        skipped = source.count - len(kept) if config.limit is None else 0
+        beside = f" ({skipped} others cannot be used)" if skipped else ""
+        raise SplitError(f"{source.name}: {error}{beside}") from error
+
+
+def _listed(skipped: list[tuple[str, str]]) -> str:
+    lines = [f"  {name}: {reason}" for name, reason in skipped[:NAMED]]
+    more = len(skipped) - NAMED
+    return "\n".join(lines + ([f"  … and {more} more"] if more > 0 else []))
