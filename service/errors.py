@@ -17,7 +17,10 @@
     │   ├── NotAcceptable           an Accept this route cannot answer
     │   └── LimitExceeded           a limit of the settings: which, asked, allowed
     │       └── PayloadTooLarge     bytes of the body, decoded or not
-    └── Overloaded                  the queue is full; carries retry_after seconds
+    ├── Overloaded                  the queue is full; carries retry_after seconds
+    ├── ReceiveTimeout              the body did not arrive in time
+    ├── DeadlineExceeded            the answer was not ready in time
+    └── ClientGone                  the caller hung up; nobody reads the answer
 """
 
 
@@ -95,3 +98,15 @@ class Overloaded(VaeserveError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ReceiveTimeout(VaeserveError):
+    """The request's body did not arrive within the allowed time."""
+
+
+class DeadlineExceeded(VaeserveError):
+    """The answer was not ready within the allowed time."""
+
+
+class ClientGone(VaeserveError):
+    """The caller closed the connection; work that had not begun is dropped."""

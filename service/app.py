@@ -1,0 +1,154 @@
+"""create_app: puts the house together. Here is the one table from errors to HTTP statuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service import __version__, errors
+from service.middleware import BodyGuard, RequestContext
+from service.metrics import Metrics
+from service.pool import WorkerPool
+from service.problems import problem
+from service.repository import ModelRepository
+from service.routes import health, latents, models, scoring
+from service.routes.house import House, default, latest, versioned
+from service.runtime import Runtime
+from service.settings import Settings
+
+STATUS: dict[type[Exception], int] = {
+    errors.BundleError: 500,
+    errors.DeviceUnavailable: 500,
+    errors.ConfigurationError: 500,
+    errors.ModelNotFound: 404,
+    errors.ModelNotReady: 503,
+    errors.UnsupportedVerb: 422,
+    errors.InvalidInput: 422,
+    errors.UnsupportedMediaType: 415,
+    errors.NotAcceptable: 406,
+    errors.LimitExceeded: 422,
+    errors.PayloadTooLarge: 413,
+    errors.Overloaded: 429,
+    errors.ReceiveTimeout: 408,
+    errors.DeadlineExceeded: 503,
+    errors.ClientGone: 400,
+    ClientDisconnect: 400,
+}
+"""The nearest class of an error's ancestry counts."""
+
+
+def create_app(settings: Settings, repository: ModelRepository | None = None) -> FastAPI:
+    """The ASGI app. Models are loaded at startup, or before if a loaded ``repository`` is given.
+
+    Raises (at startup):
+        BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
+    """
+    app = FastAPIOffline(
+        redoc_url=None,
+        title="vaeserve",
+        version=__version__,
+        description="Latents, samples and calibrated anomaly scores of latent variable models of images.",
+        lifespan=_lifespan(settings, repository),
+        redirect_slashes=False,  # its Location would be built from the caller's Host header
+        responses={"4XX": {"description": "application/problem+json", "model": None}},
+    )
+    metrics = Metrics()
+    app.state.metrics = metrics
+    app.add_middleware(
+        BodyGuard,
+        max_bytes=settings.max_body_bytes,
+        max_total=settings.max_buffered_bytes,
+        timeout=settings.receive_timeout,
+    )
+    app.add_middleware(RequestContext, metrics=metrics)
+    _include_routes(app)
+    _handle_errors(app)
+    return app
+
+
+def load_repository(settings: Settings) -> ModelRepository:
+    """A repository with every model of the settings loaded, verified and warm.
+
+    Raises:
+        BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
+    """
+    runtime = Runtime(settings.device, settings.threads or None)
+    repository = ModelRepository(settings.repository, runtime, settings.default_model, settings.skip_broken)
+    repository.load()
+    return repository
+
+
+def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loaded = repository or await asyncio.to_thread(load_repository, settings)
+        pool = WorkerPool(settings.workers, settings.queue, settings.request_timeout)
+        metrics: Metrics = app.state.metrics
+        for served in loaded:
+            metrics.models.labels(*served.identity.values()).set(1)
+        app.state.house = House(settings, loaded, pool, metrics)
+        yield
+        await asyncio.to_thread(pool.close)
+
+    return lifespan
+
+
+def _include_routes(app: FastAPI) -> None:
+    app.include_router(health.router)
+    app.include_router(models.router)
+    for router in (latents.router, scoring.router):
+        app.include_router(router, prefix="/v1/models/{model}", dependencies=[Depends(latest)])
+        app.include_router(
+            router, prefix="/v1/models/{model}/versions/{version}", dependencies=[Depends(versioned)]
+        )
+        app.include_router(router, prefix="/v1", dependencies=[Depends(default)])
+
+
+def _handle_errors(app: FastAPI) -> None:
+    app.add_exception_handler(errors.VaeserveError, _known_error)
+    app.add_exception_handler(ClientDisconnect, _known_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+
+
+async def _known_error(request: Request, error: Exception) -> Response:
+    status = next(STATUS[ancestor] for ancestor in type(error).__mro__ if ancestor in STATUS)
+    headers: dict[str, str] = {}
+    if isinstance(error, errors.Overloaded):
+        request.app.state.metrics.refused.inc()
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    elif status == 503:
+        headers["retry-after"] = "1"
+    elif status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is not wanted
+    text = str(error) if status < 500 or status == 503 else "the service cannot answer; its log says why"
+    return problem(status, text or "the client closed the connection", request.state.request_id, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail = {404: "there is nothing at this path", 405: f"{request.method} is not answered at this path"}.get(
+        error.status_code, str(error.detail)
+    )
+    return problem(error.status_code, detail, request.state.request_id, error.headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return validation_problem(error.errors(), request.state.request_id)
+
+
+def validation_problem(found: Sequence[Any], request_id: str) -> Response:
+    """422 with each field's place and fault. The input is never echoed: it may be NaN, which JSON cannot say."""
+    fields = [{"where": ".".join(map(str, item["loc"]))[:200], "what": str(item["msg"])[:200]} for item in found[:20]]
+    detail = "; ".join(f"{field['where']}: {field['what']}" for field in fields)
+    return problem(422, detail, request_id, errors=fields)

@@ -1,0 +1,192 @@
+"""The command line: ``vaeserve serve | score | check | models``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from service.errors import ConfigurationError, VaeserveError
+from service.settings import Settings, check_environment
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Serve latent variable models of images: latents, samples and calibrated anomaly scores.",
+)
+
+ERROR, SOME_BAD_FILES = 1, 3
+
+RepositoryOption = Annotated[
+    Path | None, typer.Option(help="Folder of bundles, NAME/VERSION/ each; default: setting repository (exported)")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or auto; default: setting device (cpu)")]
+
+
+def main() -> None:
+    """Entry point of ``vaeserve``."""
+    app()
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Serve the bundles of a folder over HTTP (vaeserve serve --help lists every setting).",
+)
+def serve(context: typer.Context) -> None:
+    """Read settings from flags and environment, load every bundle, serve until told to stop."""
+    with _errors_in_words():
+        settings = read_settings(context.args)
+        from service.app import create_app, load_repository
+        from service.logs import configure_logs
+        from service.server import build_server
+
+        configure_logs(settings.log_level, settings.log_format)
+        server = build_server(create_app(settings, load_repository(settings)), settings)
+        try:
+            server.run()
+        except KeyboardInterrupt:
+            return
+        if not server.started:
+            raise typer.Exit(ERROR)
+
+
+@app.command()
+def models(repository: RepositoryOption = None) -> None:
+    """List the bundles of a folder."""
+    from service.bundle import open_bundle
+    from service.repository import find_bundles
+
+    with _errors_in_words():
+        root = _settings(repository=repository).repository
+        table = Table("model", "version", "family", "shape", "latents", "score", "calibration", "digest")
+        for path in sorted(find_bundles(root)):
+            bundle = open_bundle(path)
+            manifest = bundle.manifest
+            table.add_row(
+                manifest.name,
+                manifest.version,
+                manifest.family,
+                "×".join(map(str, manifest.signature.shape)),
+                str(manifest.signature.latent_dim),
+                manifest.default_score,
+                str(manifest.calibration.n) if manifest.calibration else "none",
+                bundle.digest[:12],
+            )
+        if not table.row_count:
+            raise ConfigurationError(f"no bundle under {root}: expected NAME/VERSION/manifest.json")
+        Console().print(table)
+
+
+@app.command()
+def check(path: Annotated[Path, typer.Argument(help="A bundle: the folder that holds manifest.json")]) -> None:
+    """Verify a bundle and say what is wrong with it, in words. Exit code 1 if anything is."""
+    from service.runtime import Runtime
+    from service.verify import verify_bundle
+
+    with _errors_in_words():
+        report = verify_bundle(path, Runtime("cpu"))
+        for item in report.checks:
+            typer.echo(f"{'ok  ' if item.ok else 'FAIL'}  {item.name}: {item.found}")
+        if not report.ok:
+            raise typer.Exit(ERROR)
+
+
+@app.command()
+def score(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them (searched through)")],
+    out: Annotated[Path | None, typer.Option(help="Write .csv, .jsonl or .parquet; default: CSV on the screen")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to score with; default: the default model")] = None,
+    false_positive_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of inliers that may be called anomalous")
+    ] = None,
+    repository: RepositoryOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Score images offline, exactly as the service would. Exit code 3 if some files could not be read."""
+    with _errors_in_words():
+        settings = _settings(repository=repository, device=device)
+        bad = _score(settings, images, out, model, false_positive_rate)
+    if bad:
+        raise typer.Exit(SOME_BAD_FILES)
+
+
+def _score(settings: Settings, images: list[Path], out: Path | None, model: str | None, rate: float | None) -> int:
+    """Score, write, show progress on stderr; the number of files that could not be read."""
+    from service.app import load_repository
+    from service.images import ImageLimits
+    from service.logs import configure_logs
+    from service.offline import BadFile, find_images, open_sink, score_files
+    from service.schemas import ScoreParameters
+
+    configure_logs("warning", "console")
+    files = find_images(images)
+    if not files:
+        raise ConfigurationError("no PNG, JPEG or WebP file found there")
+    asked = ScoreParameters(false_positive_rate=rate)
+    console, bad = Console(stderr=True), 0
+    with open_sink(out, sys.stdout) as write, _progress(console, len(files)) as advance:
+        served = load_repository(settings).get(model)
+        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        for row in score_files(served, files, asked, settings.false_positive_rate, limits):
+            if isinstance(row, BadFile):
+                bad += 1
+                console.print(f"skipped {row.path}: {row.reason}", markup=False, highlight=False)
+            else:
+                write(row)
+            advance()
+    console.print(f"{len(files) - bad} scored, {bad} skipped", highlight=False)
+    return bad
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("scoring", total=total)
+        yield lambda: progress.advance(task)
+
+
+def read_settings(flags: list[str]) -> Settings:
+    """Settings from flags, else the environment, else the defaults. ``--help`` and unknown flags end the process.
+
+    Raises:
+        ConfigurationError: an unknown variable, or a value out of range; the text names the setting.
+    """
+    check_environment(os.environ)
+    return _in_words(lambda: CliApp.run(Settings, cli_args=flags))
+
+
+def _settings(**overrides: object) -> Settings:
+    check_environment(os.environ)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return _in_words(lambda: Settings(**given))  # type: ignore[arg-type]
+
+
+def _in_words(make: Callable[[], Settings]) -> Settings:
+    try:
+        return make()
+    except ValidationError as error:
+        faults = [f"setting {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigurationError("; ".join(faults)) from error
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """Print a domain error as one line and exit 1; anything else is a defect and keeps its traceback."""
+    try:
+        yield
+    except VaeserveError as error:
+        typer.echo(f"vaeserve: {error}", err=True)
+        raise typer.Exit(ERROR) from error

@@ -1,0 +1,184 @@
+"""Pure ASGI middleware: context of a request, the access log, caps of the body, security headers.
+
+``BaseHTTPMiddleware`` is not used: it hides the client's disconnection from the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import Overloaded, PayloadTooLarge, ReceiveTimeout, UnsupportedMediaType
+from service.logs import get_logger
+from service.metrics import Metrics
+from service.problems import problem
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_API_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_DOCS_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; frame-ancestors 'none'"
+)
+_LINGER_SECONDS = 0.5
+
+
+class RequestContext:
+    """Gives each request an id (the caller's X-Request-ID if it is harmless), logs and counts its answer.
+
+    Outermost of all, so that answers of other middleware are logged as well. Adds the security headers.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, started = 0, time.perf_counter()
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _add_headers(MutableHeaders(scope=message), request_id, scope["path"])
+            await send(message)
+
+        self.metrics.in_flight.inc()
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception:  # noqa: BLE001 - the last line of defence: logged in full, told to nobody
+            get_logger().exception("unexpected error", request_id=request_id)
+            if status == 0:
+                text = "an unexpected error, which the log explains under this request id"
+                await problem(500, text, request_id)(scope, receive, send_with_headers)
+        finally:
+            self.metrics.in_flight.dec()
+            self._report(scope, status, time.perf_counter() - started)
+
+    def _report(self, scope: Scope, status: int, seconds: float) -> None:
+        route = route_template(scope)
+        self.metrics.request(scope["method"], route, status, seconds)
+        get_logger().info(
+            "request",
+            request_id=scope["state"]["request_id"],
+            method=scope["method"],
+            route=route,
+            path=scope["path"][:200],
+            status=status,
+            milliseconds=round(seconds * 1e3, 3),
+        )
+
+
+class BodyGuard:
+    """Caps a body's bytes and the time in which it must arrive, and the bytes of all bodies held at once.
+
+    The declared length is only used to refuse early; what counts is what arrives. Errors are raised from ``receive``,
+    inside the route, and so end in the one table of app.py.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_total: int, timeout: float) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.max_total = max_total
+        self.timeout = timeout
+        self.held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body = _Body(self, scope, receive)
+        try:
+            await self.app(scope, body.receive, send)
+        finally:
+            self.held -= body.size
+
+
+class _Body:
+    """The receive side of one request."""
+
+    def __init__(self, guard: BodyGuard, scope: Scope, receive: Receive) -> None:
+        self.guard = guard
+        self.upstream = receive
+        self.headers = Headers(scope=scope)
+        self.size = 0
+        self.complete = False
+        self.deadline = asyncio.get_running_loop().time() + guard.timeout
+
+    async def receive(self) -> Message:
+        if self.complete:
+            return await self.upstream()
+        await self._check_declared()
+        message = await self._next()
+        if message["type"] == "http.request":
+            self.complete = not message.get("more_body", False)
+            await self._account(len(message.get("body", b"")))
+        return message
+
+    async def _next(self) -> Message:
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                return await self.upstream()
+        except TimeoutError as error:
+            raise ReceiveTimeout(
+                f"the body did not arrive within {self.guard.timeout:g} s (setting receive_timeout)"
+            ) from error
+
+    async def _check_declared(self) -> None:
+        if self.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            await self._refuse(UnsupportedMediaType("a Content-Encoding is not read: send the body uncompressed"))
+        declared = self.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared[:20]) > self.guard.max_bytes:
+            await self._refuse(self._too_large())
+
+    async def _account(self, size: int) -> None:
+        self.size += size
+        self.guard.held += size
+        if self.size > self.guard.max_bytes:
+            await self._refuse(self._too_large())
+        if self.guard.held > self.guard.max_total:
+            await self._refuse(Overloaded("the bodies of other requests fill the memory set aside: try again later"))
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body is larger than {self.guard.max_bytes} bytes (setting max_body_bytes)")
+
+    async def _refuse(self, error: Exception) -> None:
+        """Raise, but first drop what the caller is still sending, for a moment.
+
+        A connection closed on unread bytes is reset, and the caller would never read the answer.
+        """
+        try:
+            async with asyncio.timeout(_LINGER_SECONDS):
+                while not self.complete:
+                    message = await self.upstream()
+                    self.complete = message["type"] != "http.request" or not message.get("more_body", False)
+        except TimeoutError:
+            pass  # the caller is slower than we are patient: the answer goes out all the same
+        self.complete = True
+        raise error
+
+
+def route_template(scope: Scope) -> str:
+    """Path template of the matched route; "unmatched" otherwise, so that labels cannot be made up by callers."""
+    return getattr(scope.get("route"), "path", "unmatched")
+
+
+def _request_id(asked: str) -> str:
+    return asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+
+
+def _add_headers(headers: MutableHeaders, request_id: str, path: str) -> None:
+    headers["x-request-id"] = request_id
+    headers["x-content-type-options"] = "nosniff"
+    headers["referrer-policy"] = "no-referrer"
+    headers["content-security-policy"] = _DOCS_POLICY if path.startswith("/docs") else _API_POLICY
+    headers.setdefault("cache-control", "no-store")

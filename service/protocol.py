@@ -1,0 +1,127 @@
+"""uvicorn's HTTP protocol with what it lacks: a deadline and caps for the headers, and errors in the one shape.
+
+Middleware sees a request only once its headers are complete; a connection that never completes them can be ended only
+here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.problems import MEDIA_TYPE, problem
+from service.settings import Settings
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """Answers 431 to more or longer headers than allowed and 408 to headers that do not arrive in time."""
+
+    max_headers = 100
+    max_header_bytes = 32 * 2**10
+    header_timeout = 10.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._timer: asyncio.TimerHandle | None = None
+        self._complete = 0  # bytes of whole header lines
+        self._partial = 0  # bytes received while the headers were unfinished
+        self._in_headers = True
+        self._refused = False
+        self.headers: list[tuple[bytes, bytes]] = []
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        if self._in_headers and self.parser is not None:
+            self._partial += len(data)  # a header line without an end is reported by no callback
+            self._check()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers, self._complete, self._partial = True, 0, 0
+        self._arm()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._complete += len(name) + len(value) + 4
+        self._check()
+
+    def on_headers_complete(self) -> None:
+        self._disarm()
+        self._in_headers = False
+        if self._refused:
+            raise httptools.HttpParserError("headers refused")
+        super().on_headers_complete()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._complete += len(url)
+        self._check()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _check(self) -> None:
+        if len(self.headers) > self.max_headers:
+            self._refuse(431, f"more than {self.max_headers} header lines (setting max_headers)")
+        elif max(self._complete, self._partial) > self.max_header_bytes:
+            self._refuse(431, f"more than {self.max_header_bytes} bytes of headers (setting max_header_bytes)")
+
+    def _arm(self) -> None:
+        self._disarm()
+        self._timer = self.loop.call_later(self.header_timeout, self._late)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._refuse(408, f"the headers did not arrive within {self.header_timeout:g} s (setting header_timeout)")
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answer, then close. Only once a connection, and never into an answer that is under way."""
+        if self._refused:
+            return
+        self._refused = True
+        self._disarm()
+        if not self.pipeline and (self.cycle is None or self.cycle.response_complete or not self.cycle.response_started):
+            self.transport.write(_bytes(status, detail))
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+        self.transport.close()
+
+
+def guarded_protocol(settings: Settings) -> type[GuardedProtocol]:
+    """The protocol class for ``uvicorn.Config(http=…)`` with the caps of ``settings``."""
+    caps = {
+        "max_headers": settings.max_headers,
+        "max_header_bytes": settings.max_header_bytes,
+        "header_timeout": settings.header_timeout,
+    }
+    return type("ConfiguredProtocol", (GuardedProtocol,), caps)
+
+
+def _bytes(status: int, detail: str) -> bytes:
+    request_id = uuid.uuid4().hex
+    body = bytes(problem(status, detail, request_id).body)
+    lines = [
+        f"content-type: {MEDIA_TYPE}",
+        f"content-length: {len(body)}",
+        f"x-request-id: {request_id}",
+        "connection: close",
+    ]
+    return STATUS_LINE[status] + "\r\n".join(lines).encode() + b"\r\n\r\n" + body

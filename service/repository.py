@@ -1,0 +1,156 @@
+"""ModelRepository: finds bundles under a folder, verifies, loads and warms them, and hands them out by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.bundle import Manifest, open_bundle
+from service.calibration import Calibrator
+from service.errors import BundleError, BundleFormatError, BundleNotFound, ConfigurationError, ModelNotFound
+from service.logs import get_logger
+from service.model import Model
+from service.runtime import Runtime
+from service.verify import verify_bundle
+
+
+@dataclass(frozen=True)
+class Served:
+    """A loaded, verified and warm model beside its calibration (None if the bundle has none)."""
+
+    model: Model
+    calibrator: Calibrator | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self.model.manifest
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name, version and digest: what an answer says about who computed it."""
+        return {"name": self.manifest.name, "version": self.manifest.version, "digest": self.model.digest}
+
+
+class ModelRepository:
+    """The models of one folder NAME/VERSION/. Names of requests are looked up in a table, never joined to a path."""
+
+    def __init__(self, root: Path, runtime: Runtime, default_model: str = "", skip_broken: bool = False) -> None:
+        self.root = root
+        self.runtime = runtime
+        self.skipped: dict[str, str] = {}
+        self._default_model = default_model
+        self._skip_broken = skip_broken
+        self._served: dict[str, dict[int, Served]] = {}
+
+    @property
+    def ready(self) -> bool:
+        """True when at least one model is loaded, verified and warm."""
+        return bool(self._served)
+
+    def load(self) -> None:
+        """Load every bundle under the root.
+
+        Raises:
+            BundleNotFound: there is no bundle at all.
+            BundleError: a bundle fails its verification (unless broken ones are skipped).
+            ConfigurationError: the configured default model is not among the bundles.
+        """
+        paths = sorted(find_bundles(self.root))
+        if not paths:
+            raise BundleNotFound(f"no bundle under {self.root}: expected NAME/VERSION/manifest.json")
+        for path in paths:
+            self._load_or_skip(path)
+        if self._default_model and self._default_model not in self._served:
+            raise ConfigurationError(f"default_model {self._default_model!r} is not served: {self._names()}")
+
+    def _load_or_skip(self, path: Path) -> None:
+        try:
+            served = load_bundle(path, self.runtime)
+        except BundleError as error:
+            if not self._skip_broken:
+                raise
+            self.skipped[str(path)] = str(error)
+            get_logger().error("bundle skipped", path=str(path), reason=str(error))
+            return
+        self._served.setdefault(served.manifest.name, {})[int(served.manifest.version)] = served
+        get_logger().info("model loaded", **served.identity)
+
+    def get(self, name: str | None = None, version: str | None = None) -> Served:
+        """The model of that name (None: the default), in that version (None: the latest).
+
+        Raises:
+            ModelNotFound: no such model or version; never another one in its place.
+        """
+        name = self._default() if name is None else name
+        versions = self._served.get(name)
+        if versions is None:
+            raise ModelNotFound(f"no model {name[:80]!r} is served here: {self._names()}")
+        if version is None:
+            return versions[max(versions)]
+        found = [served for served in versions.values() if served.manifest.version == version]
+        if not found:
+            raise ModelNotFound(f"model {name!r} has no version {version[:20]!r}: {', '.join(map(str, versions))}")
+        return found[0]
+
+    def latest(self) -> list[Served]:
+        """The latest version of every model, by name."""
+        return [self.get(name) for name in sorted(self._served)]
+
+    def versions(self, name: str) -> list[str]:
+        """All served versions of a model, oldest first."""
+        return [str(version) for version in sorted(self._served.get(name, {}))]
+
+    def __iter__(self) -> Iterator[Served]:
+        for versions in self._served.values():
+            yield from versions.values()
+
+    @property
+    def default_name(self) -> str | None:
+        """The model that /v1/encode and its like address: the configured one, or the only one."""
+        if self._default_model:
+            return self._default_model
+        return next(iter(self._served)) if len(self._served) == 1 else None
+
+    def _default(self) -> str:
+        name = self.default_name
+        if name is None:
+            raise ModelNotFound(
+                f"no default model is set and several are served: {self._names()}; "
+                "ask for /v1/models/{model}/… or set default_model"
+            )
+        return name
+
+    def _names(self) -> str:
+        return ", ".join(sorted(self._served)) or "none"
+
+
+def find_bundles(root: Path) -> list[Path]:
+    """Folders NAME/VERSION of ``root`` that hold a manifest."""
+    return [manifest.parent for manifest in root.glob("*/*/manifest.json")]
+
+
+def load_bundle(path: Path, runtime: Runtime) -> Served:
+    """Verify, load and warm one bundle.
+
+    Raises:
+        BundleError: verification found something wrong; the text says what.
+    """
+    report = verify_bundle(path, runtime)
+    if not report.ok:
+        raise BundleFormatError(f"{path} fails verification: {report.summary()}")
+    bundle = open_bundle(path)
+    _check_place(path, bundle.manifest)
+    model = Model.load(bundle, runtime)
+    model.warm_up()
+    calibrator = Calibrator.from_bundle(bundle) if bundle.manifest.calibration is not None else None
+    return Served(model, calibrator)
+
+
+def _check_place(path: Path, manifest: Manifest) -> None:
+    place = path.resolve()
+    if (place.parent.name, place.name) != (manifest.name, manifest.version):
+        raise BundleFormatError(
+            f"{path} holds {manifest.name} {manifest.version}: expected it under {manifest.name}/{manifest.version}/"
+        )

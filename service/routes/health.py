@@ -1,0 +1,35 @@
+"""/livez, /readyz and /metrics: they never wait for a worker."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from service.routes.house import HouseDep
+from service.schemas import Health
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez")
+async def livez() -> Health:
+    """200 as long as the process answers at all; a full queue or a missing model does not change it."""
+    return Health(status="live")
+
+
+@router.get("/readyz", responses={503: {"model": Health}}, response_model=Health)
+async def readyz(house: HouseDep) -> JSONResponse:
+    """200 when at least one model is loaded, verified and warm, and the service is not about to stop."""
+    ready = house.repository.ready and not house.draining
+    health = Health(
+        status="ready" if ready else "not ready",
+        models=[f"{served.manifest.name}/{served.manifest.version}" for served in house.repository],
+        skipped={name: "failed verification, see the log" for name in house.repository.skipped},
+    )
+    return JSONResponse(health.model_dump(), status_code=200 if ready else 503)
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(house: HouseDep) -> Response:
+    """Prometheus exposition format."""
+    return Response(house.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,116 @@
+"""What every route needs: the app's parts, the addressed model, the body, a worker, a negotiated answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, Request
+from fastapi.responses import Response
+
+from service.errors import LimitExceeded
+from service.metrics import Metrics
+from service.negotiation import negotiate
+from service.pool import WorkerPool
+from service.repository import ModelRepository, Served
+from service.settings import Settings
+
+JSON, NPY, PNG, GIF, WEBP = "application/json", "application/x-npy", "image/png", "image/gif", "image/webp"
+
+
+@dataclass
+class House:
+    """The parts of one app."""
+
+    settings: Settings
+    repository: ModelRepository
+    pool: WorkerPool
+    metrics: Metrics
+    draining: bool = field(default=False)
+
+    def limit(self, name: str, asked: int, setting: str) -> None:
+        """Refuse ``asked`` above the setting of that name.
+
+        Raises:
+            LimitExceeded: with the name, what was asked and what is allowed.
+        """
+        allowed = getattr(self.settings, setting)
+        if asked > allowed:
+            raise LimitExceeded(f"{name} is {asked}: at most {allowed} here (setting {setting})")
+
+    def limit_pixels_out(self, images: int, served: Served) -> None:
+        """Refuse an answer that would hold more numbers than the setting max_pixels_out."""
+        channels, height, width = served.manifest.signature.shape
+        self.limit(f"{images} images of {channels}×{height}×{width}", images * channels * height * width, "max_pixels_out")
+
+
+def get_house(request: Request) -> House:
+    """Dependency: the parts of the app."""
+    house: House = request.app.state.house
+    return house
+
+
+HouseDep = Annotated[House, Depends(get_house)]
+
+
+def latest(request: Request, house: HouseDep, model: str) -> None:
+    """Dependency of /v1/models/{model}/…: the latest version."""
+    request.state.served = house.repository.get(model)
+
+
+def versioned(request: Request, house: HouseDep, model: str, version: str) -> None:
+    """Dependency of /v1/models/{model}/versions/{version}/…"""
+    request.state.served = house.repository.get(model, version)
+
+
+def default(request: Request, house: HouseDep) -> None:
+    """Dependency of /v1/…: the default model."""
+    request.state.served = house.repository.get()
+
+
+@dataclass
+class Call:
+    """One request to a verb of a model, once its headers are read."""
+
+    request: Request
+    house: House
+    served: Served
+    body: bytes = b""
+
+    @property
+    def content_type(self) -> str:
+        """The Content-Type header, "" if absent."""
+        return self.request.headers.get("content-type", "")
+
+    def negotiate(self, offers: Sequence[str]) -> str:
+        """The offered media type that Accept prefers.
+
+        Raises:
+            NotAcceptable: none of them.
+        """
+        return negotiate(self.request.headers.get("accept", ""), offers)
+
+    async def answer(self, media_type: str, work: Callable[[], bytes]) -> Response:
+        """Run ``work`` on a worker thread; its bytes are the answer's body."""
+        content = await self.house.pool.run(work, self._gone)
+        return Response(content, media_type=media_type)
+
+    async def _gone(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+
+async def get_call(request: Request, house: HouseDep) -> Call:
+    """Dependency: the call with its whole body (the middleware caps it)."""
+    chunks = [chunk async for chunk in request.stream()]
+    return Call(request, house, request.state.served, b"".join(chunks))
+
+
+CallDep = Annotated[Call, Depends(get_call)]
+
+
+def dump(content: dict[str, Any]) -> bytes:
+    """JSON with arrays as nested lists; orjson writes NaN and infinities as null."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,205 @@
+"""Request parameters and answers of the HTTP API, as pydantic models: they validate, and they are the documentation.
+
+Parameters may stand in the query or, for JSON bodies, beside the data. Limits that are settings are checked by the
+routes; what is bounded here is bounded for every deployment.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.bundle import Calibration, Likelihood, Preprocessing, Prior, ScoreDefinition, Signature
+
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="of every random number: same seed, same bytes")]
+Strict = Annotated[bool, Field(description="refuse images of another size or mode instead of applying the bundle's rule")]
+Draw = Annotated[bool, Field(description="a draw x ~ p(x|z) instead of the mean E[x|z]")]
+Nats = Annotated[float | None, Field(description="nats")]
+
+
+class Parameters(BaseModel):
+    """Base of all parameters: an unknown name is an error, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class EncodeParameters(Parameters):
+    """Of encode."""
+
+    samples: int = Field(default=0, ge=0, description="posterior samples z ~ q(z|x) for each image")
+    seed: Seed = 0
+    strict: Strict = False
+    array: Literal["loc", "scale", "samples"] = Field(default="loc", description="which array an npy answer holds")
+
+
+class DecodeParameters(Parameters):
+    """Of decode."""
+
+    seed: Seed = 0
+    draw: Draw = False
+
+
+class ReconstructParameters(Parameters):
+    """Of reconstruct."""
+
+    seed: Seed = 0
+    strict: Strict = False
+
+
+class SampleParameters(Parameters):
+    """Of sample."""
+
+    n: int = Field(default=1, ge=1, description="images to sample")
+    temperature: float = Field(default=1.0, ge=0, le=10, description="scale of the latents: 1 is the prior")
+    seed: Seed = 0
+    draw: Draw = False
+
+
+class InterpolateParameters(Parameters):
+    """Of interpolate."""
+
+    steps: int = Field(default=8, ge=2, description="images from the first to the second, both included")
+    mode: Literal["lerp", "slerp"] = "lerp"
+    seed: Seed = 0
+    draw: Draw = False
+    strict: Strict = False
+
+
+class ScoreParameters(Parameters):
+    """Of score. Without any of score, estimator, k and seed: the bundle's calibrated default score."""
+
+    score: str | None = Field(default=None, max_length=64, description="one of the bundle's score definitions")
+    estimator: Literal["elbo", "iwae"] | None = None
+    k: int | None = Field(default=None, ge=1, description="posterior samples an image")
+    seed: Annotated[int | None, Field(ge=0, lt=2**32)] = None
+    false_positive_rate: float | None = Field(
+        default=None, gt=0, lt=1, description="share of inliers that may be called anomalous; default: a setting"
+    )
+    map: bool = Field(default=False, description="also the per-pixel map −E[log p(x|z)], in nats")
+    strict: Strict = False
+
+
+class Answer(BaseModel):
+    """Base of the answers: which model, in which version, computed it."""
+
+    model: dict[str, str] = Field(description="name, version, digest")
+
+
+class Encoded(Answer):
+    """Posterior q(z|x) of N images."""
+
+    loc: list[list[float]] = Field(description="[N, L]")
+    scale: list[list[float]] = Field(description="[N, L]")
+    samples: list[list[list[float]]] | None = Field(default=None, description="[N, samples, L]")
+
+
+class Images(Answer):
+    """Images with pixels in [0, 1]."""
+
+    images: list[list[list[list[float]]]] = Field(description="[N, C, H, W]")
+
+
+class LatentImages(Images):
+    """Images and the latents they were decoded from."""
+
+    latents: list[list[float]] = Field(description="[N, L]")
+
+
+class ScoredImage(BaseModel):
+    """One image. Numbers that are not finite are null."""
+
+    score: Nats = Field(description="higher is more anomalous, nats")
+    elbo: Nats = Field(description="mean of log w over k samples, nats; higher is better")
+    log_likelihood: Nats = Field(description="log-mean-exp of log w over k samples: a lower bound on log p(x), nats")
+    k: int = Field(description="posterior samples")
+    rate: Nats = Field(description="E[log q(z|x) − log p(z)], nats")
+    distortion: Nats = Field(description="−E[log p(x|z)], nats")
+    bits_per_dim: float | None
+    standard_error: Nats = Field(description="Monte-Carlo standard error of elbo, nats; null for k = 1")
+    p_value: float | None = Field(description="conformal: (1 + calibration scores at least as high) / (n + 1)")
+    is_anomaly: bool | None = Field(description="p_value ≤ false_positive_rate")
+    map: list[list[float]] | None = Field(default=None, description="[H, W], nats")
+
+
+class UsedDefinition(BaseModel):
+    """The score that was computed. ``name`` is null when it is none of the bundle's definitions."""
+
+    name: str | None
+    estimator: Literal["elbo", "iwae"]
+    k: int
+    seed: int
+
+
+class UsedCalibration(BaseModel):
+    """What the verdict rests on."""
+
+    n: int = Field(description="held-out inliers")
+    smallest_p_value: float = Field(description="1 / (n + 1)")
+    false_positive_rate: float
+    threshold: float = Field(description="scores from here on are anomalies, nats")
+
+
+class Scored(Answer):
+    """Answer of score. ``verdict`` says why p_value and is_anomaly are null, where they are."""
+
+    definition: UsedDefinition
+    calibration: UsedCalibration | None
+    verdict: str | None
+    results: list[ScoredImage]
+
+
+class ModelSummary(BaseModel):
+    """One line of /v1/models."""
+
+    name: str
+    version: str
+    versions: list[str]
+    default: bool
+    family: str
+    description: str
+    shape: tuple[int, int, int]
+    latent_dim: int
+    digest: str
+
+
+class ModelList(BaseModel):
+    """Answer of /v1/models."""
+
+    default_model: str | None
+    models: list[ModelSummary]
+
+
+class ModelCard(ModelSummary):
+    """Answer of /v1/models/{model}: what it is, what it was trained on, how well it does."""
+
+    signature: Signature
+    preprocessing: Preprocessing
+    prior: Prior
+    likelihood: Likelihood
+    scores: dict[str, ScoreDefinition]
+    default_score: str
+    calibration: Calibration | None
+    metrics: dict[str, dict[str, float]]
+    max_abs_error: dict[str, float]
+    provenance: dict[str, Any]
+
+
+class Health(BaseModel):
+    """Answer of /livez and /readyz."""
+
+    status: Literal["live", "ready", "not ready"]
+    models: list[str] = []
+    skipped: dict[str, str] = Field(default={}, description="bundle -> why it is not served")
+
+
+class Problem(BaseModel):
+    """Every error, as application/problem+json."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error: str = Field(description="the same text as detail")
+    request_id: str
+    errors: list[dict[str, str]] | None = Field(default=None, description="single fields of a failed validation")

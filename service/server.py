@@ -1,0 +1,63 @@
+"""The process around the app: uvicorn with guarded headers, and a drain window on SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.logs import get_logger
+from service.protocol import guarded_protocol
+from service.settings import Settings
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM readiness goes false first and requests are served on for the drain window; then it stops.
+
+    uvicorn alone closes its socket at once, and a load balancer that has not noticed yet loses requests.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._house_app = app
+        self._drain_seconds = drain_seconds
+        self._stop_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain on the first SIGTERM; everything else stops at once."""
+        if sig == signal.SIGTERM and self._stop_at is None:
+            self.drain()
+        else:
+            super().handle_exit(sig, frame)
+
+    def drain(self) -> None:
+        """Say "not ready" from now on, and stop after the drain window."""
+        self._house_app.state.house.draining = True
+        self._stop_at = time.monotonic() + self._drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """True when the server should stop (asked by uvicorn ten times a second)."""
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def build_server(app: FastAPI, settings: Settings) -> DrainingServer:
+    """A server for ``app`` on settings.host:port; ``run()`` it, or ``serve()`` it in a loop of yours."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=guarded_protocol(settings),
+        ws="none",
+        log_config=None,  # service.logs has configured the root logger
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(settings.request_timeout) + 1,
+    )
+    get_logger().info("starting", host=settings.host, port=settings.port, device=settings.device)
+    return DrainingServer(config, app, settings.drain_seconds)

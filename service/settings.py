@@ -1,0 +1,84 @@
+"""Settings: the only reader of the environment. ``vaeserve serve`` derives its flags from the same fields."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import ConfigurationError
+
+PREFIX = "VAESERVE_"
+
+
+class Settings(BaseSettings):
+    """Serve bundles over HTTP. Each flag can also be given as the environment variable VAESERVE_<FLAG>."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        extra="forbid",
+        frozen=True,
+        cli_prog_name="vaeserve serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+    repository: Path = Field(default=Path("exported"), description="folder of bundles, NAME/VERSION/ each")
+    default_model: str = Field(
+        default="", description="model that /v1/encode, /v1/score … address; empty: the only one, if one is served"
+    )
+    skip_broken: bool = Field(default=False, description="log bundles that fail verification instead of not starting")
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; cuda never falls back")
+    threads: int = Field(default=0, ge=0, le=1024, description="onnxruntime threads; 0: as many as the cgroup allows")
+    workers: int = Field(default=2, ge=1, le=64, description="requests computed at once")
+    queue: int = Field(default=64, ge=0, le=100_000, description="requests that may wait for a worker; more get 429")
+
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="bytes of a request body")
+    max_buffered_bytes: int = Field(default=512 * 2**20, ge=1024, description="bytes of all bodies held; more get 429")
+    max_image_bytes: int = Field(default=16 * 2**20, ge=64, description="bytes of one encoded image")
+    max_image_pixels: int = Field(default=16_777_216, ge=1, description="width × height of one encoded image")
+    max_batch: int = Field(default=1024, ge=1, description="images or latents in one request")
+    max_n: int = Field(default=256, ge=1, description="n of sample")
+    max_steps: int = Field(default=256, ge=2, description="steps of interpolate")
+    max_samples: int = Field(default=256, ge=0, description="posterior samples an image of encode")
+    max_k: int = Field(default=5000, ge=1, description="k of score")
+    max_evaluations: int = Field(default=100_000, ge=1, description="images × k of one score request")
+    max_pixels_out: int = Field(default=33_554_432, ge=1, description="numbers in one answer's images or maps")
+    false_positive_rate: float = Field(default=0.05, gt=0, lt=1, description="rate of score when none is asked")
+
+    max_headers: int = Field(default=100, ge=10, description="header lines of a request; more get 431")
+    max_header_bytes: int = Field(default=32 * 2**10, ge=1024, description="bytes of a request's line and headers")
+    header_timeout: float = Field(default=10.0, gt=0, description="seconds in which the headers must arrive")
+    receive_timeout: float = Field(default=30.0, gt=0, description="seconds in which the body must arrive")
+    request_timeout: float = Field(default=60.0, gt=0, description="seconds from a complete body to its answer")
+    drain_seconds: float = Field(
+        default=3.0, ge=0, description="seconds served on after SIGTERM, while /readyz already says 503"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
+    log_format: Literal["json", "console"] = Field(default="json", description="shape of a log line")
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Refuse variables with our prefix that are no setting: a typo must not be a silent default.
+
+    Raises:
+        ConfigurationError: names each unknown variable and the nearest known one.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    if unknown:
+        raise ConfigurationError("; ".join(_unknown(name, known) for name in unknown))
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
+    return f"unknown setting {name} in the environment: did you mean {nearest[0]}?"

@@ -1,0 +1,63 @@
+"""A real uvicorn on a free port, in a thread of the test process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from service.app import create_app, load_repository
+from service.server import build_server
+from service.settings import Settings
+
+PROBLEM_KEYS = {"type", "title", "status", "detail", "error", "request_id"}
+
+
+@contextmanager
+def serving(repository: Path, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of a server that serves ``repository``; other settings by keyword."""
+    chosen = Settings(repository=repository, port=0, **settings)
+    server = build_server(create_app(chosen, load_repository(chosen)), chosen)
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def send_raw(client: httpx.Client, data: bytes, timeout: float = 10) -> tuple[int, bytes, bytes]:
+    """Send bytes on a socket of their own; (status, headers, body) of what comes back until the server closes it."""
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout) as connection:
+        connection.sendall(data)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    return int(head.split(b" ", 2)[1]), head, body
+
+
+def assert_problem(response: httpx.Response, status: int | None = None) -> dict[str, Any]:
+    """The response is a 4xx (or ``status``) in the one error shape, with nothing of the inside in its text."""
+    if status is None:
+        assert 400 <= response.status_code < 500, (response.status_code, response.text[:300])
+    else:
+        assert response.status_code == status, (response.status_code, response.text[:300])
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert body.keys() >= PROBLEM_KEYS
+    assert body["error"] == body["detail"] != ""
+    assert body["status"] == response.status_code
+    assert body["request_id"] == response.headers["x-request-id"]
+    for secret in ("Traceback", 'File "', "/site-packages", "/service/", "onnxruntime"):
+        assert secret not in response.text
+    return body

@@ -1,0 +1,59 @@
+"""Settings: flags before environment before defaults; a typo is an error."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.cli import read_settings
+from service.errors import ConfigurationError
+from service.settings import Settings, check_environment
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"VAESERVE_{name.upper()}", raising=False)
+
+
+def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch):
+    monkeypatch.setenv("VAESERVE_MAX_K", "7")
+    monkeypatch.setenv("VAESERVE_PORT", "1234")
+    settings = read_settings(["--port", "4321", "--skip-broken"])
+    assert (settings.port, settings.max_k, settings.skip_broken) == (4321, 7, True)
+    assert settings.queue == Settings.model_fields["queue"].default
+
+
+def test_an_unknown_variable_is_an_error_that_suggests_the_nearest():
+    with pytest.raises(ConfigurationError, match="VAESERVE_MAX_BACH.*did you mean VAESERVE_MAX_BATCH"):
+        check_environment({"VAESERVE_MAX_BACH": "3", "HOME": "/"})
+
+
+def test_every_setting_is_a_known_variable():
+    check_environment({f"VAESERVE_{name.upper()}": "1" for name in Settings.model_fields})
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [(["--port", "70000"], "port"), (["--max-k", "0"], "max_k"), (["--header-timeout", "-1"], "header_timeout")],
+)
+def test_a_value_out_of_range_names_its_setting(flags, text):
+    with pytest.raises(ConfigurationError, match=f"setting {text}"):
+        read_settings(flags)
+
+
+def test_an_unknown_flag_ends_the_process(capsys):
+    with pytest.raises(SystemExit) as ended:
+        read_settings(["--prot", "3"])
+    assert ended.value.code == 2
+    assert "--prot" in capsys.readouterr().err
+
+
+def test_help_shows_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        read_settings(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description
+    assert "(default: 8000)" in text
