@@ -17,15 +17,35 @@ pixels). log_q, log_p_x and log_p_z are float64 and in nats; everything else is 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-FORMAT_VERSION = 1
+from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
+
+FORMAT_VERSION: Final = 1
+MANIFEST = "manifest.json"
+REFERENCE = "reference.npz"
+CALIBRATION = "calibration.npz"
+MAX_MANIFEST_BYTES = 8 * 2**20
+MAX_ARRAYS_BYTES = 2**30  # of one .npz, unpacked: a bound on what a hostile archive can make us allocate
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?$")]
 Graph = Literal["encoder", "decoder", "density", "observation"]
 
 
@@ -125,8 +145,12 @@ class Tolerance(Strict):
 
 
 class Reference(Strict):
-    """reference.npz: fixed inputs (``x``, ``noise``, ``dither``) and outputs named ``graph.output``.
+    """reference.npz: fixed inputs and the outputs that the trainer saw, named ``graph.output``.
 
+    Inputs: ``x`` [N,C,H,W], ``noise`` [N,K,E], ``dither`` [N,C,H,W] (if signature.dither), ``observation_noise``
+    [N·K,C,H,W] (optional). Outputs have their graph's shapes with M = N·K: the decoder's input is ``encoder.z``, the
+    density's ``encoder.target``, ``encoder.z`` and the decoder's parameters, the observation's those parameters and
+    ``observation_noise``, so each graph is judged by itself. Every output of encoder, decoder and density is there.
     Keys of ``tolerances`` are those output names; ``max_abs_error`` is what was measured at export.
     """
 
@@ -166,24 +190,286 @@ class Manifest(Strict):
     signature: Signature
     prior: Prior = Prior()
     likelihood: Likelihood
-    graphs: dict[Graph, str] = Field(description="role -> file name")
+    graphs: dict[Graph, FileName] = Field(description="role -> file name")
     scores: dict[Name, ScoreDefinition]
     default_score: Name
     calibration: Calibration | None = None
     reference: Reference
-    files: dict[str, FileRecord] = Field(description="every file of the bundle but manifest.json")
+    files: dict[FileName, FileRecord] = Field(description="every file of the bundle but manifest.json")
     provenance: Provenance = Provenance()
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         if self.signature.shape != self.preprocessing.shape:
-            raise ValueError(f"signature.shape {self.signature.shape} is not preprocessing's {self.preprocessing.shape}")
+            raise ValueError(
+                f"signature.shape {self.signature.shape} is not preprocessing's {self.preprocessing.shape}"
+            )
         if self.default_score not in self.scores:
             raise ValueError(f"default_score {self.default_score!r} is not among scores {sorted(self.scores)}")
         missing = {"encoder", "decoder", "density"} - set(self.graphs)
         if missing:
             raise ValueError(f"graphs lacks {sorted(missing)}")
-        unlisted = set(self.graphs.values()) - set(self.files)
+        needed = {*self.graphs.values(), REFERENCE, *([CALIBRATION] if self.calibration else [])}
+        unlisted = needed - set(self.files)
         if unlisted:
-            raise ValueError(f"graphs names files that are not in files: {sorted(unlisted)}")
+            raise ValueError(f"files lacks {sorted(unlisted)}")
+        if MANIFEST in self.files:
+            raise ValueError(f"files lists {MANIFEST}, which cannot hold its own hash")
         return self
+
+
+class TensorSpec(NamedTuple):
+    """One input or output of a graph: ``shape`` holds sizes and the symbols N, K and M."""
+
+    name: str
+    dtype: Literal["float32", "float64"]
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(NamedTuple):
+    """The inputs and outputs that the contract wants of one graph."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
+    """Inputs and outputs of the graph ``role``, as this module's docstring draws them, for the manifest's sizes."""
+    image, latent = manifest.signature.shape, manifest.signature.latent_dim
+    names = manifest.likelihood.parameters
+
+    def floats(name: str, *shape: int | str) -> TensorSpec:
+        return TensorSpec(name, "float32", shape)
+
+    def nats(name: str) -> TensorSpec:
+        return TensorSpec(name, "float64", ("N", "K"))
+
+    if role == "encoder":
+        dither = (floats("dither", "N", *image),) if manifest.signature.dither else ()
+        return GraphSpec(
+            (floats("x", "N", *image), floats("noise", "N", "K", manifest.signature.noise_dim), *dither),
+            (
+                floats("target", "N", *image),
+                floats("loc", "N", latent),
+                floats("scale", "N", latent),
+                floats("z", "N", "K", latent),
+                nats("log_q"),
+            ),
+        )
+    if role == "decoder":
+        outputs = tuple(floats(name, "M", *image) for name in ("mean", *names))
+        return GraphSpec((floats("z", "M", latent),), outputs)
+    if role == "density":
+        inputs = (floats("target", "N", *image), floats("z", "N", "K", latent))
+        parameters = tuple(floats(name, "N", "K", *image) for name in names)
+        return GraphSpec(
+            (*inputs, *parameters), (nats("log_p_x"), floats("log_p_x_map", "N", "K", *image), nats("log_p_z"))
+        )
+    parameters = tuple(floats(name, "M", *image) for name in names)
+    return GraphSpec((*parameters, floats("noise", "M", *image)), (floats("sample", "M", *image),))
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files were found to be what its manifest says. Made by ``open_bundle``.
+
+    ``digest`` is the sha256 of manifest.json in hex: it names the content of the whole bundle, since the manifest
+    holds every other file's hash.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    def read(self, filename: str) -> bytes:
+        """Bytes of one listed file, hashed again on each read. Raises BundleIntegrityError."""
+        if filename not in self.manifest.files:
+            raise BundleIntegrityError(f"{filename} is not in the manifest's files {sorted(self.manifest.files)}")
+        return _read_checked(self.path, filename, self.manifest.files[filename])
+
+    def graph(self, role: Graph) -> bytes:
+        """The ONNX model of that role. Raises BundleIntegrityError."""
+        return self.read(self.manifest.graphs[role])
+
+    def arrays(self, filename: str) -> dict[str, np.ndarray]:
+        """Arrays of one .npz file, never unpickled. Raises BundleIntegrityError, BundleFormatError."""
+        data = self.read(filename)
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > MAX_ARRAYS_BYTES:
+                raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
+
+
+def open_bundle(path: Path | str) -> Bundle:
+    """The bundle in that folder, after its manifest and every file's size and sha256 were checked.
+
+    Raises BundleNotFound (no folder, or no manifest.json in it), BundleFormatError (manifest unreadable, of another
+    format_version, or against the schema) and BundleIntegrityError (a file missing, extra, a link, or changed).
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleNotFound(f"{folder} is not a folder; a bundle is a folder NAME/VERSION with a {MANIFEST}")
+    if not (folder / MANIFEST).exists():
+        raise BundleNotFound(f"{folder} holds no {MANIFEST}")
+    found = set(_walk(folder))
+    data = _read_regular(folder, MANIFEST, MAX_MANIFEST_BYTES)
+    manifest = parse_manifest(data)
+    extra = sorted(found - set(manifest.files) - {MANIFEST})
+    if extra:
+        raise BundleIntegrityError(f"files that the manifest does not list: {extra[:10]}; remove them")
+    for name, record in manifest.files.items():
+        _read_checked(folder, name, record)
+    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest())
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Manifest from the bytes of manifest.json, strictly: no duplicate or unknown keys, no NaN, no conversions.
+
+    Raises BundleFormatError.
+    """
+    try:
+        document = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as error:
+        raise BundleFormatError(f"{MANIFEST} is not valid JSON: {error}") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise BundleFormatError(
+            f"format_version is {version!r}, this vaeserve reads {FORMAT_VERSION}: "
+            "export the bundle again, or install the vaeserve that wrote it"
+        )
+    try:
+        return Manifest.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise BundleFormatError(f"{MANIFEST} violates the schema: {_describe(error)}") from error
+
+
+def write_bundle(
+    root: Path | str,
+    manifest: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    verify: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write root/NAME/VERSION whole or not at all, and return it.
+
+    ``manifest``: manifest.json's content without ``files``, which is computed here from ``files`` (name -> bytes).
+    Everything goes to a hidden folder beside the target first; ``verify`` gets that folder and raises to refuse it;
+    the folder is renamed only then. Raises BundleError when the version exists, BundleFormatError when the manifest
+    violates the schema, and whatever ``verify`` raises.
+    """
+    records = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    content = parse_manifest(_to_json({"format_version": FORMAT_VERSION, **manifest, "files": records}))
+    target = Path(root) / content.name / content.version
+    _refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{content.version}.", dir=target.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp's 0700 would hide the bundle from the server's user
+        for name, data in files.items():
+            _write_synced(folder / name, data)
+        _write_synced(folder / MANIFEST, _to_json(content.model_dump(mode="json")))
+        open_bundle(folder)
+        if verify is not None:
+            verify(folder)
+        _refuse_existing(target)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return target
+
+
+def next_version(root: Path | str, name: str) -> str:
+    """The smallest version above every existing one of root/name: "1" when there is none."""
+    folder = Path(root) / name
+    versions = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
+    return str(max(versions, default=0) + 1)
+
+
+def schema_text() -> str:
+    """JSON Schema of manifest.json: the content of exported/manifest.schema.json."""
+    return json.dumps(Manifest.model_json_schema(), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Relative names of all files below ``folder``; links and special files are refused."""
+    for parent, folders, names in os.walk(folder, followlinks=False):
+        for name in [*folders, *names]:
+            entry = Path(parent, name)
+            mode = entry.lstat().st_mode
+            relative = entry.relative_to(folder).as_posix()
+            if stat.S_ISREG(mode):
+                yield relative
+            elif not stat.S_ISDIR(mode):
+                raise BundleIntegrityError(f"{relative} is a link or a special file; a bundle holds plain files only")
+
+
+def _read_checked(folder: Path, name: str, record: FileRecord) -> bytes:
+    data = _read_regular(folder, name, record.bytes)
+    if len(data) != record.bytes:
+        raise BundleIntegrityError(f"{name} has {len(data)} bytes, the manifest says {record.bytes}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != record.sha256:
+        raise BundleIntegrityError(f"{name} has sha256 {digest}, the manifest says {record.sha256}")
+    return data
+
+
+def _read_regular(folder: Path, name: str, limit: int) -> bytes:
+    """Bytes of a plain file of at most ``limit`` bytes; links are not followed, inside the folder."""
+    path = folder / name
+    if any((folder / parent).is_symlink() for parent in [name, *map(str, Path(name).parents)] if parent != "."):
+        raise BundleIntegrityError(f"{name} is a link or lies behind one; a bundle holds plain files only")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise BundleIntegrityError(f"{name} has {size} bytes, at most {limit} are expected")
+            return file.read(limit + 1)
+    except OSError as error:
+        raise BundleIntegrityError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise BundleError(f"{target} exists; versions are never overwritten, take the next one")
+
+
+def _to_json(document: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise BundleFormatError(f"the manifest cannot be written as JSON: {error}") from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate keys {sorted({key for key in keys if keys.count(key) > 1})[:5]}")
+    return result
+
+
+def _no_constants(token: str) -> float:
+    raise ValueError(f"{token} is not a JSON number")
+
+
+def _describe(error: ValidationError) -> str:
+    """The first faults of a ValidationError, without the values that a hostile manifest holds."""
+    faults = [f"{'.'.join(map(str, fault['loc'])) or 'manifest'}: {fault['msg']}" for fault in error.errors()]
+    return "; ".join(faults[:5])
+
+
+if __name__ == "__main__":  # python -m service.bundle > exported/manifest.schema.json
+    print(schema_text(), end="")

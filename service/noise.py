@@ -1,0 +1,50 @@
+"""Random numbers by seed, from ``numpy.random.RandomState``: NumPy guarantees that its streams never change.
+
+Standard normal noise is RandomState(seed)'s own stream; the others are streams of their own, RandomState([seed, i]).
+Numbers are float32. Arrays that many calls share are read-only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+DITHER, OBSERVATION = 1, 2  # the second word of a derived stream's seed
+RESOLUTION = 2**23
+
+
+@lru_cache(maxsize=64)
+def posterior_noise(seed: int, k: int, noise_dim: int) -> np.ndarray:
+    """Standard normal [k, noise_dim], shared by all images; the first rows of a larger k are those of a smaller."""
+    return _frozen(np.random.RandomState(seed).standard_normal((k, noise_dim)).astype(np.float32))
+
+
+@lru_cache(maxsize=64)
+def dither(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """Uniform numbers in (0, 1), [C,H,W], shared by all images."""
+    return _frozen(_uniform(np.random.RandomState([seed, DITHER]), shape))
+
+
+@lru_cache(maxsize=64)
+def observation_noise(seed: int, shape: tuple[int, int, int], distribution: str) -> np.ndarray:
+    """Noise of one draw x ~ p(x|z), [C,H,W]: ``distribution`` is "uniform" in (0, 1) or "standard_normal"."""
+    random = np.random.RandomState([seed, OBSERVATION])
+    if distribution == "uniform":
+        return _frozen(_uniform(random, shape))
+    return _frozen(random.standard_normal(shape).astype(np.float32))
+
+
+def prior_noise(seed: int, n: int, latent_dim: int) -> np.ndarray:
+    """Standard normal [n, latent_dim]; the first rows of a larger n are those of a smaller."""
+    return np.random.RandomState(seed).standard_normal((n, latent_dim)).astype(np.float32)
+
+
+def _uniform(random: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:
+    """Midpoints (i + ½)/2²³: exact in float32, and neither 0 nor 1, where a logit would be infinite."""
+    return ((random.randint(RESOLUTION, size=shape) + 0.5) / RESOLUTION).astype(np.float32)
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array

@@ -1,0 +1,133 @@
+"""ONNX Runtime sessions: which provider, how many threads, and no silent fallback from one device to another."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import onnxruntime as ort
+
+from service.errors import BundleGraphError, DeviceUnavailable
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+DEVICES = ("cpu", "cuda", "auto")
+
+# TF32 keeps 10 bits of mantissa, too few for parity with the trainer. The convolution algorithm is not chosen by
+# timing, which would let a score differ from one start of the server to the next.
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+
+# A serialised ONNX model y = Identity(x): a provider that is compiled in may still fail to start without its driver.
+IDENTITY = bytes.fromhex(
+    "080812003a370a100a017812017922084964656e746974791201675a0f0a017812"
+    "0a0a08080112040a020801620f0a0179120a0a08080112040a02080142040a001011"
+)
+
+
+class Runtime:
+    """Makes sessions for one device.
+
+    Arguments: ``device`` is "cpu", "cuda", or "auto" (cuda where its provider loads, else cpu); ``threads`` the size of
+    each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen.
+
+    Raises DeviceUnavailable when cuda is asked for and this installation has no such provider.
+
+    >>> Runtime("cpu", threads=2).provider
+    'CPUExecutionProvider'
+    """
+
+    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+        if device not in DEVICES:
+            raise DeviceUnavailable(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+        if threads is not None and threads < 1:
+            raise DeviceUnavailable(f"threads is {threads}, expected at least 1")
+        ort.disable_telemetry_events()
+        self.threads = threads if threads is not None else available_cpus()
+        self.provider = CPU if device == "cpu" else CUDA
+        if self.provider == CUDA:
+            self._start_cuda(required=device == "cuda")
+
+    def session(self, model: bytes) -> ort.InferenceSession:
+        """A session of that serialised ONNX model, on this runtime's provider.
+
+        Raises BundleGraphError when ONNX Runtime refuses the model, DeviceUnavailable when the provider fails to start.
+        """
+        providers = [(CUDA, CUDA_OPTIONS), CPU] if self.provider == CUDA else [CPU]
+        try:
+            session = ort.InferenceSession(model, self._options(), providers=providers)
+        except Exception as error:
+            # ONNX Runtime's exceptions have no common base of their own but Exception.
+            raise BundleGraphError(f"ONNX Runtime refuses the graph: {_first_line(error)}") from error
+        active = session.get_providers()[0]
+        if active != self.provider:
+            raise DeviceUnavailable(
+                f"{self.provider} was asked for, but ONNX Runtime fell back to {active}: {_gpu_instruction()}"
+            )
+        session.disable_fallback()
+        return session
+
+    def _start_cuda(self, required: bool) -> None:
+        """Run a session on CUDA once; where it fails, raise if ``required`` or settle on the CPU."""
+        try:
+            if CUDA not in ort.get_available_providers():
+                raise DeviceUnavailable(f"{CUDA} is not in this installation of ONNX Runtime: {_gpu_instruction()}")
+            ort.preload_dlls()  # finds the CUDA and cuDNN wheels that the gpu extra brings
+            self.session(IDENTITY)
+        except DeviceUnavailable:
+            if required:
+                raise
+            self.provider = CPU
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # A spinning pool burns the quota of a container between requests and slows its neighbours.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        # The arena stays on: it grows to the largest batch seen, and service.rows bounds that batch.
+        options.enable_cpu_mem_arena = True
+        return options
+
+
+def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs this process may use: the smaller of its affinity and its cgroup's quota (v2 or v1), at least 1.
+
+    ONNX Runtime and os.cpu_count() see the host's cores, and a pool of that size is throttled inside a container.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_quota(cgroup)
+    return max(1, affinity if quota is None else min(affinity, math.floor(quota)))
+
+
+def cgroup_quota(cgroup: Path) -> float | None:
+    """CPUs granted by the cgroup mounted there, or None without a limit. v2: cpu.max; v1: cpu/cpu.cfs_*_us."""
+    modern = _read_words(cgroup / "cpu.max")
+    if len(modern) == 2:
+        return None if modern[0] == "max" else int(modern[0]) / int(modern[1])
+    quota, period = _read_words(cgroup / "cpu/cpu.cfs_quota_us"), _read_words(cgroup / "cpu/cpu.cfs_period_us")
+    if quota and period and int(quota[0]) > 0:
+        return int(quota[0]) / int(period[0])
+    return None
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _gpu_instruction() -> str:
+    providers = ", ".join(ort.get_available_providers())
+    return (
+        "install the gpu extra in place of the cpu one (pip uninstall onnxruntime, then pip install 'vaeserve[gpu]') "
+        f"and check the NVIDIA driver, or ask for device cpu. Providers here: {providers}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:300] if lines else type(error).__name__
