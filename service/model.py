@@ -78,7 +78,7 @@ class Model:
         signature = self.manifest.signature
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
         self._parameters = self.manifest.likelihood.parameters
-        self._encoder_session = sessions["encoder"]
+        self._sessions = sessions
         self._encoders: dict[int, RowRunner] = {}
         self._lock = threading.Lock()
         self._decoder = RowRunner(sessions["decoder"], {"z": (self._latent_dim,)})
@@ -159,7 +159,7 @@ class Model:
         return self._observation.run(feeds | {"noise": np.stack(draws)})["sample"]
 
     def reconstruct(self, x: np.ndarray, seed: int = 0) -> np.ndarray:
-        """E[x|z] at z = loc of q(z|x), float32 [N,C,H,W]; the seed is that of the dither, if any. Raises InvalidInput."""
+        """E[x|z] at z = loc of q(z|x), float32 [N,C,H,W]; the seed is that of a dither. Raises InvalidInput."""
         return self.decode(self.encode(x, seed=seed).loc)
 
     def sample_latents(self, n: int, seed: int = 0, temperature: float = 1.0) -> np.ndarray:
@@ -210,6 +210,12 @@ class Model:
             map=(weights.distortion_map / definition.k).astype(np.float32) if maps else None,
         )
 
+    def run_graph(self, role: Graph, feeds: Arrays) -> Arrays:
+        """One graph's outputs for all rows of ``feeds`` in a single run: for verification."""
+        session = self._sessions[role]
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
     def _weights(self, x: np.ndarray, definition: ScoreDefinition) -> Weights:
         """log p(x|z), log p(z) and log q(z|x) of a few images at the definition's k samples."""
         distortion_map = np.zeros((len(x), *self._shape[1:]))
@@ -253,7 +259,7 @@ class Model:
                 shapes: dict[str, tuple[int, ...]] = {"x": self._shape, "noise": (chunk, self._noise_dim)}
                 if self.manifest.signature.dither:
                     shapes["dither"] = self._shape
-                self._encoders[chunk] = RowRunner(self._encoder_session, shapes, frozenset({"x", "dither"}))
+                self._encoders[chunk] = RowRunner(self._sessions["encoder"], shapes, frozenset({"x", "dither"}))
             return self._encoders[chunk]
 
     def _images(self, x: np.ndarray) -> np.ndarray:
