@@ -54,8 +54,8 @@ def open_array(path: Path, config: DataConfig) -> Source:
     """A .npy or .npz file of N×H×W, N×C×H×W or N×H×W×C pixels, where C is 1 or 3.
 
     Of an .npz file ``config.images`` and ``config.labels`` name the arrays; unnamed, images are the array called
-    images, x, data or arr_0, or else the only one, and labels the one called labels, y or targets, if any. An .npz file is read whole, an .npy file is mapped. No pickles. Raises DataNotFound,
-    DataFormatError.
+    images, x, data or arr_0, or else the only one, and labels the one called labels, y or targets, if any.
+    An .npz file is read whole, an .npy file is mapped. No pickles. Raises DataNotFound, DataFormatError.
     """
     raw, labels = _open_npz(path, config) if path.suffix.lower() == ".npz" else (_open_npy(path, config), None)
     array = _channels_first(raw, path)

@@ -47,7 +47,7 @@ class Streamed:
 class Dataset:
     """Images of one shape, and disjoint splits of them.
 
-    ``splits`` maps train, validation, calibration and test to sorted int64 indices into the pool of N images;
+    ``splits`` maps train, validation, calibration and test to int64 indices into the pool of N images, in seeded order;
     ``labels`` int64 [N] are aligned with the pool; ``skipped`` names each image that could not be used, with the
     reason; ``fingerprint`` (SHA-256, hex) changes when any pixel, label or split does.
     """

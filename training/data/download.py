@@ -1,4 +1,4 @@
-"""Archives from public mirrors: resumed where they broke off, checked against size and SHA-256, put in place at once."""
+"""Archives from public mirrors: resumed where they broke off, checked by size and SHA-256, put in place at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from rich.progress import (
 
 from training.errors import DownloadError
 
-CHUNK = 2**16
 TIMEOUT = httpx.Timeout(30.0)  # seconds without a byte, not for the whole archive
 
 
@@ -36,7 +35,7 @@ class Archive:
     sha256: str
 
 
-class _Failed(Exception):
+class _AttemptError(Exception):
     """One attempt at one mirror; the text says why."""
 
 
@@ -73,7 +72,7 @@ def _fetch(archive: Archive, mirrors: Sequence[str], folder: Path, progress: Pro
         url = f"{mirror.rstrip('/')}/{archive.name}"
         try:
             _attempt(archive, url, part, progress, task)
-        except _Failed as error:
+        except _AttemptError as error:
             tried.append(f"  {url}: {error}")
         else:
             part.replace(folder / archive.name)
@@ -94,7 +93,7 @@ def _attempt(archive: Archive, url: str, part: Path, progress: Progress, task: T
         return
     part.unlink()
     if not continued:
-        raise _Failed(f"wrong checksum: sha256 {found}, expected {archive.sha256}")
+        raise _AttemptError(f"wrong checksum: sha256 {found}, expected {archive.sha256}")
     _attempt(archive, url, part, progress, task)
 
 
@@ -110,7 +109,7 @@ def _complete(archive: Archive, url: str, part: Path, progress: Progress, task: 
             progress.update(task, completed=offset)
             _write(archive, response, part, offset, progress, task)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise _Failed(f"{type(error).__name__}: {error}") from error
+        raise _AttemptError(f"{type(error).__name__}: {error}") from error
     return offset > 0
 
 
@@ -120,30 +119,29 @@ def _start(archive: Archive, response: httpx.Response, offset: int) -> int:
         match = re.fullmatch(rf"bytes {offset}-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if offset and match and match[1] in ("*", str(archive.bytes)):
             return offset
-        raise _Failed(f"answered with another range, {response.headers.get('Content-Range')!r}")
+        raise _AttemptError(f"answered with another range, {response.headers.get('Content-Range')!r}")
     if response.status_code != httpx.codes.OK:
-        raise _Failed(f"HTTP status {response.status_code}")
+        raise _AttemptError(f"HTTP status {response.status_code}")
     length = response.headers.get("Content-Length", str(archive.bytes))
     if length != str(archive.bytes):
-        raise _Failed(f"offers {length} bytes, expected {archive.bytes}")
+        raise _AttemptError(f"offers {length} bytes, expected {archive.bytes}")
     return 0
 
 
 def _write(
     archive: Archive, response: httpx.Response, part: Path, offset: int, progress: Progress, task: TaskID
 ) -> None:
-    """Append the body to the first ``offset`` bytes of ``part``; what came before a break stays for the next attempt."""
+    """Append the body to the first ``offset`` bytes of ``part``; what came before a break stays for a next attempt."""
     written = offset
     with part.open("r+b" if offset else "wb") as file:
         file.seek(offset)
-        for chunk in response.iter_raw(CHUNK):
-            file.write(chunk[: archive.bytes - written])
-            written += len(chunk)
+        for chunk in response.iter_raw():  # no chunk size: that would hold back, and lose, the bytes before a break
+            written += file.write(chunk[: archive.bytes - written])
             progress.update(task, completed=written)
-            if written > archive.bytes:
-                raise _Failed(f"sends more than the expected {archive.bytes} bytes")
+            if written == archive.bytes:
+                break  # more than expected is not read; the checksum judges
     if written < archive.bytes:
-        raise _Failed(f"broke off after {written} of {archive.bytes} bytes")
+        raise _AttemptError(f"broke off after {written} of {archive.bytes} bytes")
 
 
 def _progress() -> Progress:

@@ -145,10 +145,10 @@ def _is_grey(path: Path, colour: Preprocessing) -> bool:
 
 
 def _labels(paths: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Numbers and sorted names of the uppermost subfolders, or (None, None) if they are no classes."""
+    """Numbers (-1: in no subfolder) and sorted names of the uppermost subfolders; None if there are fewer than two."""
     tops = [path.partition("/")[0] if "/" in path else None for path in paths]
     names = sorted({top for top in tops if top is not None})
-    if len(names) < 2 or None in tops:
+    if len(names) < 2:
         return None, None
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([numbers[top] for top in tops if top is not None], dtype=np.int64), names
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    return np.array([numbers.get(top, -1) for top in tops], dtype=np.int64), names

@@ -74,8 +74,8 @@ def _header(stream: BinaryIO | gzip.GzipFile, ndim: int) -> tuple[int, ...]:
     expected = bytes([0, 0, UNSIGNED_BYTE, ndim])
     if magic != expected:
         raise DataFormatError(
-            f"begins with {magic.hex(' ') or 'nothing'}; an IDX file of unsigned bytes in {ndim} dimensions begins with "
-            f"{expected.hex(' ')}"
+            f"begins with {magic.hex(' ') or 'nothing'}; an IDX file of unsigned bytes in {ndim} dimensions begins "
+            f"with {expected.hex(' ')}"
         )
     sizes = stream.read(4 * ndim)
     if len(sizes) != 4 * ndim:

@@ -44,4 +44,6 @@ def _open(config: DataConfig) -> Source:
         raise DataFormatError(f"{path}: a folder of images, an .npy or an .npz file was expected")
     near = difflib.get_close_matches(config.source, NAMED, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise DataNotFound(f"{config.source}: no such file or folder, and no data set ({', '.join(NAMED)}) has that name{hint}")
+    raise DataNotFound(
+        f"{config.source}: no such file or folder, and no data set ({', '.join(NAMED)}) has that name{hint}"
+    )

@@ -25,8 +25,8 @@ NAMED = 10  # bad images that a message names
 class Source:
     """``count`` images that have been found but not read, and what is known of them.
 
-    ``labels`` int64 [count] and ``is_test`` bool [count] are aligned with the images; ``workers`` is the number of
-    threads that reading profits from; ``details`` go into the provenance.
+    ``labels`` int64 [count] (-1: none) and ``is_test`` bool [count] are aligned with the images; ``workers`` is the
+    number of threads that reading profits from; ``details`` go into the provenance.
     """
 
     name: str
@@ -65,14 +65,14 @@ def load_source(source: Source, config: DataConfig) -> Dataset:
     digests = np.frombuffer(b"".join(scan.digests), dtype=np.uint8).reshape(len(kept), -1)
     groups = number_groups(digests)
     splits = _split(source, kept, groups, config)
-    labels = None if source.labels is None else source.labels[kept].astype(np.int64)
+    labels = _labels(source, kept)
     store = Streamed(source.pixels, kept, digests, source.workers) if scan.pixels is None else scan.pixels
     return Dataset(
         name=source.name,
         preprocessing=source.preprocessing,
         splits=splits,
         labels=labels,
-        label_names=source.label_names,
+        label_names=None if labels is None else source.label_names,
         fingerprint=fingerprint(source.preprocessing.shape, source.dtype, digests, labels, splits),
         skipped=scan.skipped,
         dtype=source.dtype,
@@ -141,6 +141,13 @@ def _split(source: Source, kept: np.ndarray, groups: np.ndarray, config: DataCon
         skipped = source.count - len(kept) if config.limit is None else 0
         beside = f" ({skipped} others cannot be used)" if skipped else ""
         raise SplitError(f"{source.name}: {error}{beside}") from error
+
+
+def _labels(source: Source, kept: np.ndarray) -> np.ndarray | None:
+    """Labels of the pool, or None where not every image of it has one."""
+    if source.labels is None or (source.labels[kept] < 0).any():
+        return None
+    return source.labels[kept].astype(np.int64)
 
 
 def _listed(skipped: list[tuple[str, str]]) -> str:

@@ -12,15 +12,14 @@ import numpy as np
 
 from training.errors import SplitError
 
-SPLITS = ("train", "validation", "calibration", "test")
-
 
 def split(groups: np.ndarray, fractions: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
     """Split images 0 … N-1 into ``fractions`` and ``train``, which takes the rest.
 
     ``groups`` int64 [N] numbers equal images alike, so that no image stands in two splits: groups are visited in
-    seeded order and each goes whole to the first split that still has room for it. A split of fraction f holds
-    ⌊f·N + ½⌋ images. Returns sorted int64 indices by split. Raises SplitError where a split would be empty.
+    seeded order and each goes whole to the first split that still has room for it. A split of fraction f has room for
+    ⌊f·N + ½⌋ images. Returns int64 indices by split, in seeded order: the first n of a split are a random sample of it.
+    Raises SplitError where a split would be empty.
     """
     total = len(groups)
     wanted = {name: math.floor(fraction * total + 0.5) for name, fraction in fractions.items()}
@@ -34,19 +33,23 @@ def split(groups: np.ndarray, fractions: Mapping[str, float], seed: int) -> dict
         if name != "train":
             room[name] -= size
         chosen[name].append(members[group])
-    result = {name: np.sort(np.concatenate(parts)) for name, parts in chosen.items() if parts}
+    result = {name: np.concatenate(parts) for name, parts in chosen.items() if parts}
     _check_filled(result, chosen, total, len(members))
     return result
 
 
-def split_with_test(groups: np.ndarray, is_test: np.ndarray, fractions: Mapping[str, float], seed: int) -> dict:
+def split_with_test(
+    groups: np.ndarray, is_test: np.ndarray, fractions: Mapping[str, float], seed: int
+) -> dict[str, np.ndarray]:
     """As ``split``, where ``is_test`` bool [N] marks the test part that the data set came with; it is kept whole."""
     rest = np.flatnonzero(~is_test)
     parts = split(groups[rest], {name: part for name, part in fractions.items() if name != "test"}, seed)
     test = np.flatnonzero(is_test)
     if not len(test):
         raise SplitError(f"none of the {len(groups)} images is of the data set's test part; raise data.limit")
-    return {name: rest[indices] for name, indices in parts.items()} | {"test": test}
+    return {name: rest[indices] for name, indices in parts.items()} | {
+        "test": np.random.RandomState(seed).permutation(test)
+    }
 
 
 def number_groups(digests: np.ndarray) -> np.ndarray:
@@ -75,6 +78,6 @@ def _check_filled(result: Mapping[str, np.ndarray], chosen: Mapping[str, list], 
     empty = [name for name in chosen if name not in result]
     if empty:
         raise SplitError(
-            f"nothing is left for {', '.join(empty)}: the {total} images hold only {distinct} different ones, and equal "
-            "images are kept in one split"
+            f"nothing is left for {', '.join(empty)}: the {total} images hold only {distinct} different ones, and "
+            "equal images are kept in one split"
         )
