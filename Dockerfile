@@ -46,6 +46,8 @@ ENV PATH=/opt/vaeserve/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sb
     VAESERVE_REPOSITORY=/srv/exported \
     VAESERVE_HOST=0.0.0.0 \
     VAESERVE_PORT=8000
+# Package lists and archives, where the base image has any left; root is not needed after this.
+RUN rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 WORKDIR /srv
 # A number, not a name, so that Kubernetes' runAsNonRoot can see that it is not root. Nothing in the image belongs to it.
 USER 10001:10001

@@ -26,8 +26,8 @@ SERVE_READY := $(SERVE_VENV)/.installed
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo '  RUNTIME=gpu takes the CUDA runtime instead of the CPU one (serve, image; with VENV=… also test, train, bench);'
-	@echo '  ARGS="…" is handed on to serve, test, train and bench.'
+	@echo '  RUNTIME=gpu takes the CUDA runtime instead of the CPU one (test, train and bench: give it a VENV=… of its own);'
+	@echo '  ARGS="…" is handed on to serve, test, train, bench and image-check.'
 
 serve: $(SERVE_READY) ## serve the bundles of exported/ on port 8000 (no torch is installed)
 	$(SERVE_VENV)/bin/vaeserve serve $(ARGS)
@@ -67,7 +67,7 @@ image: ## build the container image (BUILD="podman build" or "buildah bud" where
 	$(BUILD) --tag $(IMAGE) --target $(RUNTIME) .
 
 image-check: ## run the built image read-only, score a picture, look for what must not be in it (ENGINE=podman|buildah)
-	$(PYTHON) deploy/check_image.py --engine $(ENGINE) $(IMAGE)
+	$(PYTHON) deploy/check_image.py --engine $(ENGINE) $(ARGS) $(IMAGE)
 
 clean: ## remove caches and build products, not the environments
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -78,12 +78,12 @@ distclean: clean ## clean, and remove the environments that make created
 
 # Extras cpu and gpu bring two packages that own the same files, so an environment only ever gets one of them.
 $(DEV_READY): pyproject.toml $(CONSTRAINTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUNTIME),train,dev,parquet]'
 	touch $@
 
 $(SERVE_READY): pyproject.toml $(CONSTRAINTS)
-	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
+	$(PYTHON) -m venv $(SERVE_VENV)
 	$(SERVE_VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(RUNTIME)]'
 	touch $@
 
