@@ -231,7 +231,7 @@ def test_two_processes_download_once(mirror, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(mirror, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DownloadError, match="cannot write to .*file/mnist .*another data directory"):
+    with pytest.raises(DownloadError, match=r"cannot write to .*file/mnist .*another data directory"):
         fetch_all([ARCHIVE], [mirror.address], tmp_path / "file" / "mnist")
 
 

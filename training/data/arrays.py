@@ -21,7 +21,7 @@ from training.errors import DataFormatError, DataNotFound
 CHANNELS = (1, 3)
 IMAGE_KEYS = ("images", "x", "data", "arr_0")  # the first of these is taken where an .npz holds several candidates
 LABEL_KEYS = ("labels", "y", "targets")
-UNREADABLE = (ValueError, EOFError, SyntaxError, OverflowError, MemoryError)  # what np.load raises on odd bytes
+UNREADABLE = (ValueError, EOFError, SyntaxError, OverflowError, MemoryError)  # what NumPy raises on odd bytes
 MAX_SIDE = 4096  # as service.bundle.Preprocessing has it
 
 
@@ -77,44 +77,39 @@ def native_preprocessing(shape: tuple[int, ...], config: DataConfig) -> Preproce
     if config.shape is None and not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise DataFormatError(f"images of {height}×{width} pixels: give data.size, at most {MAX_SIDE} a side")
     height, width = config.shape or (height, width)
-    mode = config.mode if config.mode != "auto" else ("L" if channels == 1 else "RGB")
-    return Preprocessing(
-        mode=mode,
-        height=height,
-        width=width,
-        fit=config.fit,
-        resample=config.resample,
-        background=config.background,
-    )
+    if config.mode != "auto":
+        return config.preprocessing(config.mode, height, width)
+    return config.preprocessing("L" if channels == 1 else "RGB", height, width)
 
 
 def _open_npy(path: Path, config: DataConfig) -> np.ndarray:
     if config.images or config.labels:
         raise DataFormatError(f"{path}: data.images and data.labels name arrays of an .npz file; this is an .npy file")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise DataNotFound(f"{path}: cannot be read ({error.strerror or error})") from error
     except UNREADABLE as error:
         raise DataFormatError(f"{path}: not an .npy file of plain numbers ({error})") from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise DataFormatError(f"{path}: is an .npz file; name it so")
-    return array
 
 
 def _open_npz(path: Path, config: DataConfig) -> tuple[np.ndarray, np.ndarray | None]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
                 raise DataFormatError(f"{path}: is an .npy file; name it so")
             images_key = _images_key(archive.files, config, path)
             labels_key = _labels_key(archive.files, config, path)
-            return archive[images_key], None if labels_key is None else archive[labels_key]
+            members = [None if key is None else archive[key] for key in (images_key, labels_key)]
     except OSError as error:
         raise DataNotFound(f"{path}: cannot be read ({error.strerror or error})") from error
     except (*UNREADABLE, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise DataFormatError(f"{path}: not an .npz file of plain numbers ({error})") from error
+    images, labels = members
+    if not isinstance(images, np.ndarray) or isinstance(labels, bytes):
+        raise DataFormatError(f"{path}: {images_key} is no array, as np.savez would have written")
+    return images, labels
 
 
 def _images_key(keys: Sequence[str], config: DataConfig, path: Path) -> str:

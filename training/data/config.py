@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from service.bundle import Preprocessing
+
 Side = Annotated[int, Field(ge=1, le=4096)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -60,3 +62,9 @@ class DataConfig(BaseModel):
     def shape(self) -> tuple[int, int] | None:
         """(H, W) as asked for, or None."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def preprocessing(self, mode: Literal["L", "RGB"], height: int, width: int) -> Preprocessing:
+        """The rule that the bundle will carry, with the open parts settled."""
+        return Preprocessing(
+            mode=mode, height=height, width=width, fit=self.fit, resample=self.resample, background=self.background
+        )

@@ -37,9 +37,13 @@ class Streamed:
     def read(self, index: int) -> np.ndarray:
         """Image ``index`` of the pool. Raises DataError if it is no longer what it was when the data set was opened."""
         where = int(self.kept[index])
-        pixels = self.source.read(where)
+        changed = f"{self.source.name(where)}: changed since the data set was opened"
+        try:
+            pixels = self.source.read(where)
+        except DataError as error:
+            raise DataError(f"{changed} ({error})") from error
         if digest(pixels) != self.digests[index].tobytes():
-            raise DataError(f"{self.source.name(where)}: changed since the data set was opened")
+            raise DataError(changed)
         return pixels
 
 
@@ -119,7 +123,7 @@ class Dataset:
 
 def digest(pixels: np.ndarray) -> bytes:
     """SHA-256 of an image's pixels in C order."""
-    return hashlib.sha256(np.ascontiguousarray(pixels)).digest()
+    return hashlib.sha256(pixels.tobytes()).digest()
 
 
 def fingerprint(
@@ -132,6 +136,6 @@ def fingerprint(
     """SHA-256, hex, over every image's digest, the labels and the splits; the same however the data were stored."""
     arrays = {"digests": digests} | ({} if labels is None else {"labels": labels.astype("<i8")})
     arrays |= {f"split.{name}": indices.astype("<i8") for name, indices in splits.items()}
-    parts = {name: hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for name, array in arrays.items()}
+    parts = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
     identity = {"shape": list(shape), "dtype": str(dtype), **parts}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -107,10 +107,10 @@ def _preprocessing(root: Path, paths: Sequence[str], config: DataConfig) -> Prep
     count = min(len(paths), PROBED)
     sample = [root / paths[i * len(paths) // count] for i in range(count)]
     height, width = config.shape or _common_size(sample)
-    options = {"height": height, "width": width, "fit": config.fit, "resample": config.resample}
-    colour = Preprocessing(mode="RGB", background=config.background, **options)
-    grey = config.mode == "L" or (config.mode == "auto" and all(_is_grey(path, colour) for path in sample))
-    return colour.model_copy(update={"mode": "L"}) if grey else colour
+    if config.mode != "auto":
+        return config.preprocessing(config.mode, height, width)
+    colour = config.preprocessing("RGB", height, width)
+    return config.preprocessing("L", height, width) if all(_is_grey(path, colour) for path in sample) else colour
 
 
 def _common_size(sample: Sequence[Path]) -> tuple[int, int]:

@@ -26,7 +26,7 @@ def split(groups: np.ndarray, fractions: Mapping[str, float], seed: int) -> dict
     _check_sizes(wanted, fractions, total)
     members = _members(groups)
     room = dict(wanted)
-    chosen: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
+    chosen: dict[str, list[np.ndarray]] = {name: [] for name in ("train", *fractions)}
     for group in np.random.RandomState(seed).permutation(len(members)):
         size = len(members[group])
         name = next((name for name, left in room.items() if left >= size), "train")

@@ -1,0 +1,289 @@
+""".npy, .npz, the digits and local IDX sets: the pixels that went in come out; anything doubtful is refused in words."""
+
+import gzip
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training.data import DataConfig, load_dataset
+from training.errors import BadImages, DataError, DataFormatError, DataNotFound, SplitError
+
+from .test_data_idx import idx_bytes
+
+RANDOM = np.random.RandomState(0)
+GREY = RANDOM.randint(0, 256, size=(40, 6, 5), dtype=np.uint8)
+COLOUR = RANDOM.randint(0, 256, size=(40, 3, 6, 5), dtype=np.uint8)
+
+
+def load(path: Path, **options):
+    return load_dataset(DataConfig(source=str(path), **options))
+
+
+def saved(path: Path, array: np.ndarray) -> Path:
+    np.save(path, array)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (GREY, GREY[:, None]),
+        (GREY[:, None], GREY[:, None]),
+        (GREY[..., None], GREY[:, None]),
+        (COLOUR, COLOUR),
+        (np.moveaxis(COLOUR, 1, 3), COLOUR),
+        (np.asfortranarray(GREY), GREY[:, None]),
+    ],
+    ids=["NHW", "N1HW", "NHW1", "N3HW", "NHW3", "fortran"],
+)
+@pytest.mark.parametrize("memory_limit_mb", [0, 2048], ids=["streamed", "in memory"])
+def test_layouts(tmp_path, array, expected, memory_limit_mb):
+    dataset = load(saved(tmp_path / "Widgets of May.npy", array), memory_limit_mb=memory_limit_mb)
+    assert dataset.streamed == (memory_limit_mb == 0)
+    assert dataset.name == "widgets-of-may"
+    assert dataset.preprocessing.shape == expected.shape[1:]
+    assert dataset.pixels(range(40)).dtype == np.uint8
+    np.testing.assert_array_equal(dataset.pixels(range(40)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
+def test_floats_stay_floats(tmp_path, dtype):
+    array = (GREY / 255).astype(dtype)
+    dataset = load(saved(tmp_path / "a.npy", array))
+    assert dataset.dtype == np.float32
+    np.testing.assert_array_equal(dataset.pixels([3, 1]), array[[3, 1], None].astype(np.float32))
+    assert dataset.pixels([0]).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (GREY.astype(np.int64), "pixels are int64; uint8, or floats"),
+        (GREY > 3, "pixels are bool"),
+        (GREY[0], "6×5 is none of"),
+        (GREY[:0], "empty"),
+        (RANDOM.randint(0, 256, size=(30, 2, 6, 6), dtype=np.uint8), "30×2×6×6 is none of"),
+        (np.zeros((30, 3, 6, 3), np.uint8), "may be N×C×H×W or N×H×W×C"),
+        (np.zeros((60, 50, 3), np.uint8), "60×50×3 is none of"),
+        (np.zeros((2, 1, 5000, 2), np.uint8), "give data.size, at most 4096"),
+        (np.array(["a", "b"]), "pixels are <U1"),
+    ],
+)
+def test_doubtful_arrays_are_refused(tmp_path, array, says):
+    with pytest.raises(DataFormatError, match=says):
+        load(saved(tmp_path / "a.npy", array))
+
+
+def test_pickles_are_not_opened(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataFormatError, match=r"not an \.npy file of plain numbers"):
+        load(tmp_path / "a.npy")
+    np.savez(tmp_path / "a.npz", images=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(DataFormatError, match=r"not an \.npz file of plain numbers"):
+        load(tmp_path / "a.npz")
+
+
+def test_a_zip_of_other_things_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(DataFormatError, match=r"readme\.txt is no array"):
+        load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize("cut", [0, 5, 60, 120, 700])
+def test_truncated_files_are_refused(tmp_path, suffix, cut):
+    whole = tmp_path / f"whole{suffix}"
+    np.save(whole, GREY) if suffix == ".npy" else np.savez(whole, GREY)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(whole.read_bytes()[:cut])
+    with pytest.raises(DataFormatError, match=r"a\.np[yz]: "):
+        load(path)
+
+
+def test_swapped_suffixes_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", GREY)
+    np.save(tmp_path / "b.npy", GREY)
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    (tmp_path / "b.npy").rename(tmp_path / "b.npz")
+    with pytest.raises(DataFormatError, match=r"not an \.npy file"):
+        load(tmp_path / "a.npy")
+    with pytest.raises(DataFormatError, match=r"is an \.npy file"):
+        load(tmp_path / "b.npz")
+
+
+def test_bad_rows_are_skipped_or_refused_by_name(tmp_path):
+    array = (GREY / 255).astype(np.float32)
+    array[7, 0, 0] = np.nan
+    array[9, 5, 4] = 1.5
+    path = saved(tmp_path / "a.npy", array)
+    dataset = load(path)
+    assert [name for name, _ in dataset.skipped] == ["a.npy[7]", "a.npy[9]"]
+    assert "NaN" in dataset.skipped[0][1]
+    assert "to 1.5" in dataset.skipped[1][1]
+    np.testing.assert_array_equal(dataset.pixels(range(38))[:, 0], np.delete(array, [7, 9], axis=0))
+    with pytest.raises(BadImages, match=r"(?s)2 images cannot be used:.*a\.npy\[7\]: holds NaN.*a\.npy\[9\]: values"):
+        load(path, on_bad="refuse")
+
+
+def test_floats_of_another_range_are_no_images(tmp_path):
+    with pytest.raises(SplitError, match=r"(?s)no usable image.*values from .* to .*floats in \[0, 1\]"):
+        load(saved(tmp_path / "a.npy", GREY.astype(np.float32) + 2))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options"),
+    [
+        ({"images": GREY, "labels": np.arange(40)}, {}),
+        ({"x": GREY, "y": np.arange(40)}, {}),
+        ({"faces": GREY, "y": np.arange(40)}, {}),
+        ({"x_train": GREY, "y_train": np.arange(40), "x_test": GREY}, {"images": "x_train", "labels": "y_train"}),
+    ],
+)
+def test_npz_keys(tmp_path, arrays, options):
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    dataset = load(tmp_path / "a.npz", **options)
+    np.testing.assert_array_equal(dataset.pixels(range(40))[:, 0], GREY)
+    np.testing.assert_array_equal(dataset.labels, np.arange(40))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "says"),
+    [
+        ({"a": GREY, "b": GREY}, {}, "holds a, b; say which are images"),
+        ({}, {}, "holds no array"),
+        ({"x": GREY}, {"images": "z"}, "data.images = 'z' is not among its arrays: x"),
+        ({"x": GREY}, {"labels": "z"}, "data.labels = 'z' is not among"),
+        ({"x": GREY, "y": np.arange(39)}, {}, "40 integers, one an image"),
+        ({"x": GREY, "y": np.zeros(40)}, {}, "labels are float64"),
+    ],
+)
+def test_npz_that_cannot_be_read_says_why(tmp_path, arrays, options, says):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataFormatError, match=says):
+        load(tmp_path / "a.npz", **options)
+
+
+def test_size_and_mode_are_the_bundle_rule(tmp_path):
+    dataset = load(saved(tmp_path / "a.npy", GREY), size=(9, 7), mode="RGB", fit="stretch", resample="box")
+    assert dataset.preprocessing.model_dump() == {
+        "mode": "RGB",
+        "height": 9,
+        "width": 7,
+        "fit": "stretch",
+        "resample": "box",
+        "background": 0,
+    }
+    pixels = dataset.pixels([0, 1])
+    assert pixels.shape == (2, 3, 9, 7)
+    np.testing.assert_array_equal(pixels[:, 0], pixels[:, 2])
+
+
+def test_limit_draws_by_the_seed(tmp_path):
+    array = np.repeat(np.arange(200, dtype=np.uint8), 4).reshape(200, 2, 2)
+    path = saved(tmp_path / "a.npy", array)
+    first = load(path, limit=50).pixels(range(50))[:, 0, 0, 0]
+    assert len(set(first.tolist())) == 50
+    assert first.max() > 150, "the limit must not take the first images only"
+    np.testing.assert_array_equal(first, load(path, limit=50).pixels(range(50))[:, 0, 0, 0])
+    assert first.tolist() != load(path, limit=50, split_seed=1).pixels(range(50))[:, 0, 0, 0].tolist()
+    assert len(load(path, limit=500)) == 200
+
+
+def test_digits():
+    dataset = load_dataset(DataConfig(source="digits"))
+    assert (len(dataset), dataset.preprocessing.shape) == (1797, (1, 8, 8))
+    pixels = dataset.pixels(range(1797))
+    assert set(np.unique(pixels)) == {int(255 * c / 16 + 0.5) for c in range(17)}
+    assert np.bincount(dataset.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert {name: len(indices) for name, indices in dataset.splits.items()} == {
+        "train": 1437,
+        "validation": 90,
+        "calibration": 90,
+        "test": 180,
+    }
+
+
+def write_idx_set(folder: Path, train: int, test: int, compress=gzip.compress, suffix=".gz") -> None:
+    folder.mkdir(parents=True)
+    for part, count in (("train", train), ("t10k", test)):
+        images = RANDOM.randint(0, 256, size=(count, 28, 28))
+        (folder / f"{part}-images-idx3-ubyte{suffix}").write_bytes(compress(idx_bytes(images)))
+        (folder / f"{part}-labels-idx1-ubyte{suffix}").write_bytes(compress(idx_bytes(np.arange(count) % 10)))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+@pytest.mark.parametrize(("compress", "suffix"), [(gzip.compress, ".gz"), (bytes, "")], ids=["gz", "raw"])
+def test_local_idx_files_are_taken_as_they_are(tmp_path, name, compress, suffix):
+    write_idx_set(tmp_path / name, 200, 30, compress, suffix)
+    dataset = load_dataset(DataConfig(source=name, directory=tmp_path))
+    assert {split: len(indices) for split, indices in dataset.splits.items()} == {
+        "train": 180,
+        "validation": 10,
+        "calibration": 10,
+        "test": 30,
+    }
+    assert sorted(dataset.splits["test"]) == list(range(200, 230))
+    np.testing.assert_array_equal(dataset.labels, np.concatenate([np.arange(200) % 10, np.arange(30) % 10]))
+    assert len(dataset.label_names) == 10
+    assert set(dataset.describe()["files"]) == {path.name for path in (tmp_path / name).iterdir()}
+
+
+def test_labels_are_optional(tmp_path):
+    write_idx_set(tmp_path / "mnist", 200, 30)
+    (tmp_path / "mnist" / "train-labels-idx1-ubyte.gz").unlink()
+    dataset = load_dataset(DataConfig(source="mnist", directory=tmp_path))
+    assert (dataset.labels, dataset.label_names) == (None, None)
+
+
+def test_labels_that_do_not_fit_are_refused(tmp_path):
+    write_idx_set(tmp_path / "mnist", 200, 30)
+    (tmp_path / "mnist" / "train-labels-idx1-ubyte.gz").write_bytes(idx_bytes(np.zeros(199)))
+    with pytest.raises(DataFormatError, match="199 labels for 200 images"):
+        load_dataset(DataConfig(source="mnist", directory=tmp_path))
+
+
+def real_or_made(tmp_path: Path) -> tuple[Path, int, int]:
+    """The directory of the real MNIST with its sizes, or of one made here in the same format."""
+    beside = Path(__file__).parents[2].parent / "shared" / "data"
+    directory = Path(os.environ.get("VAETRAIN_DATA_DIR", beside))
+    if (directory / "mnist" / "train-images-idx3-ubyte.gz").is_file():
+        return directory, 60_000, 10_000
+    write_idx_set(tmp_path / "mnist", 6_000, 1_000)
+    return tmp_path, 6_000, 1_000
+
+
+def test_mnist(tmp_path):
+    directory, train, test = real_or_made(tmp_path)
+    dataset = load_dataset(DataConfig(source="mnist", directory=directory))
+    assert {name: len(indices) for name, indices in dataset.splits.items()} == {
+        "train": train * 9 // 10,
+        "validation": train // 20,
+        "calibration": train // 20,
+        "test": test,
+    }
+    assert dataset.preprocessing.shape == (1, 28, 28)
+    everywhere = np.concatenate(list(dataset.splits.values()))
+    np.testing.assert_array_equal(np.sort(everywhere), np.arange(train + test))
+    assert set(np.unique(dataset.labels)) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "says"),
+    [
+        ("mnits", DataNotFound, "no data set .* has that name; did you mean mnist?"),
+        ("nowhere/at/all", DataNotFound, "no such file or folder"),
+        ("notes.txt", DataFormatError, "a folder of images, an .npy or an .npz file was expected"),
+        ("folder.npy", DataNotFound, "no file in this folder"),
+    ],
+)
+def test_sources_that_are_none(tmp_path, monkeypatch, source, error, says):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("hello")
+    Path("folder.npy").mkdir()
+    with pytest.raises(error, match=says):
+        load_dataset(DataConfig(source=source))
+    assert issubclass(error, DataError)
