@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data import Dataset
+from training.data.dataset import Dataset
 
 
 def derived_seed(*parts: int | str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.batches import derived_seed, image_dither, pixel_batches
 from training.config import EvaluateConfig
-from training.data import Dataset
+from training.data.dataset import Dataset
 from training.models.vae import VAE
 
 Progress = Callable[[int], None]

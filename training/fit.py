@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training.batches import StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Config, OptimiserConfig
-from training.data import Dataset
+from training.data.dataset import Dataset
 from training.errors import TrainingDiverged
 from training.evaluate import bounds
 from training.journal import Journal, Row
@@ -62,9 +62,10 @@ class Sums:
             self.values += torch.stack([fit - rate, rate, -fit])
         self.steps += 1
 
-    def means(self) -> list[float]:
+    def means(self) -> tuple[float, float, float]:
         """Mean ELBO, rate, distortion so far."""
-        return [float(value) / max(1, self.steps) for value in self.values]
+        elbo, rate, distortion = (self.values / max(1, self.steps)).tolist()
+        return elbo, rate, distortion
 
 
 class Trainer:
@@ -86,7 +87,7 @@ class Trainer:
         )
         self.model, self.optimiser = fabric.setup(model, optimiser)
         self.ema = AveragedModel(self._bare, multi_avg_fn=get_ema_multi_avg_fn(config.optimiser.ema_decay))
-        self.best = _copy(self.ema.module.state_dict())
+        self.best = _copy(self.averaged.state_dict())
         self.state = State()
         self.sums = Sums(torch.zeros(3, device=fabric.device))
         self.history: list[Row] = []
@@ -97,7 +98,15 @@ class Trainer:
 
     @property
     def _bare(self) -> VAE:
-        return self.model.module
+        bare: VAE = self.model.module
+        return bare
+
+    @property
+    def averaged(self) -> VAE:
+        """The model with the moving average of the weights."""
+        averaged = self.ema.module
+        assert isinstance(averaged, VAE)
+        return averaged
 
     def resume(self) -> bool:
         """Load the run's checkpoint, if there is one."""
@@ -146,7 +155,7 @@ class Trainer:
         norm = self.fabric.clip_gradients(
             self.model, self.optimiser, max_norm=config.optimiser.gradient_clip, error_if_nonfinite=False
         )
-        self._update(float(norm))
+        self._update(float(torch.as_tensor(norm)))
         self.state.step += 1
         return terms
 
@@ -190,7 +199,9 @@ class Trainer:
         return self._epoch_row(epoch + 1, images / max(1e-9, time.perf_counter() - started))
 
     def _epoch_row(self, epoch: int, images_per_second: float) -> Row:
-        means = self.fabric.all_reduce(self.sums.values / max(1, self.sums.steps), reduce_op="mean").tolist()
+        means = torch.as_tensor(
+            self.fabric.all_reduce(self.sums.values / max(1, self.sums.steps), reduce_op="mean")
+        ).tolist()
         self.sums = Sums(torch.zeros(3, device=self.fabric.device))
         names = ("train_elbo", "train_rate", "train_distortion")
         return {
@@ -207,7 +218,7 @@ class Trainer:
         """The averaged weights on the validation split: ``bound`` is the objective's own, at its own K."""
         objective_config = self.config.objective
         means = bounds(
-            self.ema.module.eval(),
+            self.averaged.eval(),
             self.dataset,
             self.dataset.splits["validation"],
             objective_config.samples,
@@ -223,7 +234,7 @@ class Trainer:
             state.best_bound = row["bound"] if warmed_up else -math.inf
             state.best_epoch = int(row["epoch"])
             state.validations_since_best = 0
-            self.best = _copy(self.ema.module.state_dict())
+            self.best = _copy(self.averaged.state_dict())
             return False
         state.validations_since_best += 1
         return state.validations_since_best >= self.config.optimiser.patience

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Row = dict[str, float]
 
@@ -23,7 +26,7 @@ class Journal:
     def __init__(self, folder: Path, total_steps: int, first_step: int, enabled: bool, console: Console | None) -> None:
         self._folder = folder
         self._enabled = enabled
-        self._writer = None
+        self._writer: SummaryWriter | None = None
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),

@@ -99,7 +99,7 @@ class Bernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """N(x; loc, scale²) over pixels in [0,1], scale learned: one for all pixels (σ-VAE, Rybkin et al. 2021) or by pixel.
+    """N(x; loc, scale²), pixels in [0,1], scale learned: one for all pixels (σ-VAE, Rybkin et al. 2021) or by pixel.
 
     ``min_scale`` keeps the density of constant pixels finite.
     """

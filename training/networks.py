@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import NetworkConfig
@@ -45,16 +47,30 @@ class GatedConv(nn.Module):
         return gate(self.conv(x))
 
 
-class GatedUpsample(nn.Module):
-    """Gated transposed convolution that doubles height and width, then crops to ``size``."""
+class Upsample(nn.Module):
+    """3×3 convolution to four channels for each output channel, rearranged to twice the height and width.
+
+    A sub-pixel convolution (Shi et al. 2016): all arithmetic happens at the low resolution. Crops to ``size``.
+    """
 
     def __init__(self, inputs: int, outputs: int, size: tuple[int, int]) -> None:
         super().__init__()
         self.size = size
-        self.conv = nn.ConvTranspose2d(inputs, 2 * outputs, 4, 2, padding=1)
+        self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gate(self.conv(x))[:, :, : self.size[0], : self.size[1]]
+        return F.pixel_shuffle(self.conv(x), 2)[:, :, : self.size[0], : self.size[1]]
+
+
+class GatedUpsample(nn.Module):
+    """Gated sub-pixel convolution [N,inputs,h,w] -> [N,outputs,*size]."""
+
+    def __init__(self, inputs: int, outputs: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.upsample = Upsample(inputs, 2 * outputs, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gate(self.upsample(x))
 
 
 class GatedResidual(nn.Module):
@@ -72,7 +88,7 @@ class GatedResidual(nn.Module):
 def gated_mlp(sizes: Sequence[int], dropout: float) -> nn.Sequential:
     """Gated dense layers of the given sizes, dropout after each."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         layers.append(GatedLinear(inputs, outputs))
         if dropout:
             layers.append(nn.Dropout(dropout))
@@ -105,7 +121,7 @@ def conv_encoder(shape: Shape, config: NetworkConfig) -> tuple[nn.Module, int]:
     """Trunk [N,C,H,W] -> [N,F]: a stride-2 gated convolution and residual blocks a level, then gated dense layers."""
     widths = [shape[0], *config.channels]
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         layers.append(GatedConv(inputs, outputs, stride=2))
         layers += [GatedResidual(outputs) for _ in range(config.blocks)]
     height, width = pyramid(*shape[1:], len(config.channels))[-1]
@@ -120,11 +136,13 @@ def conv_decoder(latent_dim: int, shape: Shape, parameters: int, config: Network
     dense = [latent_dim, *reversed(config.hidden)]
     layers: list[nn.Module] = [gated_mlp(dense, config.dropout), nn.Linear(dense[-1], math.prod(top))]
     layers.append(nn.Unflatten(1, top))
-    widths = [*reversed(config.channels), config.channels[0]]
-    for inputs, outputs, size in zip(widths[:-1], widths[1:], reversed(sizes[:-1]), strict=True):
+    widths = list(reversed(config.channels))
+    for level, (inputs, size) in enumerate(zip(widths, reversed(sizes[:-1]), strict=True)):
         layers += [GatedResidual(inputs) for _ in range(config.blocks)]
-        layers.append(GatedUpsample(inputs, outputs, size))
-    layers.append(nn.Conv2d(widths[-1], parameters * shape[0], 3, padding=1))
+        last = level == len(widths) - 1
+        layers.append(
+            Upsample(inputs, parameters * shape[0], size) if last else GatedUpsample(inputs, widths[level + 1], size)
+        )
     layers.append(nn.Unflatten(1, (parameters, shape[0])))
     return nn.Sequential(*layers)
 

@@ -40,7 +40,7 @@ class Density(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What an objective needs, float32 in nats: three log densities [N,K], analytic KL by dimension [N,L], z [N,K,L]."""
+    """What an objective needs, float32, nats: three log densities [N,K], analytic KL by dimension [N,L], z [N,K,L]."""
 
     log_p_x: Tensor
     log_p_z: Tensor
@@ -131,6 +131,6 @@ class VAE(nn.Module):
         head = [m for m in self.decoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
         if head.bias is None:
             return
-        if isinstance(head, nn.Conv2d):
-            mean = mean.mean((-2, -1))
+        if isinstance(head, nn.Conv2d):  # one bias for the four sub-pixels and all positions of a channel
+            mean = mean.mean((-2, -1)).repeat_interleave(head.out_channels // self.likelihood.raw // self.shape[0])
         self.likelihood.initialise(head.bias, mean)

@@ -1,0 +1,64 @@
+"""Configuration: defaults, presets, overrides, and errors that name the nearest key."""
+
+import pytest
+
+from training.config import Config, known_keys, load_config, parse_override, presets
+from training.errors import ConfigError
+
+
+def test_layers_are_defaults_then_preset_then_flags_then_overrides(tmp_path):
+    preset = tmp_path / "mine.toml"
+    preset.write_text("seed = 3\n[model]\nlatent_dim = 5\n[optimiser]\nepochs = 7\n")
+    config = load_config(str(preset), ["optimiser.epochs=9"], {"seed": 4})
+    assert (config.model.latent_dim, config.seed, config.optimiser.epochs) == (5, 4, 9)
+    assert config.optimiser.batch_size == Config().optimiser.batch_size
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_shipped_preset_is_valid(name):
+    assert load_config(name)
+
+
+def test_unknown_key_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.latent_dims'; did you mean 'model\.latent_dim'"):
+        load_config(overrides=["model.latent_dims=4"])
+
+
+def test_unknown_preset_lists_what_there_is():
+    with pytest.raises(ConfigError, match=r"unknown preset 'mnits': expected one of .*; did you mean 'mnist'"):
+        load_config("mnits")
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "value"),
+    [
+        ("model.latent_dim=4", ["model", "latent_dim"], 4),
+        ("model.network.hidden=[8, 9]", ["model", "network", "hidden"], [8, 9]),
+        ("model.network.kind=conv", ["model", "network", "kind"], "conv"),
+        ("objective.beta=0.5", ["objective", "beta"], 0.5),
+    ],
+)
+def test_overrides_are_toml_values_or_bare_words(text, keys, value):
+    assert parse_override(text) == (keys, value)
+
+
+@pytest.mark.parametrize("text", ["model.latent_dim", "=3", "a..b=1"])
+def test_a_malformed_override_says_what_was_expected(text):
+    with pytest.raises(ConfigError, match=r"expected section\.key=value"):
+        parse_override(text)
+
+
+def test_a_value_out_of_range_names_the_key():
+    with pytest.raises(ConfigError, match=r"model\.latent_dim: .*greater than or equal to 1"):
+        load_config(overrides=["model.latent_dim=0"])
+
+
+def test_a_damaged_preset_is_one_clear_error(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("[model\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(str(path))
+
+
+def test_known_keys_are_dotted():
+    assert {"seed", "model.latent_dim", "model.network.kind", "data.source"} <= set(known_keys(Config))

@@ -1,0 +1,185 @@
+"""The loop: it learns, it resumes exactly, it counts what it skips, it runs on several processes."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training.batches import epoch_batches, steps_per_epoch
+from training.checkpoint import FILE, load_checkpoint
+from training.config import OptimiserConfig, load_config
+from training.data import load_dataset
+from training.errors import CheckpointError, TrainingDiverged
+from training.fit import Trainer, fit, learning_rate, make_fabric
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["model.latent_dim=4", "model.network.hidden=[32]", "run.threads=1", "optimiser.epochs=4"]
+RUN = """
+import sys
+from pathlib import Path
+from training.config import load_config
+from training.data import load_dataset
+from training.fit import fit
+config = load_config("digits", sys.argv[2:])
+print("started", flush=True)
+fit(config, load_dataset(config.data), Path(sys.argv[1]))
+print("finished", flush=True)
+"""
+
+
+def config_with(*overrides):
+    return load_config("digits", [*SMALL, *overrides])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset(config_with().data)
+
+
+def weights(folder):
+    return {**load_checkpoint(folder)["model"], **{f"best.{k}": v for k, v in load_checkpoint(folder)["best"].items()}}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def start(folder, *overrides, launcher=(sys.executable,)):
+    script = folder.parent / "run.py"
+    script.write_text(RUN)
+    return subprocess.Popen(
+        [*launcher, str(script), str(folder), *SMALL, *overrides],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "finished" in out
+
+
+def test_learning_improves_the_bound_on_unseen_images(digits, tmp_path):
+    fitted = fit(config_with("optimiser.epochs=10", "run.validate_every=1"), digits, tmp_path)
+    assert fitted.history[-1]["bound"] > fitted.history[0]["bound"] + 20
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [float(row["epoch"]) for row in rows] == [row["epoch"] for row in fitted.history]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("objective", ["elbo", "dreg"])
+def test_a_run_killed_with_sigkill_ends_with_the_same_weights(tmp_path, objective):
+    options = ["run.checkpoint_seconds=0", f"objective.kind={objective}", "objective.samples=2", "run.validate_every=1"]
+    finish(start(tmp_path / "whole", *options))
+    process = start(tmp_path / "killed", *options)
+    checkpoint = tmp_path / "killed" / FILE
+    assert process.stdout.readline() == "started\n"
+    while process.poll() is None:
+        if checkpoint.is_file() and load_checkpoint(tmp_path / "killed")["state"]["step"] >= 30:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert load_checkpoint(tmp_path / "killed")["state"]["step"] < load_checkpoint(tmp_path / "whole")["state"]["step"]
+    finish(start(tmp_path / "killed", *options))
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_the_same_configuration_gives_the_same_weights_and_another_seed_does_not(digits, tmp_path):
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        fit(config_with(f"seed={seed}"), digits, tmp_path / name)
+    assert_same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    first, other = weights(tmp_path / "a"), weights(tmp_path / "c")
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_another_configuration_does_not_resume_and_names_the_key(digits, tmp_path):
+    fit(config_with(), digits, tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.latent_dim: 4 -> 5"):
+        fit(config_with("model.latent_dim=5"), digits, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(digits, tmp_path):
+    fit(config_with(), digits, tmp_path)
+    path = tmp_path / FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        fit(config_with(), digits, tmp_path)
+
+
+def test_updates_with_a_wild_gradient_are_skipped_and_counted(digits, tmp_path):
+    config = config_with("optimiser.skip_above=1e-6")
+    trainer = Trainer(config, digits, tmp_path, make_fabric(config))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    batch = digits.pixels(digits.splits["train"][:64])
+    trainer.training_step(batch)
+    assert trainer.state.skipped == 1
+    assert_same_weights(before, dict(trainer.model.state_dict()))
+    with pytest.raises(TrainingDiverged, match="learning_rate"):
+        for _ in range(200):
+            trainer.training_step(batch)
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(digits, tmp_path):
+    config = config_with(
+        "optimiser.epochs=200", "optimiser.patience=2", "optimiser.learning_rate=1e-9", "run.validate_every=1"
+    )
+    fitted = fit(config, digits, tmp_path)
+    assert len(fitted.history) < 50
+
+
+def test_the_best_validation_weights_are_kept(digits, tmp_path):
+    fitted = fit(config_with("run.validate_every=1"), digits, tmp_path)
+    bounds_seen = [row["bound"] for row in fitted.history]
+    assert fitted.state.best_bound == max(bounds_seen)
+    assert fitted.history[fitted.state.best_epoch - 1]["bound"] == max(bounds_seen)
+
+
+def test_static_binarisation_shows_the_same_image_every_epoch(digits, tmp_path):
+    config = config_with("model.likelihood.family=bernoulli", "model.likelihood.binarisation=static")
+    trainer = Trainer(config, digits, tmp_path, make_fabric(config))
+    indices = digits.splits["train"][:8]
+    first, second = (next(iter(trainer.source.batches([indices]))) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert set(np.unique(first)) == {0, 255}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_epoch_shows_every_rank_other_images(world_size):
+    indices = np.arange(100, 200)
+    shares = [
+        epoch_batches(indices, 8, seed=0, epoch=2, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    seen = np.concatenate([batch for share in shares for batch in share])
+    assert len(np.unique(seen)) == len(seen) == steps_per_epoch(100, 8, world_size) * 8 * world_size
+    assert set(seen) <= set(indices)
+    again = epoch_batches(indices, 8, seed=0, epoch=3)
+    assert not np.array_equal(again[0], epoch_batches(indices, 8, seed=0, epoch=2)[0])
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = OptimiserConfig(learning_rate=1.0, warmup_steps=10, schedule="cosine")
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1, abs=0.01)
+    assert max(rates) < 1
+    assert rates[-1] < 0.01
+    assert learning_rate(OptimiserConfig(learning_rate=1.0, warmup_steps=0, schedule="constant"), 99, 100) == 1
+
+
+def test_torchrun_with_two_processes_trains_one_model(tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    finish(start(tmp_path / "two", "run.devices=2", "optimiser.epochs=2", launcher=launcher))
+    content = load_checkpoint(tmp_path / "two")
+    assert content["state"]["finished"]
+    assert content["state"]["step"] == 2 * steps_per_epoch(len(load_dataset(config_with().data).splits["train"]), 64, 2)
