@@ -27,6 +27,7 @@ from service.runtime import Runtime
 
 SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of an image that go through the graphs at once
 MAX_ELEMENTS = 2**21  # of the decoder's parameters for the samples of one image
+MAX_TEMPERATURE = 1000
 IMAGES = 32  # images that go through the graphs at once
 
 
@@ -165,8 +166,8 @@ class Model:
     def sample_latents(self, n: int, seed: int = 0, temperature: float = 1.0) -> np.ndarray:
         """n draws of the prior, its deviation scaled by ``temperature``: float32 [n,L]. Raises InvalidInput."""
         _check_count("n", n, 1)
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise InvalidInput(f"temperature is {temperature}, expected a finite number of at least 0")
+        if not 0 <= temperature <= MAX_TEMPERATURE:
+            raise InvalidInput(f"temperature is {temperature}, expected a number from 0 to {MAX_TEMPERATURE}")
         return self._latents(noise.prior_noise(_checked_seed(seed), n, self._latent_dim) * np.float32(temperature))
 
     def interpolate(self, a: np.ndarray, b: np.ndarray, steps: int, mode: str = "lerp") -> np.ndarray:

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+
+from service.errors import BundleGraphError, DeviceUnavailable
+from service.runtime import CPU, CUDA, IDENTITY, Runtime, available_cpus, cgroup_quota
+
+HAS_CUDA = CUDA in ort.get_available_providers()
+
+
+def files(root: Path, **contents: str) -> Path:
+    for name, text in contents.items():
+        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("contents", "quota"),
+    [
+        ({"cpu_dot_max": "150000 100000\n"}, 1.5),
+        ({"cpu_dot_max": "max 100000\n"}, None),
+        ({"cpu__cpu_dot_cfs_quota_us": "300000\n", "cpu__cpu_dot_cfs_period_us": "100000\n"}, 3.0),
+        ({"cpu__cpu_dot_cfs_quota_us": "-1\n", "cpu__cpu_dot_cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_the_quota_of_both_cgroup_versions_is_read(tmp_path, contents, quota):
+    assert cgroup_quota(files(tmp_path, **contents)) == quota
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("50000 100000", 1), ("100000 100000", 1), ("99900000 100000", None)])
+def test_threads_are_the_smaller_of_affinity_and_quota_and_at_least_one(tmp_path, quota, cpus):
+    affinity = len(os.sched_getaffinity(0))
+    assert available_cpus(files(tmp_path, cpu_dot_max=quota)) == (affinity if cpus is None else cpus)
+
+
+def test_affinity_counts_not_the_host_s_cores():
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        "from service.runtime import available_cpus; print(available_cpus())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "1\n"
+
+
+def test_a_cpu_session_has_the_asked_provider_and_threads():
+    runtime = Runtime("cpu", threads=3)
+    session = runtime.session(IDENTITY)
+    assert (runtime.provider, session.get_providers()) == (CPU, [CPU])
+    options = session.get_session_options()
+    assert options.intra_op_num_threads == 3
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_threads_default_to_the_cpus_available():
+    assert Runtime("cpu").threads == available_cpus()
+
+
+def test_auto_takes_what_is_there():
+    assert Runtime("auto").provider in ({CPU, CUDA} if HAS_CUDA else {CPU})
+
+
+def test_cuda_is_used_or_refused_with_an_instruction_never_replaced():
+    if HAS_CUDA and Runtime("auto").provider == CUDA:
+        assert Runtime("cuda").session(IDENTITY).get_providers()[0] == CUDA
+        return
+    with pytest.raises(DeviceUnavailable, match=rf"vaeserve\[gpu\].*Providers here: .*{CPU}"):
+        Runtime("cuda")
+
+
+def test_a_provider_that_fails_to_start_is_noticed(monkeypatch):
+    """ONNX Runtime falls back to the CPU by itself and only warns: asking for the missing provider here does so."""
+    runtime = Runtime("cpu")
+    runtime.provider = CUDA
+    if HAS_CUDA and Runtime("auto").provider == CUDA:
+        assert runtime.session(IDENTITY).get_providers()[0] == CUDA
+        return
+    with (
+        pytest.warns(UserWarning, match="not in available provider names"),
+        pytest.raises(DeviceUnavailable, match="fell back"),
+    ):
+        runtime.session(IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(("tpu",), "expected one of cpu, cuda, auto"), (("cpu", 0), "at least 1")]
+)
+def test_other_devices_and_thread_counts_are_refused(arguments, message):
+    with pytest.raises(DeviceUnavailable, match=message):
+        Runtime(*arguments)
+
+
+@pytest.mark.parametrize("data", [b"", b"no model", IDENTITY[:-3]])
+def test_what_is_no_model_is_refused(data):
+    with pytest.raises(BundleGraphError, match="ONNX Runtime refuses the graph"):
+        Runtime("cpu").session(data)
