@@ -1,4 +1,4 @@
-""".npy, .npz, the digits and local IDX sets: the pixels that went in come out; anything doubtful is refused in words."""
+""".npy, .npz, the digits and local IDX sets: the pixels that went in come out; the doubtful is refused in words."""
 
 import gzip
 import os
