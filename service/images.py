@@ -1,0 +1,141 @@
+"""Any image becomes uint8 [C,H,W] by the bundle's Preprocessing rule: the one place, for training and for serving.
+
+PNG, JPEG and WebP are read, nothing else. Of an animation the first frame counts. 16-bit grey is scaled to 8 bits
+(rounded, not clipped), palettes and CMYK are converted, alpha is composited on ``background``, EXIF orientation is
+applied. An image that already has the target size is not resampled.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from service.bundle import Preprocessing
+from service.errors import InvalidInput, PayloadTooLarge
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+RESAMPLE = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+}
+# What Pillow's decoders raise on damaged files, beside its own errors.
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error)
+MAX_ASPECT = 4096
+"""An image is refused if one side is so many times the other: resizing it would ask for absurd intermediate sizes."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Most bytes of one encoded image, and most pixels (width × height) that its header may claim."""
+
+    max_bytes: int
+    max_pixels: int
+
+
+def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits, strict: bool = False) -> np.ndarray:
+    """The bytes of a PNG, JPEG or WebP -> uint8 [C,H,W].
+
+    Raises:
+        PayloadTooLarge: more bytes or pixels than ``limits`` (pixels by the header, before anything is decoded).
+        InvalidInput: no such image, or damaged; or another size than the bundle's and ``strict``.
+    """
+    if len(data) > limits.max_bytes:
+        raise PayloadTooLarge(f"the image has {len(data)} bytes: at most {limits.max_bytes} expected")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's warnings of bombs and bad EXIF: our limits decide, in words
+        return apply(_open(data, limits), preprocessing, strict)
+
+
+def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise PayloadTooLarge(f"the image claims too many pixels: at most {limits.max_pixels} expected") from error
+    except (UnidentifiedImageError, *DECODER_ERRORS) as error:
+        raise InvalidInput("no image: a PNG, JPEG or WebP file was expected") from error
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise PayloadTooLarge(f"the image is {width}×{height}: at most {limits.max_pixels} pixels expected")
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
+        raise InvalidInput(f"the {image.format} image is damaged or truncated") from error
+
+
+def apply(image: Image.Image, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
+    """A Pillow image, upright -> uint8 [C,H,W] by the rule. Raises InvalidInput if strict and of another size."""
+    size = (preprocessing.width, preprocessing.height)
+    if strict and image.size != size:
+        raise InvalidInput(f"the image is {image.width}×{image.height}: {size[0]}×{size[1]} expected (strict)")
+    return _planes(_fit(_convert(image, preprocessing), preprocessing))
+
+
+def resize_array(x: np.ndarray, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
+    """Arrays [N,C,h,w], uint8 or float32 in [0,1] -> [N,C,H,W] of the same dtype, by the same rule.
+
+    Raises:
+        InvalidInput: another number of channels; or another size and ``strict``.
+    """
+    channels, height, width = preprocessing.shape
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
+        raise InvalidInput(f"images have shape {x.shape}: (N, {channels}, {height}, {width}) expected")
+    if x.shape[2:] == (height, width):
+        return x
+    if strict:
+        raise InvalidInput(f"images are {x.shape[3]}×{x.shape[2]}: {width}×{height} expected (strict)")
+    if x.dtype == np.uint8:
+        return np.stack([_planes(_fit(_from_planes(image), preprocessing)) for image in x])
+    planes = [[_fit(Image.fromarray(plane, "F"), preprocessing) for plane in image] for image in x.astype(np.float32)]
+    return np.clip(np.stack([np.stack([np.asarray(plane) for plane in image]) for image in planes]), 0, 1)
+
+
+def _convert(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """To mode L or RGB: 16-bit grey scaled, transparency composited on the background."""
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = np.clip(np.asarray(image, dtype=np.float64), 0, 65535)
+        image = Image.fromarray(np.floor(levels / 257 + 0.5).astype(np.uint8), "L")
+    if image.has_transparency_data:
+        grey = (preprocessing.background,) * 3
+        backdrop = Image.new("RGBA", image.size, (*grey, 255))
+        image = Image.alpha_composite(backdrop, image.convert("RGBA")).convert("RGB")
+    if image.mode == preprocessing.mode:
+        return image
+    if image.mode not in {"L", "RGB"}:
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return image.convert(preprocessing.mode)
+
+
+def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    size = (preprocessing.width, preprocessing.height)
+    if image.size == size:
+        return image
+    ratio = (image.width / image.height) / (size[0] / size[1])
+    if not 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
+        raise InvalidInput(f"the image is {image.width}×{image.height}: its shape is too far from {size[0]}×{size[1]}")
+    method = RESAMPLE[preprocessing.resample]
+    if preprocessing.fit == "stretch":
+        return image.resize(size, method)
+    if preprocessing.fit == "cover":
+        return ImageOps.fit(image, size, method)
+    background = preprocessing.background
+    colour = background / 255 if image.mode == "F" else (background,) * len(image.getbands())
+    return ImageOps.pad(image, size, method, color=colour)  # type: ignore[arg-type]  # mode F takes a float
+
+
+def _planes(image: Image.Image) -> np.ndarray:
+    """A Pillow image in mode L or RGB -> uint8 [C,H,W], contiguous."""
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _from_planes(planes: np.ndarray) -> Image.Image:
+    """uint8 [C,H,W] with C 1 or 3 -> a Pillow image in mode L or RGB."""
+    return Image.fromarray(planes[0] if len(planes) == 1 else np.ascontiguousarray(planes.transpose(1, 2, 0)))
