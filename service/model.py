@@ -22,7 +22,7 @@ from service import estimators, noise
 from service.bundle import Bundle, Graph, ScoreDefinition
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.graphs import check_operators, check_signature
-from service.rows import Arrays, RowRunner
+from service.rows import Arrays, RowRunner, random_rows
 from service.runtime import Runtime
 
 SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of an image that go through the graphs at once
@@ -74,7 +74,13 @@ class Model:
     ``bundle``, ``manifest`` and ``digest`` tell what was loaded, ``runtime`` on what.
     """
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, sessions: dict[Graph, ort.InferenceSession]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        runtime: Runtime,
+        sessions: dict[Graph, ort.InferenceSession],
+        serial_density: ort.InferenceSession,
+    ) -> None:
         self.bundle, self.manifest, self.digest, self.runtime = bundle, bundle.manifest, bundle.digest, runtime
         signature = self.manifest.signature
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
@@ -82,11 +88,14 @@ class Model:
         self._sessions = sessions
         self._encoders: dict[int, RowRunner] = {}
         self._lock = threading.Lock()
-        self._decoder = RowRunner(sessions["decoder"], {"z": (self._latent_dim,)})
-        # These are all logarithms and sums, whose last bit depends on the batch (see service.rows): a row at a time.
-        self._density = RowRunner(sessions["density"], {"target": self._shape}, sizes=(1,))
+        self._decoder = RowRunner(sessions["decoder"], random_rows({"z": (self._latent_dim,)}))
+        # Densities are all logarithms and sums, whose last bit depends on the batch and on how threads share it (see
+        # service.rows): many samples of an image fill the threads by themselves and run an image at a time; single
+        # samples run on one thread, where batches may pass their trial.
+        self._density = RowRunner(sessions["density"], self._density_rows, sizes=(1,))
+        self._density_of_one = RowRunner(serial_density, self._density_rows)
         observation = sessions.get("observation")
-        self._observation = RowRunner(observation, {"noise": self._shape}, sizes=(1,)) if observation else None
+        self._observation = RowRunner(observation, self._density_rows, sizes=(1,)) if observation else None
         dimensions = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * dimensions <= MAX_ELEMENTS]
 
@@ -106,14 +115,15 @@ class Model:
                 check_signature(sessions[role], bundle.manifest, role)
             except BundleGraphError as error:
                 raise BundleGraphError(f"{bundle.manifest.graphs[role]}: {error}") from error
-        return cls(bundle, runtime, sessions)
+        return cls(bundle, runtime, sessions, runtime.session(bundle.graph("density"), threads=1))
 
     @property
     def runners(self) -> dict[str, tuple[int, ...]]:
         """The batch sizes in use by each runner made so far (a fact to log): encoder runners by samples a run."""
         with self._lock:
             encoders = {f"encoder[k={k}]": runner.sizes for k, runner in self._encoders.items()}
-        return {**encoders, "decoder": self._decoder.sizes, "density": self._density.sizes}
+        densities = {"density[k=1]": self._density_of_one.sizes, "density": self._density.sizes}
+        return {**encoders, "decoder": self._decoder.sizes, **densities}
 
     def warm_up(self) -> None:
         """Run every graph once, with the default score and one sample, so that no request pays for first uses."""
@@ -233,7 +243,8 @@ class Model:
         n, k, latent_dim = z.shape
         decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)})
         parameters = {name: decoded[name].reshape(n, k, *self._shape) for name in self._parameters}
-        outputs = self._density.run({"target": target, "z": z, **parameters})
+        density = self._density_of_one if k == 1 else self._density
+        outputs = density.run({"target": target, "z": z, **parameters})
         pixels = np.stack([-row.sum(axis=(0, 1), dtype=np.float64) for row in outputs["log_p_x_map"]])
         return outputs["log_p_x"], outputs["log_p_z"], pixels
 
@@ -260,8 +271,18 @@ class Model:
                 shapes: dict[str, tuple[int, ...]] = {"x": self._shape, "noise": (chunk, self._noise_dim)}
                 if self.manifest.signature.dither:
                     shapes["dither"] = self._shape
-                self._encoders[chunk] = RowRunner(self._sessions["encoder"], shapes, frozenset({"x", "dither"}))
+                uniform = frozenset({"x", "dither"})
+                self._encoders[chunk] = RowRunner(self._sessions["encoder"], random_rows(shapes, uniform))
             return self._encoders[chunk]
+
+    def _density_rows(self, count: int) -> Arrays:
+        """Inputs of the density graph at one sample each of random images, for trials."""
+        x = np.random.RandomState(0).random_sample((count, *self._shape)).astype(np.float32)
+        encoded = next(self._encode(x, 1, 0))
+        decoded = self._decoder.run({"z": encoded["z"][:, 0]})
+        return {"target": encoded["target"], "z": encoded["z"]} | {
+            name: decoded[name][:, None] for name in self._parameters
+        }
 
     def _images(self, x: np.ndarray) -> np.ndarray:
         """x as float32 [N,C,H,W], after its type, shape and range were checked."""

@@ -48,14 +48,14 @@ class Runtime:
         if self.provider == CUDA:
             self._start_cuda(required=device == "cuda")
 
-    def session(self, model: bytes) -> ort.InferenceSession:
-        """A session of that serialised ONNX model, on this runtime's provider.
+    def session(self, model: bytes, threads: int | None = None) -> ort.InferenceSession:
+        """A session of that serialised ONNX model, on this runtime's provider, with its number of threads or another.
 
         Raises BundleGraphError when ONNX Runtime refuses the model, DeviceUnavailable when the provider fails to start.
         """
         providers = [(CUDA, CUDA_OPTIONS), CPU] if self.provider == CUDA else [CPU]
         try:
-            session = ort.InferenceSession(model, self._options(), providers=providers)
+            session = ort.InferenceSession(model, self._options(threads or self.threads), providers=providers)
         except Exception as error:
             # ONNX Runtime's exceptions have no common base of their own but Exception.
             raise BundleGraphError(f"ONNX Runtime refuses the graph: {_first_line(error)}") from error
@@ -79,9 +79,9 @@ class Runtime:
                 raise
             self.provider = CPU
 
-    def _options(self) -> ort.SessionOptions:
+    def _options(self, threads: int) -> ort.SessionOptions:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # A spinning pool burns the quota of a container between requests and slows its neighbours.

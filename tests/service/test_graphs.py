@@ -50,6 +50,11 @@ def only_location() -> TensorProto:
     return tensor
 
 
+def sparse() -> onnx.SparseTensorProto:
+    indices = numpy_helper.from_array(np.zeros(1, np.int64), "i")
+    return helper.make_sparse_tensor(external(), indices, [1])
+
+
 def in_function() -> onnx.ModelProto:
     function = helper.make_function(
         "here", "F", ["x"], ["y"], [helper.make_node("Identity", ["x"], ["y"])], [helper.make_opsetid("", 18)]
@@ -95,6 +100,10 @@ FOREIGN = {
     ),
     "external in a list": (
         model(helper.make_node("Constant", [], ["y"], values=[external(), external()])),
+        "outside",
+    ),
+    "external in a sparse constant": (
+        model(helper.make_node("Constant", [], ["y"], sparse_value=sparse())),
         "outside",
     ),
     "function": (in_function(), "local functions"),

@@ -96,6 +96,12 @@ def test_the_standard_error_is_the_spread_of_the_bound(estimator):
     assert estimators.standard_error(log_w, estimator).mean() == pytest.approx(bound.std(), rel=0.04)
 
 
+def test_the_standard_error_is_unbiased_at_small_k():
+    log_w = np.random.RandomState(0).standard_normal((20_000, 3))
+    errors = estimators.standard_error(log_w, "elbo")
+    assert (errors**2).mean() == pytest.approx(1 / 3, rel=0.04)
+
+
 def test_log_mean_exp_is_stable_and_exact():
     log_w = np.array([[-2000.0, -2000.0], [5000.0, 4990.0], [-np.inf, -np.inf], [-np.inf, 0.0]])
     wanted = logsumexp(log_w, axis=1) - np.log(2)
