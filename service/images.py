@@ -8,7 +8,10 @@ applied. An image that already has the target size is not resampled.
 from __future__ import annotations
 
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -31,6 +34,9 @@ MAX_ASPECT = 4096
 """An image is refused if one side is so many times the other: resizing it would ask for absurd intermediate sizes."""
 
 
+_FILTERS = threading.Lock()
+
+
 @dataclass(frozen=True)
 class ImageLimits:
     """Most bytes of one encoded image, and most pixels (width × height) that its header may claim."""
@@ -48,14 +54,25 @@ def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits,
     """
     if len(data) > limits.max_bytes:
         raise PayloadTooLarge(f"the image has {len(data)} bytes: at most {limits.max_bytes} expected")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's warnings of bombs and bad EXIF: our limits decide, in words
-        return apply(_open(data, limits), preprocessing, strict)
+    return apply(_open(data, limits), preprocessing, strict)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Pillow's warnings of bombs and bad EXIF: our limits decide, in words.
+
+    The filters of warnings belong to the process, so one thread at a time may change them and put them back; only
+    headers are read in here, decoding stays parallel.
+    """
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        with _quietly():
+            image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image claims too many pixels: at most {limits.max_pixels} expected") from error
     except (UnidentifiedImageError, *DECODER_ERRORS) as error:
@@ -65,6 +82,8 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
         raise PayloadTooLarge(f"the image is {width}×{height}: at most {limits.max_pixels} pixels expected")
     try:
         image.load()
+        with _quietly():
+            image.getexif()  # read once, kept by the image
         return ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
         raise InvalidInput(f"the {image.format} image is damaged or truncated") from error

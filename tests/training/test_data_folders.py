@@ -3,6 +3,9 @@
 import os
 import pickle
 import shutil
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -312,3 +315,25 @@ def test_a_streamed_data_set_travels_to_other_processes(tmp_path):
     dataset = load(tmp_path, memory_limit_mb=0)
     copy = pickle.loads(pickle.dumps(dataset))
     np.testing.assert_array_equal(all_pixels(copy), all_pixels(dataset))
+
+
+@pytest.fixture
+def hasty_threads():
+    """Threads that take turns as often as they can, so that races show."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_decoding_in_threads_leaves_the_warning_filters_alone():
+    """Suppressing Pillow's warnings in several threads at once could switch off all warnings for good."""
+    file = BytesIO()
+    picture().save(file, format="PNG")
+    rule, limits = Preprocessing(mode="L", height=6, width=5), ImageLimits(max_bytes=10**6, max_pixels=10**6)
+    before = list(warnings.filters)
+    for _ in range(10):
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda _: decode_image(file.getvalue(), rule, limits), range(150)))
+        assert warnings.filters == before
