@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from training.data import DataConfig, load_dataset
 from training.errors import BadImages, DataError, DataFormatError, DataNotFound, SplitError
@@ -180,6 +181,22 @@ def test_size_and_mode_are_the_bundle_rule(tmp_path):
     pixels = dataset.pixels([0, 1])
     assert pixels.shape == (2, 3, 9, 7)
     np.testing.assert_array_equal(pixels[:, 0], pixels[:, 2])
+
+
+def test_modes_of_arrays_are_converted_as_images_are(tmp_path):
+    dataset = load(saved(tmp_path / "a.npy", COLOUR), mode="L")
+    pictures = [Image.fromarray(np.moveaxis(row, 0, 2)).convert("L") for row in COLOUR]
+    np.testing.assert_array_equal(dataset.pixels(range(40))[:, 0], np.stack([np.asarray(p) for p in pictures]))
+    with pytest.raises(DataFormatError, match="only uint8 arrays change their mode"):
+        load(saved(tmp_path / "b.npy", COLOUR / 255), mode="L")
+
+
+def test_floats_are_resized_as_floats(tmp_path):
+    dataset = load(saved(tmp_path / "a.npy", (GREY // 16 / 16).astype(np.float32)), size=3)
+    pixels = dataset.pixels(range(40))
+    assert (pixels.shape, pixels.dtype) == ((40, 1, 3, 3), np.float32)
+    assert len(np.unique(pixels)) > 256, "resizing must not pass through 8 bits"
+    assert 0 <= pixels.min() < pixels.max() <= 1
 
 
 def test_limit_draws_by_the_seed(tmp_path):

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from service.bundle import Preprocessing
 from service.errors import VaeserveError
-from service.images import resize_array
+from service.images import apply, resize_array
 from training.data.config import DataConfig
 from training.data.download import sha256_file
 from training.data.source import Source, slug
@@ -41,6 +42,8 @@ class ArrayPixels:
         if row.shape == self.preprocessing.shape:
             return row
         try:
+            if len(row) != self.preprocessing.channels:
+                return apply(Image.fromarray(np.moveaxis(row, 0, 2).squeeze()), self.preprocessing)
             return resize_array(row[None], self.preprocessing)[0]
         except VaeserveError as error:
             raise DataFormatError(str(error)) from error
@@ -60,6 +63,10 @@ def open_array(path: Path, config: DataConfig) -> Source:
     raw, labels = _open_npz(path, config) if path.suffix.lower() == ".npz" else (_open_npy(path, config), None)
     array = _channels_first(raw, path)
     preprocessing = native_preprocessing(array.shape[1:], config)
+    if array.dtype != np.uint8 and preprocessing.channels != array.shape[1]:
+        raise DataFormatError(
+            f"{path}: only uint8 arrays change their mode; floats of {array.shape[1]} channels stay so"
+        )
     return Source(
         name=slug(path.stem),
         pixels=ArrayPixels(array, preprocessing, path.name),

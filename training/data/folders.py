@@ -14,12 +14,12 @@ from PIL import ExifTags, Image
 
 from service.bundle import Preprocessing
 from service.errors import VaeserveError
-from service.images import ImageLimits, decode_image
+from service.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image
 from training.data.config import DataConfig
 from training.data.source import Source, slug
 from training.errors import DataError, DataFormatError, DataNotFound
 
-LIMITS = ImageLimits(max_bytes=256 * 2**20, max_pixels=200_000_000)  # a user's own files: far above any sane image
+LIMITS = ImageLimits(max_bytes=256 * 2**20, max_pixels=150_000_000)  # a user's own files: above what cameras make
 PROBED = 256  # files, spread evenly over the sorted names, that the size and mode rules look at
 KEPT_SIDE = 128  # a size that all images share is kept up to this side: above, networks for a desktop CPU are too slow
 FALLBACK_SIDE = 64
@@ -127,10 +127,10 @@ def _size(path: Path) -> tuple[int, int] | None:
         data = _read(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size limits are decode_image's, which speaks of them by name
-            with Image.open(BytesIO(data)) as image:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 turned = image.getexif().get(ExifTags.Base.Orientation) in TRANSPOSED
-    except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (DataError, Image.DecompressionBombError, *DECODER_ERRORS):
         return None
     return (width, height) if turned else (height, width)
 
