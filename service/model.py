@@ -27,6 +27,7 @@ from service.runtime import Runtime
 
 SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of an image that go through the graphs at once
 MAX_ELEMENTS = 2**21  # of the decoder's parameters for the samples of one image
+FEW_SAMPLES = 8  # of an image: up to these the density takes samples as rows, above an image at a time
 MAX_TEMPERATURE = 1000
 IMAGES = 32  # images that go through the graphs at once
 
@@ -90,8 +91,8 @@ class Model:
         self._lock = threading.Lock()
         self._decoder = RowRunner(sessions["decoder"], random_rows({"z": (self._latent_dim,)}))
         # Densities are all logarithms and sums, whose last bit depends on the batch and on how threads share it (see
-        # service.rows): many samples of an image fill the threads by themselves and run an image at a time; single
-        # samples run on one thread, where batches may pass their trial.
+        # service.rows): many samples of an image fill the threads by themselves and run an image at a time; a few
+        # run as rows of their own, on one thread, where batches may pass their trial.
         self._density = RowRunner(sessions["density"], self._density_rows, sizes=(1,))
         self._density_of_one = RowRunner(serial_density, self._density_rows)
         observation = sessions.get("observation")
@@ -202,7 +203,7 @@ class Model:
         """
         definition = definition or self.manifest.scores[self.manifest.default_score]
         x = self._images(x)
-        parts = [self._weights(x[i : i + IMAGES], definition) for i in range(0, len(x), IMAGES)]
+        parts = [self._weights(x[i : i + IMAGES], definition, maps) for i in range(0, len(x), IMAGES)]
         weights = Weights(*(np.concatenate(part) for part in zip(*parts, strict=True)))
         log_w = weights.log_p_x + weights.log_p_z - weights.log_q
         if np.isnan(log_w).any():
@@ -227,26 +228,32 @@ class Model:
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, feeds), strict=True))
 
-    def _weights(self, x: np.ndarray, definition: ScoreDefinition) -> Weights:
-        """log p(x|z), log p(z) and log q(z|x) of a few images at the definition's k samples."""
+    def _weights(self, x: np.ndarray, definition: ScoreDefinition, maps: bool) -> Weights:
+        """log p(x|z), log p(z) and log q(z|x) of a few images at the definition's k samples; the map only if asked."""
         distortion_map = np.zeros((len(x), *self._shape[1:]))
         parts: list[tuple[np.ndarray, ...]] = []
         for encoded in self._encode(x, definition.k, definition.seed):
-            log_p_x, log_p_z, pixels = self._densities(encoded["target"], encoded["z"])
-            distortion_map += pixels
+            log_p_x, log_p_z, log_p_x_map = self._densities(encoded["target"], encoded["z"])
             parts.append((log_p_x, log_p_z, encoded["log_q"]))
+            if maps:
+                distortion_map -= np.stack([row.sum(axis=(0, 1), dtype=np.float64) for row in log_p_x_map])
         log_p_x, log_p_z, log_q = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         return Weights(log_p_x, log_p_z, log_q, distortion_map)
 
     def _densities(self, target: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """log p(x|z) and log p(z), [n,k], and the distortion summed over samples and channels, [n,H,W]; float64."""
+        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by pixel, float32 [n,k,C,H,W]."""
         n, k, latent_dim = z.shape
         decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)})
-        parameters = {name: decoded[name].reshape(n, k, *self._shape) for name in self._parameters}
-        density = self._density_of_one if k == 1 else self._density
-        outputs = density.run({"target": target, "z": z, **parameters})
-        pixels = np.stack([-row.sum(axis=(0, 1), dtype=np.float64) for row in outputs["log_p_x_map"]])
-        return outputs["log_p_x"], outputs["log_p_z"], pixels
+        parameters = {name: decoded[name] for name in self._parameters}
+        if k <= FEW_SAMPLES:
+            feeds = {"target": np.repeat(target, k, axis=0), "z": z.reshape(n * k, 1, latent_dim)}
+            feeds |= {name: value[:, None] for name, value in parameters.items()}
+            outputs = self._density_of_one.run(feeds)
+        else:
+            parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}
+            outputs = self._density.run({"target": target, "z": z, **parameters})
+        log_p_x_map = outputs["log_p_x_map"].reshape(n, k, *self._shape)
+        return outputs["log_p_x"].reshape(n, k), outputs["log_p_z"].reshape(n, k), log_p_x_map
 
     def _encode(self, x: np.ndarray, k: int, seed: int) -> Iterator[Arrays]:
         """The encoder's outputs for x, a chunk of the seed's k samples at a time."""
