@@ -1,0 +1,195 @@
+"""The command line: ``vaetrain fit | evaluate | export | calibrate | report | publish | presets``.
+
+Imports of torch wait inside the commands, so that ``vaetrain --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from service.errors import VaeserveError
+from training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from training.config import Config
+    from training.runs import Launch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train latent variable models of images and write bundles that vaeserve serves.",
+)
+console = Console(stderr=True)
+
+ERROR, INTERRUPTED = 2, 130
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, as fit leaves it: runs/NAME")]
+ToOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of bundles, NAME/VERSION each")]
+
+
+def main() -> None:
+    """Entry point of ``vaetrain``."""
+    app()
+
+
+@app.command()
+def fit(
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits, mnist, fashion-mnist, a folder of images, or an .npy/.npz file; default: digits"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A name that `vaetrain presets` lists, or a .toml file; default: by the data")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; default: the data's")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For example model.latent_dim=16; repeatable")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="VAETRAIN_DATA_DIR", help="Where data sets lie or are downloaded to; default: the cache"),
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what the run's folder holds")] = False,
+    to: ToOption = Path("exported"),
+    fit_only: Annotated[bool, typer.Option("--fit-only", help="Stop after the training")] = False,
+) -> None:
+    """Train a model and publish it: fit, evaluate, export, calibrate, report, publish. Goes on where it was stopped."""
+    with _errors_in_words():
+        from training.pipeline import all_stages, fit_stage
+        from training.runs import default_name
+
+        launch, config = _configure(data, preset, name, overrides or [], data_dir)
+        folder = run_dir or Path("runs") / (config.name or default_name(config.data.source))
+        run, fabric = fit_stage(config, folder, launch, restart, console)
+        if fabric.is_global_zero and not fit_only:
+            _show_served(all_stages(run, to, console), to)
+
+
+def _configure(
+    data: str | None, preset: str | None, name: str | None, overrides: list[str], data_dir: Path | None
+) -> tuple[Launch, Config]:
+    """What was asked for, and the configuration that it means. Raises ConfigError."""
+    from training.config import load_config
+    from training.data import DataConfig
+    from training.runs import Launch
+
+    source = data or DataConfig().source
+    chosen = preset or _preset_for(source)
+    base: dict[str, Any] = {"data": {"source": source}} if data or not preset else {}
+    if data_dir:
+        base.setdefault("data", {})["directory"] = str(data_dir)
+    if name:
+        base["name"] = name
+    launch = Launch(data=data, preset=chosen, name=name, overrides=overrides)
+    return launch, load_config(chosen, overrides, base)
+
+
+def _preset_for(source: str) -> str | None:
+    """The preset of the data's own name, ``images`` for folders and arrays, or none."""
+    from training.config import presets
+    from training.data.load import NAMED
+
+    wanted = source if source in NAMED else "images"
+    return wanted if wanted in presets() else None
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    k: Annotated[int | None, typer.Option(min=1, max=100_000, help="Samples of the IWAE-k log-likelihood")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="First images of the test split only")] = None,
+) -> None:
+    """Measure the averaged weights on the test split; writes RUN/metrics.json."""
+    with _errors_in_words():
+        from training.pipeline import evaluate_stage
+        from training.runs import Run
+
+        evaluate_stage(Run.open(run), console, k, images)
+
+
+@app.command()
+def export(run: RunArgument) -> None:
+    """Write the bundle, uncalibrated, to RUN/bundle, verified against torch."""
+    with _errors_in_words():
+        from training.pipeline import export_stage
+        from training.runs import Run
+
+        export_stage(Run.open(run), console)
+
+
+@app.command()
+def calibrate(run: RunArgument) -> None:
+    """Add the scores of held-out images to the bundle in RUN/bundle."""
+    with _errors_in_words():
+        from training.pipeline import calibrate_stage
+        from training.runs import Run
+
+        calibrate_stage(Run.open(run), console)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Draw the figures and RUN/report/report.html."""
+    with _errors_in_words():
+        from training.pipeline import report_stage
+        from training.runs import Run
+
+        report_stage(Run.open(run), console)
+
+
+@app.command()
+def publish(
+    run: RunArgument,
+    to: ToOption = Path("exported"),
+    version: Annotated[str | None, typer.Option(help="A whole number from 1; default: the next free one")] = None,
+) -> None:
+    """Write the calibrated bundle with its card to DIR/NAME/VERSION."""
+    with _errors_in_words():
+        from training.pipeline import publish_stage
+        from training.runs import Run
+
+        _show_served(publish_stage(Run.open(run), to, console, version), to)
+
+
+@app.command(name="presets")
+def list_presets() -> None:
+    """List the configurations that come with the package."""
+    from training.config import presets
+
+    for name in presets():
+        typer.echo(name)
+
+
+def _show_served(bundle: Path, root: Path) -> None:
+    repository = [] if root == Path("exported") else ["--repository", str(root)]
+    typer.echo(bundle)
+    typer.echo(f"serve it: {shlex.join(['vaeserve', 'serve', *repository])}")
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """A domain error becomes one line and exit code 2, Ctrl-C says how to go on; a defect keeps its traceback."""
+    try:
+        yield
+    except (TrainingError, VaeserveError, OSError) as error:
+        typer.echo(f"vaetrain: {'; '.join(str(error).splitlines())}", err=True)
+        raise typer.Exit(ERROR) from error
+    except KeyboardInterrupt as error:
+        words = shlex.join(["vaetrain", *(word for word in sys.argv[1:] if word != "--restart")])
+        typer.echo(f"vaetrain: stopped; what was done is kept, the same command goes on: {words}", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+
+
+if __name__ == "__main__":
+    main()

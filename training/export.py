@@ -1,0 +1,202 @@
+"""From torch to ONNX: the four graphs of service.bundle's docstring, traced from the model that trained.
+
+The inputs, outputs, dtypes and symbolic sizes are read from the contract itself (``service.bundle.graph_spec``), so the
+two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, cast, get_args
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from service.bundle import Graph, Likelihood, Manifest, Preprocessing, Signature, TensorSpec, graph_spec
+from service.errors import BundleGraphError
+from service.graphs import check_operators
+from training.errors import ExportError
+from training.models.vae import VAE
+
+OPSET: Final = 18
+"""The opset that torch's exporter writes natively: every later one is a conversion, which can only add faults."""
+
+ROLES: tuple[Graph, ...] = get_args(Graph)
+EXAMPLE_SIZES = {"N": 2, "K": 3, "M": 4}  # sizes to trace with; 0 and 1 would be taken for constants
+MAX_GRAPH_BYTES = 2**31 - 1  # of one protobuf message: beyond it weights would have to lie in other files
+
+
+class GraphModule(nn.Module):
+    """One graph of a model; ``positional`` is the number of inputs before its variable arguments."""
+
+    positional: int
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = model
+
+
+class EncoderGraph(GraphModule):
+    """x, noise[, dither] -> target, loc, scale, z, log_q."""
+
+    positional = 3
+
+    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(self.model.encode(x, noise, dither))
+
+
+class DecoderGraph(GraphModule):
+    """z -> mean and the likelihood's parameters."""
+
+    positional = 1
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        decoded = self.model.decode(z)
+        return (decoded.mean, *decoded.parameters)
+
+
+class DensityGraph(GraphModule):
+    """target, z, parameters… -> log_p_x, log_p_x_map, log_p_z."""
+
+    positional = 2
+
+    def forward(self, target: Tensor, z: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model.density(target, z, parameters))
+
+
+class ObservationGraph(GraphModule):
+    """parameters…, noise -> sample."""
+
+    positional = 0
+
+    def forward(self, *parameters_and_noise: Tensor) -> tuple[Tensor]:
+        *parameters, noise = parameters_and_noise
+        return (self.model.observe(tuple(parameters), noise),)
+
+
+MODULES: dict[Graph, type[GraphModule]] = {
+    "encoder": EncoderGraph,
+    "decoder": DecoderGraph,
+    "density": DensityGraph,
+    "observation": ObservationGraph,
+}
+
+
+def signature(model: VAE) -> Signature:
+    """Sizes of the model's graphs."""
+    return Signature(
+        shape=model.shape, latent_dim=model.latent_dim, noise_dim=model.noise_dim, dither=model.likelihood.dither
+    )
+
+
+def likelihood(model: VAE) -> Likelihood:
+    """The model's p(x|z) in the contract's words.
+
+    ``static`` binarisation becomes ``dynamic``: the one draw that it keeps is of the training images, and an image that
+    arrives at the service has to be drawn anew.
+    """
+    part = model.likelihood
+    binarisation = "dynamic" if part.binarisation == "static" else part.binarisation
+    return Likelihood(
+        family=part.family,
+        parameters=list(part.parameters_of),
+        measure=part.measure,
+        observation_noise=part.observation_noise,
+        binarisation=cast(Any, binarisation),
+    )
+
+
+def export_graphs(model: VAE, preprocessing: Preprocessing) -> dict[Graph, bytes]:
+    """The model's graphs as serialised ONNX, weights inside. Raises ExportError.
+
+    ``model`` is exported in eval mode, in float32, on the CPU.
+    """
+    if model.training:
+        raise ExportError("the model is in training mode: dropout would become part of the graphs")
+    # graph_spec reads the signature and the likelihood only; the rest of the manifest does not exist yet.
+    draft = Manifest.model_construct(
+        preprocessing=preprocessing, signature=signature(model), likelihood=likelihood(model)
+    )
+    return {role: export_graph(model, draft, role) for role in ROLES}
+
+
+def export_graph(model: VAE, manifest: Manifest, role: Graph) -> bytes:
+    """One graph, checked by onnx.checker and against the contract's operators. Raises ExportError."""
+    spec = graph_spec(manifest, role)
+    module = MODULES[role](model).eval()
+    with _quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            tuple(_example(tensor) for tensor in spec.inputs),
+            dynamo=True,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_shapes=_dynamic_shapes(spec.inputs, MODULES[role].positional),
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    strip(proto)
+    return _checked(proto, role)
+
+
+def strip(proto: onnx.ModelProto) -> None:
+    """Remove what the exporter noted for debugging: stack traces with the paths of this machine among it."""
+    graph = proto.graph
+    for message in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        message.ClearField("metadata_props")
+        message.ClearField("doc_string")
+    graph.ClearField("value_info")  # shapes of intermediate tensors: the runtime infers them itself
+
+
+def _checked(proto: onnx.ModelProto, role: Graph) -> bytes:
+    if proto.ByteSize() > MAX_GRAPH_BYTES:
+        raise ExportError(f"{role}: {proto.ByteSize()} bytes do not fit into one ONNX file; make the network smaller")
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    if opsets != {"": OPSET}:
+        raise ExportError(f"{role}: the exporter wrote operator sets {opsets}, expected opset {OPSET} alone")
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+        data: bytes = proto.SerializeToString(deterministic=True)
+        check_operators(data)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, BundleGraphError) as error:
+        raise ExportError(f"{role}: the exported graph is not valid: {error}") from error
+    return data
+
+
+def _example(tensor: TensorSpec) -> Tensor:
+    """A tensor of the spec's shape, of values that every graph accepts: ½."""
+    sizes = [EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in tensor.shape]
+    return torch.full(sizes, 0.5, dtype=torch.float32)
+
+
+def _dynamic_shapes(inputs: tuple[TensorSpec, ...], positional: int) -> tuple[Any, ...]:
+    """Which axes are symbolic; inputs beyond ``positional`` belong to the module's variable arguments."""
+    dims = {symbol: Dim(symbol) for symbol in EXAMPLE_SIZES}
+    axes = [{i: dims[size] for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs]
+    rest = axes[positional:]
+    return (*axes[:positional], *([tuple(rest)] if rest else []))
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's remarks that ask nothing of us; every other warning stays one."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")  # "torchvision is not installed"
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Several inputs share the axes N, K and M on purpose: the exporter keeps the first one's name for all.
+            warnings.filterwarnings("ignore", r"# The axis name: \w will not be used", UserWarning)
+            # torch 2.13 copies a pytree class that it has itself deprecated.
+            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)

@@ -1,0 +1,201 @@
+"""The report's figures. Each function draws one matplotlib Figure from plain arrays; pixels are in [0,1].
+
+Colours are those of Okabe & Ito (2008), told apart with any common colour blindness; images share one grey scale.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+PALETTE = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#8C510A", "#762A83")
+MARKERS = "os^vDP*Xph"
+CELL, GAP = 64, 4  # in a grid: sides of at least so many pixels an image (whole multiples of its own), white between
+DPI = 120
+
+History = Sequence[Mapping[str, float]]
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def loss_curves(history: History) -> Figure:
+    """Bounds, rate and distortion by epoch; the first epochs, which dwarf the rest, may lie below the axis."""
+    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    epochs = np.array([row["epoch"] for row in history])
+    panels = (
+        ("bound on log p(x)", (("train_elbo", "train, ELBO"), ("bound", "validation, objective"))),
+        ("rate KL(q(z|x) ‖ p(z))", (("train_rate", "train"), ("rate", "validation"))),
+        ("distortion −E log p(x|z)", (("train_distortion", "train"), ("distortion", "validation"))),
+    )
+    for ax, (title, lines) in zip(axes, panels, strict=True):
+        values = [np.array([row[key] for row in history]) for key, _ in lines]
+        for series, (_, label), colour in zip(values, lines, (GREY, BLUE), strict=True):
+            ax.plot(epochs, series, color=colour, label=label, linewidth=1.4, marker="o" if len(epochs) < 3 else None)
+        ax.set(title=title, xlabel="epoch", ylabel="nats per image")
+        _limit(ax, np.concatenate([series[len(series) // 20 :] for series in values]))
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _limit(ax: Axes, values: np.ndarray) -> None:
+    """y limits that show ``values`` with a margin."""
+    low, high = float(values.min()), float(values.max())
+    margin = 0.06 * (high - low) or 1.0
+    ax.set_ylim(low - margin, high + margin)
+
+
+def reconstructions(x: np.ndarray, target: np.ndarray | None, mean: np.ndarray) -> Figure:
+    """Rows: inputs x, what the density was evaluated at (None if that is x), E[x|z]; all [N,C,H,W]."""
+    rows = {"input": x, **({} if target is None else {"binarised": target}), "E[x|z]": mean}
+    figure = _image_figure(len(rows), len(x), x.shape[1:])
+    ax = figure.subplots()
+    _show(ax, np.concatenate(list(rows.values())), columns=len(x))
+    _ticks(ax, list(rows), [], x.shape)
+    ax.set_title("Reconstructions of test images")
+    return figure
+
+
+def samples(mean: np.ndarray, columns: int = 10) -> Figure:
+    """A grid of E[x|z] [N,C,H,W] at draws of the prior."""
+    figure = _image_figure(-(-len(mean) // columns), columns, mean.shape[1:])
+    ax = figure.subplots()
+    _show(ax, mean, columns)
+    ax.set_title("E[x|z] at z ~ N(0, I)")
+    return figure
+
+
+def traversal(mean: np.ndarray, values: Sequence[float], dimensions: Sequence[int], rates: np.ndarray) -> Figure:
+    """E[x|z] [D,V,C,H,W] as one latent dimension a row goes through ``values``; the others stay."""
+    figure = _image_figure(len(dimensions), len(values), mean.shape[2:], labels=1.3)
+    ax = figure.subplots()
+    _show(ax, mean.reshape(-1, *mean.shape[2:]), columns=len(values))
+    names = [f"z[{j}], {rates[j]:.1f} nats" for j in dimensions]
+    _ticks(ax, names, [f"{value:+g}" for value in values], mean.shape)
+    ax.set_title("Latent traversal: one dimension a row, the others at 0")
+    ax.set_xlabel("value of the dimension (prior standard deviations)")
+    return figure
+
+
+def score_histogram(calibration: np.ndarray, test: np.ndarray, thresholds: Mapping[float, float], name: str) -> Figure:
+    """Densities of held-out and test scores in nats, and the threshold for each false-positive rate."""
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    ax = figure.subplots()
+    both = np.concatenate([calibration, test])
+    low, high = both.min(), np.quantile(both, 0.998)
+    high = max(high, *(thresholds.values() or [high]))
+    edges = np.linspace(low, high + 0.03 * (high - low), 60 if len(both) > 2000 else 25).tolist()
+    test_label, label = f"test, n = {len(test):,}", f"calibration, n = {len(calibration):,}"
+    ax.hist(test, edges, density=True, color=BLUE, alpha=0.45, label=test_label)
+    ax.hist(calibration, edges, density=True, color="black", histtype="step", linewidth=1.3, label=label)
+    for (rate, threshold), style in zip(sorted(thresholds.items(), reverse=True), ("-", "--", ":", "-."), strict=False):
+        text = f"{rate:.1%} threshold: {threshold:.1f} nats".replace(".0%", "%")
+        ax.axvline(threshold, color=RED, linestyle=style, label=text)
+    ax.set(
+        title=f"Anomaly score “{name}” of inliers",
+        xlabel="score (nats, higher is more anomalous)",
+        ylabel="density (1/nat)",
+    )
+    ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def rate_by_dimension(rates: np.ndarray) -> Figure:
+    """Mean KL(q(z_j|x) ‖ p(z_j)) [L] in nats, in falling order."""
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    ax = figure.subplots()
+    ordered = np.sort(rates)[::-1]
+    ax.bar(np.arange(1, len(ordered) + 1), ordered, color=BLUE, width=0.8)
+    ax.set(
+        title=f"Rate of each latent dimension ({rates.sum():.1f} nats in all)",
+        xlabel="latent dimension, by rank",
+        ylabel="KL(q(z|x) ‖ p(z)) (nats)",
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def latent_scatter(loc: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> Figure:
+    """Posterior means [N,2], by label where there are labels."""
+    figure = Figure(figsize=(6.2, 5.4), layout="constrained")
+    ax = figure.subplots()
+    shown = np.zeros(len(loc), dtype=np.int64) if labels is None else labels
+    for label in np.unique(shown):
+        rows = shown == label
+        name = None if labels is None else (names[label] if 0 <= label < len(names) else str(label))
+        colour, marker = PALETTE[label % len(PALETTE)], MARKERS[label % len(MARKERS)]
+        ax.scatter(*loc[rows].T, s=14, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
+    ax.set(title="Posterior means of test images", xlabel="z[0]", ylabel="z[1]", aspect="equal")
+    if labels is not None:
+        ax.legend(
+            title="label", frameon=False, fontsize="small", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+    return figure
+
+
+def manifold(mean: np.ndarray, values: Sequence[float]) -> Figure:
+    """E[x|z] [V,V,C,H,W] over a square of a two-dimensional latent space; rows go down along z[1]."""
+    figure = _image_figure(len(values), len(values), mean.shape[2:])
+    ax = figure.subplots()
+    _show(ax, mean[::-1].reshape(-1, *mean.shape[2:]), columns=len(values))
+    names = [f"{value:+.1f}" for value in values]
+    _ticks(ax, names[::-1], names, mean.shape, every=4)
+    ax.set(title="E[x|z] over the latent plane", xlabel="z[0]", ylabel="z[1]")
+    return figure
+
+
+def _image_figure(rows: int, columns: int, shape: tuple[int, ...], labels: float = 0.9) -> Figure:
+    """A figure for a grid of images, at most 9 inches wide and 9 high."""
+    height, width = shape[-2:]
+    cell = min(0.85, 8.5 / columns, 8.0 / (rows * height / width))
+    size = (columns * cell + labels, max(rows * cell * height / width + 0.75, 1.4))
+    return Figure(figsize=size, layout="constrained")
+
+
+def _show(ax: Axes, images: np.ndarray, columns: int) -> None:
+    """Images [N,C,H,W] in [0,1] in a grid, all on one grey scale."""
+    canvas = tile(images, columns)
+    ax.imshow(canvas[..., 0] if canvas.shape[-1] == 1 else canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def _ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shape: tuple[int, ...], every: int = 1) -> None:
+    """Names beside the rows and below the columns of a grid."""
+    height, width = (side * _zoom(shape) + GAP for side in shape[-2:])
+    at_rows = [((i + 0.5) * height, name) for i, name in enumerate(rows)]
+    at_columns = [((i + 0.5) * width, name) for i, name in enumerate(columns)]
+    for axis, named in ((ax.yaxis, at_rows[::every]), (ax.xaxis, at_columns[::every])):
+        axis.set_ticks([at for at, _ in named], [name for _, name in named])
+        axis.set_tick_params(length=0, labelsize="small")
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images [N,C,H,W] row by row on one canvas [H',W',C], enlarged by a whole factor, white between them."""
+    zoomed = images.repeat(_zoom(images.shape), axis=2).repeat(_zoom(images.shape), axis=3)
+    count, channels, height, width = zoomed.shape
+    rows = -(-count // columns)
+    canvas = np.ones((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels))
+    for i, image in enumerate(zoomed):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        canvas[top : top + height, left : left + width] = np.clip(image, 0, 1).transpose(1, 2, 0)
+    return canvas
+
+
+def _zoom(shape: tuple[int, ...]) -> int:
+    """The whole factor that brings the larger side of images […,H,W] to CELL pixels or more."""
+    return max(1, -(-CELL // max(shape[-2:])))

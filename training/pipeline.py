@@ -1,0 +1,165 @@
+"""The stages in a row: fit, evaluate, export, calibrate, report, publish. Each says what it does, on stderr."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from training.calibrate import calibrate, images_to_score
+from training.card import duration
+from training.checkpoint import load_checkpoint
+from training.config import Config
+from training.evaluate import evaluate
+from training.fit import fit, make_fabric
+from training.provenance import commit, machine, versions
+from training.publish import publish
+from training.report import report
+from training.runs import FIT, METRICS, FitRecord, Launch, Run, write_text
+from training.staging import export
+
+SPLIT = "test"
+
+
+def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, console: Console) -> tuple[Run, Fabric]:
+    """Train, or go on with, the run in ``folder``. Raises CheckpointError when that is one of another configuration.
+
+    Under torchrun the first process prepares folder and data before the others look at them.
+    """
+    fabric = make_fabric(config)
+    run = Run(folder, config)
+    with fabric.rank_zero_first():
+        if fabric.is_global_zero:
+            _prepare(run, restart)
+            say(console, f"data: {config.data.source}")
+        dataset = run.dataset
+    if fabric.is_global_zero:
+        sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in dataset.splits.items())
+        say(console, f"{len(dataset):,} images {_size(dataset.preprocessing.shape)}: {sizes}")
+        for path, reason in dataset.skipped[:10]:
+            say(console, f"skipped {path}: {reason}")
+    fitted = fit(config, dataset, folder, fabric, console)
+    if fabric.is_global_zero and not run.has_record:
+        record = FitRecord(
+            launch=launch,
+            fingerprint=dataset.fingerprint,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            commit=commit(),
+            machine=machine(),
+            versions=versions(),
+        )
+        write_text(folder / FIT, record.model_dump_json(indent=2) + "\n")
+        best, epoch, seconds = fitted.state.best_bound, fitted.state.best_epoch, fitted.state.seconds
+        say(console, f"fit: best validation bound {best:.3f} nats (epoch {epoch}), {duration(seconds)}")
+    return run, fabric
+
+
+def _prepare(run: Run, restart: bool) -> None:
+    """A folder that fits the configuration: emptied on restart, refused if its checkpoint is of another one."""
+    if restart:
+        run.discard()
+    load_checkpoint(run.folder, run.config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.save_config()
+
+
+def evaluate_stage(run: Run, console: Console, k: int | None = None, images: int | None = None) -> dict[str, float]:
+    """Metrics of the test split, also as metrics.json; ``k`` and ``images`` replace the configured ones."""
+    asked = {"k": k, "images": images}
+    options = run.config.evaluate.model_copy(update={name: value for name, value in asked.items() if value})
+    total = min(len(run.dataset.splits[SPLIT]), options.images or len(run.dataset.splits[SPLIT]))
+    device = "cuda" if run.config.run.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    model, started = copy.deepcopy(run.model).to(device), time.perf_counter()
+    with progress_bar(console, f"evaluate, k = {options.k}", total) as advance:
+        metrics = evaluate(model, run.dataset, SPLIT, options, run.config.seed, advance)
+    content: dict[str, Any] = {
+        "split": SPLIT,
+        "metrics": metrics,
+        "k": options.k,
+        "images": options.images,
+        "seconds": round(time.perf_counter() - started, 1),
+        "weights": run.weights_digest,
+    }
+    write_text(run.folder / METRICS, json.dumps(content, indent=2) + "\n")
+    say(
+        console,
+        f"evaluate: log p(x) {metrics['log_likelihood']:.3f} nats (IWAE-{options.k}), elbo {metrics['elbo']:.3f}, "
+        f"rate {metrics['rate']:.2f}, distortion {metrics['distortion']:.2f}, {metrics['bits_per_dim']:.3f} bits/dim, "
+        f"{metrics['active_units']} active units",
+    )
+    return metrics
+
+
+def export_stage(run: Run, console: Console) -> Path:
+    """The staged bundle, uncalibrated."""
+    with console.status("export"):
+        path = export(run)
+    say(console, f"export: {path}, verified")
+    return path
+
+
+def calibrate_stage(run: Run, console: Console) -> Path:
+    """The staged bundle, calibrated."""
+    with progress_bar(console, "calibrate", images_to_score(run)) as advance:
+        path = calibrate(run, advance)
+    say(console, f"calibrate: {path}, verified")
+    return path
+
+
+def report_stage(run: Run, console: Console) -> Path:
+    """Figures and report.html."""
+    with console.status("report"):
+        path = report(run)
+    say(console, f"report: {path}")
+    return path
+
+
+def publish_stage(run: Run, root: Path, console: Console, version: str | None = None) -> Path:
+    """The bundle under ``root``."""
+    with console.status("publish"):
+        path = publish(run, root, version)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    say(console, f"publish: {path}, {size / 1e6:.1f} MB, verified")
+    return path
+
+
+def all_stages(run: Run, root: Path, console: Console) -> Path:
+    """Everything after fit; the published bundle."""
+    evaluate_stage(run, console)
+    export_stage(run, console)
+    calibrate_stage(run, console)
+    report_stage(run, console)
+    return publish_stage(run, root, console)
+
+
+def say(console: Console, text: str) -> None:
+    """One line, whatever the terminal's width, its brackets and numbers left as they are."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` images; yields the function that moves it on."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    return "×".join(map(str, shape))

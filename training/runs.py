@@ -1,0 +1,172 @@
+"""A run's folder: what ``vaetrain fit`` leaves there, and how every later stage finds it again.
+
+runs/NAME/config.json      the whole configuration
+          fit.json         what was asked for, on which machine, how long it took
+          checkpoint.pt    weights and optimiser; content["best"] are the averaged weights
+          history.csv      one row a validation
+          metrics.json     evaluate
+          bundle/          export and calibrate: NAME/1, a bundle that is not published yet
+          scores.npz       calibrate: scores of the calibration and test splits
+          report/          report
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from training.checkpoint import FILE as CHECKPOINT
+from training.checkpoint import load_checkpoint
+from training.config import Config
+from training.data import Dataset, load_dataset
+from training.data.load import ARRAY_SUFFIXES
+from training.data.source import slug
+from training.errors import CheckpointError, ConfigError, DataError
+from training.models.vae import VAE
+
+CONFIG, FIT, METRICS, HISTORY, SCORES = "config.json", "fit.json", "metrics.json", "history.csv", "scores.npz"
+LEFTOVERS = (CHECKPOINT, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard")
+
+
+class Launch(BaseModel):
+    """What the user asked of ``vaetrain fit``; enough to ask for it again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str | None = None
+    preset: str | None = None
+    name: str | None = None
+    overrides: list[str] = []
+
+
+class FitRecord(BaseModel):
+    """fit.json: facts of a finished training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    launch: Launch
+    fingerprint: str
+    finished: str
+    commit: str | None
+    machine: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and configuration; data, weights and records are read when first asked for."""
+
+    folder: Path
+    config: Config
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Run:
+        """The run in that folder. Raises ConfigError if there is none."""
+        path = Path(folder) / CONFIG
+        if not path.is_file():
+            raise ConfigError(f"{folder} is no run: it holds no {CONFIG}; `vaetrain fit` makes one (in runs/NAME)")
+        try:
+            return cls(Path(folder), Config.model_validate_json(path.read_text()))
+        except ValidationError as error:
+            raise ConfigError(f"{path} is not a configuration of this version: {error}") from error
+
+    @property
+    def name(self) -> str:
+        """Name of the bundle: the configured one, else the data's."""
+        return self.config.name or default_name(self.config.data.source)
+
+    @property
+    def staged(self) -> Path:
+        """Folder of the bundle that is not published yet."""
+        return self.folder / "bundle" / self.name / "1"
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data of the run. Raises DataError if they are not those that it was trained on."""
+        dataset = load_dataset(self.config.data)
+        if self.has_record and dataset.fingerprint != self.record.fingerprint:
+            raise DataError(
+                f"{self.config.data.source} has changed since the run was trained (fingerprint "
+                f"{dataset.fingerprint[:12]}, trained on {self.record.fingerprint[:12]}): train again"
+            )
+        return dataset
+
+    @cached_property
+    def checkpoint(self) -> dict[str, Any]:
+        """Content of the checkpoint. Raises CheckpointError."""
+        content = load_checkpoint(self.folder, self.config)
+        if content is None:
+            raise CheckpointError(f"{self.folder} holds no {CHECKPOINT}: run `vaetrain fit` first")
+        return content
+
+    @cached_property
+    def model(self) -> VAE:
+        """The averaged weights with the best validation bound, in eval mode on the CPU."""
+        model = VAE(self.dataset.preprocessing.shape, self.config.model)
+        model.load_state_dict(self.checkpoint["best"])
+        return model.eval()
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """SHA-256, hex, of the weights: ties metrics and bundle to what they were computed from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.checkpoint["best"].items()):
+            digest.update(name.encode() + value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def has_record(self) -> bool:
+        """Whether the training came to its end."""
+        return (self.folder / FIT).is_file()
+
+    @cached_property
+    def record(self) -> FitRecord:
+        """Facts of the training. Raises CheckpointError if it has not come to its end."""
+        if not self.has_record:
+            raise CheckpointError(f"{self.folder} holds no finished training: go on with `vaetrain fit`")
+        return FitRecord.model_validate_json((self.folder / FIT).read_text())
+
+    def metrics(self) -> dict[str, Any] | None:
+        """What ``vaetrain evaluate`` found, or None. Raises CheckpointError if that was of other weights."""
+        path = self.folder / METRICS
+        if not path.is_file():
+            return None
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content["weights"] != self.weights_digest:
+            raise CheckpointError(f"{path} is of other weights: run `vaetrain evaluate {self.folder}` again")
+        return content
+
+    def save_config(self) -> None:
+        """Write config.json."""
+        write_text(self.folder / CONFIG, self.config.model_dump_json(indent=2) + "\n")
+
+    def discard(self) -> None:
+        """Remove what fit and the later stages wrote; other files in the folder stay."""
+        for name in LEFTOVERS:
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def default_name(source: str) -> str:
+    """A bundle's name for a data source: of a path its last part, of an array file without the suffix."""
+    path = Path(source).expanduser().resolve()
+    return slug(path.stem if path.suffix.lower() in ARRAY_SUFFIXES else path.name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    os.replace(temporary, path)

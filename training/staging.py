@@ -1,0 +1,120 @@
+"""Writing a run's bundle: assembled, loaded by service.model, replayed, and only then put in its place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from service.bundle import CALIBRATION, REFERENCE, Bundle, ScoreDefinition, open_bundle, write_bundle
+from service.errors import VaeserveError
+from service.model import Model
+from service.runtime import Runtime
+from service.verify import replay, verified
+from training.config import ScoreConfig
+from training.errors import ExportError
+from training.export import ROLES, export_graphs, likelihood, signature
+from training.parity import reference_arrays, to_npz, tolerances
+from training.provenance import provenance
+from training.runs import Run
+
+VERSION = "1"
+"""Version of every staged bundle; publishing gives it the next free one."""
+
+
+def score_definitions(config: ScoreConfig) -> dict[str, ScoreDefinition]:
+    """Both estimators at the configured k and seed."""
+    texts = {
+        "elbo": "negative ELBO in nats: mean of −log w over k posterior samples",
+        "iwae": "negative IWAE-k bound in nats: −log of the mean of w over k posterior samples",
+    }
+    return {
+        name: ScoreDefinition.model_validate(
+            {"estimator": name, "k": config.k, "seed": config.seed, "description": text}
+        )
+        for name, text in texts.items()
+    }
+
+
+def describe(run: Run) -> str:
+    """The bundle's description: the configured one, or what kind of model of what data it is."""
+    if run.config.description:
+        return run.config.description
+    size = "×".join(map(str, run.model.shape))
+    return (
+        f"Variational autoencoder of {run.dataset.name} ({size} pixels): {run.model.latent_dim} latent dimensions, "
+        f"{run.config.model.likelihood.family.replace('_', ' ')} likelihood"
+    )
+
+
+def export(run: Run) -> Path:
+    """Write runs/NAME/bundle/NAME/1, uncalibrated, in place of one that is there. Raises ExportError, VaeserveError."""
+    graphs = export_graphs(run.model, run.dataset.preprocessing)
+    reference = reference_arrays(run.model, run.dataset, run.config.seed)
+    files = {f"{role}.onnx": graphs[role] for role in ROLES} | {REFERENCE: to_npz(reference)}
+    allowed = tolerances(reference, run.model.likelihood.family)
+    manifest: dict[str, Any] = {
+        "name": run.name,
+        "version": VERSION,
+        "family": run.model.family,
+        "description": describe(run),
+        "preprocessing": run.dataset.preprocessing.model_dump(mode="json"),
+        "signature": signature(run.model).model_dump(mode="json"),
+        "likelihood": likelihood(run.model).model_dump(mode="json"),
+        "graphs": {role: f"{role}.onnx" for role in ROLES},
+        "scores": {name: d.model_dump(mode="json") for name, d in score_definitions(run.config.score).items()},
+        "default_score": run.config.score.estimator,
+        "reference": {"tolerances": {name: t.model_dump() for name, t in allowed.items()}, "max_abs_error": {}},
+        "provenance": provenance(run),
+    }
+    manifest["reference"]["max_abs_error"] = _measure(manifest, files)
+    return replace_bundle(run.folder / "bundle", manifest, files)
+
+
+def _measure(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, float]:
+    """Largest |Δ| of every output from the trainer's, through service.model, from a bundle written for that only."""
+    with tempfile.TemporaryDirectory() as root:
+        model = Model.load(open_bundle(write_bundle(root, manifest, files)), Runtime("cpu"))
+        return replay(model)
+
+
+def replace_bundle(root: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> Path:
+    """Write and verify a bundle under ``root``; one of the same name and version gives way once the new one stands.
+
+    Raises VaeserveError, and the old bundle stays.
+    """
+    with tempfile.TemporaryDirectory(prefix=".new.", dir=_made(root)) as scratch:
+        new = write_bundle(scratch, manifest, files, verify=verified)
+        target = root / new.relative_to(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        new.rename(target)
+    return target
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def open_staged(run: Run, calibrated: bool = False) -> Bundle:
+    """The run's staged bundle. Raises ExportError if there is none, or none of the run's weights or calibrated."""
+    command = f"`vaetrain export {run.folder}`"
+    try:
+        bundle = open_bundle(run.staged)
+    except VaeserveError as error:
+        raise ExportError(f"{run.folder} holds no bundle ({error}): run {command} first") from error
+    if bundle.manifest.provenance.training.get("weights_sha256") != run.weights_digest:
+        raise ExportError(f"the bundle in {run.staged} is of other weights: run {command} again")
+    if calibrated and CALIBRATION not in bundle.manifest.files:
+        raise ExportError(f"the bundle in {run.staged} is not calibrated: run `vaetrain calibrate {run.folder}` first")
+    return bundle
+
+
+def contents(bundle: Bundle) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A bundle's manifest without ``files``, and its files: what write_bundle takes."""
+    manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
+    return manifest, {name: bundle.read(name) for name in bundle.manifest.files}
