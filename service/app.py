@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
-from service.middleware import BodyGuard, RequestContext
 from service.metrics import Metrics
+from service.middleware import BodyGuard, RequestContext
 from service.pool import WorkerPool
 from service.problems import problem
-from service.repository import ModelRepository
+from service.repository import ModelRepository, load_repository
 from service.routes import health, latents, models, scoring
 from service.routes.house import House, default, latest, versioned
-from service.runtime import Runtime
 from service.settings import Settings
 
 STATUS: dict[type[Exception], int] = {
@@ -44,6 +44,13 @@ STATUS: dict[type[Exception], int] = {
     ClientDisconnect: 400,
 }
 """The nearest class of an error's ancestry counts."""
+
+ADDRESSES: dict[str, Callable[..., None]] = {
+    "/v1/models/{model}": latest,
+    "/v1/models/{model}/versions/{version}": versioned,
+    "/v1": default,
+}
+"""Where the verbs of a model are found, and the dependency that finds the model."""
 
 
 def create_app(settings: Settings, repository: ModelRepository | None = None) -> FastAPI:
@@ -75,22 +82,10 @@ def create_app(settings: Settings, repository: ModelRepository | None = None) ->
     return app
 
 
-def load_repository(settings: Settings) -> ModelRepository:
-    """A repository with every model of the settings loaded, verified and warm.
-
-    Raises:
-        BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
-    """
-    runtime = Runtime(settings.device, settings.threads or None)
-    repository = ModelRepository(settings.repository, runtime, settings.default_model, settings.skip_broken)
-    repository.load()
-    return repository
-
-
 def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loaded = repository or await asyncio.to_thread(load_repository, settings)
+        loaded = await asyncio.to_thread(load_repository, settings) if repository is None else repository
         pool = WorkerPool(settings.workers, settings.queue, settings.request_timeout)
         metrics: Metrics = app.state.metrics
         for served in loaded:
@@ -106,11 +101,23 @@ def _include_routes(app: FastAPI) -> None:
     app.include_router(health.router)
     app.include_router(models.router)
     for router in (latents.router, scoring.router):
-        app.include_router(router, prefix="/v1/models/{model}", dependencies=[Depends(latest)])
-        app.include_router(
-            router, prefix="/v1/models/{model}/versions/{version}", dependencies=[Depends(versioned)]
-        )
-        app.include_router(router, prefix="/v1", dependencies=[Depends(default)])
+        for route in router.routes:
+            assert isinstance(route, APIRoute)
+            for prefix, addressed in ADDRESSES.items():
+                _add_verb(app, prefix, addressed, route)
+
+
+def _add_verb(app: FastAPI, prefix: str, addressed: Callable[..., None], route: APIRoute) -> None:
+    """The route under that prefix. include_router would do, but the scope's route would then lack its prefix."""
+    app.add_api_route(
+        prefix + route.path,
+        route.endpoint,
+        methods=sorted(route.methods or ()),
+        dependencies=[Depends(addressed)],
+        tags=route.tags,
+        responses=route.responses,
+        openapi_extra=route.openapi_extra,
+    )
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -26,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve latent variable models of images: latents, samples and calibrated anomaly scores.",
 )
+
+T = TypeVar("T")
 
 ERROR, SOME_BAD_FILES = 1, 3
 
@@ -48,8 +50,9 @@ def serve(context: typer.Context) -> None:
     """Read settings from flags and environment, load every bundle, serve until told to stop."""
     with _errors_in_words():
         settings = read_settings(context.args)
-        from service.app import create_app, load_repository
+        from service.app import create_app
         from service.logs import configure_logs
+        from service.repository import load_repository
         from service.server import build_server
 
         configure_logs(settings.log_level, settings.log_format)
@@ -97,8 +100,7 @@ def check(path: Annotated[Path, typer.Argument(help="A bundle: the folder that h
 
     with _errors_in_words():
         report = verify_bundle(path, Runtime("cpu"))
-        for item in report.checks:
-            typer.echo(f"{'ok  ' if item.ok else 'FAIL'}  {item.name}: {item.found}")
+        typer.echo(str(report))
         if not report.ok:
             raise typer.Exit(ERROR)
 
@@ -124,17 +126,17 @@ def score(
 
 def _score(settings: Settings, images: list[Path], out: Path | None, model: str | None, rate: float | None) -> int:
     """Score, write, show progress on stderr; the number of files that could not be read."""
-    from service.app import load_repository
     from service.images import ImageLimits
     from service.logs import configure_logs
     from service.offline import BadFile, find_images, open_sink, score_files
+    from service.repository import load_repository
     from service.schemas import ScoreParameters
 
     configure_logs("warning", "console")
     files = find_images(images)
     if not files:
         raise ConfigurationError("no PNG, JPEG or WebP file found there")
-    asked = ScoreParameters(false_positive_rate=rate)
+    asked = _in_words(lambda: ScoreParameters(false_positive_rate=rate))
     console, bad = Console(stderr=True), 0
     with open_sink(out, sys.stdout) as write, _progress(console, len(files)) as advance:
         served = load_repository(settings).get(model)
@@ -174,11 +176,11 @@ def _settings(**overrides: object) -> Settings:
     return _in_words(lambda: Settings(**given))  # type: ignore[arg-type]
 
 
-def _in_words(make: Callable[[], Settings]) -> Settings:
+def _in_words(make: Callable[[], T]) -> T:
     try:
         return make()
     except ValidationError as error:
-        faults = [f"setting {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        faults = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise ConfigurationError("; ".join(faults)) from error
 
 
@@ -190,3 +192,7 @@ def _errors_in_words() -> Iterator[None]:
     except VaeserveError as error:
         typer.echo(f"vaeserve: {error}", err=True)
         raise typer.Exit(ERROR) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,26 +1,26 @@
 """Domain exceptions of the service. No HTTP numbers here: app.py holds the one table error -> status.
 
-    VaeserveError
-    ├── BundleError                 a bundle on disk cannot be trusted or used
-    │   ├── BundleNotFound          nothing under that path
-    │   ├── BundleFormatError       manifest unreadable, unknown format_version, schema violated
-    │   ├── BundleIntegrityError    a file is missing, extra, or differs from its sha256 or size
-    │   ├── BundleGraphError        a graph has foreign operators, external data, or another signature
-    │   └── BundleParityError       replaying reference.npz leaves the declared tolerance
-    ├── DeviceUnavailable           the asked execution provider is not there
-    ├── ConfigurationError          a setting is unknown or out of range
-    ├── ModelNotFound               no model (or version) of that name is served
-    ├── ModelNotReady               known, but not yet loaded and warm
-    ├── UnsupportedVerb             this model cannot answer that verb (with the reason)
-    ├── InvalidInput                the caller's data: says what was expected
-    │   ├── UnsupportedMediaType    a Content-Type this route does not read
-    │   ├── NotAcceptable           an Accept this route cannot answer
-    │   └── LimitExceeded           a limit of the settings: which, asked, allowed
-    │       └── PayloadTooLarge     bytes of the body, decoded or not
-    ├── Overloaded                  the queue is full; carries retry_after seconds
-    ├── ReceiveTimeout              the body did not arrive in time
-    ├── DeadlineExceeded            the answer was not ready in time
-    └── ClientGone                  the caller hung up; nobody reads the answer
+VaeserveError
+├── BundleError                 a bundle on disk cannot be trusted or used
+│   ├── BundleNotFound          nothing under that path
+│   ├── BundleFormatError       manifest unreadable, unknown format_version, schema violated
+│   ├── BundleIntegrityError    a file is missing, extra, or differs from its sha256 or size
+│   ├── BundleGraphError        a graph has foreign operators, external data, or another signature
+│   └── BundleParityError       replaying reference.npz leaves the declared tolerance
+├── DeviceUnavailable           the asked execution provider is not there
+├── ConfigurationError          a setting is unknown or out of range
+├── ModelNotFound               no model (or version) of that name is served
+├── ModelNotReady               known, but not yet loaded and warm
+├── UnsupportedVerb             this model cannot answer that verb (with the reason)
+├── InvalidInput                the caller's data: says what was expected
+│   ├── UnsupportedMediaType    a Content-Type this route does not read
+│   ├── NotAcceptable           an Accept this route cannot answer
+│   └── LimitExceeded           a limit of the settings: which, asked, allowed
+│       └── PayloadTooLarge     bytes of the body, decoded or not
+├── Overloaded                  the queue is full; carries retry_after seconds
+├── ReceiveTimeout              the body did not arrive in time
+├── DeadlineExceeded            the answer was not ready in time
+└── ClientGone                  the caller hung up; nobody reads the answer
 """
 
 

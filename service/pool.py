@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from service.errors import ClientGone, DeadlineExceeded, Overloaded
 
@@ -38,13 +38,14 @@ class WorkerPool:
         future = self._submit(work)
         result = asyncio.wrap_future(future)
         watcher = asyncio.ensure_future(gone())
+        waited: set[asyncio.Future[Any]] = {result, watcher}
         try:
-            await asyncio.wait({result, watcher}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waited, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
             if result.done():
                 return result.result()
-            raise ClientGone("the client closed the connection") if watcher.done() else DeadlineExceeded(
-                f"no answer within {self._timeout:g} s (setting request_timeout)"
-            )
+            if watcher.done():
+                raise ClientGone("the client closed the connection")
+            raise DeadlineExceeded(f"no answer within {self._timeout:g} s (setting request_timeout)")
         finally:
             watcher.cancel()
             result.cancel()

@@ -13,8 +13,11 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.logs import get_logger
 from service.problems import MEDIA_TYPE, problem
 from service.settings import Settings
+
+LINGER_SECONDS = 0.5
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -98,11 +101,22 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self._disarm()
-        if not self.pipeline and (self.cycle is None or self.cycle.response_complete or not self.cycle.response_started):
+        get_logger().info("connection refused", status=status, detail=detail, client=self.client)
+        under_way = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not self.pipeline and not under_way:
             self.transport.write(_bytes(status, detail))
         if self.cycle is not None:
             self.cycle.disconnected = True
-        self.transport.close()
+        self._linger()
+
+    def _linger(self) -> None:
+        """Say that no more comes, drop what still arrives, close shortly.
+
+        A socket closed on unread bytes is reset, and the caller would never read the answer.
+        """
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
 def guarded_protocol(settings: Settings) -> type[GuardedProtocol]:

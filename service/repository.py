@@ -6,21 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.bundle import Manifest, open_bundle
+from service.bundle import Manifest
 from service.calibration import Calibrator
 from service.errors import BundleError, BundleFormatError, BundleNotFound, ConfigurationError, ModelNotFound
 from service.logs import get_logger
 from service.model import Model
 from service.runtime import Runtime
+from service.settings import Settings
 from service.verify import verify_bundle
 
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded, verified and warm model beside its calibration (None if the bundle has none)."""
+    """A loaded, verified and warm model beside its calibration (empty if the bundle has none)."""
 
     model: Model
-    calibrator: Calibrator | None
+    calibrator: Calibrator
 
     @property
     def manifest(self) -> Manifest:
@@ -126,6 +127,18 @@ class ModelRepository:
         return ", ".join(sorted(self._served)) or "none"
 
 
+def load_repository(settings: Settings) -> ModelRepository:
+    """A repository with every model of the settings loaded, verified and warm.
+
+    Raises:
+        BundleError, ConfigurationError, DeviceUnavailable: see load and Runtime.
+    """
+    runtime = Runtime(settings.device, settings.threads or None)
+    repository = ModelRepository(settings.repository, runtime, settings.default_model, settings.skip_broken)
+    repository.load()
+    return repository
+
+
 def find_bundles(root: Path) -> list[Path]:
     """Folders NAME/VERSION of ``root`` that hold a manifest."""
     return [manifest.parent for manifest in root.glob("*/*/manifest.json")]
@@ -138,14 +151,12 @@ def load_bundle(path: Path, runtime: Runtime) -> Served:
         BundleError: verification found something wrong; the text says what.
     """
     report = verify_bundle(path, runtime)
-    if not report.ok:
-        raise BundleFormatError(f"{path} fails verification: {report.summary()}")
-    bundle = open_bundle(path)
-    _check_place(path, bundle.manifest)
-    model = Model.load(bundle, runtime)
+    if report.model is None or report.error is not None:
+        raise type(report.error or BundleError())(f"{path} fails verification: {report.summary()}")
+    model = report.model
+    _check_place(path, model.manifest)
     model.warm_up()
-    calibrator = Calibrator.from_bundle(bundle) if bundle.manifest.calibration is not None else None
-    return Served(model, calibrator)
+    return Served(model, Calibrator.from_bundle(model.bundle))
 
 
 def _check_place(path: Path, manifest: Manifest) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.bundle import Calibration, Likelihood, Preprocessing, Prior, ScoreDefinition, Signature
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="of every random number: same seed, same bytes")]
-Strict = Annotated[bool, Field(description="refuse images of another size or mode instead of applying the bundle's rule")]
+Strict = Annotated[bool, Field(description="refuse images of another size or mode instead of converting them")]
 Draw = Annotated[bool, Field(description="a draw x ~ p(x|z) instead of the mean E[x|z]")]
 Nats = Annotated[float | None, Field(description="nats")]
 

@@ -5,13 +5,13 @@ The HTTP route and ``vaeserve score`` both end here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from service.bundle import Manifest, ScoreDefinition
-from service.calibration import Calibrator
 from service.errors import InvalidInput
 from service.model import Scores
 from service.repository import Served
@@ -28,7 +28,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Scores of N images beside their p-values (float64 [N], NaN for a score that is not a number), or the reason for none."""
+    """Scores of N images beside their p-values (float64 [N]), or the reason why there are none."""
 
     chosen: Chosen
     scores: Scores
@@ -39,11 +39,11 @@ class Verdicts:
     reason: str | None
 
     @property
-    def is_anomaly(self) -> list[bool | None]:
+    def is_anomaly(self) -> Sequence[bool | None]:
         """p ≤ the asked false-positive rate, for each image; None without a p-value."""
         if self.p_values is None:
             return [None] * len(self.scores.score)
-        return [None if np.isnan(p) else bool(p <= self.rate) for p in self.p_values]
+        return [bool(p <= self.rate) for p in self.p_values]
 
 
 def choose(manifest: Manifest, asked: ScoreParameters) -> Chosen:
@@ -71,14 +71,13 @@ def judge(served: Served, x: np.ndarray, asked: ScoreParameters, default_rate: f
     chosen = choose(served.manifest, asked)
     rate = default_rate if asked.false_positive_rate is None else asked.false_positive_rate
     reason = _no_verdict(served, chosen)
+    if chosen.name is None or reason:
+        return Verdicts(chosen, served.model.score(x, chosen.definition, asked.map), rate, None, None, None, reason)
     # The threshold comes first: a rate that the calibration cannot answer must not cost a computation.
-    threshold = None if reason else _calibrator(served).threshold(str(chosen.name), rate)
-    scores = served.model.score(x, chosen.definition, maps=asked.map)
-    if reason:
-        return Verdicts(chosen, scores, rate, None, None, None, reason)
-    calibrator = _calibrator(served)
-    p_values = np.where(np.isnan(scores.score), np.nan, calibrator.p_values(str(chosen.name), scores.score))
-    return Verdicts(chosen, scores, rate, p_values, threshold, calibrator.n(str(chosen.name)), None)
+    threshold = served.calibrator.threshold(chosen.name, rate)
+    scores = served.model.score(x, chosen.definition, asked.map)
+    p_values = served.calibrator.p_values(chosen.name, scores.score)
+    return Verdicts(chosen, scores, rate, p_values, threshold, served.calibrator.n(chosen.name), None)
 
 
 def rows(verdicts: Verdicts) -> list[dict[str, Any]]:
@@ -100,24 +99,17 @@ def _recipe(definition: ScoreDefinition) -> tuple[str, int, int]:
 
 
 def _no_verdict(served: Served, chosen: Chosen) -> str | None:
-    if served.calibrator is None:
+    if chosen.name in served.calibrator.names:
+        return None
+    if not served.calibrator.names:
         return "no p_value and no is_anomaly: this bundle carries no calibration"
-    if chosen.name is None:
-        used = chosen.definition
-        known = "; ".join(
-            f"{name}: {d.estimator}, k={d.k}, seed={d.seed}" for name, d in sorted(served.manifest.scores.items())
-        )
-        return (
-            f"no p_value and no is_anomaly: {used.estimator} with k={used.k} and seed={used.seed} "
-            f"is not calibrated (calibrated are {known})"
-        )
-    return None
+    used, scores = chosen.definition, served.manifest.scores
+    known = "; ".join(f"{name}: {_in_words(scores[name])}" for name in served.calibrator.names)
+    return f"no p_value and no is_anomaly: {_in_words(used)} is not calibrated (calibrated are {known})"
 
 
-def _calibrator(served: Served) -> Calibrator:
-    if served.calibrator is None:
-        raise InvalidInput("this bundle carries no calibration")
-    return served.calibrator
+def _in_words(definition: ScoreDefinition) -> str:
+    return f"{definition.estimator} with k={definition.k} and seed={definition.seed}"
 
 
 def _finite(value: float) -> float | None:

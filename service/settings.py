@@ -37,7 +37,7 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; cuda never falls back")
+    device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; no silent fallback")
     threads: int = Field(default=0, ge=0, le=1024, description="onnxruntime threads; 0: as many as the cgroup allows")
     workers: int = Field(default=2, ge=1, le=64, description="requests computed at once")
     queue: int = Field(default=64, ge=0, le=100_000, description="requests that may wait for a worker; more get 429")

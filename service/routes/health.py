@@ -24,7 +24,7 @@ async def readyz(house: HouseDep) -> JSONResponse:
     health = Health(
         status="ready" if ready else "not ready",
         models=[f"{served.manifest.name}/{served.manifest.version}" for served in house.repository],
-        skipped={name: "failed verification, see the log" for name in house.repository.skipped},
+        skipped=dict.fromkeys(house.repository.skipped, "failed verification, see the log"),
     )
     return JSONResponse(health.model_dump(), status_code=200 if ready else 503)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any
 
 import orjson
 from fastapi import Depends, Request
 from fastapi.responses import Response
 
-from service.errors import LimitExceeded
+from service.errors import InvalidInput, LimitExceeded
 from service.metrics import Metrics
 from service.negotiation import negotiate
 from service.pool import WorkerPool
@@ -42,8 +44,8 @@ class House:
 
     def limit_pixels_out(self, images: int, served: Served) -> None:
         """Refuse an answer that would hold more numbers than the setting max_pixels_out."""
-        channels, height, width = served.manifest.signature.shape
-        self.limit(f"{images} images of {channels}×{height}×{width}", images * channels * height * width, "max_pixels_out")
+        numbers = images * math.prod(served.manifest.signature.shape)
+        self.limit(f"the number of pixels in {images} images", numbers, "max_pixels_out")
 
 
 def get_house(request: Request) -> House:
@@ -84,6 +86,23 @@ class Call:
         """The Content-Type header, "" if absent."""
         return self.request.headers.get("content-type", "")
 
+    @property
+    def media_type(self) -> str:
+        """The Content-Type without its parameters, in lower case."""
+        return self.content_type.partition(";")[0].strip().lower()
+
+    @cached_property
+    def document(self) -> Any:
+        """The JSON body, parsed once.
+
+        Raises:
+            InvalidInput: it is no JSON, is nested too deeply, or holds NaN.
+        """
+        try:
+            return orjson.loads(self.body)
+        except orjson.JSONDecodeError as error:
+            raise InvalidInput(f"the body is no JSON: {str(error)[:100]}") from error
+
     def negotiate(self, offers: Sequence[str]) -> str:
         """The offered media type that Accept prefers.
 
@@ -92,9 +111,9 @@ class Call:
         """
         return negotiate(self.request.headers.get("accept", ""), offers)
 
-    async def answer(self, media_type: str, work: Callable[[], bytes]) -> Response:
-        """Run ``work`` on a worker thread; its bytes are the answer's body."""
-        content = await self.house.pool.run(work, self._gone)
+    async def answer(self, work: Callable[[], tuple[bytes, str]]) -> Response:
+        """Run ``work`` on a worker thread; it gives the answer's body and media type."""
+        content, media_type = await self.house.pool.run(work, self._gone)
         return Response(content, media_type=media_type)
 
     async def _gone(self) -> None:

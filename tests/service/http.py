@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
-from service.app import create_app, load_repository
+from service.app import create_app
+from service.repository import load_repository
 from service.server import build_server
 from service.settings import Settings
 
@@ -44,6 +47,13 @@ def send_raw(client: httpx.Client, data: bytes, timeout: float = 10) -> tuple[in
             received += chunk
     head, _, body = received.partition(b"\r\n\r\n")
     return int(head.split(b" ", 2)[1]), head, body
+
+
+def npy(array: np.ndarray) -> bytes:
+    """The array as an .npy body."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def assert_problem(response: httpx.Response, status: int | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch):
 
 
 def test_an_unknown_variable_is_an_error_that_suggests_the_nearest():
-    with pytest.raises(ConfigurationError, match="VAESERVE_MAX_BACH.*did you mean VAESERVE_MAX_BATCH"):
+    with pytest.raises(ConfigurationError, match=r"VAESERVE_MAX_BACH.*did you mean VAESERVE_MAX_BATCH"):
         check_environment({"VAESERVE_MAX_BACH": "3", "HOME": "/"})
 
 
@@ -37,7 +37,7 @@ def test_every_setting_is_a_known_variable():
     [(["--port", "70000"], "port"), (["--max-k", "0"], "max_k"), (["--header-timeout", "-1"], "header_timeout")],
 )
 def test_a_value_out_of_range_names_its_setting(flags, text):
-    with pytest.raises(ConfigurationError, match=f"setting {text}"):
+    with pytest.raises(ConfigurationError, match=f"{text}: "):
         read_settings(flags)
 
 

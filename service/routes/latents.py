@@ -1,0 +1,133 @@
+"""encode, decode, reconstruct, interpolate and sample: thin handlers that translate; service.model computes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+
+from service import codecs
+from service.errors import InvalidInput
+from service.routes.documents import IMAGE_BODY, LATENT_BODY, PAIR_BODY, answers
+from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, dump
+from service.routes.inputs import parameters, read_images, read_latents, read_pair
+from service.schemas import (
+    DecodeParameters,
+    Encoded,
+    EncodeParameters,
+    Images,
+    InterpolateParameters,
+    LatentImages,
+    ReconstructParameters,
+    SampleParameters,
+)
+
+router = APIRouter(tags=["latents"])
+
+
+@router.post("/encode", openapi_extra=IMAGE_BODY, responses=answers(Encoded, JSON, NPY))
+async def encode(call: CallDep, query: Annotated[EncodeParameters, Query()]) -> Response:
+    """Posterior q(z|x) of each image: loc, scale, and seeded samples if asked for."""
+    return await call.answer(lambda: _encode(call, query))
+
+
+@router.post("/decode", openapi_extra=LATENT_BODY, responses=answers(Images, JSON, NPY, PNG))
+async def decode(call: CallDep, query: Annotated[DecodeParameters, Query()]) -> Response:
+    """Images of given latents: E[x|z], or a draw from p(x|z)."""
+    return await call.answer(lambda: _decode(call, query))
+
+
+@router.post("/reconstruct", openapi_extra=IMAGE_BODY, responses=answers(Images, JSON, NPY, PNG))
+async def reconstruct(call: CallDep, query: Annotated[ReconstructParameters, Query()]) -> Response:
+    """E[x|z] at the posterior's loc."""
+    return await call.answer(lambda: _reconstruct(call, query))
+
+
+@router.post("/interpolate", openapi_extra=PAIR_BODY, responses=answers(LatentImages, JSON, NPY, PNG, GIF, WEBP))
+async def interpolate(call: CallDep, query: Annotated[InterpolateParameters, Query()]) -> Response:
+    """A path between two images or two latents, decoded."""
+    return await call.answer(lambda: _interpolate(call, query))
+
+
+@router.get("/sample", responses=answers(LatentImages, JSON, NPY, PNG))
+async def sample(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
+    """New images: z from the prior, then E[x|z] or a draw from p(x|z)."""
+    return await call.answer(lambda: _sample(call, query))
+
+
+@router.post("/sample", responses=answers(LatentImages, JSON, NPY, PNG))
+async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
+    """As GET; the parameters may also be a JSON object in the body."""
+    return await call.answer(lambda: _sample(call, query))
+
+
+def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
+    media_type = call.negotiate([JSON, NPY])
+    asked = parameters(call, query)
+    call.house.limit("samples", asked.samples, "max_samples")
+    x = read_images(call, asked.strict)
+    call.house.metrics.batch.labels("encode").observe(len(x))
+    posterior = call.served.model.encode(x, asked.samples, asked.seed)
+    if media_type == NPY:
+        return codecs.encode_npy(getattr(posterior, asked.array)), NPY
+    content: dict[str, Any] = {"model": call.served.identity, "loc": posterior.loc, "scale": posterior.scale}
+    if asked.samples:
+        content["samples"] = posterior.samples
+    return dump(content), JSON
+
+
+def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
+    media_type = call.negotiate([JSON, NPY, PNG])
+    asked = parameters(call, query)
+    z = read_latents(call)
+    call.house.metrics.batch.labels("decode").observe(len(z))
+    return _show(call, media_type, _images(call, z, asked.draw, asked.seed))
+
+
+def _reconstruct(call: Call, query: ReconstructParameters) -> tuple[bytes, str]:
+    media_type = call.negotiate([JSON, NPY, PNG])
+    asked = parameters(call, query)
+    x = read_images(call, asked.strict)
+    call.house.limit_pixels_out(len(x), call.served)
+    call.house.metrics.batch.labels("reconstruct").observe(len(x))
+    return _show(call, media_type, call.served.model.reconstruct(x, asked.seed))
+
+
+def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
+    media_type = call.negotiate([JSON, NPY, PNG, GIF, WEBP])
+    asked = parameters(call, query)
+    call.house.limit("steps", asked.steps, "max_steps")
+    a, b = read_pair(call, asked.strict)
+    z = call.served.model.interpolate(a, b, asked.steps, asked.mode)
+    call.house.metrics.batch.labels("interpolate").observe(len(z))
+    return _show(call, media_type, _images(call, z, asked.draw, asked.seed), latents=z)
+
+
+def _sample(call: Call, query: SampleParameters) -> tuple[bytes, str]:
+    media_type = call.negotiate([JSON, NPY, PNG])
+    asked = parameters(call, query)
+    call.house.limit("n", asked.n, "max_n")
+    z = call.served.model.sample_latents(asked.n, asked.seed, asked.temperature)
+    call.house.metrics.batch.labels("sample").observe(len(z))
+    # Draws of one sample are independent of each other: a seed each.
+    seeds = [(asked.seed + row) % 2**32 for row in range(len(z))]
+    return _show(call, media_type, _images(call, z, asked.draw, seeds), latents=z)
+
+
+def _images(call: Call, z: np.ndarray, draw: bool, seed: int | list[int]) -> np.ndarray:
+    call.house.limit_pixels_out(len(z), call.served)
+    images = call.served.model.observe(z, seed) if draw else call.served.model.decode(z)
+    if not np.isfinite(images).all():
+        raise InvalidInput("these latents lead to pixels that are not finite: expected latents of the prior's size")
+    return images
+
+
+def _show(call: Call, media_type: str, images: np.ndarray, latents: np.ndarray | None = None) -> tuple[bytes, str]:
+    """Images [N,C,H,W] in the negotiated media type."""
+    if media_type == JSON:
+        content: dict[str, Any] = {"model": call.served.identity, "images": images}
+        return dump(content if latents is None else {**content, "latents": latents}), JSON
+    encoders = {NPY: codecs.encode_npy, PNG: codecs.encode_png, GIF: codecs.encode_gif, WEBP: codecs.encode_webp}
+    return encoders[media_type](images), media_type

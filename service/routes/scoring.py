@@ -1,0 +1,78 @@
+"""score: how unlikely is each image, and is that unusual at the asked false-positive rate?"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+
+from service import codecs
+from service.routes.documents import IMAGE_BODY, answers
+from service.routes.house import JSON, NPY, PNG, Call, CallDep, dump
+from service.routes.inputs import parameters, read_images
+from service.schemas import Scored, ScoreParameters
+from service.scoring import Verdicts, choose, judge, rows
+
+router = APIRouter(tags=["scoring"])
+
+
+@router.post("/score", openapi_extra=IMAGE_BODY, responses=answers(Scored, JSON, NPY, PNG))
+async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Response:
+    """Score, bounds on log p(x), conformal p-value and verdict for each image.
+
+    As npy: the maps [N, H, W] with map=true, else the scores [N]. As PNG (map=true): the maps as heat maps.
+    """
+    return await call.answer(lambda: _score(call, query))
+
+
+def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
+    asked = parameters(call, query)
+    media_type = call.negotiate([JSON, NPY, PNG] if asked.map else [JSON, NPY])
+    chosen = choose(call.served.manifest, asked)
+    call.house.limit("k", chosen.definition.k, "max_k")
+    x = read_images(call, asked.strict)
+    call.house.limit(f"{len(x)} images × k={chosen.definition.k}", len(x) * chosen.definition.k, "max_evaluations")
+    if asked.map:
+        call.house.limit_pixels_out(len(x), call.served)
+    verdicts = judge(call.served, x, asked, call.house.settings.false_positive_rate)
+    _count(call, verdicts)
+    if media_type == JSON:
+        return dump(_content(call, verdicts)), JSON
+    if verdicts.scores.map is None:
+        return codecs.encode_npy(verdicts.scores.score), NPY
+    return (codecs.encode_npy if media_type == NPY else codecs.encode_heat_maps)(verdicts.scores.map), media_type
+
+
+def _content(call: Call, verdicts: Verdicts) -> dict[str, Any]:
+    results = rows(verdicts)
+    if verdicts.scores.map is not None:
+        for result, single in zip(results, verdicts.scores.map, strict=True):
+            result["map"] = single
+    return {
+        "model": call.served.identity,
+        "definition": {
+            "name": verdicts.chosen.name,
+            **verdicts.chosen.definition.model_dump(include={"estimator", "k", "seed"}),
+        },
+        "calibration": _calibration(verdicts),
+        "verdict": verdicts.reason,
+        "results": results,
+    }
+
+
+def _calibration(verdicts: Verdicts) -> dict[str, Any] | None:
+    if verdicts.n is None:
+        return None
+    return {
+        "n": verdicts.n,
+        "smallest_p_value": 1 / (verdicts.n + 1),
+        "false_positive_rate": verdicts.rate,
+        "threshold": verdicts.threshold,
+    }
+
+
+def _count(call: Call, verdicts: Verdicts) -> None:
+    metrics, n = call.house.metrics, len(verdicts.scores.score)
+    metrics.batch.labels("score").observe(n)
+    metrics.scored(call.served.manifest.name, [] if verdicts.p_values is None else verdicts.p_values, n)
