@@ -1,0 +1,252 @@
+"""Request bodies -> arrays. Every input format ends in the same float32 pixels [N,C,H,W] in [0,1].
+
+    image/png, image/jpeg, image/webp      one image
+    multipart/form-data, field ``images``  one or many files: images or npy
+    application/x-npy                      uint8, or float in [0,1]; N×C×H×W and the natural shorter shapes
+    application/json                       {"images": lists of numbers or base64 strings, "dtype": "float32" | "uint8"}
+    application/octet-stream               uint8 pixels in the signature's shape, any number of images
+
+Images of another size go through the bundle's own rule (service.images), or are refused if ``strict``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from python_multipart import FormParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+from service.arrays import NPY_MAGIC, DType, as_images, as_latents, from_json, read_npy, to_unit
+from service.bundle import Preprocessing
+from service.errors import InvalidInput, LimitExceeded, UnsupportedMediaType
+from service.images import ImageLimits, decode_image, resize_array
+from service.pictures import encode_gif, encode_heat_maps, encode_png, encode_webp
+
+__all__ = [
+    "Limits",
+    "Reader",
+    "encode_gif",
+    "encode_heat_maps",
+    "encode_npy",
+    "encode_png",
+    "encode_webp",
+    "media_type",
+    "read_latents",
+]
+
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp")
+NPY, JSON, OCTETS, MULTIPART = (
+    "application/x-npy",
+    "application/json",
+    "application/octet-stream",
+    "multipart/form-data",
+)
+INPUT_TYPES = (*IMAGE_TYPES, MULTIPART, NPY, JSON, OCTETS)
+FIELD = "images"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most images in one request, and the limits of each encoded image."""
+
+    max_images: int
+    image: ImageLimits
+
+
+def media_type(content_type: str) -> str:
+    """The media type of a Content-Type header, in lower case, without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def encode_npy(array: np.ndarray) -> bytes:
+    """An array -> the bytes of an .npy file (format 1.0)."""
+    buffer = BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads images for one bundle.
+
+    Raises, from ``read``:
+        UnsupportedMediaType: the Content-Type is none of INPUT_TYPES.
+        LimitExceeded: too many images, bytes or pixels.
+        InvalidInput: anything else; the text names the row, what was found, and what was expected.
+    """
+
+    preprocessing: Preprocessing
+    limits: Limits
+    strict: bool = False
+
+    def read(self, content_type: str, body: bytes, document: Callable[[], Any]) -> np.ndarray:
+        """A body -> float32 [N,C,H,W] in [0,1]. ``document`` parses the body as JSON, once, if it is needed."""
+        kind = media_type(content_type)
+        if kind not in INPUT_TYPES:
+            raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(INPUT_TYPES)} expected")
+        if not body:
+            raise InvalidInput("the body is empty: images expected")
+        if kind in IMAGE_TYPES:
+            return self._picture(body)
+        if kind == NPY:
+            return self._array(read_npy(body))
+        if kind == OCTETS:
+            return self._octets(body)
+        return self._json(document()) if kind == JSON else self._multipart(content_type, body)
+
+    def _count(self, images: int) -> None:
+        if images > self.limits.max_images:
+            raise LimitExceeded(f"{images} images: at most {self.limits.max_images} here (setting max_batch)")
+
+    def _picture(self, data: bytes) -> np.ndarray:
+        return to_unit(decode_image(data, self.preprocessing, self.limits.image, self.strict)[None])
+
+    def _array(self, array: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> np.ndarray:
+        images = as_images(array, self.preprocessing.channels)
+        self._count(first_row + len(images))
+        if images.dtype == np.uint8:
+            return to_unit(resize_array(images, self.preprocessing, self.strict))
+        unit = to_unit(images, dtype, first_row)
+        if dtype == "uint8":
+            return self._array(images.astype(np.uint8))
+        return resize_array(unit, self.preprocessing, self.strict)
+
+    def _octets(self, body: bytes) -> np.ndarray:
+        shape = self.preprocessing.shape
+        size = math.prod(shape)
+        if len(body) % size:
+            raise InvalidInput(f"{len(body)} bytes: a multiple of {size} expected, uint8 pixels of shape {shape}")
+        self._count(len(body) // size)
+        return to_unit(np.frombuffer(body, np.uint8).reshape(-1, *shape))
+
+    def _bytes(self, data: bytes) -> np.ndarray:
+        """One part or string: an npy file by its magic, else a picture."""
+        return self._array(read_npy(data)) if data.startswith(NPY_MAGIC) else self._picture(data)
+
+    def _many(self, parts: list[bytes]) -> np.ndarray:
+        self._count(len(parts))
+        found: list[np.ndarray] = []
+        for index, data in enumerate(parts):
+            with named(f"image {index}: "):
+                found.append(self._bytes(data))
+            self._count(sum(map(len, found)))
+        return np.concatenate(found)
+
+    def _json(self, document: Any) -> np.ndarray:
+        if not isinstance(document, dict) or "images" not in document:
+            raise InvalidInput('a JSON object with "images" expected')
+        images, dtype = document["images"], document.get("dtype", "float32")
+        if dtype not in ("float32", "uint8"):
+            raise InvalidInput('dtype: "float32" (pixels in [0,1]) or "uint8" (0 to 255) expected')
+        if isinstance(images, str):
+            images = [images]
+        if not isinstance(images, list) or not images:
+            raise InvalidInput('"images": a non-empty list of images expected, as nested lists or base64 strings')
+        if all(isinstance(image, str) for image in images):
+            self._count(len(images))
+            return self._many([_from_base64(image, index) for index, image in enumerate(images)])
+        return self._lists(images, dtype)
+
+    def _lists(self, images: list[Any], dtype: DType) -> np.ndarray:
+        try:
+            whole = from_json(images)
+        except InvalidInput:  # which row is it, or are they only of different sizes?
+            rows = [from_json(image, f"image {index}: ") for index, image in enumerate(images)]
+            if len({row.ndim for row in rows}) > 1 or rows[0].ndim < 2:
+                raise
+            self._count(len(rows))
+            return np.concatenate([self._array(row, dtype, index) for index, row in enumerate(rows)])
+        return self._array(whole, dtype)
+
+    def _multipart(self, content_type: str, body: bytes) -> np.ndarray:
+        parts = read_multipart(content_type, body, self.limits.max_images)
+        if not parts:
+            raise InvalidInput(f"the form holds no files: at least one field {FIELD!r} expected")
+        return self._many(parts)
+
+
+class named:  # noqa: N801  # a context manager reads as a verb
+    """Put ``prefix`` before the text of an InvalidInput raised inside."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, InvalidInput):
+            raise type(error)(f"{self.prefix}{error}") from error
+
+
+def _from_base64(text: str, index: int) -> bytes:
+    """Base64, plain or as a data URL, -> bytes."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidInput(f"image {index}: base64 of a PNG, JPEG, WebP or npy file expected") from error
+
+
+def read_multipart(content_type: str, body: bytes, max_files: int) -> list[bytes]:
+    """The contents of the files in field ``images``, in order.
+
+    Raises:
+        InvalidInput: no valid form, or a field of another name.
+        LimitExceeded: more than ``max_files``.
+    """
+    _, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise InvalidInput("multipart/form-data without a boundary")
+    found: list[bytes] = []
+
+    def keep(name: bytes | None, content: bytes) -> None:
+        if name != FIELD.encode():
+            raise InvalidInput(f"form field {(name or b'')[:40].decode('latin-1')!r}: only {FIELD!r} expected")
+        if len(found) >= max_files:
+            raise LimitExceeded(f"over {max_files} files: at most {max_files} images here (setting max_batch)")
+        found.append(content)
+
+    def on_file(file: Any) -> None:
+        file.file_object.seek(0)
+        keep(file.field_name, file.file_object.read())
+        file.close()
+
+    parser = FormParser(
+        "multipart/form-data",
+        on_field=lambda field: keep(field.field_name, field.value or b""),
+        on_file=on_file,
+        boundary=boundary,
+        config={"MAX_MEMORY_FILE_SIZE": len(body) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True},
+    )
+    try:
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, UnicodeError) as error:
+        raise InvalidInput("the multipart form is damaged or truncated") from error
+    return found
+
+
+def read_latents(
+    content_type: str, body: bytes, document: Callable[[], Any], latent_dim: int, limit: int
+) -> np.ndarray:
+    """A body -> latents float32 [M,L], from npy or {"latents": [[…], …]}. Raises as Reader.read does."""
+    kind = media_type(content_type)
+    if kind == NPY:
+        return as_latents(read_npy(body), latent_dim, limit)
+    if kind != JSON:
+        raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {NPY}, {JSON} expected")
+    content = document()
+    if not isinstance(content, dict) or "latents" not in content:
+        raise InvalidInput('a JSON object with "latents" expected')
+    return as_latents(from_json(content["latents"], "latents: "), latent_dim, limit)
