@@ -26,13 +26,16 @@ RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb")
  && python3 -m pip --python /opt/vaeserve/bin/python install --no-cache-dir --constraint constraints.txt --requirement core.txt \
  && find /opt/vaeserve -type d -name tests -path '*/numpy/*' -prune -exec rm -rf {} +
 
+# What ONNX Runtime ships for converting models is not needed to run them.
 FROM build AS build-cpu
 COPY --from=wheel /wheel /wheel
-RUN python3 -m pip --python /opt/vaeserve/bin/python install --no-cache-dir --constraint constraints.txt "$(ls /wheel/*.whl)[cpu]"
+RUN python3 -m pip --python /opt/vaeserve/bin/python install --no-cache-dir --constraint constraints.txt "$(ls /wheel/*.whl)[cpu]" \
+ && cd /opt/vaeserve/lib/python3*/site-packages/onnxruntime && rm -rf transformers quantization tools
 
 FROM build AS build-gpu
 COPY --from=wheel /wheel /wheel
-RUN python3 -m pip --python /opt/vaeserve/bin/python install --no-cache-dir --constraint constraints.txt "$(ls /wheel/*.whl)[gpu]"
+RUN python3 -m pip --python /opt/vaeserve/bin/python install --no-cache-dir --constraint constraints.txt "$(ls /wheel/*.whl)[gpu]" \
+ && cd /opt/vaeserve/lib/python3*/site-packages/onnxruntime && rm -rf transformers quantization tools
 
 # --- what both images are -------------------------------------------------------------------------------------------
 FROM ${PYTHON_IMAGE} AS runtime
@@ -46,8 +49,8 @@ ENV PATH=/opt/vaeserve/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sb
     VAESERVE_REPOSITORY=/srv/exported \
     VAESERVE_HOST=0.0.0.0 \
     VAESERVE_PORT=8000
-# Package lists and archives, where the base image has any left; root is not needed after this.
-RUN rm -rf /var/lib/apt/lists/* /var/cache/apt/*
+# Package lists, archives, manuals and translations, where the base image has any left. The last step that needs root.
+RUN rm -rf /var/lib/apt/lists/* /var/cache/apt/* /usr/share/man/* /usr/share/locale/*
 WORKDIR /srv
 # A number, not a name, so that Kubernetes' runAsNonRoot can see that it is not root. Nothing in the image belongs to it.
 USER 10001:10001

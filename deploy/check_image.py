@@ -39,19 +39,23 @@ COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "make", "ld")
 PROBE = """
 import importlib.util, json, os, shutil, sys
 modules, compilers = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-own, writable, caches = [], [], []
+own, writable, caches, read_only = [], [], [], False
 for folder, folders, files in os.walk("/", onerror=None):
     if folder in ("/proc", "/sys", "/dev"):
         folders[:] = []
         continue
-    if os.access(folder, os.W_OK):
+    if os.lstat(folder).st_mode & 0o1002 == 0o0002:  # by everyone, and not sticky as /tmp is
         writable.append(folder)
     if os.path.basename(folder) == ".cache":
         caches.append(folder)
     own += [p for p in (os.path.join(folder, f) for f in files) if os.lstat(p).st_uid == os.getuid()]
+try:
+    open("/tmp/probe", "w").close()
+except OSError:
+    read_only = True
 found = {"modules": [m for m in modules if importlib.util.find_spec(m)],
          "compilers": [c for c in compilers if shutil.which(c)], "uid": os.getuid(), "gid": os.getgid(),
-         "own": own, "writable": writable, "caches": caches}
+         "own": own, "writable": writable, "caches": caches, "read_only": read_only}
 print(json.dumps(found))
 """
 
@@ -67,9 +71,10 @@ class Config(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A started service: its address, a way to run a command beside it, and one to stop it (-> exit code)."""
+    """A started service: address, whether it runs, how to run a command beside it, how to stop it (-> exit code)."""
 
     url: str
+    alive: Callable[[], bool]
     execute: Callable[[list[str]], subprocess.CompletedProcess[str]]
     stop: Callable[[], int]
     logs: Callable[[], str]
@@ -117,6 +122,9 @@ class ContainerEngine:
         started = call(self.program, "run", "--detach", *self.options, "--publish", f"127.0.0.1::{port}", self.image)
         container = started.stdout.strip()
 
+        def alive() -> bool:
+            return call(self.program, "inspect", "--format", "{{.State.Running}}", container).stdout.strip() == "true"
+
         def stop() -> int:
             call(self.program, "stop", f"--time={STOP_SECONDS}", container)
             return int(call(self.program, "inspect", "--format", "{{.State.ExitCode}}", container).stdout)
@@ -130,7 +138,7 @@ class ContainerEngine:
 
         try:
             address = call(self.program, "port", container, port).stdout.splitlines()[0]
-            yield Running(f"http://{address}", execute, stop, logs)
+            yield Running(f"http://{address}", alive, execute, stop, logs)
         finally:
             call(self.program, "rm", "--force", container, check=False)
 
@@ -173,6 +181,9 @@ class BuildahEngine:
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(self.argv(self.config.command, env), stdout=log, stderr=subprocess.STDOUT)
 
+            def alive() -> bool:
+                return process.poll() is None
+
             def stop() -> int:
                 process.terminate()
                 return process.wait(STOP_SECONDS)
@@ -185,7 +196,7 @@ class BuildahEngine:
                 return log.read()
 
             try:
-                yield Running(f"http://127.0.0.1:{env['VAESERVE_PORT']}", execute, stop, logs)
+                yield Running(f"http://127.0.0.1:{env['VAESERVE_PORT']}", alive, execute, stop, logs)
             finally:
                 if process.poll() is None:
                     process.kill()
@@ -228,9 +239,9 @@ def fetch(url: str, body: bytes | None = None, content_type: str = "image/png") 
 
 
 def wait_healthy(service: Running, healthcheck: list[str]) -> bool:
-    """Run the image's HEALTHCHECK until it succeeds, at most START_SECONDS long."""
+    """Run the image's HEALTHCHECK until it succeeds, the service ends, or START_SECONDS have passed."""
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+    while service.alive() and time.monotonic() < deadline:
         if service.execute(healthcheck).returncode == 0:
             return True
         time.sleep(0.5)
@@ -262,7 +273,8 @@ def check_contents(engine: ContainerEngine | BuildahEngine, check: Checks, limit
     check("modules that only training needs", not found["modules"], found["modules"] or "none")
     check("compilers", not found["compilers"], found["compilers"] or "none")
     check("files of the user", not found["own"], found["own"][:5] or "none")
-    check("folders it can write", not found["writable"], found["writable"][:5] or "none")
+    check("folders that anyone can write", not found["writable"], found["writable"][:5] or "none")
+    check("runs on a read-only root", found["read_only"], "yes" if found["read_only"] else "no, /tmp took a file")
     check("caches", not found["caches"], found["caches"] or "none")
     check("health check declared", bool(config.healthcheck), config.healthcheck[:1] or "none")
 
