@@ -36,7 +36,7 @@ def encoded(pixels: np.ndarray, form: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def post(client: httpx.Client, verb: str, array: np.ndarray, accept: str = JSON, **query) -> httpx.Response:
+def post(client: httpx.Client, verb: str, array: np.ndarray, accept: str = JSON, /, **query) -> httpx.Response:
     headers = {"content-type": NPY, "accept": accept}
     return client.post(f"/v1/models/ppca/{verb}", content=npy(array), headers=headers, params=query)
 

@@ -1,0 +1,83 @@
+"""From a call to its parameters and arrays. Runs on a worker thread: decoding may take long."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from service import codecs
+from service.arrays import read_npy
+from service.codecs import Limits, Reader
+from service.errors import InvalidInput
+from service.images import ImageLimits
+from service.routes.house import JSON, NPY, Call
+from service.schemas import Parameters
+
+P = TypeVar("P", bound=Parameters)
+_DATA = ("images", "dtype", "latents")
+
+
+def parameters(call: Call, query: P) -> P:
+    """The query's parameters and, for a JSON object, those beside its data.
+
+    Raises:
+        InvalidInput: a parameter is unknown, out of range, or said twice with different values.
+    """
+    if call.media_type != JSON or not call.body.strip():
+        return query
+    document = call.document
+    if not isinstance(document, dict):
+        return query
+    beside = {name: value for name, value in document.items() if name not in _DATA}
+    try:
+        said = type(query).model_validate(beside, strict=True).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}" for fault in error.errors()[:20]]
+        raise InvalidInput("; ".join(faults)) from error
+    asked = query.model_dump(exclude_unset=True)
+    for name in asked.keys() & said.keys():
+        if asked[name] != said[name]:
+            raise InvalidInput(f"{name} is said twice: {asked[name]!r} in the query, {said[name]!r} in the body")
+    return type(query).model_validate({**said, **asked})
+def read_images(call: Call, strict: bool) -> np.ndarray:
+    """The body's images: float32 [N,C,H,W] in [0, 1]. Raises as codecs.Reader.read does."""
+    settings = call.house.settings
+    limits = Limits(settings.max_batch, ImageLimits(settings.max_image_bytes, settings.max_image_pixels))
+    reader = Reader(call.served.manifest.preprocessing, limits, strict)
+    return reader.read(call.content_type, call.body, lambda: call.document)
+
+
+def read_latents(call: Call) -> np.ndarray:
+    """The body's latents: float32 [M,L]. Raises as codecs.read_latents does."""
+    width, limit = call.served.manifest.signature.latent_dim, call.house.settings.max_batch
+    return codecs.read_latents(call.content_type, call.body, lambda: call.document, width, limit)
+
+
+def read_pair(call: Call, strict: bool) -> np.ndarray:
+    """Two latents [2,L]: those of the body, or the posterior's loc of its two images.
+
+    Raises:
+        InvalidInput: not two.
+    """
+    if _holds_latents(call):
+        return _two(read_latents(call), "latents")
+    return call.served.model.encode(_two(read_images(call, strict), "images")).loc
+
+
+def _two(found: np.ndarray, kind: str) -> np.ndarray:
+    if len(found) != 2:
+        raise InvalidInput(f"{len(found)} {kind}: two expected, to interpolate between")
+    return found
+
+
+def _holds_latents(call: Call) -> bool:
+    """A JSON object with "latents", or an array [M,L] that is no single image of that height and width."""
+    signature = call.served.manifest.signature
+    if call.media_type == JSON:
+        return isinstance(call.document, dict) and "latents" in call.document
+    if call.media_type != NPY or not call.body:
+        return False
+    array = read_npy(call.body)
+    return array.ndim == 2 and array.shape[1] == signature.latent_dim and array.shape != signature.shape[1:]
