@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -289,7 +290,10 @@ def check_service(engine: ContainerEngine | BuildahEngine, check: Checks) -> Non
         ready = fetch(f"{service.url}/readyz")
         check("models", bool(ready["models"]), ready["models"])
         for name in sorted({model.split("/")[0] for model in ready["models"]}):
-            check_scores(service.url, name, check)
+            try:
+                check_scores(service.url, name, check)
+            except urllib.error.HTTPError as error:
+                check(f"{name} scores", False, f"{error}\n{error.read().decode()}\n{service.logs()[-2000:]}")
         code = service.stop()
         check("stops on SIGTERM", code == 0, f"exit code {code}")
 
