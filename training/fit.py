@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from training.batches import StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -29,6 +30,7 @@ from training.journal import Journal, Row
 from training.models.vae import VAE, Terms
 from training.objectives import annealed_beta, objective
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 MAX_SKIPPED_IN_A_ROW = 100
 """So many updates skipped one after the other mean that the run has diverged."""
 
@@ -86,7 +88,7 @@ class Trainer:
             fused=config.run.precision != "16-mixed",
         )
         self.model, self.optimiser = fabric.setup(model, optimiser)
-        self.ema = AveragedModel(self._bare, multi_avg_fn=get_ema_multi_avg_fn(config.optimiser.ema_decay))
+        self.ema = AveragedModel(self._bare, multi_avg_fn=moving_average(config.optimiser.ema_decay))
         self.best = _copy(self.averaged.state_dict())
         self.state = State()
         self.sums = Sums(torch.zeros(3, device=fabric.device))
@@ -261,6 +263,17 @@ class Fitted:
     model: VAE
     state: State
     history: list[Row]
+
+
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """Exponential moving average whose decay rises as (1+t)/(10+t) up to ``decay``: short runs are not all start."""
+
+    @torch.no_grad()
+    def update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
+        t = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + t) / (10 + t)))
+
+    return update
 
 
 def learning_rate(config: OptimiserConfig, step: int, total: int) -> float:
