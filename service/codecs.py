@@ -222,14 +222,14 @@ def read_multipart(content_type: str, body: bytes, max_files: int) -> list[bytes
         keep(file.field_name, file.file_object.read())
         file.close()
 
-    parser = FormParser(
-        "multipart/form-data",
-        on_field=lambda field: keep(field.field_name, field.value or b""),
-        on_file=on_file,
-        boundary=boundary,
-        config={"MAX_MEMORY_FILE_SIZE": len(body) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True},
-    )
     try:
+        parser = FormParser(
+            "multipart/form-data",
+            on_field=lambda field: keep(field.field_name, field.value or b""),
+            on_file=on_file,
+            boundary=boundary,
+            config={"MAX_MEMORY_FILE_SIZE": len(body) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True},
+        )
         parser.write(body)
         parser.finalize()
     except (FormParserError, UnicodeError) as error:

@@ -1,4 +1,4 @@
-"""Hostile requests over real HTTP: each a 4xx in the one shape within a second, and the next good one bitwise as before."""
+"""Hostile requests over real HTTP: each a 4xx in the one shape within a second, the next good one bitwise as before."""
 
 from __future__ import annotations
 
@@ -38,18 +38,16 @@ def client(ppca_root):
         yield client
 
 
-@pytest.fixture
-def good_as_before(client):
-    """The same good request before and after: equal bytes, and the process is alive."""
+def ask_well(client) -> bytes:
+    """The answer to a good request."""
+    response = client.post("/v1/score", content=npy(X[:1]), headers={"content-type": NPY})
+    assert response.status_code == 200
+    return response.content
 
-    def ask():
-        return client.post("/v1/score", content=npy(X), headers={"content-type": NPY}, params={"map": True})
 
-    before = ask()
-    assert before.status_code == 200
-    yield
-    assert ask().content == before.content
-    assert client.get("/livez").status_code == 200
+@pytest.fixture(scope="module")
+def before(client):
+    return ask_well(client)
 
 
 def npy_with_header(header: str, payload: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
@@ -142,7 +140,7 @@ def image_bodies() -> list[tuple[str, Any, str]]:
         ("json unknown field", json.dumps({"images": X.tolist(), "sedd": 1}).encode(), JSON),
         ("json not utf-8", b'{"images": "\xff\xfe"}', JSON),
         ("json lone surrogate", b'{"images": ["\\ud800"]}', JSON),
-        ("json wrong size", b'{"images": [[[0, 0], [0, 0]]]}', JSON),
+        ("json strict and of another size", b'{"images": [[[0, 0], [0, 0]]], "strict": true}', JSON),
         ("png of 60000 x 60000", png_of(60_000, 60_000), "image/png"),
         ("png of 2^31 - 1", png_of(2**31 - 1, 2**31 - 1), "image/png"),
         ("png of 0 x 0", png_of(0, 0), "image/png"),
@@ -201,7 +199,6 @@ def latent_bodies() -> list[tuple[str, Any, str]]:
         ("latents NaN", npy(np.full_like(z, np.nan)), NPY),
         ("latents infinite", npy(np.full_like(z, np.inf)), NPY),
         ("latents beyond float32", npy(np.full(z.shape, 1e300)), NPY),
-        ("latents to infinity", npy(np.full_like(z, 3e38)), NPY),
         ("latents of text", npy(np.array(["a"] * LATENT_DIM)), NPY),
         ("latents of objects", npy(np.array([None] * LATENT_DIM)), NPY),
         ("latents 3-D", npy(z[None]), NPY),
@@ -356,12 +353,13 @@ ALL = cases()
 
 
 @pytest.mark.parametrize("case", ALL, ids=[case.name for case in ALL])
-def test_hostile_request_is_refused(client, good_as_before, case):
+def test_hostile_request_is_refused(client, before, case):
     headers = {"content-type": case.content_type, **case.headers} if case.content_type else case.headers
     response = client.request(case.method, case.path, content=case.content, headers=headers)
     assert_problem(response, case.status)
     assert response.elapsed.total_seconds() < 1
     assert len(response.text) < 5000
+    assert ask_well(client) == before
 
 
 def test_there_are_enough():
@@ -396,7 +394,7 @@ RAW = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_hostile_bytes_are_refused(client, good_as_before, name):
+def test_hostile_bytes_are_refused(client, before, name):
     data = RAW[name].replace(b"\r\nhost: x\r\n", b"\r\nhost: x\r\nconnection: close\r\n", 1)
     status, head, body = send_raw(client, data)
     assert 400 <= status < 500
@@ -404,3 +402,4 @@ def test_hostile_bytes_are_refused(client, good_as_before, name):
     problem = json.loads(body)
     assert problem.keys() >= PROBLEM_KEYS
     assert problem["status"] == status
+    assert ask_well(client) == before
