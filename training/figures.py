@@ -137,7 +137,8 @@ def latent_scatter(loc: np.ndarray, labels: np.ndarray | None, names: Sequence[s
         rows = shown == label
         name = None if labels is None else (names[label] if 0 <= label < len(names) else str(label))
         colour, marker = PALETTE[label % len(PALETTE)], MARKERS[label % len(MARKERS)]
-        ax.scatter(*loc[rows].T, s=14, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
+        first, second = loc[rows].T
+        ax.scatter(first, second, s=14, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
     ax.set(title="Posterior means of test images", xlabel="z[0]", ylabel="z[1]", aspect="equal")
     if labels is not None:
         ax.legend(

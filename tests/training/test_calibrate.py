@@ -1,0 +1,107 @@
+"""Calibration: scores as the service computes them, sorted, and rates that can be counted again."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.bundle import CALIBRATION, Preprocessing, open_bundle
+from service.calibration import Calibrator
+from service.images import ImageLimits, decode_image
+from service.model import Model
+from service.runtime import Runtime
+from service.verify import verify_bundle
+from tests.training.finished import finished_run
+from training.batches import to_unit
+from training.calibrate import calibrate, images_to_score, realised, score_split, served_pixels, summary
+from training.errors import ExportError
+from training.runs import SCORES
+from training.staging import export
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    model = {"latent_dim": 2, "network": {"kind": "mlp", "hidden": [8]}}
+    run = finished_run(tmp_path_factory.mktemp("run"), (1, 3, 4), model, images=400, score={"k": 3, "seed": 9})
+    export(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def calibrated(run):
+    counted = []
+    path = calibrate(run, counted.append)
+    assert sum(counted) == images_to_score(run)
+    return Model.load(open_bundle(path), Runtime("cpu"))
+
+
+def test_a_run_without_a_bundle_is_sent_to_export(tmp_path):
+    bare = finished_run(tmp_path, (1, 3, 4), {"latent_dim": 2})
+    with pytest.raises(ExportError, match="vaetrain export"):
+        calibrate(bare)
+
+
+def test_calibration_holds_the_sorted_scores_of_single_images_as_the_service_sees_them(run, calibrated):
+    """One PNG at a time through the service's decoder: what a caller would send."""
+    stored = calibrated.bundle.arrays(CALIBRATION)
+    assert set(stored) == {"elbo", "iwae"}
+    for name, scores in stored.items():
+        definition = calibrated.manifest.scores[name]
+        assert (definition.estimator, definition.k, definition.seed) == (name, 3, 9)
+        single = [calibrated.score(decoded(image), definition).score[0] for image in split_pixels(run, "calibration")]
+        np.testing.assert_array_equal(scores, np.sort(single))
+        assert scores.dtype == np.float64
+
+
+def split_pixels(run, split):
+    return run.dataset.pixels(run.dataset.splits[split])
+
+
+def decoded(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image[0]).save(buffer, format="PNG")
+    rule = Preprocessing(mode="L", height=3, width=4)
+    return decode_image(buffer.getvalue(), rule, ImageLimits(10_000, 100))[None].astype(np.float32) / np.float32(255)
+
+
+def test_every_grey_level_is_the_same_number_in_training_and_serving():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    np.testing.assert_array_equal(served_pixels(levels), to_unit(levels).numpy())
+
+
+def test_the_realised_rates_can_be_counted_again_from_the_test_scores(run, calibrated):
+    calibration, calibrator = calibrated.manifest.calibration, Calibrator.from_bundle(calibrated.bundle)
+    with np.load(run.folder / SCORES) as archive:
+        saved = dict(archive)
+    assert calibration.n_test == len(run.dataset.splits["test"])
+    assert calibration.n == len(run.dataset.splits["calibration"])
+    for name, rates in calibration.realised_false_positive_rate.items():
+        scores = score_split(calibrated, run.dataset, "test", name)
+        np.testing.assert_array_equal(scores, saved[f"test.{name}"])
+        assert set(rates) == {"0.01", "0.05", "0.1"}, "120 held-out images cannot answer 0.1%"
+        for rate, share in rates.items():
+            assert share == np.mean(scores >= calibrator.threshold(name, float(rate)))
+
+
+def test_a_calibrated_bundle_verifies_and_a_second_time_gives_the_same(run, calibrated):
+    report = verify_bundle(run.staged)
+    assert report.ok, report.summary()
+    calibrate(run)
+    assert open_bundle(run.staged).digest == calibrated.digest
+
+
+def test_rates_are_shares_of_test_scores_among_the_held_out():
+    held_out = {"s": np.arange(999.0)}
+    rates = realised(Calibrator(held_out), "s", np.concatenate([np.zeros(90), np.full(10, 1e9)]))
+    assert rates == {"0.001": 0.1, "0.01": 0.1, "0.05": 0.1, "0.1": 0.1}
+    assert realised(Calibrator(held_out), "s", np.array([950.0, 949.0, 1.0, 2.0]))["0.05"] == 0.25
+
+
+def test_inliers_realise_the_asked_rate():
+    random = np.random.RandomState(0)
+    rates = summary({"s": np.sort(random.normal(size=20_000))}, {"s": random.normal(size=20_000)})
+    for asked, found in rates["realised_false_positive_rate"]["s"].items():
+        deviation = np.sqrt(2 * float(asked) / 20_000)
+        assert abs(found - float(asked)) < 4 * deviation
+    assert rates["quantiles"]["s"]["0.5"] == pytest.approx(0, abs=0.05)

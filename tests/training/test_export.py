@@ -1,0 +1,212 @@
+"""Export: what the bundle gives through the service is what torch gives, and nothing of this machine is in it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from service import noise
+from service.bundle import REFERENCE, open_bundle
+from service.errors import BundleParityError
+from service.model import Model
+from service.runtime import Runtime
+from tests.training.finished import finished_run
+from training.batches import to_unit
+from training.errors import DataError, ExportError
+from training.evaluate import batch_bounds
+from training.export import OPSET, ROLES, export_graph, export_graphs, likelihood, signature
+from training.parity import EDGE, reference_arrays, tolerances
+from training.runs import Run
+from training.staging import contents, export, open_staged, replace_bundle
+
+MLP = {"kind": "mlp", "hidden": [12]}
+CONV = {"kind": "conv", "channels": [3, 4], "blocks": 1, "hidden": [10]}
+CASES = {
+    "mlp, dynamic binarisation": ((1, 6, 5), {"network": MLP | {"dropout": 0.2}}),
+    "mlp, threshold": ((1, 5, 4), {"network": MLP, "likelihood": {"binarisation": "threshold"}}),
+    "conv, RGB, shared scale": ((3, 7, 9), {"network": CONV, "likelihood": {"family": "gaussian"}}),
+    "conv, scale a pixel": ((1, 9, 6), {"network": CONV, "likelihood": {"family": "gaussian", "scale": "pixel"}}),
+    "conv, RGB, 8 bits": ((3, 8, 5), {"network": CONV, "likelihood": {"family": "discretised_logistic"}}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def exported(request, tmp_path_factory):
+    shape, model = CASES[request.param]
+    run = finished_run(tmp_path_factory.mktemp("run"), shape, {"latent_dim": 3, **model})
+    return run, Model.load(open_bundle(export(run)), Runtime("cpu"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """One small exported run whose folder tests may change."""
+    run = finished_run(tmp_path_factory.mktemp("plain"), (1, 3, 4), {"latent_dim": 2, "network": MLP})
+    export(run)
+    return run
+
+
+def held_out(run, count=7):
+    return to_unit(run.dataset.pixels(run.dataset.splits["test"][:count]))
+
+
+def torch_encoded(run, x, k, seed):
+    draws = torch.from_numpy(noise.posterior_noise(seed, k, run.model.noise_dim).copy())
+    dither = torch.from_numpy(noise.dither(seed, run.model.shape).copy()).expand_as(x)
+    return run.model.encode(x, draws.expand(len(x), -1, -1), dither if run.model.likelihood.dither else None)
+
+
+@torch.no_grad()
+def test_the_served_verbs_give_torchs_numbers(exported):
+    run, served = exported
+    x = held_out(run)
+    expected = torch_encoded(run, x, 3, seed=5)
+    posterior = served.encode(x.numpy(), samples=3, seed=5)
+    np.testing.assert_allclose(posterior.loc, expected.loc, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(posterior.scale, expected.scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(posterior.samples, expected.z, rtol=1e-4, atol=1e-5)
+    decoded = run.model.decode(expected.loc)
+    np.testing.assert_allclose(served.decode(expected.loc.numpy()), decoded.mean, rtol=1e-4, atol=1e-5)
+    draw = noise.observation_noise(2, run.model.shape, run.model.likelihood.observation_noise)
+    sample = run.model.observe(decoded.parameters, torch.from_numpy(draw.copy()).expand_as(decoded.mean))
+    np.testing.assert_allclose(served.observe(expected.loc.numpy(), seed=2), sample, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_served_scores_are_those_of_evaluate_at_the_same_noise(exported, monkeypatch):
+    run, served = exported
+    x, definition = held_out(run), served.manifest.scores["iwae"].model_copy(update={"k": 6, "seed": 4})
+    draws = torch.from_numpy(noise.posterior_noise(4, 6, run.model.noise_dim).copy())
+    monkeypatch.setattr(torch, "randn", lambda n, k, e, device: draws.expand(n, k, e))
+    dither = torch.from_numpy(noise.dither(4, run.model.shape).copy()).expand_as(x)
+    expected = batch_bounds(run.model, x, dither if run.model.likelihood.dither else None, k=6, chunk=10_000)
+    scores = served.score(x.numpy(), definition)
+    np.testing.assert_allclose(scores.elbo, expected["elbo"], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(scores.log_likelihood, expected["iwae"], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(scores.rate, expected["rate"], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(scores.distortion, expected["distortion"], rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(scores.score, -scores.log_likelihood)
+
+
+def test_every_output_has_a_measured_error_below_a_small_tolerance(exported):
+    run, served = exported
+    reference, manifest = served.bundle.arrays(REFERENCE), served.manifest
+    outputs = {name for name in reference if "." in name}
+    assert outputs == set(manifest.reference.tolerances) == set(manifest.reference.max_abs_error)
+    assert {name.split(".")[0] for name in outputs} == set(ROLES)
+    for name, tolerance in manifest.reference.tolerances.items():
+        scale = max(1.0, float(np.abs(reference[name]).max()))
+        assert tolerance.atol <= 1e-3 * scale or name == "observation.sample"
+        assert manifest.reference.max_abs_error[name] <= tolerance.atol + tolerance.rtol * scale
+    np.testing.assert_array_equal(reference["x"], held_out(run, len(reference["x"])))
+
+
+def test_no_path_of_this_machine_is_in_the_bundle(exported):
+    run, served = exported
+    repository = Path(__file__).parents[2]
+    needles = [str(path).encode() for path in (run.folder, run.folder.parents[1], repository, Path.home())]
+    for file in [path for path in served.bundle.path.rglob("*") if path.is_file()]:
+        data = file.read_bytes()
+        found = [needle for needle in [*needles, b"stack_trace", b'.py"', b"site-packages"] if needle in data]
+        assert not found, file.name
+
+
+def test_the_graphs_hold_one_opset_and_no_remarks(exported):
+    _, served = exported
+    for role in ROLES:
+        proto = onnx.load_from_string(served.bundle.graph(role))
+        assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", OPSET)]
+        assert not proto.metadata_props
+        assert not proto.graph.metadata_props
+        assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)
+        assert "Dropout" not in {node.op_type for node in proto.graph.node}
+        assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in proto.graph.initializer)
+
+
+def test_float_images_are_exported_and_scored_as_they_are(tmp_path):
+    model = {"latent_dim": 2, "network": MLP, "likelihood": {"family": "gaussian"}}
+    run = finished_run(tmp_path, (1, 3, 4), model, dtype=np.float32)
+    served = Model.load(open_bundle(export(run)), Runtime("cpu"))
+    np.testing.assert_array_equal(served.bundle.arrays(REFERENCE)["x"], held_out(run, 4))
+    assert served.manifest.provenance.data["dtype"] == "float32"
+
+
+def test_other_weights_than_the_references_are_refused_and_the_old_bundle_stays(plain):
+    before = open_bundle(plain.staged).digest
+    manifest, files = contents(open_bundle(plain.staged))
+    model = Run.open(plain.folder).model
+    with torch.no_grad():
+        list(model.decoder.parameters())[-1].mul_(1.001)
+    files["decoder.onnx"] = export_graphs(model, plain.dataset.preprocessing)["decoder"]
+    with pytest.raises(BundleParityError, match=r"decoder\.logits"):
+        replace_bundle(plain.folder / "bundle", manifest, files)
+    assert open_bundle(plain.staged).digest == before
+    assert [entry.name for entry in (plain.folder / "bundle").iterdir()] == ["tiny"]
+
+
+def test_the_same_weights_give_the_same_bytes(plain, capfd):
+    manifest = open_bundle(plain.staged).manifest
+    again = export_graph(plain.model, manifest, "encoder")
+    assert again == open_bundle(plain.staged).graph("encoder")
+    assert capfd.readouterr() == ("", ""), "the exporter is to be silent"
+
+
+def test_a_model_in_training_mode_is_refused(plain):
+    model = Run.open(plain.folder).model.train()
+    with pytest.raises(ExportError, match="training mode"):
+        export_graphs(model, plain.dataset.preprocessing)
+
+
+def test_static_binarisation_is_served_as_dynamic(tmp_path):
+    run = finished_run(tmp_path, (1, 3, 4), {"network": MLP, "likelihood": {"binarisation": "static"}})
+    assert likelihood(run.model).binarisation == "dynamic"
+    assert signature(run.model).dither
+
+
+def test_observation_noise_of_a_reference_keeps_off_the_edge(tmp_path):
+    run = finished_run(tmp_path, (1, 30, 30), {"latent_dim": 2, "network": MLP})
+    arrays = reference_arrays(run.model, run.dataset)
+    assert np.abs(arrays["observation_noise"] - arrays["decoder.mean"]).min() >= EDGE * 0.999
+    assert arrays["observation_noise"].min() >= 0
+    assert arrays["observation_noise"].max() < 1
+
+
+def test_tolerances_grow_with_what_is_summed():
+    arrays = {
+        "x": np.zeros(1),
+        "encoder.target": np.ones(1),
+        "decoder.mean": np.array([100.0]),
+        "density.log_p_x": np.array([0.5]),
+        "density.log_p_x_map": np.full((1, 1, 1, 10, 10), -30.0),
+    }
+    found = tolerances(arrays, "gaussian")
+    assert set(found) == set(arrays) - {"x"}
+    assert found["decoder.mean"].atol == pytest.approx(1e-3)
+    assert found["density.log_p_x"].atol == pytest.approx(3e-3)
+    assert found["encoder.target"].rtol == 0
+
+
+def test_a_bundle_of_other_weights_is_not_taken_for_the_runs(plain, tmp_path):
+    other = finished_run(tmp_path, (1, 3, 4), {"latent_dim": 2, "network": {"kind": "mlp", "hidden": [11]}})
+    with pytest.raises(ExportError, match="vaetrain export"):
+        open_staged(other)
+    plain.staged.parents[1].rename(other.folder / "bundle")
+    try:
+        with pytest.raises(ExportError, match="other weights"):
+            open_staged(other)
+    finally:
+        (other.folder / "bundle").rename(plain.folder / "bundle")
+    with pytest.raises(ExportError, match="not calibrated"):
+        open_staged(plain, calibrated=True)
+
+
+def test_changed_data_and_stale_metrics_are_named(plain, tmp_path):
+    run = finished_run(tmp_path, (1, 3, 4), {"latent_dim": 2, "network": MLP})
+    (run.folder / "metrics.json").write_text(json.dumps({"weights": "0" * 64}))
+    with pytest.raises(Exception, match="vaetrain evaluate"):
+        run.metrics()
+    np.save(tmp_path / "tiny.npy", np.random.RandomState(1).randint(0, 256, (120, 1, 3, 4)).astype(np.uint8))
+    with pytest.raises(DataError, match="has changed since the run was trained"):
+        assert Run.open(run.folder).dataset

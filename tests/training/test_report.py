@@ -1,0 +1,212 @@
+"""Report and card: figures of the right numbers, one page that needs nothing else, nothing of this machine."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from service import noise
+from service.bundle import open_bundle
+from service.errors import BundleError
+from service.model import Model
+from service.runtime import Runtime
+from service.verify import verify_bundle
+from tests.training.finished import finished_run
+from training.batches import to_unit
+from training.calibrate import calibrate
+from training.card import FIGURES, card, duration
+from training.errors import ExportError
+from training.figures import CELL, GAP, png, score_histogram, tile
+from training.pipeline import evaluate_stage
+from training.provenance import cpu_model, evaluate_command, fit_command, public_config
+from training.publish import publish
+from training.report import posterior, report, thresholds
+from training.runs import Launch
+from training.staging import export
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    model = {"latent_dim": 2, "network": {"kind": "mlp", "hidden": [8]}}
+    run = finished_run(tmp_path_factory.mktemp("run"), (1, 6, 5), model, images=300)
+    export(run)
+    calibrate(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return report(run)
+
+
+@pytest.fixture(scope="module")
+def published(run, tmp_path_factory):
+    evaluate_stage(run, Quiet(), k=5, images=40)
+    return publish(run, tmp_path_factory.mktemp("exported"))
+
+
+def Quiet():  # noqa: N802  # a console that goes nowhere
+    from rich.console import Console
+
+    return Console(file=io.StringIO())
+
+
+class Sources(HTMLParser):
+    """Collects whatever a browser would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.images, self.fetched = [], []
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if tag == "img" and name == "src" and value.startswith("data:image/png;base64,"):
+                self.images.append(base64.b64decode(value.partition(",")[2]))
+            elif name in ("src", "href", "srcset", "data", "action"):
+                self.fetched.append(value)
+
+
+def test_the_page_holds_every_figure_and_fetches_nothing(run, page):
+    text = page.read_text()
+    found = Sources()
+    found.feed(text)
+    assert found.fetched == []
+    assert not re.search(r"https?://|url\(|@import|<script|<link", text)
+    files = {path.read_bytes() for path in page.parent.glob("*.png")}
+    assert files == set(found.images)
+    names = {path.stem for path in page.parent.glob("*.png")}
+    expected = {"loss", "reconstructions", "samples", "traversal", "score-elbo", "score-iwae", "rate"}
+    assert names == expected | {"latent", "manifold"}, "a plane also has its scatter and its manifold"
+    assert all(min(Image.open(io.BytesIO(data)).size) > 100 for data in files)
+    assert str(run.folder.parents[1]) not in text
+
+
+def test_reports_are_repeatable(run, page):
+    before = page.read_bytes()
+    assert report(run).read_bytes() == before
+
+
+def test_report_and_publish_name_the_stage_that_is_missing(tmp_path):
+    bare = finished_run(tmp_path, (1, 3, 4), {"latent_dim": 2})
+    with pytest.raises(ExportError, match="vaetrain export"):
+        report(bare)
+    with pytest.raises(ExportError, match="vaetrain evaluate"):
+        publish(bare, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_grids_show_pixels_on_one_scale():
+    """A dark grid stays dark: nothing is stretched to the images' own range."""
+    images = np.stack([np.full((1, 8, 8), 0.25), np.full((1, 8, 8), 0.5), np.full((1, 8, 8), 1.7)])
+    canvas = tile(images, columns=2)
+    zoom = CELL // 8
+    assert canvas.shape == (2 * 8 * zoom + GAP, 2 * 8 * zoom + GAP, 1)
+    assert canvas[0, 0] == 0.25
+    assert canvas[0, -1] == 0.5
+    assert canvas[-1, 0] == 1.0
+    assert canvas[8 * zoom, 0] == canvas[-1, -1] == 1.0
+
+
+@torch.no_grad()
+def test_the_report_sees_images_as_the_service_does(run):
+    x = to_unit(run.dataset.pixels(run.dataset.splits["test"][:5]))
+    target, loc, scale = posterior(run.model, x, seed=3)
+    served = Model.load(open_bundle(run.staged), Runtime("cpu")).encode(x.numpy(), seed=3)
+    np.testing.assert_allclose(loc, served.loc, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scale, served.scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(target, noise.dither(3, run.model.shape) < x.numpy())
+
+
+def test_a_histogram_without_thresholds_can_be_drawn():
+    scores = np.random.RandomState(0).normal(size=9)
+    assert png(score_histogram(scores, scores + 1, {}, "elbo")).startswith(b"\x89PNG")
+
+
+def test_thresholds_that_too_few_images_can_answer_are_left_out():
+    from service.calibration import Calibrator
+
+    assert set(thresholds(Calibrator({"elbo": np.arange(50.0)}), "elbo")) == {0.05}
+
+
+def test_the_published_bundle_verifies_and_is_numbered_on(run, published):
+    bundle = open_bundle(published)
+    assert verify_bundle(published).ok
+    assert (bundle.manifest.name, bundle.manifest.version) == ("tiny", "1")
+    assert {f"figures/{key}.png" for key in FIGURES} | {"README.md"} <= set(bundle.manifest.files)
+    assert publish(run, published.parents[1]).name == "2"
+    assert publish(run, published.parents[1], "7").name == "7"
+    with pytest.raises(BundleError, match="never overwritten"):
+        publish(run, published.parents[1], "7")
+
+
+def test_the_card_says_what_the_manifest_says(run, published):
+    manifest, text = open_bundle(published).manifest, (published / "README.md").read_text()
+    assert manifest.provenance.metrics["test"]["images"] == 40
+    assert f"{manifest.provenance.metrics['test']['log_likelihood']:.3f}" in text
+    assert "`vaetrain evaluate runs/tiny --k 5 --images 40`" in text
+    assert "vaetrain fit --data tiny.npy --set model.latent_dim=3\n" in text
+    assert manifest.provenance.data["fingerprint"] in text
+    for name, error in manifest.reference.max_abs_error.items():
+        assert f"| `{name}` | {error:.2e} |" in text
+    for rates in manifest.calibration.realised_false_positive_rate.values():
+        assert all(f"{found:.2%}" in text for found in rates.values())
+    linked = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert len(linked) == len(FIGURES)
+    assert all((published / name).is_file() for name in linked)
+
+
+def test_the_cards_tables_are_whole(published):
+    """Every row of a table has as many cells as its header, bars within cells escaped."""
+    tables = re.findall(r"(?:^\|.*\n)+", (published / "README.md").read_text(), re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        rows = [re.split(r"(?<!\\)\|", row)[1:-1] for row in table.splitlines()]
+        assert {len(row) for row in rows} == {len(rows[0])}
+        assert all(cell.strip() for row in rows for cell in row)
+
+
+def test_nothing_of_this_machine_is_published(run, published):
+    for file in [path for path in published.rglob("*") if path.is_file()]:
+        data = file.read_bytes()
+        for needle in (run.folder.parents[1], Path(__file__).parents[2], Path.home()):
+            assert str(needle).encode() not in data, file.name
+    assert "directory" not in public_config(run.config)["data"]
+
+
+def test_a_card_of_an_uncalibrated_manifest_promises_no_p_values(published):
+    manifest = open_bundle(published).manifest.model_copy(update={"calibration": None})
+    assert "p-value" not in card(manifest, {})
+
+
+def test_commands_are_told_without_directories(run):
+    launch = Launch(
+        data="/home/someone/cats",
+        preset="/home/someone/my.toml",
+        name="cats",
+        overrides=["data.directory=/secret", "data.source=/home/someone/dogs", "model.latent_dim=4"],
+    )
+    assert fit_command(launch) == (
+        "vaetrain fit --data cats --preset my.toml --name cats --set data.source=dogs --set model.latent_dim=4"
+    )
+    assert fit_command(Launch(preset="mnist", data="mnist")) == "vaetrain fit --data mnist --preset mnist"
+    assert evaluate_command(run).startswith("vaetrain evaluate runs/tiny --k ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (125, "2 min"), (3599, "1 h 0 min"), (7300, "2 h 2 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_processor_is_named_or_its_architecture(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: Example CPU @ 2GHz\nflags : a\n")
+    assert cpu_model(file) == "Example CPU @ 2GHz"
+    assert cpu_model(tmp_path / "none")
