@@ -8,6 +8,7 @@ might hold what this reader looks for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import onnxruntime as ort
@@ -52,21 +53,23 @@ MESSAGES: dict[str, dict[int, str]] = {
 TENSOR_TYPES = {"float32": "tensor(float)", "float64": "tensor(double)"}
 
 
-def check_operators(model: bytes) -> int:
-    """The number of nodes of a serialised ONNX model that keeps the rules above. Raises BundleGraphError."""
+def check_operators(model: bytes) -> Counter[str]:
+    """How often each operator stands in a serialised ONNX model that keeps the rules above. Raises BundleGraphError."""
     try:
-        nodes = graphs = 0
+        operators: Counter[str] = Counter()
+        graphs = 0
         for name, field in _visit("Model", memoryview(model), 0):
             _check(name, field)
-            nodes += name == "Node"
+            if name == "Operator":
+                operators[_text(field)] += 1
             graphs += name == "Graph"
-            if nodes > MAX_NODES:
+            if operators.total() > MAX_NODES:
                 raise BundleGraphError(f"the graph has more than {MAX_NODES} nodes")
     except MalformedMessageError as error:
         raise BundleGraphError(f"the file is not a serialised ONNX model: {error}") from error
     if not graphs:
         raise BundleGraphError("the file is not a serialised ONNX model: it holds no graph")
-    return nodes
+    return operators
 
 
 def _visit(message: str, content: memoryview, depth: int) -> Iterator[tuple[str, Field]]:

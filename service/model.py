@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -22,12 +22,11 @@ from service import estimators, noise
 from service.bundle import Bundle, Graph, ScoreDefinition
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.graphs import check_operators, check_signature
-from service.rows import Arrays, RowRunner, random_rows
+from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
 from service.runtime import Runtime
 
 SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of an image that go through the graphs at once
 MAX_ELEMENTS = 2**21  # of the decoder's parameters for the samples of one image
-FEW_SAMPLES = 8  # of an image: up to these the density takes samples as rows, above an image at a time
 MAX_TEMPERATURE = 1000
 IMAGES = 32  # images that go through the graphs at once
 
@@ -80,23 +79,23 @@ class Model:
         bundle: Bundle,
         runtime: Runtime,
         sessions: dict[Graph, ort.InferenceSession],
-        serial_density: ort.InferenceSession,
+        serial: frozenset[Graph],
     ) -> None:
         self.bundle, self.manifest, self.digest, self.runtime = bundle, bundle.manifest, bundle.digest, runtime
         signature = self.manifest.signature
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
         self._parameters = self.manifest.likelihood.parameters
-        self._sessions = sessions
+        self._sessions, self._serial = sessions, serial
         self._encoders: dict[int, RowRunner] = {}
         self._lock = threading.Lock()
-        self._decoder = RowRunner(sessions["decoder"], random_rows({"z": (self._latent_dim,)}))
-        # Densities are all logarithms and sums, whose last bit depends on the batch and on how threads share it (see
-        # service.rows): many samples of an image fill the threads by themselves and run an image at a time; a few
-        # run as rows of their own, on one thread, where batches may pass their trial.
-        self._density = RowRunner(sessions["density"], self._density_rows, sizes=(1,))
-        self._density_of_one = RowRunner(serial_density, self._density_rows)
-        observation = sessions.get("observation")
-        self._observation = RowRunner(observation, self._density_rows, sizes=(1,)) if observation else None
+        self._decoder = self._runner("decoder", random_rows({"z": (self._latent_dim,)}))
+        # A row of the density is one sample of one image. Where such rows must run alone (odd sizes, see service.rows)
+        # a row is one image with all its samples.
+        self._density = self._runner("density", self._density_rows)
+        self._density_by_image = self._runner("density", self._density_rows, sizes=(1,))
+        self._observation = (
+            self._runner("observation", self._density_rows, sizes=(1,)) if "observation" in sessions else None
+        )
         dimensions = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * dimensions <= MAX_ELEMENTS]
 
@@ -108,23 +107,24 @@ class Model:
         since open_bundle), DeviceUnavailable.
         """
         sessions: dict[Graph, ort.InferenceSession] = {}
+        serial: set[Graph] = set()
         for role in bundle.manifest.graphs:
             data = bundle.graph(role)
             try:
-                check_operators(data)
-                sessions[role] = runtime.session(data)
+                if TWO_PATHS & check_operators(data).keys() or role == "density":
+                    serial.add(role)
+                sessions[role] = runtime.session(data, threads=1 if role in serial else None)
                 check_signature(sessions[role], bundle.manifest, role)
             except BundleGraphError as error:
                 raise BundleGraphError(f"{bundle.manifest.graphs[role]}: {error}") from error
-        return cls(bundle, runtime, sessions, runtime.session(bundle.graph("density"), threads=1))
+        return cls(bundle, runtime, sessions, frozenset(serial))
 
     @property
     def runners(self) -> dict[str, tuple[int, ...]]:
         """The batch sizes in use by each runner made so far (a fact to log): encoder runners by samples a run."""
         with self._lock:
             encoders = {f"encoder[k={k}]": runner.sizes for k, runner in self._encoders.items()}
-        densities = {"density[k=1]": self._density_of_one.sizes, "density": self._density.sizes}
-        return {**encoders, "decoder": self._decoder.sizes, **densities}
+        return {**encoders, "decoder": self._decoder.sizes, "density": self._density.sizes}
 
     def warm_up(self) -> None:
         """Run every graph once, with the default score and one sample, so that no request pays for first uses."""
@@ -245,13 +245,13 @@ class Model:
         n, k, latent_dim = z.shape
         decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)})
         parameters = {name: decoded[name] for name in self._parameters}
-        if k <= FEW_SAMPLES:
+        if self._density.sizes == (1,):
+            parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}
+            outputs = self._density_by_image.run({"target": target, "z": z, **parameters})
+        else:
             feeds = {"target": np.repeat(target, k, axis=0), "z": z.reshape(n * k, 1, latent_dim)}
             feeds |= {name: value[:, None] for name, value in parameters.items()}
-            outputs = self._density_of_one.run(feeds)
-        else:
-            parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}
-            outputs = self._density.run({"target": target, "z": z, **parameters})
+            outputs = self._density.run(feeds)
         log_p_x_map = outputs["log_p_x_map"].reshape(n, k, *self._shape)
         return outputs["log_p_x"].reshape(n, k), outputs["log_p_z"].reshape(n, k), log_p_x_map
 
@@ -271,6 +271,11 @@ class Model:
             yield outputs | {name: outputs[name][:, : len(rows)] for name in ("z", "log_q")}
             start += chunk
 
+    def _runner(self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] = SIZES) -> RowRunner:
+        """The graph's runner. A session of one thread leaves it to Python threads to run several batches at once."""
+        serial = role in self._serial
+        return RowRunner(self._sessions[role], trial_rows, sizes, serial, self.runtime.pool if serial else None)
+
     def _encoder(self, chunk: int) -> RowRunner:
         """The runner for so many samples an image: few sizes, since each is tried for row independence."""
         with self._lock:
@@ -279,7 +284,7 @@ class Model:
                 if self.manifest.signature.dither:
                     shapes["dither"] = self._shape
                 uniform = frozenset({"x", "dither"})
-                self._encoders[chunk] = RowRunner(self._sessions["encoder"], random_rows(shapes, uniform))
+                self._encoders[chunk] = self._runner("encoder", random_rows(shapes, uniform))
             return self._encoders[chunk]
 
     def _density_rows(self, count: int) -> Arrays:

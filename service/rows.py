@@ -1,28 +1,33 @@
 """Running a graph so that a row's answer does not depend on the rows beside it, bitwise.
 
-ONNX Runtime does not promise that by itself. Measured with 1.31 on x86: its Eigen kernels (Softplus, Log, float64 Exp
-and Log, ReduceSum) take a vectorised path and a scalar one, chosen by an element's place in the whole tensor, and the
-two differ in the last bit for 15 to 50% of values; the tensor is also cut at other places for another batch size. A
-Gemm may have a kernel of its own for a single row.
+ONNX Runtime does not promise that by itself. Measured with 1.31 on x86: the kernels of some operators (TWO_PATHS below;
+float64 Exp and Tanh) take a vectorised path and a scalar one, and the two differ in the last bit for up to 60% of
+values. Scalar are the last elements of a tensor, beyond a multiple of the vector, and those where threads share out
+the work. A Gemm may have a kernel of its own for a single row, and a sum starts differently on an odd address.
 
-So a graph runs at a few batch sizes only, and each size is first tried on random rows: a size is used when every row at
-every place comes out bitwise as it does alone. Networks of Gemm, Conv and the usual nonlinearities pass at all sizes; a
-graph that does not pass is served a row at a time, slower and still right.
+So a graph runs at a few batch sizes only. Where it holds an operator of two paths these are multiples of 4 rows, a
+vector's length, on one thread: there is then no scalar path. And every size is first tried on random rows: it is used
+when every row at every place comes out bitwise as it does alone. A graph that does not pass is served a row at a time,
+slower and still right.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 
 import numpy as np
 import onnxruntime as ort
 
-SIZES = (1, 8, 32)
-SMALLEST = (1, 2, 4)
-TRIALS = (
-    24  # a place with two paths stays unseen with probability below 0.85**24 = 2%, and a graph has many such places
+TWO_PATHS = frozenset(
+    {"Acos", "Asin", "Atan", "Celu", "Cos", "Elu", "Log", "Mish", "ReduceLogSum", "ReduceLogSumExp", "Selu", "Sin"}
+    | {"Softplus"}
 )
+VECTOR = 4  # float32 numbers that ONNX Runtime's general kernels take at once (SSE, NEON); 2 of float64
+SIZES = (1, 8, 32)
+# Trials a size: each puts other rows at every place. Large rows bring more places to one, cost more, and take fewer.
+MOST_TRIALS, LEAST_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
 MAX_ELEMENTS = 2**21  # of one input or output at one run: bounds memory, and time at start, for large images
 
 Arrays = dict[str, np.ndarray]
@@ -32,7 +37,8 @@ class RowRunner:
     """Runs a session on any number of rows, all inputs and outputs having the rows as their first axis.
 
     Arguments: ``session``; ``trial_rows`` gives that many typical rows, all different, for the trials (called on first
-    use); ``sizes`` the batch sizes to try, (1,) for one row at a time without a trial.
+    use); ``sizes`` the batch sizes to try, (1,) for one row at a time without a trial; ``vectors`` whether the graph
+    has operators of two paths, and so wants batches of whole vectors; ``pool`` runs several batches at once.
     """
 
     def __init__(
@@ -40,11 +46,15 @@ class RowRunner:
         session: ort.InferenceSession,
         trial_rows: Callable[[int], Arrays],
         sizes: Sequence[int] = SIZES,
+        vectors: bool = False,
+        pool: Executor | None = None,
     ) -> None:
         self._session = session
         self._trial_rows = trial_rows
         self._outputs = [output.name for output in session.get_outputs()]
         self._candidates = tuple(sizes)
+        self._vectors = vectors
+        self._pool = pool
         self._sizes: tuple[int, ...] | None = (1,) if self._candidates == (1,) else None
         self._lock = threading.Lock()
 
@@ -59,26 +69,29 @@ class RowRunner:
     def run(self, feeds: Arrays) -> Arrays:
         """Outputs for ``feeds`` (float32, equal first axes of length at least 1)."""
         total = len(next(iter(feeds.values())))
-        parts: list[list[np.ndarray]] = []
+        batches: list[tuple[int, Arrays]] = []
         start = 0
         while start < total:
             size = _next_size(self.sizes, total - start)
-            stop = min(start + size, total)
-            outputs = self._run_at(size, {name: value[start:stop] for name, value in feeds.items()})
-            parts.append([output[: stop - start] for output in outputs])
-            start = stop
+            batches.append((size, {name: value[start : start + size] for name, value in feeds.items()}))
+            start += size
+        spread = self._pool.map if self._pool is not None and len(batches) > 1 else map
+        parts = list(spread(lambda batch: self._run_at(*batch), batches))
         return {name: _join([part[i] for part in parts]) for i, name in enumerate(self._outputs)}
 
     def _run_at(self, size: int, feeds: Arrays) -> list[np.ndarray]:
-        return self._session.run(self._outputs, {name: _padded(value, size) for name, value in feeds.items()})
+        """Outputs for at most ``size`` rows, which the session sees as exactly so many."""
+        count = len(next(iter(feeds.values())))
+        outputs = self._session.run(self._outputs, {name: _padded(value, size) for name, value in feeds.items()})
+        return [output[:count] for output in outputs]
 
     def _find_sizes(self) -> tuple[int, ...]:
         """The candidates that agree with the smallest size that lets the largest candidate agree."""
         rows = self._trial_rows(max(self._candidates))
         best: tuple[int, ...] = (1,)
-        for smallest in SMALLEST:
+        for smallest in self._smallest(rows):
             alone = self._alone(smallest, rows)
-            elements = max(value[0].size for value in (*rows.values(), *alone))
+            elements = _elements((*rows.values(), *alone))
             candidates = [size for size in self._candidates if size > smallest and size * elements <= MAX_ELEMENTS]
             if smallest > 1 and not self._agrees(smallest, rows, alone):
                 continue
@@ -89,16 +102,25 @@ class RowRunner:
                 break
         return best
 
+    def _smallest(self, rows: Arrays) -> tuple[int, ...]:
+        """Sizes that a single row may be padded to, to try in this order.
+
+        A tensor of one number goes other ways yet (Pow), hence the second reason for whole vectors.
+        """
+        whole = self._vectors or any(value[0].size == 1 for value in rows.values())
+        return (VECTOR,) if whole else (1, 2, VECTOR)
+
     def _alone(self, size: int, rows: Arrays) -> list[np.ndarray]:
         """Every row run by itself, at the head of a batch of ``size`` padded with copies of it."""
         total = len(next(iter(rows.values())))
         runs = [self._run_at(size, {name: value[i : i + 1] for name, value in rows.items()}) for i in range(total)]
-        return [np.concatenate([run[output][:1] for run in runs]) for output in range(len(self._outputs))]
+        return [np.concatenate([run[output] for run in runs]) for output in range(len(self._outputs))]
 
     def _agrees(self, size: int, rows: Arrays, alone: list[np.ndarray]) -> bool:
         """Whether rows in batches of ``size``, differently shuffled in each trial, come out as they do alone."""
         random = np.random.RandomState(size)
-        for _ in range(TRIALS):
+        trials = min(MOST_TRIALS, max(LEAST_TRIALS, TRIAL_ELEMENTS // _elements((*rows.values(), *alone))))
+        for _ in range(trials):
             order = random.permutation(len(next(iter(rows.values()))))[:size]
             outputs = self._run_at(size, {name: value[order] for name, value in rows.items()})
             if not all(_same_bits(output, single[order]) for output, single in zip(outputs, alone, strict=True)):
@@ -134,6 +156,11 @@ def _padded(value: np.ndarray, size: int) -> np.ndarray:
     result[: len(value)] = value
     result[len(value) :] = value[-1]
     return result
+
+
+def _elements(values: Iterable[np.ndarray]) -> int:
+    """Numbers in the largest row among several arrays of rows."""
+    return max(value[0].size for value in values)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnxruntime as ort
@@ -29,7 +30,8 @@ class Runtime:
     """Makes sessions for one device.
 
     Arguments: ``device`` is "cpu", "cuda", or "auto" (cuda where its provider loads, else cpu); ``threads`` the size of
-    each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen.
+    each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen. ``pool`` has
+    as many Python threads, for the batches of sessions that have one thread themselves.
 
     Raises DeviceUnavailable when cuda is asked for and this installation has no such provider.
 
@@ -44,6 +46,7 @@ class Runtime:
             raise DeviceUnavailable(f"threads is {threads}, expected at least 1")
         ort.disable_telemetry_events()
         self.threads = threads if threads is not None else available_cpus()
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="batches")
         self.provider = CPU if device == "cpu" else CUDA
         if self.provider == CUDA:
             self._start_cuda(required=device == "cuda")

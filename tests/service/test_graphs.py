@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import pytest
@@ -64,7 +66,9 @@ def in_function() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("role", GRAPHS)
 def test_every_node_of_a_real_graph_is_counted(role):
-    assert check_operators(GRAPHS[role]) == len(onnx.load_from_string(GRAPHS[role]).graph.node)
+    assert check_operators(GRAPHS[role]) == Counter(
+        node.op_type for node in onnx.load_from_string(GRAPHS[role]).graph.node
+    )
 
 
 def test_the_allowed_operators_are_standard_and_pure():
@@ -153,7 +157,7 @@ def test_damage_is_refused_or_harmless_never_a_crash(data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(len(content) // 2, len(content)))]
     try:
-        assert check_operators(bytes(content)) >= 0
+        assert check_operators(bytes(content)).total() >= 0
     except BundleGraphError as error:
         assert str(error)  # noqa: PT017 - either outcome is right, any other exception is not
 

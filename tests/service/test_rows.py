@@ -105,6 +105,24 @@ def test_networks_run_in_large_batches(runtime, name):
     assert max(RowRunner(runtime.session(model), random_rows({"x": shape}, frozenset({"x"}))).sizes) == 32
 
 
+@pytest.mark.parametrize("width", [6, 10, 49, 50])
+def test_whole_vectors_on_one_thread_are_exact_for_operators_of_two_paths(runtime, width):
+    """Thousands of rows, since the two paths may differ rarely: what a trial could miss must not be there at all."""
+    g = GraphBuilder()
+    for operator in ("Softplus", "Sin", "Cos", "Atan", "Elu", "Celu", "Selu", "Mish"):
+        g.add(operator, "x", output=operator)
+    g.add("Log", g.add("Abs", "x"), output="Log")
+    operators = [node.output[0] for node in g.nodes if node.op_type in rows.TWO_PATHS]
+    outputs = {name: (["N", width], TensorProto.FLOAT) for name in operators}
+    session = runtime.session(g.build({"x": ["N", width]}, outputs), threads=1)
+    runner = RowRunner(session, random_rows({"x": (width,)}), vectors=True, pool=runtime.pool)
+    assert runner.sizes == (4, 8, 32)
+    x = random.standard_normal((3001, width)).astype(np.float32)
+    together = runner.run({"x": x})
+    for i in range(0, 3001, 3):
+        assert same({key: value[i : i + 1] for key, value in together.items()}, runner.run({"x": x[i : i + 1]}))
+
+
 def test_awkward_graphs_run_a_row_at_a_time(runtime):
     model, shape = awkward(7)
     assert RowRunner(runtime.session(model), random_rows({"x": shape})).sizes == (1,)
