@@ -41,6 +41,8 @@ def parameters(call: Call, query: P) -> P:
         if asked[name] != said[name]:
             raise InvalidInput(f"{name} is said twice: {asked[name]!r} in the query, {said[name]!r} in the body")
     return type(query).model_validate({**said, **asked})
+
+
 def read_images(call: Call, strict: bool) -> np.ndarray:
     """The body's images: float32 [N,C,H,W] in [0, 1]. Raises as codecs.Reader.read does."""
     settings = call.house.settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import socket
 import threading
@@ -28,7 +27,7 @@ def serving(repository: Path, **settings: Any) -> Iterator[httpx.Client]:
     chosen = Settings(repository=repository, port=0, **settings)
     server = build_server(create_app(chosen, load_repository(chosen)), chosen)
     listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
+    thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as client:
