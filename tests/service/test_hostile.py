@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ppca_bundle import LATENT_DIM, images
+from tests.hostile import odd_but_good, payloads
+from tests.ppca_bundle import LATENT_DIM, SHAPE, images
 from tests.service.http import PROBLEM_KEYS, assert_problem, npy, send_raw, serving
 
 NPY, JSON = "application/x-npy", "application/json"
@@ -403,3 +404,23 @@ def test_hostile_bytes_are_refused(client, before, name):
     assert problem.keys() >= PROBLEM_KEYS
     assert problem["status"] == status
     assert ask_well(client) == before
+
+
+PAYLOADS = payloads(SHAPE, LATENT_DIM)
+ODD = odd_but_good(SHAPE)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS, ids=[f"{payload.verb}: {payload.name}" for payload in PAYLOADS])
+def test_hostile_body_is_refused(client, before, payload):
+    headers = {"content-type": payload.content_type} if payload.content_type else {}
+    response = client.post(f"/v1/models/ppca/{payload.verb}", content=payload.body, headers=headers)
+    assert_problem(response)
+    assert response.elapsed.total_seconds() < 1
+    assert ask_well(client) == before
+
+
+@pytest.mark.parametrize("payload", ODD, ids=[f"{payload.verb}: {payload.name}" for payload in ODD])
+def test_odd_but_good_bodies_are_answered(client, payload):
+    headers = {"content-type": payload.content_type}
+    response = client.post(f"/v1/models/ppca/{payload.verb}", content=payload.body, headers=headers)
+    assert response.status_code == 200, response.text
