@@ -30,8 +30,8 @@ class Runtime:
     """Makes sessions for one device.
 
     Arguments: ``device`` is "cpu", "cuda", or "auto" (cuda where its provider loads, else cpu); ``threads`` the size of
-    each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen. ``pool`` has
-    as many Python threads, for the batches of sessions that have one thread themselves.
+    each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen.
+    ``pool`` has as many Python threads, for the batches of sessions that have one thread themselves.
 
     Raises DeviceUnavailable when cuda is asked for and this installation has no such provider.
 
