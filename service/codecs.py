@@ -20,14 +20,13 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from python_multipart import FormParser
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import parse_options_header
+from PIL import Image
 
 from service.arrays import NPY_MAGIC, DType, as_images, as_latents, from_json, read_npy, to_unit
 from service.bundle import Preprocessing
-from service.errors import InvalidInput, LimitExceeded, UnsupportedMediaType
-from service.images import ImageLimits, decode_image, resize_array
+from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
+from service.forms import FIELD, read_multipart
+from service.images import ImageLimits, open_image, read_image, resize_array
 from service.pictures import encode_gif, encode_heat_maps, encode_png, encode_webp
 
 __all__ = [
@@ -40,6 +39,7 @@ __all__ = [
     "encode_webp",
     "media_type",
     "read_latents",
+    "read_multipart",
 ]
 
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp")
@@ -50,15 +50,20 @@ NPY, JSON, OCTETS, MULTIPART = (
     "multipart/form-data",
 )
 INPUT_TYPES = (*IMAGE_TYPES, MULTIPART, NPY, JSON, OCTETS)
-FIELD = "images"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Most images in one request, and the limits of each encoded image."""
+    """Most images in one request, the limits of each encoded image, and of all of them together.
+
+    ``max_pixels``: width × height summed over the encoded images, before decoding (a second or two of work).
+    ``max_numbers``: images × C × H × W, after resizing; as float32, 256 MiB.
+    """
 
     max_images: int
     image: ImageLimits
+    max_pixels: int = 2**28
+    max_numbers: int = 2**26
 
 
 def media_type(content_type: str) -> str:
@@ -95,7 +100,7 @@ class Reader:
         if not body:
             raise InvalidInput("the body is empty: images expected")
         if kind in IMAGE_TYPES:
-            return self._picture(body)
+            return self._one(open_image(body, self.limits.image))
         if kind == NPY:
             return self._array(read_npy(body))
         if kind == OCTETS:
@@ -105,19 +110,19 @@ class Reader:
     def _count(self, images: int) -> None:
         if images > self.limits.max_images:
             raise LimitExceeded(f"{images} images: at most {self.limits.max_images} here (setting max_batch)")
-
-    def _picture(self, data: bytes) -> np.ndarray:
-        return to_unit(decode_image(data, self.preprocessing, self.limits.image, self.strict)[None])
+        most = self.limits.max_numbers // math.prod(self.preprocessing.shape)
+        if images > most:
+            raise PayloadTooLarge(f"{images} images of shape {self.preprocessing.shape}: at most {most} here")
 
     def _array(self, array: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> np.ndarray:
         images = as_images(array, self.preprocessing.channels)
         self._count(first_row + len(images))
-        if images.dtype == np.uint8:
-            return to_unit(resize_array(images, self.preprocessing, self.strict))
-        unit = to_unit(images, dtype, first_row)
-        if dtype == "uint8":
-            return self._array(images.astype(np.uint8))
-        return resize_array(unit, self.preprocessing, self.strict)
+        if images.dtype != np.uint8:
+            unit = to_unit(images, dtype, first_row)
+            if dtype != "uint8":
+                return resize_array(unit, self.preprocessing, self.strict)
+            images = images.astype(np.uint8)
+        return to_unit(resize_array(images, self.preprocessing, self.strict))
 
     def _octets(self, body: bytes) -> np.ndarray:
         shape = self.preprocessing.shape
@@ -127,18 +132,27 @@ class Reader:
         self._count(len(body) // size)
         return to_unit(np.frombuffer(body, np.uint8).reshape(-1, *shape))
 
-    def _bytes(self, data: bytes) -> np.ndarray:
-        """One part or string: an npy file by its magic, else a picture."""
-        return self._array(read_npy(data)) if data.startswith(NPY_MAGIC) else self._picture(data)
-
     def _many(self, parts: list[bytes]) -> np.ndarray:
+        """Files: npy by their magic, else pictures. All headers are read before the first pixel is decoded."""
         self._count(len(parts))
-        found: list[np.ndarray] = []
+        opened: list[np.ndarray | Image.Image] = []
         for index, data in enumerate(parts):
             with named(f"image {index}: "):
-                found.append(self._bytes(data))
+                opened.append(read_npy(data) if data.startswith(NPY_MAGIC) else open_image(data, self.limits.image))
+        pixels = sum(image.width * image.height for image in opened if isinstance(image, Image.Image))
+        if pixels > self.limits.max_pixels:
+            raise PayloadTooLarge(f"the images have {pixels} pixels: at most {self.limits.max_pixels} in one request")
+        found: list[np.ndarray] = []
+        for index, image in enumerate(opened):
+            with named(f"image {index}: "):
+                found.append(self._one(image))
             self._count(sum(map(len, found)))
         return np.concatenate(found)
+
+    def _one(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            return self._array(image)
+        return to_unit(read_image(image, self.preprocessing, self.strict)[None])
 
     def _json(self, document: Any) -> np.ndarray:
         if not isinstance(document, dict) or "images" not in document:
@@ -162,8 +176,10 @@ class Reader:
             rows = [from_json(image, f"image {index}: ") for index, image in enumerate(images)]
             if len({row.ndim for row in rows}) > 1 or rows[0].ndim < 2:
                 raise
-            self._count(len(rows))
-            return np.concatenate([self._array(row, dtype, index) for index, row in enumerate(rows)])
+            found: list[np.ndarray] = []
+            for row in rows:
+                found.append(self._array(row, dtype, sum(map(len, found))))
+            return np.concatenate(found)
         return self._array(whole, dtype)
 
     def _multipart(self, content_type: str, body: bytes) -> np.ndarray:
@@ -195,46 +211,6 @@ def _from_base64(text: str, index: int) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidInput(f"image {index}: base64 of a PNG, JPEG, WebP or npy file expected") from error
-
-
-def read_multipart(content_type: str, body: bytes, max_files: int) -> list[bytes]:
-    """The contents of the files in field ``images``, in order.
-
-    Raises:
-        InvalidInput: no valid form, or a field of another name.
-        LimitExceeded: more than ``max_files``.
-    """
-    _, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if not boundary:
-        raise InvalidInput("multipart/form-data without a boundary")
-    found: list[bytes] = []
-
-    def keep(name: bytes | None, content: bytes) -> None:
-        if name != FIELD.encode():
-            raise InvalidInput(f"form field {(name or b'')[:40].decode('latin-1')!r}: only {FIELD!r} expected")
-        if len(found) >= max_files:
-            raise LimitExceeded(f"over {max_files} files: at most {max_files} images here (setting max_batch)")
-        found.append(content)
-
-    def on_file(file: Any) -> None:
-        file.file_object.seek(0)
-        keep(file.field_name, file.file_object.read())
-        file.close()
-
-    try:
-        parser = FormParser(
-            "multipart/form-data",
-            on_field=lambda field: keep(field.field_name, field.value or b""),
-            on_file=on_file,
-            boundary=boundary,
-            config={"MAX_MEMORY_FILE_SIZE": len(body) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True},
-        )
-        parser.write(body)
-        parser.finalize()
-    except (FormParserError, UnicodeError) as error:
-        raise InvalidInput("the multipart form is damaged or truncated") from error
-    return found
 
 
 def read_latents(

@@ -1,8 +1,8 @@
 """Any image becomes uint8 [C,H,W] by the bundle's Preprocessing rule: the one place, for training and for serving.
 
 PNG, JPEG and WebP are read, nothing else. Of an animation the first frame counts. 16-bit grey is scaled to 8 bits
-(rounded, not clipped), palettes and CMYK are converted, alpha is composited on ``background``, EXIF orientation is
-applied. An image that already has the target size is not resampled.
+(rounded, not clipped; of 16-bit colour Pillow keeps the upper byte), palettes and CMYK are converted, alpha is
+composited on ``background``, EXIF orientation is applied. An image that already has the target size is not resampled.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from service.bundle import Preprocessing
+from service.containers import check_container
 from service.errors import InvalidInput, PayloadTooLarge
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -29,10 +31,11 @@ RESAMPLE = {
     "box": Image.Resampling.BOX,
 }
 # What Pillow's decoders raise on damaged files, beside its own errors.
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error)
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, zlib.error)
 MAX_ASPECT = 4096
 """An image is refused if one side is so many times the other: resizing it would ask for absurd intermediate sizes."""
-
+# 16-bit levels -> 8 bits: round(level / 257), as 65535 = 257 · 255.
+_TO_8_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
 
 _FILTERS = threading.Lock()
 
@@ -52,9 +55,7 @@ def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits,
         PayloadTooLarge: more bytes or pixels than ``limits`` (pixels by the header, before anything is decoded).
         InvalidInput: no such image, or damaged; or another size than the bundle's and ``strict``.
     """
-    if len(data) > limits.max_bytes:
-        raise PayloadTooLarge(f"the image has {len(data)} bytes: at most {limits.max_bytes} expected")
-    return apply(_open(data, limits), preprocessing, strict)
+    return read_image(open_image(data, limits), preprocessing, strict)
 
 
 @contextmanager
@@ -69,7 +70,16 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The image by its header: its size is known, its pixels are not decoded yet.
+
+    Raises:
+        PayloadTooLarge: more bytes or pixels than ``limits``.
+        InvalidInput: no PNG, JPEG or WebP, or its container is damaged.
+    """
+    if len(data) > limits.max_bytes:
+        raise PayloadTooLarge(f"the image has {len(data)} bytes: at most {limits.max_bytes} expected")
+    check_container(data)
     try:
         with _quietly():
             image = Image.open(BytesIO(data), formats=FORMATS)
@@ -80,13 +90,23 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     width, height = image.size
     if width * height > limits.max_pixels:
         raise PayloadTooLarge(f"the image is {width}×{height}: at most {limits.max_pixels} pixels expected")
+    return image
+
+
+def read_image(image: Image.Image, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
+    """Decode what ``open_image`` opened -> uint8 [C,H,W].
+
+    Raises:
+        InvalidInput: its pixels are damaged; or another size than the bundle's and ``strict``.
+    """
     try:
         image.load()
         with _quietly():
             image.getexif()  # read once, kept by the image
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
         raise InvalidInput(f"the {image.format} image is damaged or truncated") from error
+    return apply(upright, preprocessing, strict)
 
 
 def apply(image: Image.Image, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
@@ -119,8 +139,7 @@ def resize_array(x: np.ndarray, preprocessing: Preprocessing, strict: bool = Fal
 def _convert(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """To mode L or RGB: 16-bit grey scaled, transparency composited on the background."""
     if image.mode.startswith("I") or image.mode == "F":
-        levels = np.clip(np.asarray(image, dtype=np.float64), 0, 65535)
-        image = Image.fromarray(np.floor(levels / 257 + 0.5).astype(np.uint8), "L")
+        image = _from_16_bits(image, preprocessing.background)
     if image.has_transparency_data:
         grey = (preprocessing.background,) * 3
         backdrop = Image.new("RGBA", image.size, (*grey, 255))
@@ -130,6 +149,17 @@ def _convert(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     if image.mode not in {"L", "RGB"}:
         image = image.convert("L" if image.mode == "1" else "RGB")
     return image.convert(preprocessing.mode)
+
+
+def _from_16_bits(image: Image.Image, background: int) -> Image.Image:
+    """Grey of modes I, I;16 and F with levels to 65535 -> mode L; a transparent level becomes the background."""
+    levels = np.asarray(image)
+    if levels.dtype != np.uint16:
+        levels = np.rint(np.clip(levels, 0, 65535)).astype(np.uint16)
+    grey = _TO_8_BITS[levels]
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[levels == transparent] = background
+    return Image.fromarray(grey)
 
 
 def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
@@ -144,9 +174,18 @@ def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
         return image.resize(size, method)
     if preprocessing.fit == "cover":
         return ImageOps.fit(image, size, method)
-    background = preprocessing.background
+    return _contain(image, size, method, preprocessing.background)
+
+
+def _contain(image: Image.Image, size: tuple[int, int], method: Image.Resampling, background: int) -> Image.Image:
+    """As ImageOps.pad, but a side never shrinks to nothing."""
+    scale = min(size[0] / image.width, size[1] / image.height)
+    inner = [max(1, round(side * scale)) for side in image.size]
     colour = background / 255 if image.mode == "F" else (background,) * len(image.getbands())
-    return ImageOps.pad(image, size, method, color=colour)  # type: ignore[arg-type]  # mode F takes a float
+    sheet = Image.new(image.mode, size, colour)
+    offset = [round((outer - side) / 2) for outer, side in zip(size, inner, strict=True)]
+    sheet.paste(image.resize((inner[0], inner[1]), method), (offset[0], offset[1]))
+    return sheet
 
 
 def _planes(image: Image.Image) -> np.ndarray:
