@@ -43,8 +43,8 @@ def log_weights(model: VAE, x: Tensor, dither: Tensor | None, k: int, chunk: int
         samples = min(step, k - start)
         noise = torch.randn(len(x), samples, model.noise_dim, device=x.device)
         encoded = model.draw(target, *posterior, noise)
-        decoded = model.decode(encoded.z.flatten(0, 1))
-        parameters = tuple(p.unflatten(0, encoded.z.shape[:2]) for p in decoded.parameters)
+        flat = model.parameters_at(encoded.z.flatten(0, 1))
+        parameters = tuple(p.unflatten(0, encoded.z.shape[:2]) for p in flat)
         density = model.density(encoded.target, encoded.z, parameters)
         yield density.log_p_x + density.log_p_z - encoded.log_q, density.log_p_x
 

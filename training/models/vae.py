@@ -102,7 +102,7 @@ class VAE(nn.Module):
     def density(self, target: Tensor, z: Tensor, parameters: Parameters) -> Density:
         """Target [N,C,H,W], z [N,K,L], parameters each [N,K,C,H,W] -> Density."""
         log_p_x_map = self.likelihood.log_prob(target.unsqueeze(1), parameters)
-        log_p_x = log_p_x_map.double().sum((-3, -2, -1))
+        log_p_x = log_p_x_map.sum((-3, -2, -1), dtype=torch.float64)
         return Density(log_p_x, log_p_x_map, log_standard_normal(z).double().sum(-1))
 
     def observe(self, parameters: Parameters, noise: Tensor) -> Tensor:
