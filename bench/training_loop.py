@@ -34,7 +34,7 @@ def random_images(count: int = 4096) -> Dataset:
     """Random 28×28 images: speed does not depend on what they show."""
     pixels = np.random.RandomState(0).randint(0, 256, (count, *SHAPE)).astype(np.uint8)
     every = np.arange(count)
-    splits = {name: every for name in ("train", "validation", "calibration", "test")}
+    splits = dict.fromkeys(("train", "validation", "calibration", "test"), every)
     rule = Preprocessing(mode="L", height=28, width=28)
     return Dataset("random", rule, splits, None, None, "0" * 64, [], pixels.dtype, pixels)
 
@@ -86,7 +86,9 @@ def main() -> None:
         batches = [dataset.pixels(np.arange(i, i + size) % len(dataset)) for i in range(arguments.steps)]
         seconds(bare.step, batches[:5])
         seconds(trainer.training_step, batches[:5])
-        pairs = [(seconds(bare.step, batches), seconds(trainer.training_step, batches)) for _ in range(arguments.blocks)]
+        pairs = [
+            (seconds(bare.step, batches), seconds(trainer.training_step, batches)) for _ in range(arguments.blocks)
+        ]
     images = size * arguments.steps
     result = {
         "preset": arguments.preset,

@@ -1,0 +1,136 @@
+"""The load: a closed loop of keep-alive connections that send one request over and over.
+
+It runs in a process of its own and is written on uvloop and httptools, which the service brings anyway: some twenty
+microseconds of CPU a small request, where a general HTTP client takes hundreds and would itself be what is measured.
+What it took is part of the result. (wrk takes less still, but would have to be installed by hand.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import cast
+
+import httptools
+import uvloop
+
+PATIENCE = 60.0  # seconds beyond the asked ones after which a block has failed
+LEAST_REQUESTS = 2  # a connection, however long one takes
+
+
+class LoadError(RuntimeError):
+    """A connection was lost, or an answer was not 200: its numbers would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server's address, and the bytes of the request to send to it."""
+
+    host: str
+    port: int
+    request: bytes
+
+
+@dataclass
+class Load:
+    """One block: answered ``requests`` in ``seconds``, their ``latencies`` (s), and the ``cpu`` (s) of the client."""
+
+    requests: int = 0
+    seconds: float = 0.0
+    cpu: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Requests/s."""
+        return self.requests / self.seconds
+
+
+def http_request(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
+    """The bytes of an HTTP/1.1 request with a Content-Length."""
+    fields = {"host": "bench", **headers, "content-length": str(len(body))}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def drive(target: Target, connections: int, seconds: float) -> Load:
+    """Keep ``connections`` busy for ``seconds`` (0: two requests each), then wait for what is under way.
+
+    Raises:
+        LoadError: an answer was not 200, or a connection was lost.
+        TimeoutError: the server no longer answers.
+    """
+    return uvloop.run(_drive(target, connections, seconds))
+
+
+async def _drive(target: Target, connections: int, seconds: float) -> Load:
+    loop, load = asyncio.get_running_loop(), Load()
+    made = [
+        await loop.create_connection(lambda: _Connection(target.request, load), target.host, target.port)
+        for _ in range(connections)
+    ]
+    cpu, started = time.process_time(), time.perf_counter()
+    try:
+        async with asyncio.timeout(seconds + PATIENCE):
+            await asyncio.gather(*(connection.run(started + seconds) for _, connection in made))
+    finally:
+        for _, connection in made:
+            connection.close()
+    load.seconds, load.cpu = time.perf_counter() - started, time.process_time() - cpu
+    return load
+
+
+class _Connection(asyncio.Protocol):
+    """Sends the request, reads the answer, and sends again until the deadline."""
+
+    def __init__(self, request: bytes, load: Load) -> None:
+        self._request, self._load = request, load
+        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transport: asyncio.WriteTransport
+        self._deadline = self._started = 0.0
+        self._answered = 0
+        self._parser = httptools.HttpResponseParser(self)
+
+    async def run(self, deadline: float) -> None:
+        """Until the first answer after ``deadline`` (on time.perf_counter). Raises LoadError."""
+        self._deadline = deadline
+        self._send()
+        await self._finished
+
+    def _send(self) -> None:
+        self._started = time.perf_counter()
+        self._transport.write(self._request)
+
+    def close(self) -> None:
+        """Give up what is under way, and the connection."""
+        self._finished.cancel()
+        self._transport.abort()
+
+    def _fail(self, reason: str) -> None:
+        if not self._finished.done():
+            self._finished.set_exception(LoadError(reason))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail("the server closed the connection")
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_message_complete(self) -> None:
+        """httptools: an answer is whole."""
+        now, status = time.perf_counter(), self._parser.get_status_code()
+        if status != 200:
+            self._fail(f"answer {self._answered} had status {status}, 200 expected")
+        if self._finished.done():
+            return
+        self._answered += 1
+        self._load.requests += 1
+        self._load.latencies.append(now - self._started)
+        if now < self._deadline or self._answered < LEAST_REQUESTS:
+            self._send()
+        else:
+            self._finished.set_result(None)
