@@ -62,7 +62,7 @@ class Limits:
 
     max_images: int
     image: ImageLimits
-    max_pixels: int = 2**28
+    max_pixels: int = 2**27
     max_numbers: int = 2**26
 
 

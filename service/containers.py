@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
 
 from service.errors import InvalidInput
 
@@ -17,11 +18,13 @@ MAX_CHUNKS = 10_000
 """Chunks of one PNG; libpng writes one for each 8 kB of pixels, so this is 80 MB of honest file."""
 MAX_SEGMENTS = 10_000
 """Segments of one JPEG; honest metadata comes in pieces of 64 kB."""
-MAX_SCANS = 100
-"""Scans of one progressive JPEG; encoders write 10 to 20."""
+MAX_SCANS = 50
+"""Scans of one progressive JPEG; encoders write 10 to 20, and each goes over the whole image."""
 MAX_FILL = 10_000
 """Bytes between the segments of a JPEG's header; honest ones have none or a few."""
-_START, _JPEG_END, _SCAN, _TEMPORARY = 0xD8, 0xD9, 0xDA, 0x01
+MAX_EXIF = 2**17
+"""Bytes of EXIF data: twice what one segment of a JPEG can hold."""
+_START, _JPEG_END, _SCAN, _APP1, _TEMPORARY = 0xD8, 0xD9, 0xDA, 0xE1, 0x01
 # 0xFF and a code; not a stuffed zero, a fill byte or a restart marker, which all stand inside the pixels' data.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
@@ -53,19 +56,33 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_jpeg(data: bytes) -> None:
-    position, fill, scans = 2, 0, 0
-    for _ in range(MAX_SEGMENTS):
-        marker = _MARKER.search(data, position)
-        if marker is None:
-            raise InvalidInput("the JPEG image is truncated")
-        if not scans:
-            fill += marker.start() - position
-        code, position = marker[0][1], marker.end()
+    fill = scans = exif = 0
+    for count, (gap, code, body) in enumerate(_segments(data)):
         if code == _JPEG_END:
             return
+        fill += 0 if scans else gap
         scans += code == _SCAN
-        if scans > MAX_SCANS or fill > MAX_FILL:
-            raise InvalidInput(f"the JPEG image has over {MAX_SCANS} scans, or too many bytes between its segments")
-        if code not in (_START, _TEMPORARY):
-            position += int.from_bytes(data[position : position + 2], "big")
-    raise InvalidInput(f"the JPEG image has too many segments: at most {MAX_SEGMENTS} expected")
+        exif += len(body) if code == _APP1 and body[:6] == b"Exif\0\0" else 0
+        if count > MAX_SEGMENTS or fill > MAX_FILL:
+            raise InvalidInput(f"the JPEG image has over {MAX_SEGMENTS} segments, or {MAX_FILL} bytes between them")
+        if scans > MAX_SCANS:
+            raise InvalidInput(f"the JPEG image has over {MAX_SCANS} scans")
+        check_exif(exif)
+    raise InvalidInput("the JPEG image is truncated")
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, memoryview]]:
+    """(bytes skipped before it, code, body) of each segment; what a scan holds counts as skipped."""
+    view, position = memoryview(data), 2
+    while marker := _MARKER.search(data, position):
+        code, start = marker[0][1], marker.end()
+        alone = code in (_START, _JPEG_END, _TEMPORARY)
+        size = 0 if alone else int.from_bytes(view[start : start + 2], "big")
+        yield marker.start() - position, code, view[start + 2 : start + size]
+        position = start + size
+
+
+def check_exif(size: int) -> None:
+    """Refuse EXIF data of so many bytes: its reader goes over every tag in Python. Raises InvalidInput."""
+    if size > MAX_EXIF:
+        raise InvalidInput(f"the image has {size} bytes of EXIF data: at most {MAX_EXIF} expected")

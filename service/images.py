@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from service.bundle import Preprocessing
-from service.containers import check_container
+from service.containers import check_container, check_exif
 from service.errors import InvalidInput, PayloadTooLarge
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -90,6 +90,7 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
     width, height = image.size
     if width * height > limits.max_pixels:
         raise PayloadTooLarge(f"the image is {width}×{height}: at most {limits.max_pixels} pixels expected")
+    check_exif(len(image.info.get("exif", b"")))
     return image
 
 
