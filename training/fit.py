@@ -26,6 +26,7 @@ from training.config import Config, OptimiserConfig
 from training.data.dataset import Dataset
 from training.errors import TrainingDiverged
 from training.evaluate import bounds
+from training.interrupts import Interrupt
 from training.journal import Journal, Row
 from training.models.vae import VAE, Terms
 from training.objectives import annealed_beta, objective
@@ -97,6 +98,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(self.train_indices), config.optimiser.batch_size, fabric.world_size)
         self.total_steps = self.steps_per_epoch * config.optimiser.epochs
         self._saved = time.perf_counter()
+        self.interrupt = Interrupt()
 
     @property
     def _bare(self) -> VAE:
@@ -198,6 +200,7 @@ class Trainer:
                 journal.step(self.state.step, *self.sums.means(), images / elapsed)
             if time.perf_counter() - self._saved > self.config.run.checkpoint_seconds:
                 self.save()
+            self.interrupt.check()
         return self._epoch_row(epoch + 1, images / max(1e-9, time.perf_counter() - started))
 
     def _epoch_row(self, epoch: int, images_per_second: float) -> Row:
@@ -313,7 +316,7 @@ def fit(
     trainer = Trainer(config, dataset, folder, fabric or make_fabric(config))
     trainer.resume()
     journal = Journal(folder, trainer.total_steps, trainer.state.step, trainer.fabric.is_global_zero, console)
-    with journal:
+    with journal, trainer.interrupt:
         try:
             trainer.run(journal)
         except KeyboardInterrupt:
