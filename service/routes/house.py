@@ -12,7 +12,8 @@ import orjson
 from fastapi import Depends, Request
 from fastapi.responses import Response
 
-from service.errors import InvalidInput, LimitExceeded
+from service.arrays import parse_json
+from service.errors import LimitExceeded
 from service.metrics import Metrics
 from service.negotiation import negotiate
 from service.pool import WorkerPool
@@ -93,15 +94,8 @@ class Call:
 
     @cached_property
     def document(self) -> Any:
-        """The JSON body, parsed once.
-
-        Raises:
-            InvalidInput: it is no JSON, is nested too deeply, or holds NaN.
-        """
-        try:
-            return orjson.loads(self.body)
-        except orjson.JSONDecodeError as error:
-            raise InvalidInput(f"the body is no JSON: {str(error)[:100]}") from error
+        """The JSON body, parsed once. Raises as arrays.parse_json does."""
+        return parse_json(self.body)
 
     def negotiate(self, offers: Sequence[str]) -> str:
         """The offered media type that Accept prefers.
