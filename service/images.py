@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from service.bundle import Preprocessing
 from service.containers import check_container, check_exif
@@ -29,6 +29,16 @@ RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
+}
+# EXIF orientation -> what turns the image upright (TIFF 6.0, tag 274). Pillow's exif_transpose also rewrites the EXIF.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's decoders raise on damaged files, beside its own errors.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, zlib.error)
@@ -103,11 +113,12 @@ def read_image(image: Image.Image, preprocessing: Preprocessing, strict: bool = 
     try:
         image.load()
         with _quietly():
-            image.getexif()  # read once, kept by the image
-        upright = ImageOps.exif_transpose(image)
+            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
         raise InvalidInput(f"the {image.format} image is damaged or truncated") from error
-    return apply(upright, preprocessing, strict)
+    if image.mode == "P" and image.palette is None:
+        raise InvalidInput(f"the {image.format} image is damaged: its palette is missing")
+    return apply(image if turn is None else image.transpose(turn), preprocessing, strict)
 
 
 def apply(image: Image.Image, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
@@ -121,6 +132,9 @@ def apply(image: Image.Image, preprocessing: Preprocessing, strict: bool = False
 def resize_array(x: np.ndarray, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
     """Arrays [N,C,h,w], uint8 or float32 in [0,1] -> [N,C,H,W] of the same dtype, by the same rule.
 
+    Floats are resampled as floats; but an image whose floats all are 8-bit levels (k/255) is resampled as such, as the
+    same image in a PNG is: it gives the same pixels in every format.
+
     Raises:
         InvalidInput: another number of channels; or another size and ``strict``.
     """
@@ -133,8 +147,16 @@ def resize_array(x: np.ndarray, preprocessing: Preprocessing, strict: bool = Fal
         raise InvalidInput(f"images are {x.shape[3]}×{x.shape[2]}: {width}×{height} expected (strict)")
     if x.dtype == np.uint8:
         return np.stack([_planes(_fit(_from_planes(image), preprocessing)) for image in x])
-    planes = [[_fit(Image.fromarray(plane, "F"), preprocessing) for plane in image] for image in x.astype(np.float32)]
-    return np.clip(np.stack([np.stack([np.asarray(plane) for plane in image]) for image in planes]), 0, 1)
+    return np.stack([_resize_floats(image, preprocessing) for image in x.astype(np.float32)])
+
+
+def _resize_floats(planes: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """float32 [C,h,w] -> [C,H,W]."""
+    levels = np.rint(planes * 255).astype(np.uint8)
+    if (levels / np.float32(255) == planes).all():
+        return _planes(_fit(_from_planes(levels), preprocessing)) / np.float32(255)
+    resized = [np.asarray(_fit(Image.fromarray(plane, "F"), preprocessing)) for plane in planes]
+    return np.clip(np.stack(resized), 0, 1)
 
 
 def _convert(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

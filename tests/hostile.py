@@ -231,7 +231,7 @@ def npy_values(shape: Shape) -> list[Body]:
         "subarray dtype": npy_raw(
             f"{{'descr': ('|u1', ({h}, {w})), 'fortran_order': False, 'shape': ({c},)}}", b"\0" * 64
         ),
-        "scalar": npy(np.float32(0.5)),
+        "scalar": npy(np.array(0.5, np.float32)),
         "no images": npy(x[:0]),
         "no rows": npy(x[:, :, :0]),
         "1 dimension": npy(x.ravel()),
@@ -338,7 +338,7 @@ def json_values(shape: Shape) -> list[Body]:
     }
     bodies |= {f"images are {name}": document({"images": value}) for name, value in values.items()}
     whole = (levels(shape)[None]).tolist()
-    lies = [
+    lies: list[tuple[Any, Any]] = [
         ("uint8", good),
         ("float32", whole),
         ("float16", good),
@@ -401,6 +401,7 @@ def png_headers() -> list[Body]:
         "colour type 5": png(header(8, 8, 8, 5), data, END),
         "no IHDR": png(data, END),
         "no IDAT": png(header(8, 8), END),
+        "palette missing": png(header(8, 8, 8, 3), chunk(b"IDAT", zlib.compress(bytes(72))), END),
         "IHDR too short": png(chunk(b"IHDR", b"\0\0\0\x08"), data, END),
         "IHDR of 2 GB": SIGNATURE + struct.pack(">I", 2**31 - 1) + b"IHDR" + bytes(13),
         "IHDR of 4 GB": SIGNATURE + struct.pack(">I", 2**32 - 1) + b"IHDR" + bytes(13),
@@ -592,7 +593,7 @@ def latents(latent_dim: int) -> list[Body]:
         "too wide": np.zeros((2, latent_dim + 1), np.float32),
         "none": z[:0],
         "3 dimensions": z[None],
-        "scalar": np.float32(0),
+        "scalar": np.array(0, np.float32),
         "2000 rows": np.zeros((2000, latent_dim), np.float32),
         "NaN": np.full_like(z, np.nan),
         "infinity": np.full_like(z, np.inf),
