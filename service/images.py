@@ -112,13 +112,21 @@ def read_image(image: Image.Image, preprocessing: Preprocessing, strict: bool = 
     """
     try:
         image.load()
-        with _quietly():
-            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
         raise InvalidInput(f"the {image.format} image is damaged or truncated") from error
     if image.mode == "P" and image.palette is None:
         raise InvalidInput(f"the {image.format} image is damaged: its palette is missing")
+    turn = _turn(image)
     return apply(image if turn is None else image.transpose(turn), preprocessing, strict)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns the image upright; EXIF data that cannot be read says nothing, as everywhere else."""
+    try:
+        with _quietly():
+            return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DECODER_ERRORS:
+        return None
 
 
 def apply(image: Image.Image, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
