@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
-PALETTE = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#8C510A", "#762A83")
+PALETTE = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#A89A00", "#000000", "#8C510A", "#762A83")
 MARKERS = "os^vDP*Xph"
 CELL, GAP = 64, 4  # in a grid: sides of at least so many pixels an image (whole multiples of its own), white between
 DPI = 120
@@ -25,7 +25,7 @@ History = Sequence[Mapping[str, float]]
 def png(figure: Figure) -> bytes:
     """The figure as PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -108,7 +108,7 @@ def score_histogram(calibration: np.ndarray, test: np.ndarray, thresholds: Mappi
         xlabel="score (nats, higher is more anomalous)",
         ylabel="density (1/nat)",
     )
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(framealpha=0.9, edgecolor="none", fontsize="small")
     return figure
 
 
@@ -148,11 +148,11 @@ def latent_scatter(loc: np.ndarray, labels: np.ndarray | None, names: Sequence[s
 
 
 def manifold(mean: np.ndarray, values: Sequence[float]) -> Figure:
-    """E[x|z] [V,V,C,H,W] over a square of a two-dimensional latent space; rows go down along z[1]."""
+    """E[x|z] [V,V,C,H,W] over a square of a two-dimensional latent space; z[1] grows upwards."""
     figure = _image_figure(len(values), len(values), mean.shape[2:])
     ax = figure.subplots()
     _show(ax, mean[::-1].reshape(-1, *mean.shape[2:]), columns=len(values))
-    names = [f"{value:+.1f}" for value in values]
+    names = [f"{value:+g}" for value in values]
     _ticks(ax, names[::-1], names, mean.shape, every=4)
     ax.set(title="E[x|z] over the latent plane", xlabel="z[0]", ylabel="z[1]")
     return figure
