@@ -55,9 +55,11 @@ def echo():
     with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield server.server_address
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.server_address
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_ratios_are_those_of_their_definitions():
