@@ -182,6 +182,22 @@ def test_half_sent_requests_are_ended(ppca_root):
         assert "receive_timeout" in json.loads(body)["detail"]
 
 
+def test_the_bytes_of_all_bodies_held_at_once_are_bounded(ppca_root):
+    with serving(ppca_root, max_buffered_bytes=2048) as client:
+        head = b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-npy\r\ncontent-length: 1900\r\n\r\n"
+        body = npy(images(3))
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address) as holder:
+            holder.sendall(head + b"x" * 1800)
+            while (refused := client.post("/v1/score", content=body, headers=NPY)).status_code == 200:
+                assert holder.fileno() > 0
+            assert_problem(refused, 429)
+            assert int(refused.headers["retry-after"]) >= 1
+        while (answer := client.post("/v1/score", content=body, headers=NPY)).status_code == 429:
+            assert answer.headers["retry-after"]
+        assert answer.status_code == 200
+
+
 def test_a_connection_that_never_speaks_is_closed(ppca_root):
     with serving(ppca_root, header_timeout=0.2) as client:
         status, _, _ = send_raw(client, b"")
