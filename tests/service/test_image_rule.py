@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -359,13 +360,18 @@ def test_threads_decode_alike_and_leave_the_filters_of_warnings_alone():
     before = list(warnings.filters)
 
     def work() -> None:
-        found.extend(decode_image(data, preprocessing, LIMITS) for _ in range(50))
+        found.extend(decode_image(data, preprocessing, LIMITS) for _ in range(500))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 200
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change places as often as they can
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(found) == 4000
     assert all((image == expected).all() for image in found)
     assert list(warnings.filters) == before
