@@ -57,8 +57,9 @@ def encode_png(images: np.ndarray) -> bytes:
 
 
 def encode_gif(images: np.ndarray) -> bytes:
-    """Float images [N,C,H,W] in [0,1] -> an endless animated GIF (256 colours a frame)."""
-    return _save(list(to_levels(images)), "GIF", duration=FRAME_MILLISECONDS, loop=0)
+    """Float images [N,C,H,W] in [0,1] -> an endless animated GIF, 256 colours a frame; equal neighbours are one frame."""
+    # Whole palettes: of optimised grey ones Pillow 13 reads the later frames back in wrong levels.
+    return _save(list(to_levels(images)), "GIF", optimize=False, duration=FRAME_MILLISECONDS, loop=0)
 
 
 def encode_webp(images: np.ndarray) -> bytes:
