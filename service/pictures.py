@@ -39,8 +39,6 @@ def to_levels(images: np.ndarray) -> np.ndarray:
 def grid(images: np.ndarray) -> np.ndarray:
     """uint8 [N,H,W,C] -> [H',W',C]: row by row, ceil(sqrt(N)) columns, GRID_GAP black pixels between; one as it is."""
     count, height, width, channels = images.shape
-    if count == 1:
-        return images[0]
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     step_y, step_x = height + GRID_GAP, width + GRID_GAP
@@ -57,7 +55,7 @@ def encode_png(images: np.ndarray) -> bytes:
 
 
 def encode_gif(images: np.ndarray) -> bytes:
-    """Float images [N,C,H,W] in [0,1] -> an endless animated GIF, 256 colours a frame; equal neighbours are one frame."""
+    """Float images [N,C,H,W] in [0,1] -> an endless animated GIF; 256 colours a frame, equal neighbours are one."""
     # Whole palettes: of optimised grey ones Pillow 13 reads the later frames back in wrong levels.
     return _save(list(to_levels(images)), "GIF", optimize=False, duration=FRAME_MILLISECONDS, loop=0)
 
