@@ -13,21 +13,13 @@ GRID_GAP = 2
 """Pixels between the images of a grid."""
 FRAME_MILLISECONDS = 120
 
-# Nine evenly spaced colours of matplotlib's perceptually uniform map "inferno" (Smith and van der Walt, CC0).
-INFERNO = np.array(
-    [
-        (0, 0, 4),
-        (31, 12, 72),
-        (85, 15, 109),
-        (136, 34, 106),
-        (186, 54, 85),
-        (227, 89, 51),
-        (249, 140, 10),
-        (249, 201, 50),
-        (252, 255, 164),
-    ],
-    dtype=np.float64,
+# 33 evenly spaced colours of matplotlib's perceptually uniform map "inferno" (Smith and van der Walt, CC0), as hex RGB:
+# with straight lines between them at most 2 of 256 levels away from the whole map.
+_COLOURS = (
+    "0000040403120b0724150b37210c4a2e0a5a3c09654a0c6b57106d63146e70196e7d1e6d89226a962766a32b61af315cbb3755"
+    "c63e4dd14644db4f3be35932eb6528f1711ef67f14f98d0afb9c06fcab0ffbba1ff9ca32f5d949f2e865f3f586fcffa4"
 )
+INFERNO = np.frombuffer(bytes.fromhex(_COLOURS), np.uint8).reshape(-1, 3).astype(np.float64)
 
 
 def to_levels(images: np.ndarray) -> np.ndarray:

@@ -98,6 +98,7 @@ HEADS = {
     "the body": b"",
     "the preamble": b"\r\n",
     "after the boundary": b"--x",
+    "after a second boundary": part(b"a") + b"--x",
     "the headers": b"--x\r\n",
     "a header": b"--x\r\nContent-Disposition: form-data",
     "the data": part(b"", extra=b"")[:-2],

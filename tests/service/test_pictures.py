@@ -155,3 +155,22 @@ def test_heat_maps_share_one_scale_and_carry_it():
 def test_a_flat_heat_map_is_one_colour():
     sheet = np.asarray(opened(encode_heat_maps(np.full((1, 3, 4), 7.0, np.float32))))
     np.testing.assert_array_equal(sheet, np.broadcast_to(INFERNO[0], (3, 4, 3)))
+
+
+def test_the_colours_are_those_of_matplotlib():
+    """Values of matplotlib.colormaps["inferno"](level), in 8 bits: none of them is an anchor but the ends."""
+    known = {
+        0: (0, 0, 4),
+        1: (1, 0, 5),
+        5: (2, 2, 12),
+        26: (24, 12, 60),
+        51: (66, 10, 104),
+        102: (147, 38, 103),
+        153: (221, 81, 58),
+        204: (252, 165, 10),
+        250: (245, 249, 146),
+        255: (252, 255, 164),
+    }
+    ramp = np.arange(256, dtype=np.float32).reshape(1, 1, 256)
+    colours = np.asarray(opened(encode_heat_maps(ramp)))[0].astype(int)
+    assert max(np.abs(colours[level] - colour).max() for level, colour in known.items()) <= 2
