@@ -9,10 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from service.bundle import Name
 from training.data.config import DataConfig
 from training.errors import ConfigError
+
+BUNDLE_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 class Section(BaseModel):
@@ -76,9 +79,12 @@ class OptimiserConfig(Section):
 
 
 class RunConfig(Section):
-    """How the loop runs; none of it changes the mathematics but ``precision``."""
+    """How the loop runs. ``precision`` rounds otherwise, and each of the ``devices`` × ``nodes`` processes takes a
+    batch: a step sees ``optimiser.batch_size`` times their number, an epoch has as many steps fewer. The rest changes
+    no result but, by ``validate_every``, which epoch's weights are kept.
+    """
 
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
@@ -100,7 +106,7 @@ class ScoreConfig(Section):
 
     estimator: Literal["elbo", "iwae"] = "elbo"
     k: int = Field(default=16, ge=1, le=1024)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class Config(Section):
@@ -116,6 +122,17 @@ class Config(Section):
     run: RunConfig = RunConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     score: ScoreConfig = ScoreConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _may_name_a_bundle(cls, name: str) -> str:
+        """Refused here, not by the export after the training; nor is a folder outside runs/ ever meant."""
+        try:
+            return name and BUNDLE_NAME.validate_python(name)
+        except ValidationError as error:
+            raise ValueError(
+                "1 to 64 lower-case letters, digits, dots, dashes and underscores expected, a letter or digit first"
+            ) from error
 
 
 def presets() -> list[str]:

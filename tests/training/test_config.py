@@ -2,6 +2,7 @@
 
 import pytest
 
+from service.bundle import ScoreDefinition
 from training.config import Config, known_keys, load_config, parse_override, presets
 from training.errors import ConfigError
 
@@ -51,6 +52,30 @@ def test_a_malformed_override_says_what_was_expected(text):
 def test_a_value_out_of_range_names_the_key():
     with pytest.raises(ConfigError, match=r"model\.latent_dim: .*greater than or equal to 1"):
         load_config(overrides=["model.latent_dim=0"])
+
+
+@pytest.mark.parametrize("name", ["My Widgets", "../x", "-x", "a/b", "x" * 65, "x\n"])
+def test_a_name_that_no_bundle_may_have_is_refused_before_the_training(name):
+    with pytest.raises(ConfigError, match=r"name: .*lower-case letters.*\(got "):
+        load_config(base={"name": name})
+
+
+@pytest.mark.parametrize("name", ["", "x", "my-widgets", "set.v2"])
+def test_a_bundles_name_or_none_is_taken(name):
+    assert load_config(base={"name": name}).name == name
+
+
+def test_seeds_of_the_score_are_those_of_the_manifest():
+    largest = 2**32 - 1
+    seed = load_config(overrides=[f"score.seed={largest}"]).score.seed
+    assert ScoreDefinition(estimator="elbo", k=1, seed=seed).seed == largest
+    with pytest.raises(ConfigError, match=r"score\.seed: .*less than"):
+        load_config(overrides=[f"score.seed={largest + 1}"])
+
+
+def test_half_precision_without_loss_scaling_is_no_choice():
+    with pytest.raises(ConfigError, match=r"run\.precision: .*'32-true' or 'bf16-mixed'"):
+        load_config(overrides=["run.precision=16-mixed"])
 
 
 def test_a_damaged_preset_is_one_clear_error(tmp_path):
