@@ -30,7 +30,6 @@ STATUS: dict[type[Exception], int] = {
     errors.DeviceUnavailable: 500,
     errors.ConfigurationError: 500,
     errors.ModelNotFound: 404,
-    errors.ModelNotReady: 503,
     errors.UnsupportedVerb: 422,
     errors.InvalidInput: 422,
     errors.UnsupportedMediaType: 415,

@@ -10,7 +10,6 @@ VaeserveError
 ├── DeviceUnavailable           the asked execution provider is not there
 ├── ConfigurationError          a setting is unknown or out of range
 ├── ModelNotFound               no model (or version) of that name is served
-├── ModelNotReady               known, but not yet loaded and warm
 ├── UnsupportedVerb             this model cannot answer that verb (with the reason)
 ├── InvalidInput                the caller's data: says what was expected
 │   ├── UnsupportedMediaType    a Content-Type this route does not read
@@ -62,10 +61,6 @@ class ConfigurationError(VaeserveError):
 
 class ModelNotFound(VaeserveError):
     """No model, or no such version of it, is served under that name."""
-
-
-class ModelNotReady(VaeserveError):
-    """The model is known but not yet loaded, verified and warm."""
 
 
 class UnsupportedVerb(VaeserveError):
