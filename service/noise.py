@@ -12,21 +12,23 @@ import numpy as np
 
 DITHER, OBSERVATION = 1, 2  # the second word of a derived stream's seed
 RESOLUTION = 2**23
+CACHED = 8
+"""Arrays kept of each kind: those of the bundles' own scores. Seeds and sizes are the callers', so memory could fill."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=CACHED)
 def posterior_noise(seed: int, k: int, noise_dim: int) -> np.ndarray:
     """Standard normal [k, noise_dim], shared by all images; the first rows of a larger k are those of a smaller."""
     return _frozen(np.random.RandomState(seed).standard_normal((k, noise_dim)).astype(np.float32))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=CACHED)
 def dither(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
     """Uniform numbers in (0, 1), [C,H,W], shared by all images."""
     return _frozen(_uniform(np.random.RandomState([seed, DITHER]), shape))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=CACHED)
 def observation_noise(seed: int, shape: tuple[int, int, int], distribution: str) -> np.ndarray:
     """Noise of one draw x ~ p(x|z), [C,H,W]: ``distribution`` is "uniform" in (0, 1) or "standard_normal"."""
     random = np.random.RandomState([seed, OBSERVATION])

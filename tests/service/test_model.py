@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -343,6 +344,20 @@ def test_noise_streams_are_frozen():
         np.float32(value) for value in (1.764052345967664, 0.4001572083672233, 0.9787379841057392, 2.240893199201458)
     ]
     assert noise.prior_noise(0, 2, 2).tolist() == noise.posterior_noise(0, 2, 2).tolist()
+
+
+def test_callers_seeds_do_not_fill_memory():
+    """Arrays of 128 KB for 32 seeds: a few stay, not one a seed."""
+    tracemalloc.start()
+    for seed in range(32):
+        noise.posterior_noise(seed, 1024, 32)
+        noise.dither(seed, (1, 128, 256))
+        noise.observation_noise(seed, (1, 128, 256), "uniform")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    for cache in (noise.posterior_noise, noise.dither, noise.observation_noise):
+        cache.cache_clear()
+    assert held < 3 * 9 * 4 * 2**15
 
 
 def test_uniform_noise_is_uniform_and_never_0_or_1():
