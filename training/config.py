@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from service.bundle import Name
 from training.data.config import DataConfig
@@ -62,6 +62,12 @@ class ObjectiveConfig(Section):
     warmup_epochs: float = Field(default=0, ge=0, description="KL annealing: β rises linearly over these epochs")
     free_bits: float = Field(default=0.0, ge=0, description="elbo: nats a latent dimension that cost nothing")
 
+    @model_validator(mode="after")
+    def _free_bits_are_the_elbos(self) -> ObjectiveConfig:
+        if self.free_bits and self.kind != "elbo":
+            raise ValueError(f"free_bits are defined for the elbo, not for {self.kind}")
+        return self
+
 
 class OptimiserConfig(Section):
     """Adam and what surrounds it."""
@@ -72,8 +78,12 @@ class OptimiserConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     batch_size: int = Field(default=128, ge=1)
     epochs: int = Field(default=100, ge=1)
-    gradient_clip: float = Field(default=200.0, gt=0, description="gradients are scaled down to this norm")
-    skip_above: float = Field(default=2000.0, gt=0, description="updates of a larger or non-finite norm are skipped")
+    gradient_clip: float = Field(
+        default=200.0, gt=0, description="gradients of 784 pixels are scaled down to this norm"
+    )
+    skip_above: float = Field(
+        default=2000.0, gt=0, description="larger or non-finite norms (of 784 pixels) are skipped"
+    )
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     patience: int = Field(default=50, ge=1, description="stop after this many validations without a better bound")
 

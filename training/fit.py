@@ -24,7 +24,7 @@ from training.batches import StaticallyBinarised, derived_seed, epoch_batches, s
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Config, OptimiserConfig
 from training.data.dataset import Dataset
-from training.errors import TrainingDiverged
+from training.errors import CheckpointError, TrainingDiverged
 from training.evaluate import bounds
 from training.interrupts import Interrupt
 from training.journal import Journal, Row
@@ -32,6 +32,8 @@ from training.models.vae import VAE, Terms
 from training.objectives import annealed_beta, objective
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
+REFERENCE_PIXELS = 784
+"""Limits of the gradient's norm are stated for images of so many numbers, and grow with larger ones, as nats do."""
 MAX_SKIPPED_IN_A_ROW = 100
 """So many updates skipped one after the other mean that the run has diverged."""
 
@@ -86,7 +88,7 @@ class Trainer:
             model.parameters(),
             config.optimiser.learning_rate,
             weight_decay=config.optimiser.weight_decay,
-            fused=config.run.precision != "16-mixed",
+            fused=True,
         )
         self.model, self.optimiser = fabric.setup(model, optimiser)
         self.ema = AveragedModel(self._bare, multi_avg_fn=moving_average(config.optimiser.ema_decay))
@@ -97,6 +99,7 @@ class Trainer:
         self.train_indices = dataset.splits["train"]
         self.steps_per_epoch = steps_per_epoch(len(self.train_indices), config.optimiser.batch_size, fabric.world_size)
         self.total_steps = self.steps_per_epoch * config.optimiser.epochs
+        self.scale = max(1.0, math.prod(dataset.preprocessing.shape) / REFERENCE_PIXELS)
         self._saved = time.perf_counter()
         self.interrupt = Interrupt()
 
@@ -113,10 +116,19 @@ class Trainer:
         return averaged
 
     def resume(self) -> bool:
-        """Load the run's checkpoint, if there is one."""
-        content = load_checkpoint(self.folder, self.config)
+        """Load the run's checkpoint, if there is one; the first rank reads it for all.
+
+        Raises CheckpointError: of another configuration, or of other data.
+        """
+        first = self.fabric.is_global_zero
+        content = self.fabric.broadcast(load_checkpoint(self.folder, self.config) if first else None)
         if content is None:
             return False
+        if content["fingerprint"] != self.dataset.fingerprint:
+            raise CheckpointError(
+                f"the data of {self.folder} have changed since its checkpoint was written: images that were trained on "
+                "could now be test images; use --restart to discard it, or another --run-dir"
+            )
         self._bare.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])
         self.optimiser.load_state_dict(content["optimiser"])
@@ -140,6 +152,7 @@ class Trainer:
             "sums": self.sums.values.cpu(),
             "sum_steps": self.sums.steps,
             "history": self.history,
+            "fingerprint": self.dataset.fingerprint,
         }
         save_checkpoint(self.folder, self.config, content)
 
@@ -157,7 +170,7 @@ class Trainer:
         self.optimiser.zero_grad()
         self.fabric.backward(-objective(terms, config.objective, beta))
         norm = self.fabric.clip_gradients(
-            self.model, self.optimiser, max_norm=config.optimiser.gradient_clip, error_if_nonfinite=False
+            self.model, self.optimiser, max_norm=config.optimiser.gradient_clip * self.scale, error_if_nonfinite=False
         )
         self._update(float(torch.as_tensor(norm)))
         self.state.step += 1
@@ -165,13 +178,15 @@ class Trainer:
 
     def _update(self, gradient_norm: float) -> None:
         state = self.state
-        if not math.isfinite(gradient_norm) or gradient_norm > self.config.optimiser.skip_above:
+        allowed = self.config.optimiser.skip_above * self.scale
+        if not math.isfinite(gradient_norm) or gradient_norm > allowed:
             state.skipped += 1
             state.skipped_in_a_row += 1
-            if state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise TrainingDiverged(
-                    f"{MAX_SKIPPED_IN_A_ROW} updates in a row had a gradient norm that is not finite or above "
-                    f"{self.config.optimiser.skip_above}: lower optimiser.learning_rate"
+                    f"{MAX_SKIPPED_IN_A_ROW} updates in a row were skipped: the last gradient's norm is "
+                    f"{gradient_norm:.3g}, at most {allowed:.3g} expected; lower optimiser.learning_rate, or raise "
+                    "optimiser.skip_above if the norm was sane from the start"
                 )
             return
         state.skipped_in_a_row = 0
@@ -198,10 +213,17 @@ class Trainer:
             self.state.seconds = before + elapsed
             if self.state.step % 20 == 0:
                 journal.step(self.state.step, *self.sums.means(), images / elapsed)
-            if time.perf_counter() - self._saved > self.config.run.checkpoint_seconds:
-                self.save()
-            self.interrupt.check()
+            if (
+                self.state.step % self.steps_per_epoch
+            ):  # the last step is followed by a validation, then by a checkpoint
+                self._pause()
         return self._epoch_row(epoch + 1, images / max(1e-9, time.perf_counter() - started))
+
+    def _pause(self) -> None:
+        """A moment at which the state is whole: checkpoint if it is time, stop if asked."""
+        if self.interrupt.requested or time.perf_counter() - self._saved > self.config.run.checkpoint_seconds:
+            self.save()
+        self.interrupt.check()
 
     def _epoch_row(self, epoch: int, images_per_second: float) -> Row:
         means = torch.as_tensor(
@@ -220,7 +242,7 @@ class Trainer:
         }
 
     def validate(self) -> dict[str, float]:
-        """The averaged weights on the validation split: ``bound`` is the objective's own, at its own K."""
+        """The averaged weights on the validation split: ``bound`` is the ELBO, or IWAE at the objective's K (β = 1)."""
         objective_config = self.config.objective
         means = bounds(
             self.averaged.eval(),
@@ -251,10 +273,11 @@ class Trainer:
             row = self.train_epoch(journal)
             epoch = int(row["epoch"])
             if epoch % validate_every == 0 or self.state.step == self.total_steps:
-                row |= self.validate()
+                row |= self.fabric.broadcast(self.validate())  # one judgement for all ranks, to the last bit
                 self.history.append(row)
                 self.state.finished = self.judge(row, epoch > self.config.objective.warmup_epochs)
                 journal.epoch(self.history)
+            self._pause()
         self.state.finished = True
         self.save()
 
@@ -317,11 +340,7 @@ def fit(
     trainer.resume()
     journal = Journal(folder, trainer.total_steps, trainer.state.step, trainer.fabric.is_global_zero, console)
     with journal, trainer.interrupt:
-        try:
-            trainer.run(journal)
-        except KeyboardInterrupt:
-            trainer.save()
-            raise
+        trainer.run(journal)
     model = VAE(dataset.preprocessing.shape, config.model)
     model.load_state_dict(trainer.best)
     return Fitted(model.eval(), trainer.state, trainer.history)

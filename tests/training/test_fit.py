@@ -1,6 +1,7 @@
 """The loop: it learns, it resumes exactly, it counts what it skips, it runs on several processes."""
 
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
@@ -96,6 +97,53 @@ def test_a_run_killed_with_sigkill_ends_with_the_same_weights(tmp_path, objectiv
     assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
+class Killed(BaseException):
+    """Stands for a kill at a chosen moment."""
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_killed_while_it_validates_loses_no_validation(digits, tmp_path, monkeypatch, epochs):
+    config = config_with(f"optimiser.epochs={epochs}", "run.checkpoint_seconds=0", "run.validate_every=1")
+    whole = fit(config, digits, tmp_path / "whole")
+    validate = Trainer.validate
+
+    def die_in_the_last(trainer):
+        if trainer.state.step == trainer.total_steps:
+            raise Killed
+        return validate(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", die_in_the_last)
+        with pytest.raises(Killed):
+            fit(config, digits, tmp_path / "killed")
+    resumed = fit(config, digits, tmp_path / "killed")
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert [row["bound"] for row in resumed.history] == [row["bound"] for row in whole.history]
+    assert [row["train_elbo"] for row in resumed.history] == [row["train_elbo"] for row in whole.history]
+
+
+def test_changed_data_do_not_resume(digits, tmp_path):
+    fit(config_with("optimiser.epochs=1"), digits, tmp_path)
+    other = dataclasses.replace(digits, fingerprint="0" * 64)
+    with pytest.raises(CheckpointError, match=r"data of .* have changed"):
+        fit(config_with("optimiser.epochs=1"), other, tmp_path)
+
+
+def test_the_images_preset_trains_on_large_colour_pictures(tmp_path):
+    """The limits of the gradient's norm are stated for 784 pixels: these have 49,152."""
+    grid = np.linspace(0, 1, 128)
+    smooth = np.stack([np.outer(grid, grid), np.outer(1 - grid, grid), np.outer(grid, 1 - grid)])
+    shifts = np.random.RandomState(0).randint(0, 128, 40)
+    images = np.stack([np.roll(smooth, shift, 2) for shift in shifts])
+    np.save(tmp_path / "smooth.npy", (255 * images).astype(np.uint8))
+    config = load_config("images", ["optimiser.batch_size=8"], {"data": {"source": str(tmp_path / "smooth.npy")}})
+    dataset = load_dataset(config.data)
+    trainer = Trainer(config, dataset, tmp_path, make_fabric(config))
+    for _ in range(4):
+        trainer.training_step(dataset.pixels(dataset.splits["train"][:8]))
+    assert trainer.state.skipped == 0
+
+
 def test_the_same_configuration_gives_the_same_weights_and_another_seed_does_not(digits, tmp_path):
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
         fit(config_with(f"seed={seed}"), digits, tmp_path / name)
@@ -126,7 +174,7 @@ def test_updates_with_a_wild_gradient_are_skipped_and_counted(digits, tmp_path):
     trainer.training_step(batch)
     assert trainer.state.skipped == 1
     assert_same_weights(before, dict(trainer.model.state_dict()))
-    for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
+    for _ in range(MAX_SKIPPED_IN_A_ROW - 2):
         trainer.training_step(batch)
     with pytest.raises(TrainingDiverged, match="learning_rate"):
         trainer.training_step(batch)
