@@ -11,6 +11,7 @@ import numpy as np
 import orjson
 
 from service.errors import InvalidInput, LimitExceeded
+from service.images import unit_levels
 
 NPY_MAGIC = b"\x93NUMPY"
 MAX_HEADER = 1024
@@ -139,7 +140,7 @@ def to_unit(images: np.ndarray, dtype: DType | None = None, first_row: int = 0) 
         row = int(np.argmin(good.reshape(len(images), -1).all(1)))
         raise InvalidInput(f"image {first_row + row}: pixels as {dtype} from 0 to {top} expected, finite")
     if dtype == "uint8":
-        return images.astype(np.float32) / np.float32(255)
+        return unit_levels(images)
     return images.astype(np.float32)
 
 

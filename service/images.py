@@ -58,6 +58,14 @@ class ImageLimits:
     max_pixels: int
 
 
+def unit_levels(levels: np.ndarray) -> np.ndarray:
+    """8-bit levels, whole numbers 0 to 255 of any shape and dtype -> float32 pixels level/255 in [0,1].
+
+    The division is float32's, the same number everywhere: k/255 rounded once.
+    """
+    return levels.astype(np.float32) / np.float32(255)
+
+
 def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits, strict: bool = False) -> np.ndarray:
     """The bytes of a PNG, JPEG or WebP -> uint8 [C,H,W].
 
@@ -161,8 +169,8 @@ def resize_array(x: np.ndarray, preprocessing: Preprocessing, strict: bool = Fal
 def _resize_floats(planes: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """float32 [C,h,w] -> [C,H,W]."""
     levels = np.rint(planes * 255).astype(np.uint8)
-    if (levels / np.float32(255) == planes).all():
-        return _planes(_fit(_from_planes(levels), preprocessing)) / np.float32(255)
+    if (unit_levels(levels) == planes).all():
+        return unit_levels(_planes(_fit(_from_planes(levels), preprocessing)))
     resized = [np.asarray(_fit(Image.fromarray(plane, "F"), preprocessing)) for plane in planes]
     return np.clip(np.stack(resized), 0, 1)
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from service.errors import ConfigurationError, InvalidInput
-from service.images import ImageLimits, decode_image
+from service.images import ImageLimits, decode_image, unit_levels
 from service.repository import Served
 from service.schemas import ScoreParameters
 from service.scoring import judge, rows
@@ -76,8 +76,7 @@ def score_files(
         good = [image for image in read if not isinstance(image, BadFile)]
         scored: Iterator[Row] = iter(())
         if good:
-            x = np.stack(good).astype(np.float32) / np.float32(255)
-            scored = iter(rows(judge(served, x, asked, rate)))
+            scored = iter(rows(judge(served, unit_levels(np.stack(good)), asked, rate)))
         for path, image in zip(group, read, strict=True):
             yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
 

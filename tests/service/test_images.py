@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from service import images
 from service.bundle import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
-from service.images import ImageLimits, apply, decode_image, resize_array
+from service.images import ImageLimits, apply, decode_image, resize_array, unit_levels
 from tests import hostile
 from tests.hostile import chunk, header, png, saved
 
@@ -176,3 +179,19 @@ HEADS = [b"", hostile.SIGNATURE, b"\xff\xd8", b"\xff\xd8\xff\xe0\0\x10JFIF\0", b
 def test_any_bytes_are_refused(head, tail):
     with pytest.raises(InvalidInput):
         decode_image(head + tail, rule(), LIMITS)
+
+
+def test_levels_become_the_nearest_float32_of_k_255_in_every_dtype():
+    every = np.arange(256)
+    expected = (every / 255).astype(np.float32)  # float64's quotient, rounded once more
+    for dtype in (np.uint8, np.int64, np.float64):
+        unit = unit_levels(every.astype(dtype))
+        assert unit.dtype == np.float32
+        assert np.array_equal(unit, expected)
+
+
+def test_only_one_place_of_the_service_divides_by_255():
+    package = Path(images.__file__).parent
+    found = [path.name for path in package.rglob("*.py") if re.search(r"/ (np\.float32\()?255", path.read_text())]
+    assert found == ["images.py"]
+    assert len(re.findall(r"/ np\.float32\(255", (package / "images.py").read_text())) == 1
