@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.bundle import Calibration, Likelihood, Preprocessing, Prior, ScoreDefinition, Signature
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="of every random number: same seed, same bytes")]
-Strict = Annotated[bool, Field(description="refuse images of another size or mode instead of converting them")]
+Strict = Annotated[bool, Field(description="refuse images of another size instead of resizing them")]
 Draw = Annotated[bool, Field(description="a draw x ~ p(x|z) instead of the mean E[x|z]")]
 Nats = Annotated[float | None, Field(description="nats")]
 
@@ -76,7 +76,7 @@ class ScoreParameters(Parameters):
     false_positive_rate: float | None = Field(
         default=None, gt=0, lt=1, description="share of inliers that may be called anomalous; default: a setting"
     )
-    map: bool = Field(default=False, description="also the per-pixel map −E[log p(x|z)], in nats")
+    map: bool = Field(default=False, description="also the map −E[log p(x|z)] by pixel, summed over channels, in nats")
     strict: Strict = False
 
 
@@ -115,11 +115,13 @@ class ScoredImage(BaseModel):
     k: int = Field(description="posterior samples")
     rate: Nats = Field(description="E[log q(z|x) − log p(z)], nats")
     distortion: Nats = Field(description="−E[log p(x|z)], nats")
-    bits_per_dim: float | None
-    standard_error: Nats = Field(description="Monte-Carlo standard error of elbo, nats; null for k = 1")
+    bits_per_dim: float | None = Field(
+        description="of the estimator's bound; as 8-bit pixels, where pixels are a density"
+    )
+    standard_error: Nats = Field(description="Monte-Carlo standard error of score, nats; null for k = 1")
     p_value: float | None = Field(description="conformal: (1 + calibration scores at least as high) / (n + 1)")
-    is_anomaly: bool | None = Field(description="p_value ≤ false_positive_rate")
-    map: list[list[float]] | None = Field(default=None, description="[H, W], nats")
+    is_anomaly: bool | None = Field(description="p_value ≤ false_positive_rate; null without p_value")
+    map: list[list[float]] | None = Field(default=None, description="[H, W], nats; sums to distortion")
 
 
 class UsedDefinition(BaseModel):

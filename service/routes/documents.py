@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from service.schemas import Problem
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_IMAGES = {
+_IMAGES: dict[str, Any] = {
     "multipart/form-data": {
         "schema": {
             "type": "object",
@@ -30,7 +30,7 @@ _IMAGES = {
         }
     },
 }
-_LATENTS = {
+_LATENTS: dict[str, Any] = {
     "application/x-npy": _BINARY,
     "application/json": {
         "schema": {
@@ -44,8 +44,11 @@ _LATENTS = {
 
 IMAGE_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": _IMAGES}}
 LATENT_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": _LATENTS}}
+_PAIR = _IMAGES | {
+    "application/json": {"schema": {"oneOf": [body["application/json"]["schema"] for body in (_IMAGES, _LATENTS)]}}
+}
 PAIR_BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "description": "two images, or two latents [2, L]", "content": _IMAGES}
+    "requestBody": {"required": True, "description": "two images, or two latents [2, L]", "content": _PAIR}
 }
 PARAMETER_BODY: dict[str, Any] = {
     "requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}

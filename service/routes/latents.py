@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from service import codecs
 from service.errors import InvalidInput
-from service.routes.documents import IMAGE_BODY, LATENT_BODY, PAIR_BODY, answers
+from service.routes.documents import IMAGE_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
 from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, dump
 from service.routes.inputs import parameters, read_images, read_latents, read_pair
 from service.schemas import (
@@ -57,7 +57,7 @@ async def sample(call: CallDep, query: Annotated[SampleParameters, Query()]) -> 
     return await call.answer(lambda: _sample(call, query))
 
 
-@router.post("/sample", responses=answers(LatentImages, JSON, NPY, PNG))
+@router.post("/sample", openapi_extra=PARAMETER_BODY, responses=answers(LatentImages, JSON, NPY, PNG))
 async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
     """As GET; the parameters may also be a JSON object in the body."""
     return await call.answer(lambda: _sample(call, query))

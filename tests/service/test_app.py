@@ -105,6 +105,9 @@ def test_openapi_lists_every_verb_with_its_parameters(client):
     score = document["paths"]["/v1/score"]["post"]
     assert {p["name"] for p in score["parameters"]} >= {"k", "estimator", "false_positive_rate", "map"}
     assert {"application/x-npy", "image/png", "multipart/form-data"} <= set(score["requestBody"]["content"])
+    pair = document["paths"]["/v1/interpolate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert [body["required"] for body in pair["oneOf"]] == [["images"], ["latents"]]
+    assert "application/json" in document["paths"]["/v1/sample"]["post"]["requestBody"]["content"]
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,22 @@ def test_interpolate_as_pictures(client, form, frames):
     assert first.content == post(client, "interpolate", X[:2], f"image/{form.lower()}", steps=6).content
 
 
+def test_the_standard_error_is_that_of_the_score_as_documented(client):
+    fields = client.get("/openapi.json").json()["components"]["schemas"]["ScoredImage"]["properties"]
+    assert "standard error of score" in fields["standard_error"]["description"]
+
+
+def test_strict_is_about_the_size_alone_as_documented(client):
+    colour, buffer = Image.fromarray(np.repeat(PIXELS[0, 0][..., None], 3, 2)), io.BytesIO()
+    colour.save(buffer, "PNG")
+    headers = {"content-type": "image/png"}
+    answer = client.post("/v1/encode", params={"strict": True}, content=buffer.getvalue(), headers=headers)
+    assert answer.json() == post(client, "encode", PIXELS[:1]).json()
+    parameters = client.get("/openapi.json").json()["paths"]["/v1/encode"]["post"]["parameters"]
+    strict = next(parameter for parameter in parameters if parameter["name"] == "strict")
+    assert "mode" not in strict["description"] + strict["schema"].get("description", "")
+
+
 def test_an_image_of_another_size_follows_the_rule_or_is_refused_when_strict(client):
     large = Image.new("RGB", (40, 20), (200, 10, 10))
     buffer = io.BytesIO()
