@@ -42,7 +42,7 @@ class LikelihoodConfig(Section):
         default="dynamic", description="bernoulli: how grey pixels become binary"
     )
     scale: Literal["shared", "pixel"] = Field(default="shared", description="gaussian: one learned σ, or one a pixel")
-    min_scale: float = Field(default=1e-3, gt=0, description="floor of the Gaussian's or logistic's scale")
+    min_scale: float = Field(default=1e-3, gt=0, description="floor of the scale; the Gaussian's own is 0.01")
 
 
 class ModelConfig(Section):

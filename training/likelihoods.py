@@ -19,6 +19,10 @@ from training.config import LikelihoodConfig
 
 Parameters = tuple[Tensor, ...]
 
+NARROWEST_SCALE = 0.01
+"""Floor of the Gaussian's scale, 2.6 levels: the gradient of a residual r is r/σ², so that the floor of 1e-3 that suits
+the logistic (whose gradient is 1/σ at most) lets single pixels of constant value throw the training off."""
+
 
 class Likelihood(nn.Module, ABC):
     """Base: identity target, no dither."""
@@ -99,20 +103,24 @@ class Bernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """N(x; loc, scale²), pixels in [0,1], scale learned: one for all pixels (σ-VAE, Rybkin et al. 2021) or by pixel.
+    """N(t; loc, scale²) at t = (255x + u)/256, uniform u: 8-bit pixels dequantised, or a density could grow for ever.
 
-    ``min_scale`` keeps the density of constant pixels finite.
+    log p is of a density of t in [0,1]; −log2 p + 8 bounds the bits of an 8-bit pixel from above (Theis et al. 2016,
+    eq. 4). Pixels between the levels get the same noise. The scale is learned, one for all pixels (σ-VAE, Rybkin et
+    al. 2021) or by pixel, and never below ``min_scale`` or NARROWEST_SCALE. ``mean`` and draws are pixels again: at the
+    middle of u, and levels.
     """
 
     family = "gaussian"
     parameters_of = ("loc", "scale")
     measure = "lebesgue"
     observation_noise = "standard_normal"
+    dither = True
 
     def __init__(self, config: LikelihoodConfig) -> None:
         super().__init__()
         self.shared = config.scale == "shared"
-        self.min_scale = config.min_scale
+        self.min_scale = max(config.min_scale, NARROWEST_SCALE)
         if self.shared:
             self.log_scale = nn.Parameter(torch.tensor(math.log(0.2)))
 
@@ -120,23 +128,27 @@ class Gaussian(Likelihood):
     def raw(self) -> int:
         return 1 if self.shared else 2
 
+    def target(self, x: Tensor, dither: Tensor | None) -> Tensor:
+        assert dither is not None, "dequantisation wants noise"
+        return (255 * x + dither) / 256
+
     def parameters_from(self, raw: Tensor) -> Parameters:
         loc = raw[:, 0].float()
         log_scale = self.log_scale.expand_as(loc) if self.shared else raw[:, 1].float() - 2
         return loc, self.min_scale + torch.exp(log_scale.clamp(max=4))
 
     def mean(self, parameters: Parameters) -> Tensor:
-        return parameters[0].clamp(0, 1)
+        return ((256 * parameters[0] - 0.5) / 255).clamp(0, 1)
 
     def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
         loc, scale = parameters
         return -0.5 * ((target - loc) / scale) ** 2 - torch.log(scale) - 0.5 * math.log(2 * math.pi)
 
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        return (parameters[0] + parameters[1] * noise).clamp(0, 1)
+        return torch.floor(256 * (parameters[0] + parameters[1] * noise)).clamp(0, 255) / 255
 
     def initialise(self, head: Tensor, mean: Tensor) -> None:
-        head.view(self.raw, -1)[0].copy_(mean.flatten())
+        head.view(self.raw, -1)[0].copy_((255 * mean.flatten() + 0.5) / 256)
 
 
 class DiscretisedLogistic(Likelihood):

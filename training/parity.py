@@ -84,7 +84,7 @@ def tolerances(arrays: Arrays, family: str) -> dict[str, Tolerance]:
     terms = float(np.abs(arrays["density.log_p_x_map"]).sum(axis=(-3, -2, -1), dtype=np.float64).max())
     result["density.log_p_x"] = Tolerance(atol=max(1e-4, NAT_BY_TERM * terms), rtol=RTOL / 100)
     result["encoder.target"] = Tolerance(atol=1e-6, rtol=0.0)  # compared and rounded, never computed at length
-    if family == "discretised_logistic":
+    if family != "bernoulli":
         result["observation.sample"] = Tolerance(atol=ONE_LEVEL, rtol=0.0)
     return result
 

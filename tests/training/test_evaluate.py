@@ -10,16 +10,28 @@ from service.bundle import Preprocessing
 from training.config import EvaluateConfig, LikelihoodConfig, ModelConfig
 from training.data.dataset import Dataset
 from training.evaluate import active_units, bits_per_dim, bounds, evaluate
+from training.likelihoods import Gaussian
 from training.models.vae import VAE
 
 SHAPE = (1, 4, 5)
+
+
+class Continuous(Gaussian):
+    """Evaluated at the pixels themselves: these are no levels."""
+
+    dither = False
+
+    def target(self, x, dither):
+        return x
 
 
 class Linear(VAE):
     """x = W z + μ + σ ε with its exact posterior: W has orthogonal columns, so the posterior is diagonal."""
 
     def __init__(self, exact=True):
-        super().__init__(SHAPE, ModelConfig(latent_dim=3, likelihood=LikelihoodConfig(family="gaussian")))
+        config = LikelihoodConfig(family="gaussian")
+        super().__init__(SHAPE, ModelConfig(latent_dim=3, likelihood=config))
+        self.likelihood = Continuous(config)
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(20, 3, generator=generator)).Q
         self.W = basis * torch.tensor([0.9, 0.5, 0.2])

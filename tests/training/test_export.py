@@ -180,12 +180,15 @@ def test_tolerances_grow_with_what_is_summed():
         "decoder.mean": np.array([100.0]),
         "density.log_p_x": np.array([0.5]),
         "density.log_p_x_map": np.full((1, 1, 1, 10, 10), -30.0),
+        "observation.sample": np.ones(1),
     }
     found = tolerances(arrays, "gaussian")
     assert set(found) == set(arrays) - {"x"}
     assert found["decoder.mean"].atol == pytest.approx(1e-3)
     assert found["density.log_p_x"].atol == pytest.approx(3e-3)
     assert found["encoder.target"].rtol == 0
+    assert 1 / 255 < found["observation.sample"].atol < 2 / 255, "a draw may round to the next level"
+    assert tolerances(arrays, "bernoulli")["observation.sample"].atol < 1e-4
 
 
 def test_a_bundle_of_other_weights_is_not_taken_for_the_runs(plain, tmp_path):

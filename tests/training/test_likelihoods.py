@@ -56,6 +56,52 @@ def test_gaussian_equals_torch_distributions():
     torch.testing.assert_close(model.log_prob(x, parameters), expected)
 
 
+def test_uniform_dequantisation_fills_the_unit_interval_and_can_be_undone():
+    model = likelihood("gaussian")
+    below_one = torch.tensor([0.0, 0.25, 0.999])
+    target = model.target(LEVELS.unsqueeze(1).expand(256, 3), below_one.expand(256, 3))
+    torch.testing.assert_close(target, (torch.arange(256.0).unsqueeze(1) + below_one) / 256)
+    torch.testing.assert_close(torch.floor(256 * target[:, 1]) / 255, LEVELS, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("loc", [0.1, 0.5, 0.5 + 0.3 / 256])
+@pytest.mark.parametrize("scale", [1e-4, 0.02, 0.2])
+def test_eight_bits_above_the_density_bound_the_bits_of_a_level(loc, scale):
+    """E_u[log p((x + u)/256)] − ln 256 ≤ log P(level x), the density's mass on it (Theis et al. 2016, eq. 4)."""
+    model = likelihood("gaussian", scale="pixel")
+    p = model.parameters_from(torch.tensor([loc, math.log(scale) + 2]).reshape(1, 2, 1, 1, 1))
+    u = (torch.arange(64) + 0.5) / 64
+    target = model.target(LEVELS.unsqueeze(1).expand(256, 64), u.expand(256, 64))
+    bound = model.log_prob(target, tuple(value.flatten() for value in p)).double().mean(1) - math.log(256)
+    normal = torch.distributions.Normal(*(value.double().flatten() for value in p))
+    mass = normal.cdf(torch.arange(1, 257).double() / 256) - normal.cdf(torch.arange(256).double() / 256)
+    assert (bound.exp() <= mass + 1e-6).all()
+    assert bound.exp().sum() <= 1 + 1e-6
+    assert bound.exp().sum() > 0.95 * mass.sum(), "at the narrowest scale the bound is still near"
+
+
+def test_the_gaussian_scale_has_a_floor_at_which_gradients_stay_bounded():
+    """The residual's gradient is (t − loc)/σ²: 10⁴ at most over [0,1]."""
+    narrow = torch.tensor([0.5, -40.0]).reshape(1, 2, 1, 1, 1)
+    assert likelihood("gaussian", scale="pixel").parameters_from(narrow)[1].item() == pytest.approx(0.01)
+    wider = likelihood("gaussian", scale="pixel", min_scale=0.05).parameters_from(narrow)[1]
+    assert wider.item() == pytest.approx(0.05)
+    parameters = likelihood("discretised_logistic").parameters_from(narrow)
+    assert parameters[1].item() == pytest.approx(1e-3), "a probability mass has no such trouble"
+
+
+def test_the_gaussian_mean_is_of_pixels_and_draws_are_levels():
+    model = likelihood("gaussian")
+    head = torch.empty(model.raw * 256)
+    model.initialise(head, LEVELS)
+    parameters = model.parameters_from(head.reshape(1, 1, 1, 16, 16))
+    torch.testing.assert_close(model.mean(parameters).flatten(), LEVELS, atol=1e-6, rtol=0)
+    draws = model.sample(parameters, torch.randn(1, 1, 16, 16)) * 255
+    torch.testing.assert_close(draws, draws.round())
+    assert draws.min() >= 0
+    assert draws.max() <= 255
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mean_is_the_mean_of_draws(family):
     model = likelihood(family, scale="pixel")
