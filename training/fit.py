@@ -213,9 +213,7 @@ class Trainer:
             self.state.seconds = before + elapsed
             if self.state.step % 20 == 0:
                 journal.step(self.state.step, *self.sums.means(), images / elapsed)
-            if (
-                self.state.step % self.steps_per_epoch
-            ):  # the last step is followed by a validation, then by a checkpoint
+            if self.state.step % self.steps_per_epoch:  # after the last step comes the validation, then the pause
                 self._pause()
         return self._epoch_row(epoch + 1, images / max(1e-9, time.perf_counter() - started))
 
