@@ -56,14 +56,14 @@ INPUT_TYPES = (*IMAGE_TYPES, MULTIPART, NPY, JSON, OCTETS)
 class Limits:
     """Most images in one request, the limits of each encoded image, and of all of them together.
 
-    ``max_pixels``: width × height summed over the encoded images, before decoding (a second or two of work).
-    ``max_numbers``: images × C × H × W, after resizing; as float32, 256 MiB.
+    ``max_pixels``: width × height summed over the encoded images, before decoding.
+    ``max_numbers``: images × C × H × W, after resizing.
     """
 
     max_images: int
     image: ImageLimits
-    max_pixels: int = 2**27
-    max_numbers: int = 2**26
+    max_pixels: int
+    max_numbers: int
 
 
 def media_type(content_type: str) -> str:
@@ -112,7 +112,9 @@ class Reader:
             raise LimitExceeded(f"{images} images: at most {self.limits.max_images} here (setting max_batch)")
         most = self.limits.max_numbers // math.prod(self.preprocessing.shape)
         if images > most:
-            raise PayloadTooLarge(f"{images} images of shape {self.preprocessing.shape}: at most {most} here")
+            raise PayloadTooLarge(
+                f"{images} images of shape {self.preprocessing.shape}: at most {most} here (setting max_numbers_in)"
+            )
 
     def _array(self, array: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> np.ndarray:
         images = as_images(array, self.preprocessing.channels)
@@ -141,7 +143,9 @@ class Reader:
                 opened.append(read_npy(data) if data.startswith(NPY_MAGIC) else open_image(data, self.limits.image))
         pixels = sum(image.width * image.height for image in opened if isinstance(image, Image.Image))
         if pixels > self.limits.max_pixels:
-            raise PayloadTooLarge(f"the images have {pixels} pixels: at most {self.limits.max_pixels} in one request")
+            raise PayloadTooLarge(
+                f"the images have {pixels} pixels: at most {self.limits.max_pixels} here (setting max_batch_pixels)"
+            )
         found: list[np.ndarray] = []
         for index, image in enumerate(opened):
             with named(f"image {index}: "):

@@ -13,7 +13,7 @@ import numpy as np
 DITHER, OBSERVATION = 1, 2  # the second word of a derived stream's seed
 RESOLUTION = 2**23
 CACHED = 8
-"""Arrays kept of each kind: enough for the bundles' own scores; seeds and sizes are the callers', to fill memory with."""
+"""Arrays kept of each kind: enough for the bundles' scores; seeds and sizes are the callers' to choose."""
 
 
 @lru_cache(maxsize=CACHED)

@@ -115,9 +115,7 @@ class ScoredImage(BaseModel):
     k: int = Field(description="posterior samples")
     rate: Nats = Field(description="E[log q(z|x) − log p(z)], nats")
     distortion: Nats = Field(description="−E[log p(x|z)], nats")
-    bits_per_dim: float | None = Field(
-        description="of the estimator's bound; as 8-bit pixels, where pixels are a density"
-    )
+    bits_per_dim: float | None = Field(description="score/(C·H·W ln 2), and 8 more where p(x) is a density")
     standard_error: Nats = Field(description="Monte-Carlo standard error of score, nats; null for k = 1")
     p_value: float | None = Field(description="conformal: (1 + calibration scores at least as high) / (n + 1)")
     is_anomaly: bool | None = Field(description="p_value ≤ false_positive_rate; null without p_value")

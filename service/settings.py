@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(default=16 * 2**20, ge=64, description="bytes of one encoded image")
     max_image_pixels: int = Field(default=16_777_216, ge=1, description="width × height of one encoded image")
     max_batch: int = Field(default=1024, ge=1, description="images or latents in one request")
+    max_batch_pixels: int = Field(default=2**27, ge=1, description="width × height summed over the encoded images")
+    max_numbers_in: int = Field(default=2**26, ge=1, description="images × C·H·W after resizing; 2^26 take 256 MiB")
     max_n: int = Field(default=256, ge=1, description="n of sample")
     max_steps: int = Field(default=256, ge=2, description="steps of interpolate")
     max_samples: int = Field(default=256, ge=0, description="posterior samples an image of encode")

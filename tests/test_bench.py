@@ -99,7 +99,7 @@ def test_different_answers_to_the_same_images_are_no_result():
 
 def test_every_format_holds_the_same_pixels(model):
     pixels = reference_pixels(model.bundle, 5)
-    reader = Reader(model.manifest.preprocessing, Limits(8, ImageLimits(2**20, 2**20)))
+    reader = Reader(model.manifest.preprocessing, Limits(8, ImageLimits(2**20, 2**20), 2**20, 2**20))
     for name, make in FORMATS.items():
         expected = pixels[:1] if name in ONE_IMAGE else pixels
         content_type, body = make(expected)

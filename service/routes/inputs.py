@@ -46,7 +46,12 @@ def parameters(call: Call, query: P) -> P:
 def read_images(call: Call, strict: bool) -> np.ndarray:
     """The body's images: float32 [N,C,H,W] in [0, 1]. Raises as codecs.Reader.read does."""
     settings = call.house.settings
-    limits = Limits(settings.max_batch, ImageLimits(settings.max_image_bytes, settings.max_image_pixels))
+    limits = Limits(
+        settings.max_batch,
+        ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+        settings.max_batch_pixels,
+        settings.max_numbers_in,
+    )
     reader = Reader(call.served.manifest.preprocessing, limits, strict)
     return reader.read(call.content_type, call.body, lambda: call.document)
 

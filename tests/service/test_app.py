@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.ppca_bundle import LATENT_DIM, images, write_ppca_bundle
@@ -124,6 +126,19 @@ def test_limits_name_their_setting(client, verb, query, setting):
     headers = NPY if verb != "sample" else {}
     problem = assert_problem(client.post(f"/v1/{verb}", params=query, content=body, headers=headers), 422)
     assert setting in problem["detail"]
+
+
+def test_pixels_of_all_images_are_limited_before_and_after_resizing(ppca_root):
+    buffer = io.BytesIO()
+    Image.new("L", (100, 100)).save(buffer, "PNG")
+    files = [("images", ("a.png", buffer.getvalue(), "image/png"))]
+    with serving(ppca_root, max_batch_pixels=20_000, max_numbers_in=5 * 64) as client:
+        assert client.post("/v1/encode", files=files * 2).status_code == 200
+        assert "max_batch_pixels" in assert_problem(client.post("/v1/encode", files=files * 3), 413)["detail"]
+        five = np.zeros((5, 1, 8, 8), np.uint8)
+        assert client.post("/v1/encode", content=npy(five), headers=NPY).status_code == 200
+        six = client.post("/v1/encode", content=npy(np.zeros((6, 1, 8, 8), np.uint8)), headers=NPY)
+        assert "max_numbers_in" in assert_problem(six, 413)["detail"]
 
 
 def test_too_many_images_or_bytes(client):

@@ -22,7 +22,7 @@ from tests import hostile
 from tests.hostile import FORM, JPEG, JSON, NPY, OCTETS, PNG, WEBP, X_FORM, levels, npy, part, pil, saved
 
 SHAPES = [(1, 16, 16), (3, 16, 16), (1, 8, 12), (3, 12, 8)]
-LIMITS = Limits(1024, ImageLimits(2**24, 2**24))
+LIMITS = Limits(1024, ImageLimits(2**24, 2**24), 2**27, 2**26)
 
 
 def rule(shape: hostile.Shape, **options: Any) -> Preprocessing:
@@ -202,7 +202,7 @@ def test_npy_answers_can_be_sent_back():
 
 
 def small_limits(**options: int) -> Limits:
-    return Limits(3, ImageLimits(2**20, 2**20), **options)
+    return Limits(3, ImageLimits(2**20, 2**20), **{"max_pixels": 2**27, "max_numbers": 2**26, **options})
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -240,7 +240,7 @@ def test_pixels_of_all_files_together_are_limited_before_any_is_decoded():
 def test_numbers_after_resizing_are_limited():
     """A kilobyte of 1×1 images must not become gigabytes of float32."""
     tiny = saved(pil((3, 1, 1)), "PNG")
-    reader = Reader(rule((3, 2048, 2048)), Limits(1024, ImageLimits(2**20, 2**20)))
+    reader = Reader(rule((3, 2048, 2048)), Limits(1024, ImageLimits(2**20, 2**20), 2**27, 2**26))
     form = part(tiny) * 10 + b"--x--\r\n"
     with pytest.raises(PayloadTooLarge, match=r"10 images of shape .*: at most 5 here"):
         reader.read(X_FORM, form, lambda: None)
