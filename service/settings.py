@@ -54,7 +54,8 @@ class Settings(BaseSettings):
     max_samples: int = Field(default=256, ge=0, description="posterior samples an image of encode")
     max_k: int = Field(default=5000, ge=1, description="k of score")
     max_evaluations: int = Field(default=100_000, ge=1, description="images × k of one score request")
-    max_pixels_out: int = Field(default=33_554_432, ge=1, description="numbers in one answer's images or maps")
+    # A float32 takes up to 16 bytes of JSON ("-1.2345678e-10,"): an answer stays below some 100 MB.
+    max_numbers_out: int = Field(default=6 * 2**20, ge=1, description="numbers in one answer: pixels, latents, maps")
     false_positive_rate: float = Field(default=0.05, gt=0, lt=1, description="rate of score when none is asked")
 
     max_headers: int = Field(default=100, ge=10, description="header lines of a request; more get 431")

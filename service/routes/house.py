@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,10 +42,9 @@ class House:
         if asked > allowed:
             raise LimitExceeded(f"{name} is {asked}: at most {allowed} here (setting {setting})")
 
-    def limit_pixels_out(self, images: int, served: Served) -> None:
-        """Refuse an answer that would hold more numbers than the setting max_pixels_out."""
-        numbers = images * math.prod(served.manifest.signature.shape)
-        self.limit(f"the number of pixels in {images} images", numbers, "max_pixels_out")
+    def limit_numbers_out(self, rows: int, each: int) -> None:
+        """Refuse an answer of so many rows with ``each`` numbers above the setting max_numbers_out."""
+        self.limit(f"the count of numbers in the answer ({rows} rows of {each})", rows * each, "max_numbers_out")
 
 
 def get_house(request: Request) -> House:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import numpy as np
@@ -68,6 +69,7 @@ def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
     asked = parameters(call, query)
     call.house.limit("samples", asked.samples, "max_samples")
     x = read_images(call, asked.strict)
+    call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
     call.house.metrics.batch.labels("encode").observe(len(x))
     posterior = call.served.model.encode(x, asked.samples, asked.seed)
     if media_type == NPY:
@@ -82,6 +84,7 @@ def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query)
     z = read_latents(call)
+    call.house.limit_numbers_out(len(z), _pixels(call))
     call.house.metrics.batch.labels("decode").observe(len(z))
     return _show(call, media_type, _images(call, z, asked.draw, asked.seed))
 
@@ -90,7 +93,7 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query)
     x = read_images(call, asked.strict)
-    call.house.limit_pixels_out(len(x), call.served)
+    call.house.limit_numbers_out(len(x), _pixels(call))
     call.house.metrics.batch.labels("reconstruct").observe(len(x))
     return _show(call, media_type, call.served.model.reconstruct(x, asked.seed))
 
@@ -99,6 +102,7 @@ def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG, GIF, WEBP])
     asked = parameters(call, query)
     call.house.limit("steps", asked.steps, "max_steps")
+    call.house.limit_numbers_out(asked.steps, _pixels(call) + call.served.manifest.signature.latent_dim)
     a, b = read_pair(call, asked.strict)
     z = call.served.model.interpolate(a, b, asked.steps, asked.mode)
     call.house.metrics.batch.labels("interpolate").observe(len(z))
@@ -109,6 +113,7 @@ def _sample(call: Call, query: SampleParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query)
     call.house.limit("n", asked.n, "max_n")
+    call.house.limit_numbers_out(asked.n, _pixels(call) + call.served.manifest.signature.latent_dim)
     z = call.served.model.sample_latents(asked.n, asked.seed, asked.temperature)
     call.house.metrics.batch.labels("sample").observe(len(z))
     # Draws of one sample are independent of each other: a seed each.
@@ -116,8 +121,11 @@ def _sample(call: Call, query: SampleParameters) -> tuple[bytes, str]:
     return _show(call, media_type, _images(call, z, asked.draw, seeds), latents=z)
 
 
+def _pixels(call: Call) -> int:
+    return math.prod(call.served.manifest.signature.shape)
+
+
 def _images(call: Call, z: np.ndarray, draw: bool, seed: int | list[int]) -> np.ndarray:
-    call.house.limit_pixels_out(len(z), call.served)
     images = call.served.model.observe(z, seed) if draw else call.served.model.decode(z)
     if not np.isfinite(images).all():
         raise InvalidInput("these latents lead to pixels that are not finite: expected latents of the prior's size")

@@ -34,7 +34,8 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     x = read_images(call, asked.strict)
     call.house.limit(f"{len(x)} images × k={chosen.definition.k}", len(x) * chosen.definition.k, "max_evaluations")
     if asked.map:
-        call.house.limit_pixels_out(len(x), call.served)
+        _, height, width = call.served.manifest.signature.shape
+        call.house.limit_numbers_out(len(x), height * width)
     verdicts = judge(call.served, x, asked, call.house.settings.false_positive_rate)
     _count(call, verdicts)
     if media_type == JSON:

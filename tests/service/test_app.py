@@ -20,6 +20,8 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.routes.house import dump
+from service.settings import Settings
 from tests.ppca_bundle import LATENT_DIM, images, write_ppca_bundle
 from tests.service.http import assert_problem, npy, send_raw, serving
 
@@ -126,6 +128,32 @@ def test_limits_name_their_setting(client, verb, query, setting):
     headers = NPY if verb != "sample" else {}
     problem = assert_problem(client.post(f"/v1/{verb}", params=query, content=body, headers=headers), 422)
     assert setting in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "query", "each"),
+    [
+        ("encode", {"samples": 20}, 22 * LATENT_DIM),
+        ("decode", {}, 64),
+        ("reconstruct", {}, 64),
+        ("interpolate", {"steps": 2}, 64 + LATENT_DIM),
+        ("sample", {"n": 2}, 64 + LATENT_DIM),
+        ("score", {"map": True}, 64),
+    ],
+)
+def test_the_numbers_of_every_answer_are_limited(ppca_root, verb, query, each):
+    body = npy(np.zeros((2, LATENT_DIM), np.float32) if verb == "decode" else images(2))
+    request = {"params": query, "content": b"" if verb == "sample" else body, "headers": NPY}
+    with serving(ppca_root, max_numbers_out=2 * each) as client:
+        assert client.post(f"/v1/{verb}", **request).status_code == 200
+    with serving(ppca_root, max_numbers_out=2 * each - 1) as client:
+        assert "max_numbers_out" in assert_problem(client.post(f"/v1/{verb}", **request), 422)["detail"]
+
+
+def test_an_answer_of_the_most_numbers_stays_below_100_mb():
+    most = Settings.model_fields["max_numbers_out"].default
+    longest = np.full(2**10, -1.2345678e-10, np.float32)
+    assert len(dump({"images": longest})) / len(longest) * most < 105e6
 
 
 def test_pixels_of_all_images_are_limited_before_and_after_resizing(ppca_root):
