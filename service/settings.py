@@ -53,7 +53,9 @@ class Settings(BaseSettings):
     max_steps: int = Field(default=256, ge=2, description="steps of interpolate")
     max_samples: int = Field(default=256, ge=0, description="posterior samples an image of encode")
     max_k: int = Field(default=5000, ge=1, description="k of score")
-    max_evaluations: int = Field(default=100_000, ge=1, description="images × k of one score request")
+    max_evaluated_pixels: int = Field(
+        default=80_000_000, ge=1, description="images × k × C·H·W of one score request; 100 000 samples of 28×28"
+    )
     # A float32 takes up to 16 bytes of JSON ("-1.2345678e-10,"): an answer stays below some 100 MB.
     max_numbers_out: int = Field(default=6 * 2**20, ge=1, description="numbers in one answer: pixels, latents, maps")
     false_positive_rate: float = Field(default=0.05, gt=0, lt=1, description="rate of score when none is asked")

@@ -32,7 +32,8 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     chosen = choose(call.served.manifest, asked)
     call.house.limit("k", chosen.definition.k, "max_k")
     x = read_images(call, asked.strict)
-    call.house.limit(f"{len(x)} images × k={chosen.definition.k}", len(x) * chosen.definition.k, "max_evaluations")
+    work = f"{len(x)} images × k={chosen.definition.k} × {x[0].size} pixels"
+    call.house.limit(work, x.size * chosen.definition.k, "max_evaluated_pixels")
     if asked.map:
         _, height, width = call.served.manifest.signature.shape
         call.house.limit_numbers_out(len(x), height * width)

@@ -150,6 +150,14 @@ def test_the_numbers_of_every_answer_are_limited(ppca_root, verb, query, each):
         assert "max_numbers_out" in assert_problem(client.post(f"/v1/{verb}", **request), 422)["detail"]
 
 
+def test_the_work_of_a_score_is_limited_by_its_pixels(ppca_root):
+    with serving(ppca_root, max_evaluated_pixels=3 * 7 * 64) as client:
+        assert client.post("/v1/score", params={"k": 7}, content=BODY, headers=NPY).status_code == 200
+        more = client.post("/v1/score", params={"k": 8}, content=BODY, headers=NPY)
+        assert "3 images × k=8 × 64 pixels is 1536" in assert_problem(more, 422)["detail"]
+        assert "setting max_evaluated_pixels" in more.json()["detail"]
+
+
 def test_an_answer_of_the_most_numbers_stays_below_100_mb():
     most = Settings.model_fields["max_numbers_out"].default
     longest = np.full(2**10, -1.2345678e-10, np.float32)
@@ -180,7 +188,7 @@ def test_too_many_images_or_bytes(client):
 
 
 def test_a_full_queue_refuses_at_once_and_liveness_does_not_care(ppca_root):
-    with serving(ppca_root, workers=1, queue=0, max_k=5000, max_evaluations=10**7) as client:
+    with serving(ppca_root, workers=1, queue=0, max_k=5000, max_evaluated_pixels=10**9) as client:
         slow = npy(np.zeros((60, 1, 8, 8), np.uint8))
         results: list[httpx.Response] = []
 
@@ -210,7 +218,7 @@ def test_a_full_queue_refuses_at_once_and_liveness_does_not_care(ppca_root):
 
 
 def test_a_deadline_ends_a_request(ppca_root):
-    with serving(ppca_root, request_timeout=0.05, max_k=5000, max_evaluations=10**7) as client:
+    with serving(ppca_root, request_timeout=0.05, max_k=5000, max_evaluated_pixels=10**9) as client:
         body = npy(np.zeros((20, 1, 8, 8), np.uint8))
         slow = client.post("/v1/score", content=body, params={"k": 3000}, headers=NPY)
         assert_problem(slow, 503)
