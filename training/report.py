@@ -17,7 +17,7 @@ from service.bundle import Manifest
 from service.calibration import Calibrator
 from service.errors import InvalidInput
 from training import figures
-from training.batches import to_unit
+from training.batches import pixel_batches, to_unit
 from training.models.vae import VAE
 from training.posteriors import kl_to_standard_normal
 from training.runs import SCORES, Run, write_text
@@ -28,6 +28,7 @@ PRIOR_SAMPLES = 60
 TRAVERSED, STEPS = 8, np.linspace(-3, 3, 9)
 PLANE = np.linspace(-2.5, 2.5, 17)
 ENCODED = 2000  # test images whose posterior the rate and the scatter are of
+BATCH = 250  # of them at a time
 THRESHOLD_RATES = (0.01, 0.05)
 
 STYLE = """
@@ -56,13 +57,16 @@ def report(run: Run) -> Path:
 def draw(run: Run, manifest: Manifest) -> dict[str, Figure]:
     """All figures of the run, by name, in the order of the page."""
     model, test = run.model, run.dataset.splits["test"]
-    x = to_unit(run.dataset.pixels(test[:ENCODED]))
-    target, loc, scale = posterior(model, x, manifest.scores[manifest.default_score].seed)
+    seed = manifest.scores[manifest.default_score].seed
+    parts = [test[i : i + BATCH] for i in range(0, min(ENCODED, len(test)), BATCH)]
+    encoded = [posterior(model, pixels, seed)[1:] for pixels in pixel_batches(run.dataset, parts)]
+    loc, scale = (torch.cat(batches) for batches in zip(*encoded, strict=True))
     rates = kl_to_standard_normal(loc, scale).mean(0).numpy()
     found: dict[str, Figure] = {}
     if run.checkpoint["history"]:
         found["loss"] = figures.loss_curves(run.checkpoint["history"])
-    found["reconstructions"] = _reconstructions(model, x[:SHOWN], target[:SHOWN], loc[:SHOWN])
+    x = to_unit(run.dataset.pixels(test[:SHOWN]))
+    found["reconstructions"] = _reconstructions(model, x, *posterior(model, x, seed)[:2])
     prior = torch.from_numpy(noise.prior_noise(0, PRIOR_SAMPLES, model.latent_dim))
     found["samples"] = figures.samples(model.decode(prior).mean.numpy())
     found["traversal"] = _traversal(model, rates)

@@ -26,7 +26,7 @@ from training.figures import CELL, GAP, png, score_histogram, tile
 from training.pipeline import evaluate_stage
 from training.provenance import cpu_model, evaluate_command, fit_command, public_config
 from training.publish import publish
-from training.report import posterior, report, thresholds
+from training.report import draw, posterior, report, thresholds
 from training.runs import Launch
 from training.staging import export
 
@@ -34,7 +34,7 @@ from training.staging import export
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     model = {"latent_dim": 2, "network": {"kind": "mlp", "hidden": [8]}}
-    run = finished_run(tmp_path_factory.mktemp("run"), (1, 6, 5), model, images=300)
+    run = finished_run(tmp_path_factory.mktemp("run"), (1, 6, 5), model, images=900)
     export(run)
     calibrate(run)
     return run
@@ -121,6 +121,15 @@ def test_the_report_sees_images_as_the_service_does(run):
     np.testing.assert_allclose(loc, served.loc, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scale, served.scale, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(target, noise.dither(3, run.model.shape) < x.numpy())
+
+
+def test_images_go_through_the_encoder_in_batches_and_each_once(run):
+    sizes = []
+    counting = run.model.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    draw(run, open_bundle(run.staged).manifest)
+    counting.remove()
+    assert len(run.dataset.splits["test"]) == 270
+    assert sorted(sizes) == [10, 20, 250], "the ten that are shown, then all"
 
 
 def test_a_histogram_without_thresholds_can_be_drawn():
