@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from service.images import unit_levels
 from training.data.dataset import Dataset
 
 
@@ -38,9 +39,8 @@ def epoch_batches(
 
 
 def to_unit(pixels: np.ndarray) -> Tensor:
-    """uint8 [B,C,H,W] -> float32 in [0,1] by /255, as the service does it; float32 passes unchanged."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels))
-    return tensor.to(torch.float32) / 255 if tensor.dtype == torch.uint8 else tensor
+    """uint8 [B,C,H,W] -> float32 in [0,1] as the service turns levels into numbers; float32 passes unchanged."""
+    return torch.from_numpy(np.ascontiguousarray(unit_levels(pixels) if pixels.dtype == np.uint8 else pixels))
 
 
 def pixel_batches(dataset: Dataset, batches: list[np.ndarray]) -> Iterator[Tensor]:

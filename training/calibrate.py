@@ -12,6 +12,7 @@ from service.bundle import CALIBRATION
 from service.calibration import Calibrator
 from service.model import Model
 from service.runtime import Runtime
+from training.batches import pixel_batches
 from training.data import Dataset
 from training.parity import to_npz
 from training.runs import SCORES, Run
@@ -25,18 +26,13 @@ BATCH = 256
 Progress = Callable[[int], None]
 
 
-def served_pixels(pixels: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 by /255, as the service turns an image's bytes into numbers; floats pass unchanged."""
-    return pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
-
-
 def score_split(model: Model, dataset: Dataset, split: str, score: str, progress: Progress | None = None) -> np.ndarray:
     """Scores, float64 [N] in nats, of a split's images in their order, by one of the bundle's definitions."""
     indices, definition = dataset.splits[split], model.manifest.scores[score]
     parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
     found = []
-    for pixels in dataset.batches(parts):
-        found.append(model.score(served_pixels(pixels), definition).score)
+    for pixels in pixel_batches(dataset, parts):
+        found.append(model.score(pixels.numpy(), definition).score)
         if progress:
             progress(len(pixels))
     return np.concatenate(found)

@@ -8,13 +8,13 @@ from PIL import Image
 
 from service.bundle import CALIBRATION, Preprocessing, open_bundle
 from service.calibration import Calibrator
-from service.images import ImageLimits, decode_image
+from service.images import ImageLimits, decode_image, unit_levels
 from service.model import Model
 from service.runtime import Runtime
 from service.verify import verify_bundle
 from tests.training.finished import finished_run
 from training.batches import to_unit
-from training.calibrate import calibrate, images_to_score, realised, score_split, served_pixels, summary
+from training.calibrate import calibrate, images_to_score, realised, score_split, summary
 from training.errors import ExportError
 from training.runs import SCORES
 from training.staging import export
@@ -67,7 +67,8 @@ def decoded(image):
 
 def test_every_grey_level_is_the_same_number_in_training_and_serving():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
-    np.testing.assert_array_equal(served_pixels(levels), to_unit(levels).numpy())
+    np.testing.assert_array_equal(to_unit(levels).numpy(), (levels / 255).astype(np.float32))
+    np.testing.assert_array_equal(to_unit(levels).numpy(), unit_levels(levels))
 
 
 def test_the_realised_rates_can_be_counted_again_from_the_test_scores(run, calibrated):
