@@ -134,8 +134,11 @@ def publish_stage(run: Run, root: Path, console: Console, version: str | None = 
 
 
 def all_stages(run: Run, root: Path, console: Console) -> Path:
-    """Everything after fit; the published bundle."""
-    evaluate_stage(run, console)
+    """Everything after fit; the published bundle. An evaluation that was done before, minutes of work, is kept."""
+    if run.is_evaluated:
+        say(console, f"evaluate: done before, {run.folder / METRICS}")
+    else:
+        evaluate_stage(run, console)
     export_stage(run, console)
     calibrate_stage(run, console)
     report_stage(run, console)

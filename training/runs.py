@@ -134,6 +134,14 @@ class Run:
             raise CheckpointError(f"{self.folder} holds no finished training: go on with `vaetrain fit`")
         return FitRecord.model_validate_json((self.folder / FIT).read_text())
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether metrics.json is of these weights and of the configured k and images."""
+        path, options = self.folder / METRICS, self.config.evaluate
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        wanted = {"weights": self.weights_digest, "k": options.k, "images": options.images}
+        return wanted.items() <= found.items()
+
     def metrics(self) -> dict[str, Any] | None:
         """What ``vaetrain evaluate`` found, or None. Raises CheckpointError if that was of other weights."""
         path = self.folder / METRICS
