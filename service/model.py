@@ -1,8 +1,9 @@
 """Model: one bundle, loaded, answering on arrays. Every number that leaves vaeserve is computed here.
 
 Rows are independent, bitwise: N images (or latents) together give what N single calls give, since every row sees the
-same noise, graphs run through service.rows, and reductions run a row at a time. Work is cut into chunks whose sizes
-depend on the model and on k, never on N, so memory stays bounded.
+same noise, graphs run through service.rows, and reductions run a row at a time. A score's work is cut into parts that
+depend on the model and on k, never on N: beside x, the answer and the parts of log w, [N,k] each, it holds up to
+some 8 arrays of MAX_ELEMENTS float32 numbers (64 MB), or of one sample of one image where that is more.
 
 >>> model = Model.load(open_bundle("exported/digits/1"), Runtime("cpu"))  # doctest: +SKIP
 >>> model.score(images).score  # doctest: +SKIP
@@ -26,9 +27,9 @@ from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
 from service.runtime import Runtime
 
 SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of an image that go through the graphs at once
-MAX_ELEMENTS = 2**21  # of the decoder's parameters for the samples of one image
+MAX_ELEMENTS = 2**21  # of one decoder output: images × samples × C·H·W that go through the graphs at once
 MAX_TEMPERATURE = 1000
-IMAGES = 32  # images that go through the graphs at once
+IMAGES = 32  # images that go through the graphs at once, at most
 
 
 class Posterior(NamedTuple):
@@ -60,7 +61,7 @@ class Scores(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The parts of log w at k samples, each [N,k] float64, and the per-pixel distortion's sum over them [N,H,W]."""
+    """The parts of log w at k samples, each [N,k] float64, and the per-pixel distortion's sum [N,H,W], else [N,0]."""
 
     log_p_x: np.ndarray
     log_p_z: np.ndarray
@@ -96,8 +97,8 @@ class Model:
         self._observation = (
             self._runner("observation", self._density_rows, sizes=(1,)) if "observation" in sessions else None
         )
-        dimensions = math.prod(self._shape)
-        self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * dimensions <= MAX_ELEMENTS]
+        self._dimensions = math.prod(self._shape)
+        self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._dimensions <= MAX_ELEMENTS]
 
     @classmethod
     def load(cls, bundle: Bundle, runtime: Runtime) -> Model:
@@ -144,9 +145,11 @@ class Model:
         """
         x = self._images(x)
         _check_count("samples", samples, 0)
-        outputs = list(self._encode(x, max(samples, 1), _checked_seed(seed)))
-        draws = np.concatenate([output["z"] for output in outputs], axis=1)[:, :samples]
-        return Posterior(outputs[0]["loc"], outputs[0]["scale"], draws)
+        # Of each chunk only this is kept: its target is as large as x.
+        outputs = self._encode(x, max(samples, 1), _checked_seed(seed))
+        chunks = [(output["loc"], output["scale"], output["z"]) for output in outputs]
+        draws = np.concatenate([z for _, _, z in chunks], axis=1)[:, :samples]
+        return Posterior(chunks[0][0], chunks[0][1], draws)
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """E[x|z], float32 [M,C,H,W], of latents z, float32 [M,L]. Raises InvalidInput."""
@@ -203,7 +206,8 @@ class Model:
         """
         definition = definition or self.manifest.scores[self.manifest.default_score]
         x = self._images(x)
-        parts = [self._weights(x[i : i + IMAGES], definition, maps) for i in range(0, len(x), IMAGES)]
+        images = min(IMAGES, max(1, MAX_ELEMENTS // (self._chunk(definition.k) * self._dimensions)))
+        parts = [self._weights(x[i : i + images], definition, maps) for i in range(0, len(x), images)]
         weights = Weights(*(np.concatenate(part) for part in zip(*parts, strict=True)))
         log_w = weights.log_p_x + weights.log_p_z - weights.log_q
         if np.isnan(log_w).any():
@@ -216,7 +220,7 @@ class Model:
             log_likelihood=log_likelihood,
             rate=(weights.log_q - weights.log_p_z).mean(axis=1),
             distortion=-weights.log_p_x.mean(axis=1),
-            bits_per_dim=estimators.bits_per_dim(bound, math.prod(self._shape), self.manifest.likelihood.measure),
+            bits_per_dim=estimators.bits_per_dim(bound, self._dimensions, self.manifest.likelihood.measure),
             standard_error=estimators.standard_error(log_w, definition.estimator),
             k=definition.k,
             map=(weights.distortion_map / definition.k).astype(np.float32) if maps else None,
@@ -230,7 +234,7 @@ class Model:
 
     def _weights(self, x: np.ndarray, definition: ScoreDefinition, maps: bool) -> Weights:
         """log p(x|z), log p(z) and log q(z|x) of a few images at the definition's k samples; the map only if asked."""
-        distortion_map = np.zeros((len(x), *self._shape[1:]))
+        distortion_map = np.zeros((len(x), *self._shape[1:]) if maps else (len(x), 0))
         parts: list[tuple[np.ndarray, ...]] = []
         for encoded in self._encode(x, definition.k, definition.seed):
             log_p_x, log_p_z, log_p_x_map = self._densities(encoded["target"], encoded["z"])
@@ -263,13 +267,17 @@ class Model:
             feeds["dither"] = np.broadcast_to(noise.dither(seed, self._shape), x.shape)
         start = 0
         while start < k:
-            chunk = next((size for size in self._chunks if size >= k - start), self._chunks[-1])
+            chunk = self._chunk(k - start)
             rows = draws[start : start + chunk]
             padded = np.zeros((chunk, self._noise_dim), np.float32)
             padded[: len(rows)] = rows
             outputs = self._encoder(chunk).run(feeds | {"noise": np.broadcast_to(padded, (len(x), *padded.shape))})
             yield outputs | {name: outputs[name][:, : len(rows)] for name in ("z", "log_q")}
             start += chunk
+
+    def _chunk(self, samples: int) -> int:
+        """How many of so many samples an image go through the graphs next, some of them padding."""
+        return next((size for size in self._chunks if size >= samples), self._chunks[-1])
 
     def _runner(self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] = SIZES) -> RowRunner:
         """The graph's runner. A session of one thread leaves it to Python threads to run several batches at once."""

@@ -53,6 +53,37 @@ def test_the_default_score_is_the_manifest_s(model):
     assert np.array_equal(model.score(X[:3]).score, model.score(X[:3], model.manifest.scores["elbo"]).score)
 
 
+# Memory.
+
+
+def peak(work) -> int:
+    """Bytes that numpy and Python held at most, beyond what stood before."""
+    tracemalloc.start()
+    work()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return most
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_the_memory_of_a_score_is_that_of_one_part_whatever_the_batch(ppca_path, runtime, monkeypatch, maps):
+    """MAX_ELEMENTS is 32 samples of 2 images: 32 images at once would take 16 times that."""
+    monkeypatch.setattr("service.model.MAX_ELEMENTS", 2 * 32 * 64)
+    model = Model.load(open_bundle(ppca_path), runtime)
+    x, k = images(32, seed=3), 64
+    model.score(x[:2], definition(k=k))  # trials of batch sizes are over
+    parts, weights = 8 * 2 * 32 * 64 * 4, 10 * 32 * k * 8
+    assert peak(lambda: model.score(x, definition(k=k), maps)) < parts + weights + 2**16
+
+
+def test_the_memory_of_an_encode_does_not_hold_the_images_once_a_chunk_of_samples(tmp_path, runtime):
+    path, _ = write_ppca_bundle(tmp_path, shape=(1, 64, 64))
+    model = Model.load(open_bundle(path), runtime)
+    x = images(64, (1, 64, 64), seed=3)
+    model.encode(x, samples=256)
+    assert peak(lambda: model.encode(x, samples=256)) < 5 * x.nbytes
+
+
 # Rate, distortion, maps and errors.
 
 
