@@ -77,9 +77,9 @@ def test_the_memory_of_a_score_is_that_of_one_part_whatever_the_batch(ppca_path,
 
 
 def test_the_memory_of_an_encode_does_not_hold_the_images_once_a_chunk_of_samples(tmp_path, runtime):
-    path, _ = write_ppca_bundle(tmp_path, shape=(1, 64, 64))
+    path, _ = write_ppca_bundle(tmp_path, shape=(1, 24, 24), latent_dim=1)
     model = Model.load(open_bundle(path), runtime)
-    x = images(64, (1, 64, 64), seed=3)
+    x = images(128, (1, 24, 24), seed=3)
     model.encode(x, samples=256)
     assert peak(lambda: model.encode(x, samples=256)) < 5 * x.nbytes
 
