@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from training.data import DataConfig, load_dataset
+from training.data.idx import read_idx
 from training.errors import BadImages, DataError, DataFormatError, DataNotFound, SplitError
 
 from .test_data_idx import idx_bytes
@@ -247,6 +248,22 @@ def test_local_idx_files_are_taken_as_they_are(tmp_path, name, compress, suffix)
     np.testing.assert_array_equal(dataset.labels, np.concatenate([np.arange(200) % 10, np.arange(30) % 10]))
     assert len(dataset.label_names) == 10
     assert set(dataset.describe()["files"]) == {path.name for path in (tmp_path / name).iterdir()}
+
+
+def test_training_images_equal_to_test_images_are_left_out_and_counted(tmp_path):
+    write_idx_set(tmp_path / "mnist", 200, 30)
+    images = RANDOM.randint(0, 256, size=(200, 28, 28))
+    images[:10] = read_idx(tmp_path / "mnist" / "t10k-images-idx3-ubyte.gz", ndim=3)[5:15]
+    (tmp_path / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(idx_bytes(images))
+    dataset = load_dataset(DataConfig(source="mnist", directory=tmp_path))
+    assert {name: len(indices) for name, indices in dataset.splits.items()} == {
+        "train": 170,
+        "validation": 10,
+        "calibration": 10,
+        "test": 30,
+    }
+    assert min(indices.min() for indices in dataset.splits.values()) == 10
+    assert dataset.describe()["copies_of_test_left_out"] == 10
 
 
 def test_labels_are_optional(tmp_path):

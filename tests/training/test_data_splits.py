@@ -68,6 +68,14 @@ def test_the_official_test_part_stays_whole():
     assert max(parts["train"].max(), parts["validation"].max(), parts["calibration"].max()) < 60
 
 
+def test_copies_of_the_official_test_part_are_in_no_other_split():
+    groups = np.concatenate([np.arange(60), np.arange(5), [70, 71, 71, 72, 73]])
+    parts = split_with_test(groups, np.arange(70) >= 60, FRACTIONS, seed=0)
+    assert sorted(parts["test"].tolist()) == list(range(60, 70)), "its own copies stay: the part is kept whole"
+    rest = np.concatenate([indices for name, indices in parts.items() if name != "test"])
+    assert sorted(rest.tolist()) == list(range(5, 60))
+
+
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_too_few_images_are_counted(count):
     with pytest.raises(SplitError, match=f"{count} usable images are too few .* at least 10 needed"):

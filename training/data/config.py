@@ -29,7 +29,8 @@ class DataConfig(BaseModel):
     Without ``size`` an image set keeps its own size; a folder of images keeps the size that they all share if no side
     of it is over 128 pixels, and becomes 64×64 otherwise. ``mode`` auto is L where the images are grey, else RGB.
 
-    Data sets that come with a test part keep it whole; ``validation`` and ``calibration`` are fractions of the rest.
+    Data sets that come with a test part keep it whole, and copies of its images elsewhere are left out; ``validation``
+    and ``calibration`` are fractions of the rest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -51,7 +51,8 @@ class Streamed:
 class Dataset:
     """Images of one shape, and disjoint splits of them.
 
-    ``splits`` maps train, validation, calibration and test to int64 indices into the pool of N images, in seeded order;
+    ``splits`` maps train, validation, calibration and test to int64 indices into the pool of N images, in seeded order
+    (all of them, but those equal to images of a test part that the data set came with);
     ``labels`` int64 [N] are aligned with the pool; ``skipped`` names each image that could not be used, with the
     reason; ``fingerprint`` (SHA-256, hex) changes when any pixel, label or split does.
     """

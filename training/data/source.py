@@ -77,7 +77,12 @@ def load_source(source: Source, config: DataConfig) -> Dataset:
         skipped=scan.skipped,
         dtype=source.dtype,
         store=store,
-        details=source.details | {"split_seed": config.split_seed, "duplicates": len(kept) - len(set(groups.tolist()))},
+        details=source.details
+        | {
+            "split_seed": config.split_seed,
+            "duplicates": len(kept) - len(set(groups.tolist())),
+            "copies_of_test_left_out": len(kept) - sum(map(len, splits.values())),
+        },
     )
 
 

@@ -41,8 +41,11 @@ def split(groups: np.ndarray, fractions: Mapping[str, float], seed: int) -> dict
 def split_with_test(
     groups: np.ndarray, is_test: np.ndarray, fractions: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
-    """As ``split``, where ``is_test`` bool [N] marks the test part that the data set came with; it is kept whole."""
-    rest = np.flatnonzero(~is_test)
+    """As ``split``, where ``is_test`` bool [N] marks the test part that the data set came with; it is kept whole.
+
+    Other images that equal one of it are in no split.
+    """
+    rest = np.flatnonzero(~np.isin(groups, groups[is_test]))
     parts = split(groups[rest], {name: part for name, part in fractions.items() if name != "test"}, seed)
     test = np.flatnonzero(is_test)
     if not len(test):
