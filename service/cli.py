@@ -138,8 +138,8 @@ def _score(settings: Settings, images: list[Path], out: Path | None, model: str 
         raise ConfigurationError("no PNG, JPEG or WebP file found there")
     asked = _in_words(lambda: ScoreParameters(false_positive_rate=rate))
     console, bad = Console(stderr=True), 0
+    served = load_repository(settings).get(model)
     with open_sink(out, sys.stdout) as write, _progress(console, len(files)) as advance:
-        served = load_repository(settings).get(model)
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         for row in score_files(served, files, asked, settings.false_positive_rate, limits):
             if isinstance(row, BadFile):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,6 +93,8 @@ def _read(path: Path, served: Served, limits: ImageLimits) -> np.ndarray | BadFi
 def open_sink(out: Path | None, stdout: TextIO) -> Iterator[Callable[[Row], object]]:
     """A function that takes rows and writes them to ``out``, by its suffix; None: CSV on ``stdout``.
 
+    Rows go to ``out``.part, which takes the place of ``out`` at the end; a failure leaves what stood there.
+
     Raises:
         ConfigurationError: a suffix but .csv, .jsonl and .parquet, no such folder, or .parquet without pyarrow.
     """
@@ -102,12 +105,22 @@ def open_sink(out: Path | None, stdout: TextIO) -> Iterator[Callable[[Row], obje
         raise ConfigurationError(f"--out {out}: expected a name that ends in .csv, .jsonl or .parquet")
     if not out.parent.is_dir():
         raise ConfigurationError(f"--out {out}: the folder {out.parent} does not exist")
-    if out.suffix == ".parquet":
-        with _parquet_sink(out) as sink:
+    if out.is_dir():
+        raise ConfigurationError(f"--out {out}: that is a folder, expected a file's name")
+    part = out.with_name(f"{out.name}.part")
+    sinks = {".csv": partial(_text_sink, _csv_writer), ".jsonl": partial(_text_sink, _json_writer)}
+    try:
+        with sinks.get(out.suffix, _parquet_sink)(part) as sink:
             yield sink
-        return
-    with out.open("w", encoding="utf-8", newline="") as stream:
-        yield _csv_writer(stream) if out.suffix == ".csv" else _json_writer(stream)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _text_sink(writer: Callable[[TextIO], Callable[[Row], object]], path: Path) -> Iterator[Callable[[Row], object]]:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        yield writer(stream)
 
 
 def _csv_writer(stream: TextIO) -> Callable[[Row], object]:

@@ -33,6 +33,7 @@ def folder(tmp_path):
     """Five images in nested folders, two damaged files, one that is no image by name."""
     root = tmp_path / "pictures"
     (root / "deep/er").mkdir(parents=True)
+    (root / "folder.csv").mkdir()
     for i, image in enumerate(X):
         Image.fromarray(image[0]).save(root / ("deep/er" if i % 2 else ".") / f"{i}.png")
     (root / "text.png").write_text("not a picture")
@@ -87,6 +88,19 @@ def test_every_output_format_holds_the_same(folder, ppca_root, tmp_path):
     assert len(tables[0]) == 2
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("fault", [["--model", "other"], ["--false-positive-rate", "0.0001"]])
+def test_a_failure_leaves_the_old_file_and_nothing_beside_it(folder, ppca_root, tmp_path, suffix, fault):
+    out = tmp_path / "out" / f"scores.{suffix}"
+    out.parent.mkdir()
+    out.write_text("yesterday's")
+    assert run("score", folder, "--out", out, "--repository", ppca_root, *fault).exit_code == 1
+    assert {path.name: path.read_text() for path in out.parent.iterdir()} == {out.name: "yesterday's"}
+    assert run("score", folder, "--out", out, "--repository", ppca_root).exit_code == 3
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert out.read_bytes() != b"yesterday's"
+
+
 def test_score_prints_csv_without_out(folder, ppca_root):
     done = run("score", folder / "0.png", folder / "2.png", "--repository", ppca_root)
     assert done.exit_code == 0
@@ -102,6 +116,7 @@ def test_score_prints_csv_without_out(folder, ppca_root):
         (["nowhere.png"], "nowhere.png does not exist"),
         (["{folder}", "--out", "a.xlsx"], ".parquet"),
         (["{folder}", "--out", "{folder}/missing/a.csv"], "does not exist"),
+        (["{folder}", "--out", "{folder}/folder.csv"], "is a folder"),
         (["{folder}", "--model", "other"], "no model 'other'"),
         (["{folder}", "--false-positive-rate", "0.0001"], "9999"),
         (["{folder}/deep/er/../../../empty"], "does not exist"),
