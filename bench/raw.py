@@ -31,7 +31,10 @@ def layouts(connections: int) -> list[Layout]:
     """The layouts worth trying: one caller with one thread or all, and for many requests at once a caller a core."""
     cores = len(os.sched_getaffinity(0))
     many = [Layout(min(connections, cores), 1)] if connections > 1 else []
-    return list(dict.fromkeys([Layout(1, 1), Layout(1, cores), *many]))
+    return list(dict.fromkeys([ALONE, Layout(1, cores), *many]))
+
+
+ALONE = Layout(1, 1)
 
 
 class RawModel:
@@ -107,3 +110,12 @@ def calls_per_second(work: Work, callers: int, seconds: float) -> float:
         with ThreadPoolExecutor(callers) as pool:
             calls = sum(future.result() for future in [pool.submit(caller) for _ in range(callers)])
     return calls / (time.perf_counter() - started)
+
+
+def cpu_per_call(work: Work, seconds: float) -> float:
+    """CPU seconds of a call of ``work`` on one thread, over ``seconds`` and at least two calls."""
+    calls, began, started = 0, time.thread_time(), time.perf_counter()
+    while calls < 2 or time.perf_counter() - started < seconds:
+        work()
+        calls += 1
+    return (time.thread_time() - began) / calls

@@ -12,8 +12,8 @@ from rich.table import Table
 Result = dict[str, Any]
 WIDTH = 160  # of the tables, also where the output is no terminal
 RATIOS = (
-    "Images/s of the service over raw ONNX Runtime's · over the limit that bare HTTP and it compose, "
-    "for c connections and n images a request"
+    "Images/s of the service over raw ONNX Runtime's · over the limit that bare HTTP and it compose · "
+    "raw ONNX Runtime's share of the CPU time; for c connections and n images a request"
 )
 
 
@@ -65,7 +65,9 @@ def _ratios(results: list[Result], loads: list[tuple[int, int]]) -> Table:
     cells: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}
     for result in results:
         row = cells.setdefault((result["verb"], result["request"], result["answer"]), {})
-        row[result["connections"], result["batch"]] = f"{result['of_raw']:.3f} · {result['of_limit']:.2f}"
+        row[result["connections"], result["batch"]] = " · ".join(
+            f"{result[ratio]:.2f}" for ratio in ("of_raw", "of_limit", "of_cpu")
+        )
     table = _table("verb", "request", "answer", *(f"c={c}, n={b}" for c, b in loads), text=3)
     for kind, row in cells.items():
         table.add_row(*kind, *(row.get(load, "") for load in loads))
@@ -74,13 +76,22 @@ def _ratios(results: list[Result], loads: list[tuple[int, int]]) -> Table:
 
 def _references(results: list[Result]) -> Table:
     """Raw ONNX Runtime and bare HTTP, once for each verb, batch and number of connections."""
-    table = _table("verb", "connections", "batch", "raw images/s", "callers × threads", "bare HTTP requests/s", text=1)
+    table = _table(
+        "verb",
+        "connections",
+        "batch",
+        "raw images/s",
+        "callers × threads",
+        "raw CPU ms",
+        "bare HTTP requests/s",
+        text=1,
+    )
     groups = {(result["verb"], result["connections"], result["batch"]): result for result in results}
     for (verb, connections, batch), result in groups.items():
         layout = result["raw_layout"]
         raw, http = f"{result['raw_images_per_second']:.0f}", f"{result['http_requests_per_second']:.0f}"
         callers = f"{layout['callers']} × {layout['threads']}"
-        table.add_row(verb, str(connections), str(batch), raw, callers, http)
+        table.add_row(verb, str(connections), str(batch), raw, callers, f"{result['raw_cpu_ms']:.2f}", http)
     return table
 
 

@@ -6,7 +6,9 @@ The real ``vaeserve serve`` runs as a process of its own with its default protec
 in a shuffled order, run raw ONNX Runtime on the same graphs (bench.raw), a bare HTTP answer to a body of the same size
 (bench.hello), and the service with each kind of request; a ratio is taken within its round, and its median over the
 rounds is the result, so that a drift of the machine's speed hits both sides. The limit that a service made of these two
-could reach, if nothing overlapped, is 1 / (1 / bare HTTP + 1 / raw ONNX Runtime) requests/s.
+could reach, if nothing overlapped, is 1 / (1 / bare HTTP + 1 / raw ONNX Runtime) requests/s. Beside the rates stands
+the ratio of CPU time: what raw ONNX Runtime takes for the same images on one thread, over what the server took. Rates
+suffer when neighbours want the cores, CPU time hardly does.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import onnxruntime
 from rich.progress import track
 
 from bench.load import Load, Target, drive
-from bench.raw import Layout, RawModel, Work, calls_per_second, layouts
+from bench.raw import ALONE, Layout, RawModel, Work, calls_per_second, cpu_per_call, layouts
 from bench.report import print_report
 from bench.requests import VERBS, Case, cases, check_answers, hello_request
 from bench.servers import Server, hello_server, vae_server
@@ -68,11 +70,16 @@ class Bench:
 
 @dataclass(frozen=True)
 class Row:
-    """One block of a case: its load, and images/s of raw ONNX Runtime and requests/s of bare HTTP beside it."""
+    """One block of a case: its load, the server's CPU seconds, and what stood beside it in the round.
+
+    ``raw`` and ``raw_cpu``: images/s of raw ONNX Runtime, and its CPU seconds for the images of one request; ``http``:
+    requests/s of bare HTTP.
+    """
 
     load: Load
     server_cpu: float
     raw: float
+    raw_cpu: float
     http: float
 
     def images(self, batch: int) -> float:
@@ -86,6 +93,10 @@ class Row:
     def of_limit(self, batch: int) -> float:
         """Requests/s over those of a service that is only bare HTTP and raw ONNX Runtime, one after the other."""
         return self.load.rate * (1 / self.http + batch / self.raw)
+
+    def of_cpu(self) -> float:
+        """The share of the server's CPU time that raw ONNX Runtime takes for the same images."""
+        return self.raw_cpu * self.load.requests / self.server_cpu
 
 
 def find_bundle(repository: Path, model: str) -> Bundle:
@@ -140,17 +151,18 @@ def measure(bench: Bench, index: int, order: np.random.RandomState) -> dict[Case
     """One block of everything in a group, shuffled."""
     group, layout = bench.groups[index], bench.layout[index]
     loads: dict[Case | None, tuple[Load, float]] = {}
-    raw = 0.0
+    raw = raw_cpu = 0.0
     for item in order.permutation(len(group.cases) + 2):
         if item == 0:
             raw = calls_per_second(group.raw[layout], layout.callers, bench.seconds) * group.batch
+            raw_cpu = cpu_per_call(group.raw[ALONE], bench.seconds)
             continue
         case = group.cases[item - 2] if item > 1 else None
         before = bench.server.cpu_seconds()
         load = bench.client(case.target if case else group.hello, group.connections, bench.seconds)
         loads[case] = load, bench.server.cpu_seconds() - before
     http = loads.pop(None)[0].rate
-    return {case: Row(load, cpu, raw, http) for case, (load, cpu) in loads.items() if case}
+    return {case: Row(load, cpu, raw, raw_cpu, http) for case, (load, cpu) in loads.items() if case}
 
 
 def summarise(group: Group, layout: Layout, case: Case, rows: list[Row]) -> dict[str, Any]:
@@ -165,6 +177,7 @@ def summarise(group: Group, layout: Layout, case: Case, rows: list[Row]) -> dict
         "answer": case.answer,
         "of_raw": statistics.median(row.of_raw(group.batch) for row in rows),
         "of_limit": statistics.median(row.of_limit(group.batch) for row in rows),
+        "of_cpu": statistics.median(row.of_cpu() for row in rows),
         "images_per_second": statistics.median(row.images(group.batch) for row in rows),
         "p50_ms": float(np.percentile(latencies, 50)),
         "p99_ms": float(np.percentile(latencies, 99)),
@@ -172,11 +185,13 @@ def summarise(group: Group, layout: Layout, case: Case, rows: list[Row]) -> dict
         "client_cpu_ms": 1e3 * sum(row.load.cpu for row in rows) / requests,
         "requests": requests,
         "raw_images_per_second": statistics.median(row.raw for row in rows),
+        "raw_cpu_ms": 1e3 * statistics.median(row.raw_cpu for row in rows),
         "raw_layout": layout._asdict(),
         "http_requests_per_second": statistics.median(row.http for row in rows),
         "rounds": {
             "of_raw": [row.of_raw(group.batch) for row in rows],
             "of_limit": [row.of_limit(group.batch) for row in rows],
+            "of_cpu": [row.of_cpu() for row in rows],
         },
     }
 

@@ -15,7 +15,7 @@ import pytest
 
 from bench.bodies import FORMATS, ONE_IMAGE
 from bench.load import Load, LoadError, Target, drive, http_request
-from bench.raw import Layout, RawModel, calls_per_second
+from bench.raw import Layout, RawModel, calls_per_second, cpu_per_call
 from bench.requests import Case, cases, check_answers, hello_request
 from bench.servers import ServerFailedError, hello_server, vae_server
 from bench.serving import Row, reference_pixels
@@ -63,10 +63,11 @@ def echo():
 
 
 def test_ratios_are_those_of_their_definitions():
-    row = Row(Load(requests=50, seconds=0.5), server_cpu=0.1, raw=4000.0, http=400.0)
+    row = Row(Load(requests=50, seconds=0.5), server_cpu=0.1, raw=4000.0, raw_cpu=0.0005, http=400.0)
     assert row.images(8) == 800
     assert row.of_raw(8) == pytest.approx(0.2)
     assert row.of_limit(8) == pytest.approx(100 / (1 / (1 / 400 + 8 / 4000)))
+    assert row.of_cpu() == pytest.approx(50 * 0.0005 / 0.1)
 
 
 @pytest.mark.parametrize("size", [0, 784, 3_000_000])
@@ -132,6 +133,13 @@ def test_calls_of_all_callers_are_counted(callers):
     assert rate > 0
 
 
+def test_cpu_time_is_that_of_one_call():
+    calls = []
+    seconds = cpu_per_call(lambda: calls.append(sum(range(10_000))), 0)
+    assert len(calls) == 2
+    assert seconds > 0
+
+
 def test_a_server_that_does_not_start_says_why(tmp_path):
     with pytest.raises(ServerFailedError, match="no bundle under"):
         vae_server(tmp_path)
@@ -148,6 +156,7 @@ def test_the_command_measures_every_case_and_prints_ratios_first(ppca_root, tmp_
         numbers = [value for value in result.values() if isinstance(value, float)]
         assert all(math.isfinite(value) and value >= 0 for value in numbers)
         assert 0 < result["of_raw"] < result["of_limit"]
+        assert result["of_cpu"] > 0
         assert result["requests"] == 2 * result["connections"]
         assert Layout(**result["raw_layout"]).callers <= result["connections"]
     assert report["model"] == "ppca/1"
