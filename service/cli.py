@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from service.errors import ConfigurationError, VaeserveError
+from service.schemas import ScoreParameters
 from service.settings import Settings, check_environment
 
 app = typer.Typer(
@@ -113,32 +114,37 @@ def score(
     false_positive_rate: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of inliers that may be called anomalous")
     ] = None,
+    score: Annotated[str | None, typer.Option(help="One of the bundle's scores; default: its default score")] = None,
+    estimator: Annotated[str | None, typer.Option(help="elbo or iwae, instead of the score's own")] = None,
+    k: Annotated[int | None, typer.Option(help="Posterior samples an image, instead of the score's own")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random number, instead of the score's own")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Skip images of another size, do not resize them")] = False,
     repository: RepositoryOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Score images offline, exactly as the service would. Exit code 3 if some files could not be read."""
+    parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
     with _errors_in_words():
+        asked = _in_words(lambda: ScoreParameters(false_positive_rate=false_positive_rate, **parameters))  # type: ignore[arg-type]
         settings = _settings(repository=repository, device=device)
-        bad = _score(settings, images, out, model, false_positive_rate)
+        bad = _score(settings, images, out, model, asked)
     if bad:
         raise typer.Exit(SOME_BAD_FILES)
 
 
-def _score(settings: Settings, images: list[Path], out: Path | None, model: str | None, rate: float | None) -> int:
+def _score(settings: Settings, images: list[Path], out: Path | None, model: str | None, asked: ScoreParameters) -> int:
     """Score, write, show progress on stderr; the number of files that could not be read."""
     from service.images import ImageLimits
     from service.logs import configure_logs
     from service.offline import BadFile, find_images, open_sink, score_files
-    from service.repository import load_repository
-    from service.schemas import ScoreParameters
+    from service.repository import load_one
 
     configure_logs("warning", "console")
     files = find_images(images)
     if not files:
         raise ConfigurationError("no PNG, JPEG or WebP file found there")
-    asked = _in_words(lambda: ScoreParameters(false_positive_rate=rate))
     console, bad = Console(stderr=True), 0
-    served = load_repository(settings).get(model)
+    served = load_one(settings, model)
     with open_sink(out, sys.stdout) as write, _progress(console, len(files)) as advance:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         for row in score_files(served, files, asked, settings.false_positive_rate, limits):

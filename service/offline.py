@@ -73,7 +73,7 @@ def score_files(
     """
     for start in range(0, len(files), BATCH):
         group = files[start : start + BATCH]
-        read = [_read(path, served, limits) for path in group]
+        read = [_read(path, served, limits, asked.strict) for path in group]
         good = [image for image in read if not isinstance(image, BadFile)]
         scored: Iterator[Row] = iter(())
         if good:
@@ -82,9 +82,9 @@ def score_files(
             yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
 
 
-def _read(path: Path, served: Served, limits: ImageLimits) -> np.ndarray | BadFile:
+def _read(path: Path, served: Served, limits: ImageLimits, strict: bool) -> np.ndarray | BadFile:
     try:
-        return decode_image(path.read_bytes(), served.manifest.preprocessing, limits)
+        return decode_image(path.read_bytes(), served.manifest.preprocessing, limits, strict)
     except (InvalidInput, OSError) as error:
         return BadFile(path, str(error))
 

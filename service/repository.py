@@ -58,10 +58,7 @@ class ModelRepository:
             BundleError: a bundle fails its verification (unless broken ones are skipped).
             ConfigurationError: the configured default model is not among the bundles.
         """
-        paths = sorted(find_bundles(self.root))
-        if not paths:
-            raise BundleNotFound(f"no bundle under {self.root}: expected NAME/VERSION/manifest.json")
-        for path in paths:
+        for path in _bundles_of(self.root):
             self._load_or_skip(path)
         if self._default_model and self._default_model not in self._served:
             raise ConfigurationError(f"default_model {self._default_model!r} is not served: {self._names()}")
@@ -137,6 +134,33 @@ def load_repository(settings: Settings) -> ModelRepository:
     repository = ModelRepository(settings.repository, runtime, settings.default_model, settings.skip_broken)
     repository.load()
     return repository
+
+
+def load_one(settings: Settings, name: str | None = None) -> Served:
+    """The latest version of that model (None: the default one), loaded, verified and warm; no other bundle is read.
+
+    Raises:
+        BundleNotFound: there is no bundle at all.
+        ModelNotFound: no such model, or no default among several.
+        BundleError, DeviceUnavailable: see load_bundle and Runtime.
+    """
+    paths = _bundles_of(settings.repository)
+    names = sorted({path.parent.name for path in paths})
+    if name is None and not settings.default_model and len(names) > 1:
+        raise ModelNotFound(f"several models are there: {', '.join(names)}; ask for one of them or set default_model")
+    wanted = name if name is not None else settings.default_model or names[0]
+    if wanted not in names:
+        raise ModelNotFound(f"no model {wanted!r} is there: {', '.join(names)}")
+    versions = [path for path in paths if path.parent.name == wanted]
+    latest = max(versions, key=lambda path: int(path.name) if path.name.isdecimal() else -1)
+    return load_bundle(latest, Runtime(settings.device, settings.threads or None))
+
+
+def _bundles_of(root: Path) -> list[Path]:
+    paths = sorted(find_bundles(root))
+    if not paths:
+        raise BundleNotFound(f"no bundle under {root}: expected NAME/VERSION/manifest.json")
+    return paths
 
 
 def find_bundles(root: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -101,6 +102,35 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(folder, ppca_root, 
     assert out.read_bytes() != b"yesterday's"
 
 
+def test_score_reads_no_other_bundle(folder, ppca_root, tmp_path):
+    shutil.copytree(ppca_root, tmp_path / "models")
+    (tmp_path / "models/other/1").mkdir(parents=True)
+    (tmp_path / "models/other/1/manifest.json").write_text("damaged")
+    done = run("score", folder / "0.png", "--model", "ppca", "--repository", tmp_path / "models")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_score_takes_the_parameters_of_the_route(folder, ppca_root):
+    query = {"estimator": "iwae", "k": 3, "seed": 5}
+    options = [text for name, value in query.items() for text in (f"--{name}", str(value))]
+    done = run("score", folder / "0.png", "--repository", ppca_root, *options)
+    with serving(ppca_root) as client:
+        content = (folder / "0.png").read_bytes()
+        answer = client.post("/v1/score", content=content, headers={"content-type": "image/png"}, params=query)
+    row = next(csv.DictReader(io.StringIO(done.stdout)))
+    assert (row["score"], row["k"]) == (str(answer.json()["results"][0]["score"]), "3")
+    named = run("score", folder / "0.png", "--repository", ppca_root, "--score", "iwae")
+    assert next(csv.DictReader(io.StringIO(named.stdout)))["k"] == "16"
+
+
+def test_strict_skips_images_of_another_size(folder, ppca_root):
+    Image.new("L", (9, 8)).save(folder / "deep/wide.png")
+    assert run("score", folder / "deep", "--repository", ppca_root).exit_code == 0
+    done = run("score", folder / "deep", "--repository", ppca_root, "--strict")
+    assert done.exit_code == 3
+    assert "8×8 expected (strict)" in " ".join(done.stderr.split())
+
+
 def test_score_prints_csv_without_out(folder, ppca_root):
     done = run("score", folder / "0.png", folder / "2.png", "--repository", ppca_root)
     assert done.exit_code == 0
@@ -117,6 +147,9 @@ def test_score_prints_csv_without_out(folder, ppca_root):
         (["{folder}", "--out", "a.xlsx"], ".parquet"),
         (["{folder}", "--out", "{folder}/missing/a.csv"], "does not exist"),
         (["{folder}", "--out", "{folder}/folder.csv"], "is a folder"),
+        (["{folder}", "--estimator", "mse"], "estimator: Input should be 'elbo' or 'iwae'"),
+        (["{folder}", "--k", "0"], "k: Input should be greater"),
+        (["{folder}", "--score", "other"], "'other' is not defined by this bundle: elbo, iwae"),
         (["{folder}", "--model", "other"], "no model 'other'"),
         (["{folder}", "--false-positive-rate", "0.0001"], "9999"),
         (["{folder}/deep/er/../../../empty"], "does not exist"),

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from service.errors import BundleFormatError, BundleIntegrityError, BundleNotFound, ConfigurationError, ModelNotFound
-from service.repository import ModelRepository
+from service.repository import ModelRepository, load_one
+from service.settings import Settings
 from tests.ppca_bundle import images, write_ppca_bundle
 
 
@@ -90,3 +91,25 @@ def test_only_broken_bundles_means_not_ready(source, runtime, tmp_path):
     (tmp_path / "b/1/extra").write_text("x")
     repository = load(tmp_path, runtime, skip_broken=True)
     assert not repository.ready
+
+
+def test_one_model_is_loaded_without_reading_another(source, tmp_path):
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    for path in ("a/1", "a/2", "b/1"):
+        (tmp_path / path / "manifest.json").write_text("damaged")
+    assert load_one(Settings(repository=tmp_path), "a").manifest.version == "10"
+    assert load_one(Settings(repository=tmp_path, default_model="a")).manifest.name == "a"
+    with pytest.raises(BundleFormatError):
+        load_one(Settings(repository=tmp_path, skip_broken=True), "b")
+
+
+def test_one_model_that_is_not_there_or_not_said(source, tmp_path):
+    for name, default in (("c", ""), ("", ""), ("../a", "a"), (None, "c")):
+        with pytest.raises(ModelNotFound, match="a, b"):
+            load_one(Settings(repository=source, default_model=default), name)
+    with pytest.raises(ModelNotFound, match="several models are there: a, b"):
+        load_one(Settings(repository=source))
+    with pytest.raises(BundleNotFound):
+        load_one(Settings(repository=tmp_path), "a")
+    shutil.copytree(source / "b", tmp_path / "b")
+    assert load_one(Settings(repository=tmp_path)).manifest.name == "b"
