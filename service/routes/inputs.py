@@ -16,21 +16,25 @@ from service.routes.house import JSON, NPY, Call
 from service.schemas import Parameters
 
 P = TypeVar("P", bound=Parameters)
-_DATA = ("images", "dtype", "latents")
+IMAGES, LATENTS = ("images", "dtype"), ("latents",)
+"""Names of a JSON body's data: what is in it, and how it is to be read."""
 
 
-def parameters(call: Call, query: P) -> P:
-    """The query's parameters and, for a JSON object, those beside its data.
+def parameters(call: Call, query: P, *data: str) -> P:
+    """The query's parameters and, for a JSON object, those beside its data (under the names ``data``).
 
     Raises:
-        InvalidInput: a parameter is unknown, out of range, or said twice with different values.
+        InvalidInput: a parameter is unknown, out of range, or said twice with different values; or other data.
     """
     if call.media_type != JSON or not call.body.strip():
         return query
     document = call.document
     if not isinstance(document, dict):
         return query
-    beside = {name: value for name, value in document.items() if name not in _DATA}
+    foreign = [name for name in (*IMAGES, *LATENTS) if name in document and name not in data]
+    if foreign:
+        raise InvalidInput(f'"{foreign[0]}" is not read here: expected {" and ".join(data) or "parameters alone"}')
+    beside = {name: value for name, value in document.items() if name not in data}
     try:
         said = type(query).model_validate(beside, strict=True).model_dump(exclude_unset=True)
     except ValidationError as error:
@@ -66,9 +70,11 @@ def read_pair(call: Call, strict: bool) -> np.ndarray:
     """Two latents [2,L]: those of the body, or the posterior's loc of its two images.
 
     Raises:
-        InvalidInput: not two.
+        InvalidInput: not two, or images as well as latents.
     """
     if _holds_latents(call):
+        if call.media_type == JSON and (more := [name for name in IMAGES if name in call.document]):
+            raise InvalidInput(f'"{more[0]}" beside "latents": one or the other expected')
         return _two(read_latents(call), "latents")
     return call.served.model.encode(_two(read_images(call, strict), "images")).loc
 

@@ -13,7 +13,7 @@ from service import codecs
 from service.errors import InvalidInput
 from service.routes.documents import IMAGE_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
 from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, dump
-from service.routes.inputs import parameters, read_images, read_latents, read_pair
+from service.routes.inputs import IMAGES, LATENTS, parameters, read_images, read_latents, read_pair
 from service.schemas import (
     DecodeParameters,
     Encoded,
@@ -66,7 +66,7 @@ async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]
 
 def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY])
-    asked = parameters(call, query)
+    asked = parameters(call, query, *IMAGES)
     call.house.limit("samples", asked.samples, "max_samples")
     x = read_images(call, asked.strict)
     call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
@@ -82,7 +82,7 @@ def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
 
 def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
-    asked = parameters(call, query)
+    asked = parameters(call, query, *LATENTS)
     z = read_latents(call)
     call.house.limit_numbers_out(len(z), _pixels(call))
     call.house.metrics.batch.labels("decode").observe(len(z))
@@ -91,7 +91,7 @@ def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
 
 def _reconstruct(call: Call, query: ReconstructParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
-    asked = parameters(call, query)
+    asked = parameters(call, query, *IMAGES)
     x = read_images(call, asked.strict)
     call.house.limit_numbers_out(len(x), _pixels(call))
     call.house.metrics.batch.labels("reconstruct").observe(len(x))
@@ -100,7 +100,7 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> tuple[bytes, str]:
 
 def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG, GIF, WEBP])
-    asked = parameters(call, query)
+    asked = parameters(call, query, *IMAGES, *LATENTS)
     call.house.limit("steps", asked.steps, "max_steps")
     call.house.limit_numbers_out(asked.steps, _pixels(call) + call.served.manifest.signature.latent_dim)
     a, b = read_pair(call, asked.strict)

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from service import codecs
 from service.routes.documents import IMAGE_BODY, answers
 from service.routes.house import JSON, NPY, PNG, Call, CallDep, dump
-from service.routes.inputs import parameters, read_images
+from service.routes.inputs import IMAGES, parameters, read_images
 from service.schemas import Scored, ScoreParameters
 from service.scoring import Verdicts, choose, judge, rows
 
@@ -27,7 +27,7 @@ async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Re
 
 
 def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
-    asked = parameters(call, query)
+    asked = parameters(call, query, *IMAGES)
     media_type = call.negotiate([JSON, NPY, PNG] if asked.map else [JSON, NPY])
     chosen = choose(call.served.manifest, asked)
     call.house.limit("k", chosen.definition.k, "max_k")

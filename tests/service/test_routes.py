@@ -269,6 +269,27 @@ def test_interpolate_as_pictures(client, form, frames):
     assert first.content == post(client, "interpolate", X[:2], f"image/{form.lower()}", steps=6).content
 
 
+TWO_IMAGES, TWO_LATENTS = X[:2].tolist(), np.eye(2, LATENT_DIM).tolist()
+
+
+@pytest.mark.parametrize(
+    ("verb", "body", "words"),
+    [
+        *[
+            (verb, {"images": TWO_IMAGES, "latents": TWO_LATENTS}, '"latents" is not read here: expected images')
+            for verb in ("encode", "reconstruct", "score")
+        ],
+        ("decode", {"latents": TWO_LATENTS, "images": TWO_IMAGES}, '"images" is not read here: expected latents'),
+        ("decode", {"latents": TWO_LATENTS, "dtype": "uint8"}, '"dtype" is not read here: expected latents'),
+        ("sample", {"n": 2, "images": TWO_IMAGES}, '"images" is not read here: expected parameters alone'),
+        ("interpolate", {"latents": TWO_LATENTS, "images": TWO_IMAGES}, '"images" beside "latents"'),
+        ("interpolate", {"latents": TWO_LATENTS, "dtype": "uint8"}, '"dtype" beside "latents"'),
+    ],
+)
+def test_data_that_a_verb_does_not_read_is_refused(client, verb, body, words):
+    assert words in assert_problem(client.post(f"/v1/{verb}", json=body), 422)["detail"]
+
+
 def test_the_standard_error_is_that_of_the_score_as_documented(client):
     fields = client.get("/openapi.json").json()["components"]["schemas"]["ScoredImage"]["properties"]
     assert "standard error of score" in fields["standard_error"]["description"]
