@@ -24,6 +24,9 @@ from service.runtime import Runtime
 
 REPLAYED: tuple[Graph, ...] = ("encoder", "decoder", "density")  # graphs whose every output reference.npz must hold
 BATCH_SIZES = (1, 2, 5)  # and all rows at once
+MOST_TOLERANCE = 0.01
+"""Of an output's size: no declared tolerance may be larger, or parity would say nothing. Two float32 implementations
+differ by some 1e-6 of it, a draw that is rounded by one level of 255."""
 
 
 class Check(NamedTuple):
@@ -102,7 +105,8 @@ def _check(report: Report, runtime: Runtime | None) -> None:
     passed("signature", f"inputs and outputs of {', '.join(nodes)} are the manifest's")
     errors = check_parity(model)
     worst = max(errors, key=lambda name: errors[name])
-    passed("parity", f"max |Δ| {errors[worst]:.3g} ({worst}), every output within its tolerance")
+    allowed = _allowed(bundle.manifest.reference.tolerances[worst])
+    passed("parity", f"max |Δ| {errors[worst]:.3g} ({worst}; allowed {allowed}), every output within its tolerance")
     passed("calibration", check_calibration(bundle))
     report.model = model
 
@@ -124,8 +128,7 @@ def check_parity(model: Model) -> dict[str, float]:
         raise BundleParityError(
             "the graphs do not give what the trainer saw: "
             + "; ".join(
-                f"{name} differs by {parity.max_abs_error:.3g}, allowed are atol {tolerances[name].atol:g} + "
-                f"rtol {tolerances[name].rtol:g}"
+                f"{name} differs by {parity.max_abs_error:.3g}, allowed are {_allowed(tolerances[name])}"
                 for name, parity in failed.items()
             )
         )
@@ -199,6 +202,30 @@ def _check_reference(manifest: Manifest, reference: Arrays) -> None:
     untold = sorted(name for name in specs if "." in name and name not in manifest.reference.tolerances)
     if untold:
         raise BundleFormatError(f"reference.tolerances lacks {untold}")
+    for name in specs:
+        if "." in name:
+            _check_tolerance(name, manifest.reference.tolerances[name], _size(name, reference))
+
+
+def _size(name: str, reference: Arrays) -> float:
+    """What an output's error is measured by: its largest magnitude, and of log p(x) that of the terms it sums."""
+    values = np.abs(reference[name])
+    if name == "density.log_p_x":
+        values = np.abs(reference["density.log_p_x_map"]).sum(axis=(-3, -2, -1), dtype=np.float64)
+    return max(1.0, float(values.max()))
+
+
+def _check_tolerance(name: str, tolerance: Tolerance, size: float) -> None:
+    allowed, most = tolerance.atol + tolerance.rtol * size, MOST_TOLERANCE * size
+    if not allowed <= most:
+        raise BundleFormatError(
+            f"reference.tolerances: {name} may differ by {_allowed(tolerance)}, which is {allowed:.3g} where it is "
+            f"{size:.3g} large: at most {most:.3g} expected"
+        )
+
+
+def _allowed(tolerance: Tolerance) -> str:
+    return f"atol {tolerance.atol:g} + rtol {tolerance.rtol:g}"
 
 
 def _compare(value: np.ndarray, wanted: np.ndarray, tolerance: Tolerance) -> Parity:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
@@ -69,6 +70,7 @@ def test_a_sound_bundle_passes_every_check(ppca_path, runtime):
     assert report.model is not None
     assert report.model.runtime is runtime
     assert report.summary() == "5 checks passed"
+    assert re.search(r"max .Δ. \S+ \(\w+\.\w+; allowed atol \S+ \+ rtol \S+\)", str(report))
     assert str(report).count("ok ") == 5
 
 
@@ -199,6 +201,16 @@ FAULTS = {
         BundleFormatError,
         "reference.tolerances lacks ['encoder.z']",
     ),
+    "an absolute tolerance for anything": (
+        in_manifest(lambda m: m["reference"]["tolerances"].update({"decoder.mean": {"atol": 1e9, "rtol": 0.0}})),
+        BundleFormatError,
+        "decoder.mean may differ by atol 1e+09 + rtol 0, which is 1e+09 where it is",
+    ),
+    "a relative tolerance for anything": (
+        in_manifest(lambda m: m["reference"]["tolerances"].update({"density.log_p_x": {"atol": 0.0, "rtol": 0.02}})),
+        BundleFormatError,
+        "density.log_p_x may differ by atol 0 + rtol 0.02",
+    ),
     "unsorted calibration": (
         in_arrays("calibration.npz", lambda a: a.update(elbo=a["elbo"][::-1])),
         BundleFormatError,
@@ -280,3 +292,17 @@ def test_verification_needs_neither_onnx_nor_torch(ppca_path):
     )
     run = subprocess.run([sys.executable, "-c", code, str(ppca_path)], capture_output=True, check=True, text=True)
     assert run.stdout == "[]\n"
+
+
+def test_a_tolerance_is_measured_by_what_log_p_x_sums(tmp_path, runtime):
+    """Terms of either sign may cancel: rounding, and so the tolerance, is relative to the terms, not to their sum."""
+
+    def generous(manifest, files):
+        with np.load(io.BytesIO(files["reference.npz"])) as arrays:
+            terms = np.abs(arrays["density.log_p_x_map"]).sum(axis=(-3, -2, -1)).max()
+            atol = 0.00999 * float(terms)
+            assert atol > 0.01 * np.abs(arrays["density.log_p_x"]).max()
+        manifest["reference"]["tolerances"]["density.log_p_x"] = {"atol": atol, "rtol": 0.0}
+
+    path, _ = write_ppca_bundle(tmp_path, change=generous)
+    assert verify_bundle(path, runtime).ok
