@@ -155,8 +155,9 @@ class DiscretisedLogistic(Likelihood):
     """Logistic distribution integrated over the 256 levels of 8-bit pixels (Kingma et al. 2016, App. C; Salimans 2017).
 
     With a and b the standardised upper and lower edge of the pixel's level,
-    log(σ(a) − σ(b)) = log σ(a) + log σ(−b) + log(1 − e^(b−a)), which has no cancellation; levels 0 and 255 take the
-    whole tail. ``mean`` is E of the logistic clipped to [0,1]: s·(softplus(m/s) − softplus((m−1)/s)).
+    log(σ(a) − σ(b)) = log σ(a) + log σ(−b) + log(1 − e^(b−a)); levels 0 and 255 take the whole tail. The last term is
+    written log 2t/(1 + t) with t = tanh((a−b)/2), for 1 − e^(b−a) cancels where the scale is wide.
+    ``mean`` is E of the logistic clipped to [0,1]: s·(softplus(m/s) − softplus((m−1)/s)).
     """
 
     family = "discretised_logistic"
@@ -184,7 +185,8 @@ class DiscretisedLogistic(Likelihood):
         half = 0.5 / 255
         log_cdf = -F.softplus(-(target + half - loc) / scale)
         log_sf = -F.softplus((target - half - loc) / scale)
-        inner = log_cdf + log_sf + torch.log(1 - torch.exp(-2 * half / scale))
+        t = torch.tanh(half / scale)
+        inner = log_cdf + log_sf + torch.log(2 * t / (1 + t))
         return torch.where(target < half, log_cdf, torch.where(target > 1 - half, log_sf, inner))
 
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
