@@ -47,7 +47,7 @@ class House:
         self.limit(f"the count of numbers in the answer ({rows} rows of {each})", rows * each, "max_numbers_out")
 
 
-def get_house(request: Request) -> House:
+async def get_house(request: Request) -> House:
     """Dependency: the parts of the app."""
     house: House = request.app.state.house
     return house
@@ -56,17 +56,17 @@ def get_house(request: Request) -> House:
 HouseDep = Annotated[House, Depends(get_house)]
 
 
-def latest(request: Request, house: HouseDep, model: str) -> None:
+async def latest(request: Request, house: HouseDep, model: str) -> None:
     """Dependency of /v1/models/{model}/…: the latest version."""
     request.state.served = house.repository.get(model)
 
 
-def versioned(request: Request, house: HouseDep, model: str, version: str) -> None:
+async def versioned(request: Request, house: HouseDep, model: str, version: str) -> None:
     """Dependency of /v1/models/{model}/versions/{version}/…"""
     request.state.served = house.repository.get(model, version)
 
 
-def default(request: Request, house: HouseDep) -> None:
+async def default(request: Request, house: HouseDep) -> None:
     """Dependency of /v1/…: the default model."""
     request.state.served = house.repository.get()
 
