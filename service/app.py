@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ STATUS: dict[type[Exception], int] = {
 }
 """The nearest class of an error's ancestry counts."""
 
-ADDRESSES: dict[str, Callable[..., None]] = {
+ADDRESSES: dict[str, Callable[..., Awaitable[None]]] = {
     "/v1/models/{model}": latest,
     "/v1/models/{model}/versions/{version}": versioned,
     "/v1": default,
@@ -106,7 +106,7 @@ def _include_routes(app: FastAPI) -> None:
                 _add_verb(app, prefix, addressed, route)
 
 
-def _add_verb(app: FastAPI, prefix: str, addressed: Callable[..., None], route: APIRoute) -> None:
+def _add_verb(app: FastAPI, prefix: str, addressed: Callable[..., Awaitable[None]], route: APIRoute) -> None:
     """The route under that prefix. include_router would do, but the scope's route would then lack its prefix."""
     app.add_api_route(
         prefix + route.path,
