@@ -1,8 +1,9 @@
 """The contract: what a bundle is. The trainer writes it, the service reads it, nothing else passes between them.
 
 A bundle is a folder exported/NAME/VERSION/ with a manifest, ONNX graphs, reference tensors and calibration scores.
-Shapes below use N images, K posterior samples an image, M latents, L latent dimensions, E noise numbers a sample,
-and C×H×W pixels. Graphs are pure functions; every random number is an input.
+Shapes below use N rows (images, vectors or signals), K posterior samples a row, M latents, L latent dimensions, E noise
+numbers a posterior sample, P a prior sample, and C×H×W numbers a row: an image's pixels, 1×1×D for a vector of D
+features, C×1×T for a signal. Graphs are pure functions; every random number is an input.
 
     encoder.onnx      x [N,C,H,W], noise [N,K,E], dither [N,C,H,W] (only if signature.dither)
                       -> target [N,C,H,W], loc [N,L], scale [N,L], z [N,K,L], log_q [N,K]
@@ -10,9 +11,19 @@ and C×H×W pixels. Graphs are pure functions; every random number is an input.
     density.onnx      target [N,C,H,W], z [N,K,L], each of likelihood.parameters [N,K,C,H,W]
                       -> log_p_x [N,K], log_p_x_map [N,K,C,H,W], log_p_z [N,K]
     observation.onnx  each of likelihood.parameters [M,C,H,W], noise [M,C,H,W] -> sample [M,C,H,W]
+    prior.onnx        noise [M,P], choice [M] (only if prior.choice) -> z [M,L]
 
-``x`` holds pixels in [0, 1]; ``target`` is the point at which the density is evaluated (the binarised or dequantised
-pixels). log_q, log_p_x and log_p_z are float64 and in nats; everything else is float32.
+The first three are always there. ``x`` holds pixels in [0, 1], or a vector's or signal's numbers in their own units:
+what scales them stands inside the graphs, with its log-Jacobian in the density. ``target`` is the point at which the
+density is evaluated (the binarised or dequantised pixels). Noise is standard normal, dither and choice are uniform in
+[0, 1); observation's noise is what likelihood.observation_noise says. log_q, log_p_x and log_p_z are float64 and in
+nats; everything else is float32.
+
+A model without a likelihood (``evidence`` "none") gives minus its reconstruction error as log_p_x, and by place as
+log_p_x_map. A bijection has no loss to speak of: its decoder is the encoder's inverse, its parameter ``loc`` x itself,
+log_p_x and log_p_x_map are 0, and log_q is −log|det dz/dx|, so that log p(z) − log q(z|x) is log p(x).
+
+Format 1 is format 2 without what the later brought: images, a standard normal prior, a bound on the evidence.
 """
 
 from __future__ import annotations
@@ -31,11 +42,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+READABLE_VERSIONS: Final = (1, 2)
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 CALIBRATION = "calibration.npz"
@@ -44,9 +56,12 @@ MAX_ARRAYS_BYTES = 2**30  # of one .npz, unpacked: a bound on what a hostile arc
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+FeatureName = Annotated[str, Field(max_length=128, pattern=r"^\S(.*\S)?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?$")]
-Graph = Literal["encoder", "decoder", "density", "observation"]
+Graph = Literal["encoder", "decoder", "density", "observation", "prior"]
+Estimator = Literal["elbo", "iwae", "reconstruction"]
 
 
 class Strict(BaseModel):
@@ -64,6 +79,7 @@ class Preprocessing(Strict):
     has the target size is not resampled.
     """
 
+    kind: Literal["image"] = "image"
     mode: Literal["L", "RGB"]
     height: int = Field(ge=1, le=4096)
     width: int = Field(ge=1, le=4096)
@@ -78,36 +94,118 @@ class Preprocessing(Strict):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W) inside the graphs."""
         return (self.channels, self.height, self.width)
+
+    @property
+    def natural(self) -> tuple[int, ...]:
+        """Shape of one image outside the graphs: (C, H, W)."""
+        return self.shape
+
+
+class ArrayPreprocessing(Strict):
+    """Rows of numbers in their own units: any finite float32, never scaled nor resized outside the graphs.
+
+    ``natural`` is the shape that the outside sees: (D,) of a vector of D features, (C, T) of a signal of C channels and
+    T steps. ``features`` names a vector's numbers in order; a name never reads as a number, so that a table's header
+    cannot be taken for a row.
+    """
+
+    kind: Literal["vector", "signal"]
+    natural: tuple[Size, ...] = Field(min_length=1, max_length=2, description="(D,) of a vector, (C, T) of a signal")
+    features: list[FeatureName] | None = Field(default=None, description="D names, of a vector only")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Inside the graphs: (1, 1, D) of a vector, (C, 1, T) of a signal."""
+        return (1, 1, self.natural[0]) if self.kind == "vector" else (self.natural[0], 1, self.natural[1])
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ArrayPreprocessing:
+        if len(self.natural) != {"vector": 1, "signal": 2}[self.kind]:
+            raise ValueError(f"natural is {self.natural}, expected (D,) for a vector, (C, T) for a signal")
+        if self.features is None:
+            return self
+        if self.kind != "vector" or len(self.features) != self.natural[0]:
+            raise ValueError(f"{len(self.features)} features of a {self.kind} of shape {self.natural}")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("features hold the same name twice")
+        numbers = [name for name in self.features if _reads_as_number(name)]
+        if numbers:
+            raise ValueError(f"features hold {numbers[0]!r}, which reads as a number: give it a name")
+        return self
+
+
+def _kind(value: object) -> str:
+    """Which rule is meant: an image's where nothing is said, as in format 1."""
+    kind = value.get("kind", "image") if isinstance(value, dict) else getattr(value, "kind", "image")
+    return "image" if kind == "image" else "array"
+
+
+InputRule = Annotated[
+    Annotated[Preprocessing, Tag("image")] | Annotated[ArrayPreprocessing, Tag("array")], Discriminator(_kind)
+]
+"""What a row is: a manifest's ``preprocessing``."""
 
 
 class Signature(Strict):
-    """Sizes of the graphs' tensors. ``dither``: the encoder also wants uniform [0,1) numbers, one a pixel."""
+    """Sizes of the graphs' tensors. ``dither``: the encoder also wants uniform [0,1) numbers, one for each of x."""
 
-    shape: tuple[int, int, int] = Field(description="(C, H, W) of an image")
+    shape: tuple[int, int, int] = Field(
+        description="(C, H, W) of an image, (1, 1, D) of a vector, (C, 1, T) of a signal"
+    )
     latent_dim: int = Field(ge=1)
     noise_dim: int = Field(ge=1, description="standard normal numbers that one posterior sample takes (E)")
     dither: bool = False
 
 
 class Prior(Strict):
-    """p(z)."""
+    """p(z). ``standard_normal``: z is the noise itself. ``none``: the model has no p(z), and nothing can be sampled.
 
-    family: Literal["standard_normal"] = "standard_normal"
+    Any other family is drawn by prior.onnx, from ``noise_dim`` standard normal numbers a latent and, if ``choice``, one
+    uniform number beside them (which component of a mixture, say).
+    """
+
+    family: str = "standard_normal"
+    noise_dim: int | None = Field(default=None, ge=1, description="standard normal numbers that one latent takes (P)")
+    choice: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Prior:
+        needs_graph = self.family not in ("standard_normal", "none")
+        if needs_graph and self.noise_dim is None:
+            raise ValueError(f"prior.noise_dim is null, family {self.family!r} is drawn by a graph and needs it")
+        if not needs_graph and (self.noise_dim is not None or self.choice):
+            raise ValueError(f"prior.noise_dim and prior.choice are a graph's, family {self.family!r} has none")
+        return self
+
+
+class Posterior(Strict):
+    """q(z|x), and what the encoder's ``loc`` and ``scale`` say of it.
+
+    ``exact``: mean and marginal standard deviation. ``base``: the image of the base distribution's mean, and the base's
+    deviation (flows and ladders of latents). ``point``: the encoder is a function, ``scale`` is 0 and every z is loc;
+    there is nothing to draw, and no rate.
+    """
+
+    family: str = "diagonal_gaussian"
+    moments: Literal["exact", "base", "point"] = "exact"
 
 
 class Likelihood(Strict):
     """p(x|z): its parameters are the decoder's outputs beside ``mean``.
 
     ``measure``: ``counting`` when log p(x) is the log of a probability (binary or 8-bit pixels), ``lebesgue`` when it
-    is a density over pixels in [0, 1]; bits per dimension of the latter are stated for 8-bit pixels, log2(256) higher.
-    ``observation_noise``: the distribution that observation.onnx wants of its noise input.
+    is a density over x as it stands, ``none`` when the model has no likelihood. Bits per dimension of a density over
+    pixels in [0, 1] are stated for 8-bit pixels, log2(256) higher; one over other numbers has none.
+    ``pixelwise``: whether log_p_x_map tells how well each place of x is explained; it does not where x and z are each
+    other's image. ``observation_noise``: the distribution that observation.onnx wants of its noise input.
     """
 
     family: str
     parameters: list[str] = Field(min_length=1)
-    measure: Literal["counting", "lebesgue"]
+    measure: Literal["counting", "lebesgue", "none"]
+    pixelwise: bool = True
     observation_noise: Literal["uniform", "standard_normal"]
     binarisation: Literal["none", "dynamic", "threshold"] = "none"
 
@@ -116,12 +214,14 @@ class ScoreDefinition(Strict):
     """One anomaly score: higher is more anomalous.
 
     ``elbo``: −(1/k) Σ log w_i; ``iwae``: −log (1/k) Σ w_i, with log w_i = log p(x|z_i) + log p(z_i) − log q(z_i|x) at
-    k sampled z_i (Burda et al. 2016, eq. 8). ``seed`` fixes the noise matrix that every image shares.
+    k sampled z_i (Burda et al. 2016, eq. 8). ``reconstruction``: −(1/k) Σ log p(x|z_i), or a reconstruction error in
+    its own ``unit`` where there is no likelihood. ``seed`` fixes the noise matrix that every row shares.
     """
 
-    estimator: Literal["elbo", "iwae"]
+    estimator: Estimator
     k: int = Field(ge=1)
     seed: int = Field(ge=0, lt=2**32)
+    unit: str = "nats"
     description: str = ""
 
 
@@ -130,7 +230,7 @@ class Calibration(Strict):
 
     split: str
     n: int = Field(ge=1)
-    quantiles: dict[str, dict[str, float]] = Field(description="score -> quantile -> nats, for reading only")
+    quantiles: dict[str, dict[str, float]] = Field(description="score -> quantile -> score, for reading only")
     realised_false_positive_rate: dict[str, dict[str, float]] = Field(
         default_factory=dict, description="score -> asked rate -> rate measured on the test split"
     )
@@ -151,7 +251,8 @@ class Reference(Strict):
     [N·K,C,H,W] (optional). Outputs have their graph's shapes with M = N·K: the decoder's input is ``encoder.z``, the
     density's ``encoder.target``, ``encoder.z`` and the decoder's parameters, the observation's those parameters and
     ``observation_noise``, so each graph is judged by itself. Every output of encoder, decoder and density is there.
-    Keys of ``tolerances`` are those output names; ``max_abs_error`` is what was measured at export.
+    With a prior graph also ``prior_noise`` [M,P] and ``prior_choice`` [M] (if prior.choice), of an M of their own, and
+    ``prior.z`` [M,L]. Keys of ``tolerances`` are those output names; ``max_abs_error`` is what was measured at export.
     """
 
     tolerances: dict[str, Tolerance]
@@ -179,16 +280,23 @@ class Provenance(Strict):
 
 
 class Manifest(Strict):
-    """manifest.json: everything the service needs to know of a model, and all that a reader wants to."""
+    """manifest.json: everything the service needs to know of a model, and all that a reader wants to.
 
-    format_version: Literal[1] = FORMAT_VERSION
+    ``evidence``: what log w = log p(x|z) + log p(z) − log q(z|x) says of log p(x). ``bound``: its mean bounds it from
+    below. ``exact``: it is log p(x) at every z, and so is every estimator (PPCA, factor analysis, ICA, flows).
+    ``none``: the model has no likelihood (autoencoders, PCA), and scores by reconstruction alone.
+    """
+
+    format_version: Literal[1, 2] = FORMAT_VERSION
     name: Name
     version: Version
     family: str = Field(description="vae, ppca, …: shown, never branched on")
     description: str = ""
-    preprocessing: Preprocessing
+    preprocessing: InputRule
     signature: Signature
+    evidence: Literal["bound", "exact", "none"] = "bound"
     prior: Prior = Prior()
+    posterior: Posterior = Posterior()
     likelihood: Likelihood
     graphs: dict[Graph, FileName] = Field(description="role -> file name")
     scores: dict[Name, ScoreDefinition]
@@ -198,24 +306,56 @@ class Manifest(Strict):
     files: dict[FileName, FileRecord] = Field(description="every file of the bundle but manifest.json")
     provenance: Provenance = Provenance()
 
+    @property
+    def tells_distortion(self) -> bool:
+        """Whether −log p(x|z) says anything: not where x and z determine each other."""
+        return self.posterior.moments != "point" or self.likelihood.pixelwise
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         if self.signature.shape != self.preprocessing.shape:
             raise ValueError(
                 f"signature.shape {self.signature.shape} is not preprocessing's {self.preprocessing.shape}"
             )
+        self._check_evidence()
+        self._check_scores()
+        self._check_files()
+        return self
+
+    def _check_evidence(self) -> None:
+        measure = self.likelihood.measure
+        if (self.evidence == "none") != (measure == "none"):
+            raise ValueError(
+                f"evidence is {self.evidence!r} with likelihood.measure {measure!r}: both none, or neither"
+            )
+        if self.evidence != "none" and self.prior.family == "none":
+            raise ValueError(f"prior.family is 'none', evidence {self.evidence!r} needs a p(z)")
+
+    def _check_scores(self) -> None:
         if self.default_score not in self.scores:
             raise ValueError(f"default_score {self.default_score!r} is not among scores {sorted(self.scores)}")
+        for name, score in self.scores.items():
+            if self.evidence == "none" and score.estimator != "reconstruction":
+                raise ValueError(f"scores.{name} is by {score.estimator}, without a likelihood reconstruction expected")
+            if score.estimator == "reconstruction" and not self.tells_distortion:
+                raise ValueError(f"scores.{name} is by reconstruction, which a bijection does without loss")
+            if self.evidence != "none" and score.unit != "nats":
+                raise ValueError(f"scores.{name} is in {score.unit!r}, with a likelihood nats expected")
+
+    def _check_files(self) -> None:
         missing = {"encoder", "decoder", "density"} - set(self.graphs)
+        if self.prior.noise_dim is not None and "prior" not in self.graphs:
+            missing.add("prior")
         if missing:
             raise ValueError(f"graphs lacks {sorted(missing)}")
+        if "prior" in self.graphs and self.prior.noise_dim is None:
+            raise ValueError(f"graphs has a prior, family {self.prior.family!r} needs none")
         needed = {*self.graphs.values(), REFERENCE, *([CALIBRATION] if self.calibration else [])}
         unlisted = needed - set(self.files)
         if unlisted:
             raise ValueError(f"files lacks {sorted(unlisted)}")
         if MANIFEST in self.files:
             raise ValueError(f"files lists {MANIFEST}, which cannot hold its own hash")
-        return self
 
 
 class TensorSpec(NamedTuple):
@@ -234,7 +374,10 @@ class GraphSpec(NamedTuple):
 
 
 def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
-    """Inputs and outputs of the graph ``role``, as this module's docstring draws them, for the manifest's sizes."""
+    """Inputs and outputs of the graph ``role``, as this module's docstring draws them, for the manifest's sizes.
+
+    Raises BundleFormatError for the prior of a family that has no graph.
+    """
     image, latent = manifest.signature.shape, manifest.signature.latent_dim
     names = manifest.likelihood.parameters
 
@@ -265,8 +408,13 @@ def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
         return GraphSpec(
             (*inputs, *parameters), (nats("log_p_x"), floats("log_p_x_map", "N", "K", *image), nats("log_p_z"))
         )
-    parameters = tuple(floats(name, "M", *image) for name in names)
-    return GraphSpec((*parameters, floats("noise", "M", *image)), (floats("sample", "M", *image),))
+    if role == "observation":
+        parameters = tuple(floats(name, "M", *image) for name in names)
+        return GraphSpec((*parameters, floats("noise", "M", *image)), (floats("sample", "M", *image),))
+    if manifest.prior.noise_dim is None:
+        raise BundleFormatError(f"family {manifest.prior.family!r} of the prior is not drawn by a graph")
+    choice = (floats("choice", "M"),) if manifest.prior.choice else ()
+    return GraphSpec((floats("noise", "M", manifest.prior.noise_dim), *choice), (floats("z", "M", latent),))
 
 
 @dataclass(frozen=True)
@@ -337,9 +485,9 @@ def parse_manifest(data: bytes) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BundleFormatError(f"{MANIFEST} is not valid JSON: {error}") from error
     version = document.get("format_version") if isinstance(document, dict) else None
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise BundleFormatError(
-            f"format_version is {version!r}, this vaeserve reads {FORMAT_VERSION}: "
+            f"format_version is {version!r}, this vaeserve reads {' and '.join(map(str, READABLE_VERSIONS))}: "
             "export the bundle again, or install the vaeserve that wrote it"
         )
     try:
@@ -451,6 +599,14 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
         return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise BundleFormatError(f"the manifest cannot be written as JSON: {error}") from error
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -139,10 +139,10 @@ def test_a_file_that_changes_after_opening_is_refused_on_reading(copy):
         bundle.graph("encoder")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, 3, "1", 1.0, True, None])
 def test_another_format_version_is_refused_with_an_instruction(copy, version):
     rewrite(copy, lambda document: document.update(format_version=version))
-    with pytest.raises(BundleFormatError, match="this vaeserve reads 1: export the bundle again"):
+    with pytest.raises(BundleFormatError, match="this vaeserve reads 1 and 2: export the bundle again"):
         open_bundle(copy)
 
 
