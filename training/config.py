@@ -45,12 +45,30 @@ class LikelihoodConfig(Section):
     min_scale: float = Field(default=1e-3, gt=0, description="floor of the scale; the Gaussian's own is 0.01")
 
 
+class PosteriorConfig(Section):
+    """q(z|x) of a VAE."""
+
+    family: Literal["diagonal_gaussian"] = "diagonal_gaussian"
+
+
+class PriorConfig(Section):
+    """p(z) of a VAE."""
+
+    family: Literal["standard_normal", "vamp", "flow"] = "standard_normal"
+    components: int = Field(default=500, ge=1, description="vamp: pseudo-inputs")
+    steps: int = Field(default=6, ge=1, description="flow: affine couplings")
+    hidden: int = Field(default=256, ge=1, description="flow: width of a coupling's network")
+
+
 class ModelConfig(Section):
     """The latent variable model."""
 
+    family: Literal["vae"] = "vae"
     latent_dim: int = Field(default=40, ge=1)
     network: NetworkConfig = NetworkConfig()
     likelihood: LikelihoodConfig = LikelihoodConfig()
+    posterior: PosteriorConfig = PosteriorConfig()
+    prior: PriorConfig = PriorConfig()
 
 
 class ObjectiveConfig(Section):

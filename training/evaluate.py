@@ -13,7 +13,7 @@ from torch import Tensor
 from training.batches import derived_seed, image_dither, pixel_batches
 from training.config import EvaluateConfig
 from training.data.dataset import Dataset
-from training.models.vae import VAE
+from training.models.base import LatentVariableModel
 
 Progress = Callable[[int], None]
 ACTIVE_VARIANCE = 0.01
@@ -34,7 +34,9 @@ class Bounds:
         return {name: float(values.mean()) for name, values in asdict(self).items()}
 
 
-def log_weights(model: VAE, x: Tensor, dither: Tensor | None, k: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+def log_weights(
+    model: LatentVariableModel, x: Tensor, dither: Tensor | None, k: int, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """log w = log p(x|z) + log p(z) − log q(z|x) and log p(x|z) at k sampled z, float64 [N,≤k] at a time."""
     step = max(1, chunk // len(x))
     target = model.likelihood.target(x, dither)
@@ -42,14 +44,14 @@ def log_weights(model: VAE, x: Tensor, dither: Tensor | None, k: int, chunk: int
     for start in range(0, k, step):
         samples = min(step, k - start)
         noise = torch.randn(len(x), samples, model.noise_dim, device=x.device)
-        encoded = model.draw(target, *posterior, noise)
+        encoded = model.draw(target, posterior, noise)
         flat = model.parameters_at(encoded.z.flatten(0, 1))
         parameters = tuple(p.unflatten(0, encoded.z.shape[:2]) for p in flat)
         density = model.density(encoded.target, encoded.z, parameters)
         yield density.log_p_x + density.log_p_z - encoded.log_q, density.log_p_x
 
 
-def batch_bounds(model: VAE, x: Tensor, dither: Tensor | None, k: int, chunk: int) -> dict[str, Tensor]:
+def batch_bounds(model: LatentVariableModel, x: Tensor, dither: Tensor | None, k: int, chunk: int) -> dict[str, Tensor]:
     """elbo, iwae (log-mean-exp of sampled weights, Burda et al. 2016, eq. 8), rate and distortion, each [N]."""
     log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -63,7 +65,7 @@ def batch_bounds(model: VAE, x: Tensor, dither: Tensor | None, k: int, chunk: in
 
 @torch.no_grad()
 def bounds(
-    model: VAE,
+    model: LatentVariableModel,
     dataset: Dataset,
     indices: np.ndarray,
     k: int,
@@ -88,7 +90,7 @@ def bounds(
 
 
 @torch.no_grad()
-def active_units(model: VAE, dataset: Dataset, indices: np.ndarray) -> int:
+def active_units(model: LatentVariableModel, dataset: Dataset, indices: np.ndarray) -> int:
     """Latent dimensions whose posterior mean varies over the images by more than ACTIVE_VARIANCE."""
     device = next(model.parameters()).device
     parts = [indices[i : i + 256] for i in range(0, len(indices), 256)]
@@ -100,14 +102,14 @@ def active_units(model: VAE, dataset: Dataset, indices: np.ndarray) -> int:
     return int((torch.cat(locs).var(0) > ACTIVE_VARIANCE).sum())
 
 
-def bits_per_dim(log_likelihood: float, model: VAE) -> float:
+def bits_per_dim(log_likelihood: float, model: LatentVariableModel) -> float:
     """−log p / (D ln 2) for D pixels; a density over [0,1] is stated for 8-bit pixels, 8 bits higher."""
     offset = 8.0 if model.likelihood.measure == "lebesgue" else 0.0
     return -log_likelihood / (math.prod(model.shape) * math.log(2)) + offset
 
 
 def evaluate(
-    model: VAE,
+    model: LatentVariableModel,
     dataset: Dataset,
     split: str,
     config: EvaluateConfig,

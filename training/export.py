@@ -21,7 +21,7 @@ from service.bundle import Graph, Likelihood, Manifest, Preprocessing, Signature
 from service.errors import BundleGraphError
 from service.graphs import check_operators
 from training.errors import ExportError
-from training.models.vae import VAE
+from training.models.base import LatentVariableModel
 
 OPSET: Final = 18
 """The opset that torch's exporter writes natively: every later one is a conversion, which can only add faults."""
@@ -36,7 +36,7 @@ class GraphModule(nn.Module):
 
     positional: int
 
-    def __init__(self, model: VAE) -> None:
+    def __init__(self, model: LatentVariableModel) -> None:
         super().__init__()
         self.model = model
 
@@ -87,14 +87,14 @@ MODULES: dict[Graph, type[GraphModule]] = {
 }
 
 
-def signature(model: VAE) -> Signature:
+def signature(model: LatentVariableModel) -> Signature:
     """Sizes of the model's graphs."""
     return Signature(
         shape=model.shape, latent_dim=model.latent_dim, noise_dim=model.noise_dim, dither=model.likelihood.dither
     )
 
 
-def likelihood(model: VAE) -> Likelihood:
+def likelihood(model: LatentVariableModel) -> Likelihood:
     """The model's p(x|z) in the contract's words.
 
     ``static`` binarisation becomes ``dynamic``: the one draw that it keeps is of the training images, and an image that
@@ -111,7 +111,7 @@ def likelihood(model: VAE) -> Likelihood:
     )
 
 
-def export_graphs(model: VAE, preprocessing: Preprocessing) -> dict[Graph, bytes]:
+def export_graphs(model: LatentVariableModel, preprocessing: Preprocessing) -> dict[Graph, bytes]:
     """The model's graphs as serialised ONNX, weights inside. Raises ExportError.
 
     ``model`` is exported in eval mode, in float32, on the CPU.
@@ -125,7 +125,7 @@ def export_graphs(model: VAE, preprocessing: Preprocessing) -> dict[Graph, bytes
     return {role: export_graph(model, draft, role) for role in ROLES}
 
 
-def export_graph(model: VAE, manifest: Manifest, role: Graph) -> bytes:
+def export_graph(model: LatentVariableModel, manifest: Manifest, role: Graph) -> bytes:
     """One graph, checked by onnx.checker and against the contract's operators. Raises ExportError."""
     spec = graph_spec(manifest, role)
     module = MODULES[role](model).eval()

@@ -28,7 +28,8 @@ from training.errors import CheckpointError, TrainingDiverged
 from training.evaluate import bounds
 from training.interrupts import Interrupt
 from training.journal import Journal, Row
-from training.models.vae import VAE, Terms
+from training.models.base import LatentVariableModel, Terms
+from training.models.build import build_model
 from training.objectives import annealed_beta, objective
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -79,8 +80,8 @@ class Trainer:
     def __init__(self, config: Config, dataset: Dataset, folder: Path, fabric: Fabric) -> None:
         self.config, self.dataset, self.folder, self.fabric = config, dataset, folder, fabric
         torch.manual_seed(derived_seed(config.seed, "weights"))
-        model = VAE(dataset.preprocessing.shape, config.model)
-        model.initialise(training_mean(dataset))
+        model = build_model(dataset.preprocessing.shape, config.model)
+        model.initialise(*training_sample(dataset))
         self.source: Dataset | StaticallyBinarised = dataset
         if config.model.likelihood.family == "bernoulli" and config.model.likelihood.binarisation == "static":
             self.source = StaticallyBinarised(dataset, config.seed)
@@ -104,15 +105,15 @@ class Trainer:
         self.interrupt = Interrupt()
 
     @property
-    def _bare(self) -> VAE:
-        bare: VAE = self.model.module
+    def _bare(self) -> LatentVariableModel:
+        bare: LatentVariableModel = self.model.module
         return bare
 
     @property
-    def averaged(self) -> VAE:
+    def averaged(self) -> LatentVariableModel:
         """The model with the moving average of the weights."""
         averaged = self.ema.module
-        assert isinstance(averaged, VAE)
+        assert isinstance(averaged, LatentVariableModel)
         return averaged
 
     def resume(self) -> bool:
@@ -284,7 +285,7 @@ class Trainer:
 class Fitted:
     """A finished run: the averaged weights with the best validation bound, and how they came about."""
 
-    model: VAE
+    model: LatentVariableModel
     state: State
     history: list[Row]
 
@@ -308,12 +309,13 @@ def learning_rate(config: OptimiserConfig, step: int, total: int) -> float:
     return rate
 
 
-def training_mean(dataset: Dataset, images: int = 5000) -> Tensor:
-    """Mean training image [C,H,W] in [0,1], of the first ``images`` at most."""
+def training_sample(dataset: Dataset, images: int = 5000, examples: int = 500) -> tuple[Tensor, Tensor]:
+    """Mean [C,H,W] of the first ``images`` training images at most, and the first ``examples`` of them, in [0,1]."""
     indices = dataset.splits["train"][:images]
-    parts = [indices[i : i + 500] for i in range(0, len(indices), 500)]
-    total = sum(to_unit(pixels).sum(0) for pixels in dataset.batches(parts))
-    return torch.as_tensor(total) / len(indices)
+    parts = [indices[i : i + examples] for i in range(0, len(indices), examples)]
+    batches = [to_unit(pixels) for pixels in dataset.batches(parts)]
+    total = torch.stack([batch.sum(0) for batch in batches]).sum(0)
+    return total / len(indices), batches[0]
 
 
 def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -339,6 +341,6 @@ def fit(
     journal = Journal(folder, trainer.total_steps, trainer.state.step, trainer.fabric.is_global_zero, console)
     with journal, trainer.interrupt:
         trainer.run(journal)
-    model = VAE(dataset.preprocessing.shape, config.model)
+    model = build_model(dataset.preprocessing.shape, config.model)
     model.load_state_dict(trainer.best)
     return Fitted(model.eval(), trainer.state, trainer.history)

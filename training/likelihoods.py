@@ -55,6 +55,10 @@ class Likelihood(nn.Module, ABC):
     def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
         """log p(x|z) a pixel, in nats."""
 
+    def total(self, log_prob_map: Tensor) -> Tensor:
+        """log p(x|z) by pixel [...,C,H,W] -> log p(x|z) [...], summed in float64."""
+        return log_prob_map.sum((-3, -2, -1), dtype=torch.float64)
+
     @abstractmethod
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
         """A draw x ~ p(x|z) from noise of the declared distribution, in [0,1]."""

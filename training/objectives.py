@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from training.config import ObjectiveConfig
-from training.models.vae import Terms
+from training.models.base import Terms
 
 
 def annealed_beta(config: ObjectiveConfig, epoch: float) -> float:
@@ -19,9 +19,9 @@ def annealed_beta(config: ObjectiveConfig, epoch: float) -> float:
 
 
 def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
-    """E_q[log p(x|z)] − β Σ_j max(λ, KL_j), averaged over the batch, KL analytic.
+    """E_q[log p(x|z)] − β Σ_j max(λ, KL_j), averaged over the batch; KL as Terms says.
 
-    β: Higgins et al. 2017. λ = ``free_bits`` nats for each latent dimension's batch mean: Kingma et al. 2016, eq. 15.
+    β: Higgins et al. 2017. λ = ``free_bits`` nats for each group's batch mean: Kingma et al. 2016, eq. 15.
     """
     rate = terms.kl.mean(0).clamp(min=free_bits).sum()
     return terms.log_p_x.mean() - beta * rate

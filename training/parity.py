@@ -12,7 +12,7 @@ from torch import Tensor
 from service.bundle import Tolerance
 from training.batches import derived_seed, to_unit
 from training.data import Dataset
-from training.models.vae import VAE
+from training.models.base import LatentVariableModel
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,7 +33,7 @@ EDGE = 1e-3
 
 
 @torch.no_grad()
-def reference_arrays(model: VAE, dataset: Dataset, seed: int = 0) -> Arrays:
+def reference_arrays(model: LatentVariableModel, dataset: Dataset, seed: int = 0) -> Arrays:
     """Inputs x, noise, dither, observation_noise and the model's outputs, named as service.bundle.Reference says.
 
     ``x`` are the first images of the test split; ``model`` is in eval mode, in float32, on the CPU.
@@ -64,7 +64,7 @@ def reference_arrays(model: VAE, dataset: Dataset, seed: int = 0) -> Arrays:
     return {name: value.contiguous().numpy() for name, value in tensors.items()}
 
 
-def _observation_noise(model: VAE, mean: Tensor, generator: torch.Generator) -> Tensor:
+def _observation_noise(model: LatentVariableModel, mean: Tensor, generator: torch.Generator) -> Tensor:
     """Noise [M,C,H,W] of the likelihood's distribution."""
     if model.likelihood.observation_noise == "standard_normal":
         return torch.randn(mean.shape, generator=generator)

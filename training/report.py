@@ -18,7 +18,7 @@ from service.calibration import Calibrator
 from service.errors import InvalidInput
 from training import figures
 from training.batches import pixel_batches, to_unit
-from training.models.vae import VAE
+from training.models.base import LatentVariableModel
 from training.posteriors import kl_to_standard_normal
 from training.runs import SCORES, Run, write_text
 from training.staging import open_staged
@@ -79,19 +79,19 @@ def draw(run: Run, manifest: Manifest) -> dict[str, Figure]:
     return found
 
 
-def posterior(model: VAE, x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def posterior(model: LatentVariableModel, x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Target [N,C,H,W], loc and scale [N,L] of images x, with the dither that the service gives every image."""
     dither = torch.from_numpy(noise.dither(seed, model.shape).copy()).expand_as(x) if model.likelihood.dither else None
     encoded = model.encode(x, torch.zeros(len(x), 1, model.noise_dim), dither)
     return encoded.target, encoded.loc, encoded.scale
 
 
-def _reconstructions(model: VAE, x: Tensor, target: Tensor, loc: Tensor) -> Figure:
+def _reconstructions(model: LatentVariableModel, x: Tensor, target: Tensor, loc: Tensor) -> Figure:
     binarised = target.numpy() if model.likelihood.binarisation != "none" else None
     return figures.reconstructions(x.numpy(), binarised, model.decode(loc).mean.numpy())
 
 
-def _traversal(model: VAE, rates: np.ndarray) -> Figure:
+def _traversal(model: LatentVariableModel, rates: np.ndarray) -> Figure:
     dimensions = [int(j) for j in np.argsort(-rates, kind="stable")[:TRAVERSED]]
     z = torch.zeros(len(dimensions), len(STEPS), model.latent_dim)
     for row, j in enumerate(dimensions):
@@ -100,7 +100,7 @@ def _traversal(model: VAE, rates: np.ndarray) -> Figure:
     return figures.traversal(mean.numpy(), STEPS.tolist(), dimensions, rates)
 
 
-def _manifold(model: VAE) -> Figure:
+def _manifold(model: LatentVariableModel) -> Figure:
     first, second = np.meshgrid(PLANE, PLANE)
     z = torch.from_numpy(np.stack([first, second], -1).astype(np.float32))
     mean = model.decode(z.flatten(0, 1)).mean.unflatten(0, z.shape[:2])

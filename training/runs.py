@@ -30,7 +30,8 @@ from training.data import Dataset, load_dataset
 from training.data.load import ARRAY_SUFFIXES
 from training.data.source import slug
 from training.errors import CheckpointError, ConfigError, DataError
-from training.models.vae import VAE
+from training.models.base import LatentVariableModel
+from training.models.build import build_model
 
 CONFIG, FIT, METRICS, HISTORY, SCORES = "config.json", "fit.json", "metrics.json", "history.csv", "scores.npz"
 LEFTOVERS = (CHECKPOINT, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard")
@@ -108,9 +109,9 @@ class Run:
         return content
 
     @cached_property
-    def model(self) -> VAE:
+    def model(self) -> LatentVariableModel:
         """The averaged weights with the best validation bound, in eval mode on the CPU."""
-        model = VAE(self.dataset.preprocessing.shape, self.config.model)
+        model = build_model(self.dataset.preprocessing.shape, self.config.model)
         model.load_state_dict(self.checkpoint["best"])
         return model.eval()
 

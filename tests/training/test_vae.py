@@ -88,7 +88,7 @@ def test_analytic_kl_equals_torch_distributions():
 def test_initialise_starts_at_the_training_mean(network, family, tolerance):
     vae = build((1, 8, 8), network, family)
     mean = torch.full((1, 8, 8), 0.3)
-    vae.initialise(mean)
+    vae.initialise(mean, mean[None])
     assert vae.decode(torch.zeros(1, 3)).mean.mean().item() == pytest.approx(0.3, abs=tolerance)
 
 

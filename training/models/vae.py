@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from training.config import ModelConfig
 from training.likelihoods import Parameters, build_likelihood
+from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
 from training.networks import Shape, build_decoder, build_encoder
-from training.posteriors import DiagonalGaussian, kl_to_standard_normal, log_normal, reparameterise
-from training.priors import log_standard_normal
+from training.posteriors import DiagonalGaussian, build_posterior, kl_to_standard_normal
+from training.priors import StandardNormal, VampPrior, build_prior
 
 
-class Encoded(NamedTuple):
-    """Outputs of encoder.onnx; see service.bundle."""
-
-    target: Tensor
-    loc: Tensor
-    scale: Tensor
-    z: Tensor
-    log_q: Tensor
-
-
-class Decoded(NamedTuple):
-    """Outputs of decoder.onnx: E[x|z] [M,C,H,W] and the likelihood's parameters, each [M,C,H,W]."""
-
-    mean: Tensor
-    parameters: Parameters
-
-
-class Density(NamedTuple):
-    """Outputs of density.onnx: log p(x|z) [N,K] float64, by pixel [N,K,C,H,W] float32, log p(z) [N,K] float64."""
-
-    log_p_x: Tensor
-    log_p_x_map: Tensor
-    log_p_z: Tensor
-
-
-class Terms(NamedTuple):
-    """What an objective needs, float32, nats: three log densities [N,K], analytic KL by dimension [N,L], z [N,K,L]."""
-
-    log_p_x: Tensor
-    log_p_z: Tensor
-    log_q: Tensor
-    kl: Tensor
-    z: Tensor
-
-
-class VAE(nn.Module):
-    """p(z) = N(0, I), p(x|z) by the decoder, q(z|x) = N(loc(x), diag(scale(x)²)).
+class VAE(LatentVariableModel):
+    """p(z) by the prior, p(x|z) by the decoder and the likelihood, q(z|x) by the encoder and the posterior.
 
     >>> from training.config import ModelConfig
     >>> vae = VAE((1, 8, 8), ModelConfig(latent_dim=2))
@@ -66,68 +32,63 @@ class VAE(nn.Module):
         self.latent_dim = config.latent_dim
         self.likelihood = build_likelihood(config.likelihood)
         self.encoder, features = build_encoder(shape, config.network)
-        self.posterior = DiagonalGaussian(features, config.latent_dim)
+        self.posterior = build_posterior(config.posterior, features, config.latent_dim)
+        self.posterior_family, self.moments = self.posterior.family, self.posterior.moments
         self.decoder = build_decoder(config.latent_dim, shape, self.likelihood.raw, config.network)
+        self.prior = build_prior(config.prior, config.latent_dim, shape)
 
     @property
     def noise_dim(self) -> int:
-        """Standard normal numbers E that one posterior sample takes."""
         return self.posterior.noise_dim
 
-    def infer(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Target [N,C,H,W] -> loc and scale of q(z|x), each [N,L]."""
+    def train(self, mode: bool = True) -> Self:
+        """As everywhere; in eval mode a VampPrior's components are constants, those of the weights at this moment."""
+        super().train(mode)
+        if not mode and isinstance(self.prior, VampPrior):
+            with torch.no_grad():
+                self._place_components(self.prior)
+        return self
+
+    def _place_components(self, prior: VampPrior) -> None:
+        loc, scale = self.posterior.moments_of(self.infer(prior.pseudo_inputs().unflatten(1, self.shape)))
+        prior.set_components(loc, scale)
+
+    def infer(self, target: Tensor) -> Statistics:
+        """Target [N,C,H,W] -> the parameters of q(z|x)."""
         return self.posterior(self.encoder(2 * target - 1))
 
     def parameters_at(self, z: Tensor) -> Parameters:
-        """Latents [M,L] -> likelihood parameters, each [M,C,H,W]."""
         return self.likelihood.parameters_from(self.decoder(z))
 
-    def encode(self, x: Tensor, noise: Tensor, dither: Tensor | None = None) -> Encoded:
-        """Pixels x [N,C,H,W] in [0,1], noise [N,K,E], dither [N,C,H,W] -> Encoded."""
-        target = self.likelihood.target(x, dither)
-        return self.draw(target, *self.infer(target), noise)
-
-    @staticmethod
-    def draw(target: Tensor, loc: Tensor, scale: Tensor, noise: Tensor) -> Encoded:
-        """Posterior loc and scale [N,L] and noise [N,K,L] -> Encoded, with log q(z|x) by the change of variables."""
-        z = reparameterise(loc, scale, noise)
-        log_q = (log_standard_normal(noise) - torch.log(scale).unsqueeze(1)).double().sum(-1)
-        return Encoded(target, loc, scale, z, log_q)
-
-    def decode(self, z: Tensor) -> Decoded:
-        """Latents [M,L] -> Decoded."""
-        parameters = self.parameters_at(z)
-        return Decoded(self.likelihood.mean(parameters), parameters)
-
-    def density(self, target: Tensor, z: Tensor, parameters: Parameters) -> Density:
-        """Target [N,C,H,W], z [N,K,L], parameters each [N,K,C,H,W] -> Density."""
-        log_p_x_map = self.likelihood.log_prob(target.unsqueeze(1), parameters)
-        log_p_x = log_p_x_map.sum((-3, -2, -1), dtype=torch.float64)
-        return Density(log_p_x, log_p_x_map, log_standard_normal(z).double().sum(-1))
-
-    def observe(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        """Parameters and noise, each [M,C,H,W] -> a draw x ~ p(x|z) [M,C,H,W] in [0,1]."""
-        return self.likelihood.sample(parameters, noise)
+    def draw(self, target: Tensor, statistics: Statistics, noise: Tensor) -> Encoded:
+        z, log_q = self.posterior.sample(statistics, noise)
+        return Encoded(target, *self.posterior.moments_of(statistics), z, log_q)
 
     def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, detach_q: bool = False) -> Terms:
-        """The terms of an objective at K = noise.shape[1] samples.
-
-        ``detach_q`` evaluates log q with its parameters held constant, so that its gradient flows through z alone
-        (sticking the landing, Roeder et al. 2017; DReG, Tucker et al. 2019).
-        """
         target = self.likelihood.target(x, dither)
-        loc, scale = self.infer(target)
-        z = reparameterise(loc, scale, noise)
+        statistics = self.infer(target)
+        z, log_q = self.posterior.sample(statistics, noise)
+        if detach_q:
+            log_q = self.posterior.log_prob(tuple(value.detach() for value in statistics), z)
+        if self.training and isinstance(self.prior, VampPrior):
+            self._place_components(self.prior)
         parameters = self.parameters_at(z.flatten(0, 1))
         unflat = tuple(p.unflatten(0, z.shape[:2]) for p in parameters)
         log_p_x = self.likelihood.log_prob(target.unsqueeze(1), unflat).sum((-3, -2, -1))
-        q = (loc.detach(), scale.detach()) if detach_q else (loc, scale)
-        log_q = log_normal(z, q[0].unsqueeze(1), q[1].unsqueeze(1)).sum(-1)
-        return Terms(log_p_x, log_standard_normal(z).sum(-1), log_q, kl_to_standard_normal(loc, scale), z)
+        log_p_z, log_q = self.prior.log_prob(z).float(), log_q.float()
+        return Terms(log_p_x, log_p_z, log_q, self._rate(statistics, log_q - log_p_z), z)
+
+    def _rate(self, statistics: Statistics, sampled: Tensor) -> Tensor:
+        """KL(q ‖ p): analytic by dimension [N,L] where it is known, else the mean of the sampled one, [N,1]."""
+        if isinstance(self.prior, StandardNormal) and isinstance(self.posterior, DiagonalGaussian):
+            return kl_to_standard_normal(*self.posterior.moments_of(statistics))
+        return sampled.mean(1, keepdim=True)
 
     @torch.no_grad()
-    def initialise(self, mean: Tensor) -> None:
-        """Start p(x) at the training mean [C,H,W] in [0,1]: the decoder's last layer gets its bias."""
+    def initialise(self, mean: Tensor, examples: Tensor) -> None:
+        """Start p(x) at the training mean (the decoder's last layer gets its bias), a VampPrior at training images."""
+        if isinstance(self.prior, VampPrior):
+            self.prior.start_at(examples.flatten(1))
         head = [m for m in self.decoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
         if head.bias is None:
             return
