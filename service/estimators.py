@@ -1,5 +1,7 @@
 """Bounds on log p(x) from importance weights log w = log p(x|z) + log p(z) − log q(z|x) at sampled z. Float64, nats.
 
+Where a model has no likelihood, or its reconstruction alone is asked for, log p(x|z) stands for log w.
+
 Only sampled weights enter: a log-mean-exp with an analytic KL divergence inside would bound nothing.
 """
 
@@ -8,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 
-def elbo(log_w: np.ndarray) -> np.ndarray:
-    """(1/k) Σ log w_i over the last axis: [N,k] -> [N]."""
+def mean(log_w: np.ndarray) -> np.ndarray:
+    """(1/k) Σ log w_i over the last axis, [N,k] -> [N]: the elbo, or the reconstruction's mean."""
     return log_w.mean(axis=-1)
 
 
@@ -22,9 +24,9 @@ def log_mean_exp(log_w: np.ndarray) -> np.ndarray:
 
 
 def standard_error(log_w: np.ndarray, estimator: str) -> np.ndarray:
-    """Monte-Carlo standard error of the bound, [N,k] -> [N]; NaN when k = 1, since one sample tells no spread.
+    """Monte-Carlo standard error of the estimate, [N,k] -> [N]; NaN when k = 1, since one sample tells no spread.
 
-    ``elbo``: s(log w)/√k. ``iwae``: s(w/w̄)/√k, the delta method for log w̄.
+    ``elbo``, ``reconstruction``: s(log w)/√k, a mean's. ``iwae``: s(w/w̄)/√k, the delta method for log w̄.
     """
     k = log_w.shape[-1]
     if k == 1:

@@ -1,9 +1,10 @@
 """Model: one bundle, loaded, answering on arrays. Every number that leaves vaeserve is computed here.
 
-Rows are independent, bitwise: N images (or latents) together give what N single calls give, since every row sees the
-same noise, graphs run through service.rows, and reductions run a row at a time. A score's work is cut into parts that
-depend on the model and on k, never on N: beside x, the answer and the parts of log w, [N,k] each, it holds up to
-some 8 arrays of MAX_ELEMENTS float32 numbers (64 MB), or of one sample of one image where that is more.
+Rows (images, vectors, signals) are float32 [N,C,H,W] here, whatever shape the outside sees. They are independent,
+bitwise: N of them (or of latents) together give what N single calls give, since every row sees the same noise, graphs
+run through service.rows, and reductions run a row at a time. A score's work is cut into parts that depend on the model
+and on k, never on N: beside x, the answer and the parts of log w, [N,k] each, it holds up to some 8 arrays of
+MAX_ELEMENTS float32 numbers (64 MB), or of one sample of one row where that is more.
 
 >>> model = Model.load(open_bundle("exported/digits/1"), Runtime("cpu"))  # doctest: +SKIP
 >>> model.score(images).score  # doctest: +SKIP
@@ -20,20 +21,24 @@ import numpy as np
 import onnxruntime as ort
 
 from service import estimators, noise
-from service.bundle import Bundle, Graph, ScoreDefinition
+from service.bundle import REFERENCE, Bundle, Graph, ScoreDefinition
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.graphs import check_operators, check_signature
 from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
 from service.runtime import Runtime
+from service.verbs import refusals
 
-SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of an image that go through the graphs at once
-MAX_ELEMENTS = 2**21  # of one decoder output: images × samples × C·H·W that go through the graphs at once
+SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of a row that go through the graphs at once
+MAX_ELEMENTS = 2**21  # of one decoder output: rows × samples × C·H·W that go through the graphs at once
 MAX_TEMPERATURE = 1000
-IMAGES = 32  # images that go through the graphs at once, at most
+ROWS = 32  # rows that go through the graphs at once, at most
 
 
-class Posterior(NamedTuple):
-    """q(z|x) of N images: ``loc``, ``scale`` [N,L] and S seeded draws ``samples`` [N,S,L]; float32."""
+class Encoding(NamedTuple):
+    """q(z|x) of N rows: ``loc``, ``scale`` [N,L] and S seeded draws ``samples`` [N,S,L]; float32.
+
+    What loc and scale are of q is said by the manifest's ``posterior``.
+    """
 
     loc: np.ndarray
     scale: np.ndarray
@@ -41,12 +46,16 @@ class Posterior(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores of N images, float64 [N], in nats but for ``bits_per_dim``; log w as in service.estimators.
+    """Scores of N rows, float64 [N], in nats but for ``bits_per_dim``; log w as in service.estimators.
 
-    ``score``: minus the bound of the definition's estimator, higher is more anomalous. ``elbo``: (1/k) Σ log w.
+    ``score``: minus the estimate of the definition's estimator, higher is more anomalous. ``elbo``: (1/k) Σ log w.
     ``log_likelihood``: log (1/k) Σ w. ``rate``: mean of log q(z|x) − log p(z). ``distortion``: mean of −log p(x|z).
     ``bits_per_dim``: of the estimator's bound. ``standard_error``: Monte-Carlo error of ``score``, NaN when k = 1.
-    ``map``: per-pixel distortion summed over channels, float32 [N,H,W], or None.
+    ``map``: distortion by place, summed over channels, float32 [N,H,W], or None.
+
+    What a model does not have is NaN: of these elbo, log_likelihood and rate without a likelihood (score and distortion
+    are then in the definition's unit); rate where the encoder is deterministic, distortion where it is a bijection
+    besides; bits_per_dim where the score is no bound, or p(x) a density over other numbers than pixels.
     """
 
     score: np.ndarray
@@ -61,7 +70,7 @@ class Scores(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The parts of log w at k samples, each [N,k] float64, and the per-pixel distortion's sum [N,H,W], else [N,0]."""
+    """The parts of log w at k samples, each [N,k] float64, and the distortion's sum by place [N,H,W], else [N,0]."""
 
     log_p_x: np.ndarray
     log_p_z: np.ndarray
@@ -72,7 +81,8 @@ class Weights(NamedTuple):
 class Model:
     """A bundle in memory. Made by ``Model.load``; safe to call from several threads.
 
-    ``bundle``, ``manifest`` and ``digest`` tell what was loaded, ``runtime`` on what.
+    ``bundle``, ``manifest`` and ``digest`` tell what was loaded, ``runtime`` on what, ``refused`` which verbs it cannot
+    answer and why (service.verbs).
     """
 
     def __init__(
@@ -83,6 +93,7 @@ class Model:
         serial: frozenset[Graph],
     ) -> None:
         self.bundle, self.manifest, self.digest, self.runtime = bundle, bundle.manifest, bundle.digest, runtime
+        self.refused = refusals(self.manifest)
         signature = self.manifest.signature
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
         self._parameters = self.manifest.likelihood.parameters
@@ -90,13 +101,14 @@ class Model:
         self._encoders: dict[int, RowRunner] = {}
         self._lock = threading.Lock()
         self._decoder = self._runner("decoder", random_rows({"z": (self._latent_dim,)}))
-        # A row of the density is one sample of one image. Where such rows must run alone (odd sizes, see service.rows)
-        # a row is one image with all its samples.
+        # A row of the density is one sample of one x. Where such rows must run alone (odd sizes, see service.rows)
+        # a row is one x with all its samples.
         self._density = self._runner("density", self._density_rows)
-        self._density_by_image = self._runner("density", self._density_rows, sizes=(1,))
+        self._density_by_x = self._runner("density", self._density_rows, sizes=(1,))
         self._observation = (
             self._runner("observation", self._density_rows, sizes=(1,)) if "observation" in sessions else None
         )
+        self._prior = self._runner("prior", self._prior_rows) if "prior" in sessions else None
         self._dimensions = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._dimensions <= MAX_ELEMENTS]
 
@@ -129,27 +141,35 @@ class Model:
 
     def warm_up(self) -> None:
         """Run every graph once, with the default score and one sample, so that no request pays for first uses."""
-        grey = np.full((1, *self._shape), 0.5, np.float32)
-        self.score(grey)
-        self.encode(grey, samples=1)
-        latents = self.sample_latents(1)
+        x = self._typical(1)
+        self.score(x)
+        latents = self.encode(x).loc
+        if self._prior is not None:
+            self.sample_latents(1)
         if self._observation is not None:
             self.observe(latents)
         else:
             self.decode(latents)
 
-    def encode(self, x: np.ndarray, samples: int = 0, seed: int = 0) -> Posterior:
-        """q(z|x) of images x, float32 [N,C,H,W] in [0, 1], with ``samples`` draws from the seed's noise.
+    def require(self, verb: str) -> None:
+        """Raise UnsupportedVerb, with the reason, if ``verb`` is among ``refused``."""
+        if verb in self.refused:
+            raise UnsupportedVerb(f"{self.manifest.name} does not answer {verb}: {self.refused[verb]}")
 
-        Raises InvalidInput.
+    def encode(self, x: np.ndarray, samples: int = 0, seed: int = 0) -> Encoding:
+        """q(z|x) of x, float32 [N,C,H,W] (images in [0, 1]), with ``samples`` draws from the seed's noise.
+
+        Raises InvalidInput, and UnsupportedVerb for draws from a deterministic encoder.
         """
-        x = self._images(x)
+        x = self._checked(x)
         _check_count("samples", samples, 0)
+        if samples:
+            self.require("encode.samples")
         # Of each chunk only this is kept: its target is as large as x.
         outputs = self._encode(x, max(samples, 1), _checked_seed(seed))
         chunks = [(output["loc"], output["scale"], output["z"]) for output in outputs]
         draws = np.concatenate([z for _, _, z in chunks], axis=1)[:, :samples]
-        return Posterior(chunks[0][0], chunks[0][1], draws)
+        return Encoding(chunks[0][0], chunks[0][1], draws)
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """E[x|z], float32 [M,C,H,W], of latents z, float32 [M,L]. Raises InvalidInput."""
@@ -161,8 +181,8 @@ class Model:
         One seed gives every row the same noise (so that rows are independent of their neighbours); for draws that are
         independent of each other give a seed a row. Raises InvalidInput, and UnsupportedVerb without such a graph.
         """
-        if self._observation is None:
-            raise UnsupportedVerb(f"{self.manifest.name} has no observation graph: it gives E[x|z], not draws of x")
+        self.require("decode.draw")
+        assert self._observation is not None
         z = self._latents(z)
         seeds = [seed] * len(z) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(z):
@@ -178,11 +198,21 @@ class Model:
         return self.decode(self.encode(x, seed=seed).loc)
 
     def sample_latents(self, n: int, seed: int = 0, temperature: float = 1.0) -> np.ndarray:
-        """n draws of the prior, its deviation scaled by ``temperature``: float32 [n,L]. Raises InvalidInput."""
+        """n draws of the prior, float32 [n,L], the deviation of their noise scaled by ``temperature``.
+
+        Which component of a mixture a draw comes from is left to the prior at any temperature. Raises InvalidInput, and
+        UnsupportedVerb without a prior.
+        """
+        self.require("sample")
         _check_count("n", n, 1)
         if not 0 <= temperature <= MAX_TEMPERATURE:
             raise InvalidInput(f"temperature is {temperature}, expected a number from 0 to {MAX_TEMPERATURE}")
-        return self._latents(noise.prior_noise(_checked_seed(seed), n, self._latent_dim) * np.float32(temperature))
+        prior, seed = self.manifest.prior, _checked_seed(seed)
+        draws = noise.prior_noise(seed, n, prior.noise_dim or self._latent_dim) * np.float32(temperature)
+        if self._prior is None:
+            return self._latents(draws)
+        feeds = {"noise": draws} | ({"choice": noise.prior_choice(seed, n)} if prior.choice else {})
+        return self._prior.run(feeds)["z"]
 
     def interpolate(self, a: np.ndarray, b: np.ndarray, steps: int, mode: str = "lerp") -> np.ndarray:
         """Latents from a to b, both [L], ends included: float32 [steps,L].
@@ -200,31 +230,48 @@ class Model:
         return path.astype(np.float32)
 
     def score(self, x: np.ndarray, definition: ScoreDefinition | None = None, maps: bool = False) -> Scores:
-        """Scores of images x, float32 [N,C,H,W] in [0, 1], by ``definition`` or the bundle's default one.
+        """Scores of x, float32 [N,C,H,W] (images in [0, 1]), by ``definition`` or the bundle's default one.
 
-        Raises InvalidInput, and BundleGraphError where the model itself yields NaN.
+        Raises InvalidInput, UnsupportedVerb for an estimator or a map that the model does not have, and
+        BundleGraphError where the model itself yields NaN.
         """
         definition = definition or self.manifest.scores[self.manifest.default_score]
-        x = self._images(x)
-        images = min(IMAGES, max(1, MAX_ELEMENTS // (self._chunk(definition.k) * self._dimensions)))
-        parts = [self._weights(x[i : i + images], definition, maps) for i in range(0, len(x), images)]
+        self.require(f"score.{definition.estimator}")
+        if maps:
+            self.require("score.map")
+        x = self._checked(x)
+        rows = min(ROWS, max(1, MAX_ELEMENTS // (self._chunk(definition.k) * self._dimensions)))
+        parts = [self._weights(x[i : i + rows], definition, maps) for i in range(0, len(x), rows)]
         weights = Weights(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+        return self._scores(weights, definition, maps)
+
+    def _scores(self, weights: Weights, definition: ScoreDefinition, maps: bool) -> Scores:
+        """The estimates that the weights allow."""
+        manifest, unknown = self.manifest, np.full(len(weights.log_p_x), np.nan)
         log_w = weights.log_p_x + weights.log_p_z - weights.log_q
-        if np.isnan(log_w).any():
-            raise BundleGraphError(f"the model's log w is NaN for row {int(np.argmax(np.isnan(log_w).any(axis=1)))}")
-        elbo, log_likelihood = estimators.elbo(log_w), estimators.log_mean_exp(log_w)
-        bound = elbo if definition.estimator == "elbo" else log_likelihood
+        terms = weights.log_p_x if definition.estimator == "reconstruction" else log_w
+        if np.isnan(terms).any():
+            raise BundleGraphError(f"the model's log w is NaN for row {int(np.argmax(np.isnan(terms).any(axis=1)))}")
+        has_bound, is_point = manifest.evidence != "none", manifest.posterior.moments == "point"
+        estimate = estimators.log_mean_exp(terms) if definition.estimator == "iwae" else estimators.mean(terms)
         return Scores(
-            score=-bound,
-            elbo=elbo,
-            log_likelihood=log_likelihood,
-            rate=(weights.log_q - weights.log_p_z).mean(axis=1),
-            distortion=-weights.log_p_x.mean(axis=1),
-            bits_per_dim=estimators.bits_per_dim(bound, self._dimensions, self.manifest.likelihood.measure),
-            standard_error=estimators.standard_error(log_w, definition.estimator),
+            score=-estimate,
+            elbo=estimators.mean(log_w) if has_bound else unknown,
+            log_likelihood=estimators.log_mean_exp(log_w) if has_bound else unknown,
+            rate=(weights.log_q - weights.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
+            distortion=-weights.log_p_x.mean(axis=1) if manifest.tells_distortion else unknown,
+            bits_per_dim=self._bits_per_dim(estimate, definition),
+            standard_error=estimators.standard_error(terms, definition.estimator),
             k=definition.k,
             map=(weights.distortion_map / definition.k).astype(np.float32) if maps else None,
         )
+
+    def _bits_per_dim(self, bound: np.ndarray, definition: ScoreDefinition) -> np.ndarray:
+        measure = self.manifest.likelihood.measure
+        of_levels = measure == "counting" or (measure == "lebesgue" and self.manifest.preprocessing.kind == "image")
+        if definition.estimator == "reconstruction" or not of_levels:
+            return np.full(len(bound), np.nan)
+        return estimators.bits_per_dim(bound, self._dimensions, measure)
 
     def run_graph(self, role: Graph, feeds: Arrays) -> Arrays:
         """One graph's outputs for all rows of ``feeds`` in a single run: for verification."""
@@ -233,7 +280,7 @@ class Model:
         return dict(zip(names, session.run(names, feeds), strict=True))
 
     def _weights(self, x: np.ndarray, definition: ScoreDefinition, maps: bool) -> Weights:
-        """log p(x|z), log p(z) and log q(z|x) of a few images at the definition's k samples; the map only if asked."""
+        """log p(x|z), log p(z) and log q(z|x) of a few rows at the definition's k samples; the map only if asked."""
         distortion_map = np.zeros((len(x), *self._shape[1:]) if maps else (len(x), 0))
         parts: list[tuple[np.ndarray, ...]] = []
         for encoded in self._encode(x, definition.k, definition.seed):
@@ -245,13 +292,13 @@ class Model:
         return Weights(log_p_x, log_p_z, log_q, distortion_map)
 
     def _densities(self, target: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by pixel, float32 [n,k,C,H,W]."""
+        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by place, float32 [n,k,C,H,W]."""
         n, k, latent_dim = z.shape
         decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)})
         parameters = {name: decoded[name] for name in self._parameters}
         if self._density.sizes == (1,):
             parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}
-            outputs = self._density_by_image.run({"target": target, "z": z, **parameters})
+            outputs = self._density_by_x.run({"target": target, "z": z, **parameters})
         else:
             feeds = {"target": np.repeat(target, k, axis=0), "z": z.reshape(n * k, 1, latent_dim)}
             feeds |= {name: value[:, None] for name, value in parameters.items()}
@@ -276,7 +323,7 @@ class Model:
             start += chunk
 
     def _chunk(self, samples: int) -> int:
-        """How many of so many samples an image go through the graphs next, some of them padding."""
+        """How many of so many samples a row go through the graphs next, some of them padding."""
         return next((size for size in self._chunks if size >= samples), self._chunks[-1])
 
     def _runner(self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] = SIZES) -> RowRunner:
@@ -285,34 +332,57 @@ class Model:
         return RowRunner(self._sessions[role], trial_rows, sizes, serial, self.runtime.pool if serial else None)
 
     def _encoder(self, chunk: int) -> RowRunner:
-        """The runner for so many samples an image: few sizes, since each is tried for row independence."""
+        """The runner for so many samples a row: few sizes, since each is tried for row independence."""
         with self._lock:
             if chunk not in self._encoders:
                 shapes: dict[str, tuple[int, ...]] = {"x": self._shape, "noise": (chunk, self._noise_dim)}
                 if self.manifest.signature.dither:
                     shapes["dither"] = self._shape
-                uniform = frozenset({"x", "dither"})
-                self._encoders[chunk] = self._runner("encoder", random_rows(shapes, uniform))
+                draw = random_rows(shapes, frozenset({"x", "dither"}))
+                self._encoders[chunk] = self._runner("encoder", lambda count: draw(count) | {"x": self._typical(count)})
             return self._encoders[chunk]
 
     def _density_rows(self, count: int) -> Arrays:
-        """Inputs of the density graph at one sample each of random images, for trials."""
-        x = np.random.RandomState(0).random_sample((count, *self._shape)).astype(np.float32)
-        encoded = next(self._encode(x, 1, 0))
+        """Inputs of the density graph at one sample each of typical rows, for trials."""
+        encoded = next(self._encode(self._typical(count), 1, 0))
         decoded = self._decoder.run({"z": encoded["z"][:, 0]})
         return {"target": encoded["target"], "z": encoded["z"]} | {
             name: decoded[name][:, None] for name in self._parameters
         }
 
-    def _images(self, x: np.ndarray) -> np.ndarray:
+    def _prior_rows(self, count: int) -> Arrays:
+        """Inputs of the prior graph, for trials."""
+        shapes: dict[str, tuple[int, ...]] = {"noise": (self.manifest.prior.noise_dim or 0,)}
+        if self.manifest.prior.choice:
+            shapes["choice"] = ()
+        return random_rows(shapes, frozenset({"choice"}))(count)
+
+    def _typical(self, count: int) -> np.ndarray:
+        """Rows for trials, all different, float32 [count,C,H,W]: random pixels, or mixtures of the reference's rows.
+
+        Other numbers than pixels are in units of their own: far from the data a network's units may all be saturated,
+        and tell nothing of how it rounds.
+        """
+        random = np.random.RandomState(0)
+        if self.manifest.preprocessing.kind == "image":
+            return random.random_sample((count, *self._shape)).astype(np.float32)
+        known = self.bundle.arrays(REFERENCE)["x"]
+        a, b = (known[random.randint(len(known), size=count)] for _ in range(2))
+        t = random.random_sample((count, 1, 1, 1))
+        return ((a + t * (b - a)) * (1 + 0.01 * random.standard_normal(a.shape))).astype(np.float32)
+
+    def _checked(self, x: np.ndarray) -> np.ndarray:
         """x as float32 [N,C,H,W], after its type, shape and range were checked."""
         x = _floats("x", x)
         if x.ndim != 4 or x.shape[1:] != self._shape or len(x) == 0:
             raise InvalidInput(f"x has shape {x.shape}, expected (N, {', '.join(map(str, self._shape))}) with N ≥ 1")
-        for row, image in enumerate(x):
-            low, high = image.min(), image.max()
-            if not (low >= 0.0 and high <= 1.0):
-                raise InvalidInput(f"x, row {row}: pixels span {low} to {high}, expected finite numbers in [0, 1]")
+        is_image = self.manifest.preprocessing.kind == "image"
+        for index, row in enumerate(x):
+            low, high = row.min(), row.max()
+            if is_image and not (low >= 0.0 and high <= 1.0):
+                raise InvalidInput(f"x, row {index}: pixels span {low} to {high}, expected finite numbers in [0, 1]")
+            if not (np.isfinite(low) and np.isfinite(high)):
+                raise InvalidInput(f"x, row {index}: expected finite float32 numbers")
         return x
 
     def _latents(self, z: np.ndarray) -> np.ndarray:

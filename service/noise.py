@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-DITHER, OBSERVATION = 1, 2  # the second word of a derived stream's seed
+DITHER, OBSERVATION, CHOICE = 1, 2, 3  # the second word of a derived stream's seed
 RESOLUTION = 2**23
 CACHED = 8
 """Arrays kept of each kind: enough for the bundles' scores; seeds and sizes are the callers' to choose."""
@@ -37,9 +37,14 @@ def observation_noise(seed: int, shape: tuple[int, int, int], distribution: str)
     return _frozen(random.standard_normal(shape).astype(np.float32))
 
 
-def prior_noise(seed: int, n: int, latent_dim: int) -> np.ndarray:
-    """Standard normal [n, latent_dim]; the first rows of a larger n are those of a smaller."""
-    return np.random.RandomState(seed).standard_normal((n, latent_dim)).astype(np.float32)
+def prior_noise(seed: int, n: int, noise_dim: int) -> np.ndarray:
+    """Standard normal [n, noise_dim]; the first rows of a larger n are those of a smaller."""
+    return np.random.RandomState(seed).standard_normal((n, noise_dim)).astype(np.float32)
+
+
+def prior_choice(seed: int, n: int) -> np.ndarray:
+    """Uniform numbers in (0, 1), [n]; the first of a larger n are those of a smaller."""
+    return _uniform(np.random.RandomState([seed, CHOICE]), (n,))
 
 
 def _uniform(random: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:

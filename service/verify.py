@@ -14,7 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.bundle import CALIBRATION, REFERENCE, Bundle, Graph, Manifest, Tolerance, graph_spec, open_bundle
+from service.bundle import (
+    CALIBRATION,
+    REFERENCE,
+    Bundle,
+    Graph,
+    Manifest,
+    TensorSpec,
+    Tolerance,
+    graph_spec,
+    open_bundle,
+)
 from service.calibration import Calibrator
 from service.errors import BundleFormatError, BundleGraphError, BundleParityError, VaeserveError
 from service.graphs import check_operators
@@ -22,11 +32,14 @@ from service.model import Model
 from service.rows import Arrays
 from service.runtime import Runtime
 
-REPLAYED: tuple[Graph, ...] = ("encoder", "decoder", "density")  # graphs whose every output reference.npz must hold
+REPLAYED: tuple[Graph, ...] = ("encoder", "decoder", "density", "prior")
+"""Graphs whose every output reference.npz must hold, where they are there."""
 BATCH_SIZES = (1, 2, 5)  # and all rows at once
 MOST_TOLERANCE = 0.01
 """Of an output's size: no declared tolerance may be larger, or parity would say nothing. Two float32 implementations
 differ by some 1e-6 of it, a draw that is rounded by one level of 255."""
+MOST_SPREAD = 1e-4
+"""Of log p(x|z)'s size: how far log w may spread over the samples of one row where the evidence is said to be exact."""
 
 
 class Check(NamedTuple):
@@ -172,17 +185,16 @@ def _reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Array
     }
     if "observation" in manifest.graphs and "observation.sample" in reference:
         feeds["observation"] = parameters | {"noise": reference["observation_noise"]}
+    if "prior" in manifest.graphs:
+        feeds["prior"] = {
+            tensor.name: reference[f"prior_{tensor.name}"] for tensor in graph_spec(manifest, "prior").inputs
+        }
     return feeds
 
 
 def _check_reference(manifest: Manifest, reference: Arrays) -> None:
-    """Refuse a reference.npz that lacks an array, or holds one of another shape or dtype than the contract's."""
-    specs = {tensor.name: tensor for tensor in graph_spec(manifest, "encoder").inputs}
-    outputs = [(role, tensor) for role in REPLAYED for tensor in graph_spec(manifest, role).outputs]
-    specs |= {f"{role}.{tensor.name}": tensor for role, tensor in outputs}
-    if "observation.sample" in reference:
-        spec = graph_spec(manifest, "observation")
-        specs |= {"observation_noise": spec.inputs[-1], "observation.sample": spec.outputs[0]}
+    """Refuse a reference.npz that is not what the contract says, or whose outputs are not what the manifest says."""
+    specs = _reference_specs(manifest, reference)
     missing = sorted(set(specs) - set(reference))
     if missing:
         raise BundleFormatError(f"{REFERENCE} lacks {missing}")
@@ -191,6 +203,8 @@ def _check_reference(manifest: Manifest, reference: Arrays) -> None:
     n, k = reference["noise"].shape[:2]
     sizes = {"N": n, "K": k, "M": n * k}
     for name, tensor in specs.items():
+        if name.startswith("prior"):
+            sizes["M"] = len(np.atleast_1d(reference["prior_noise"]))
         shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
         found = reference[name]
         if found.shape != shape or found.dtype != tensor.dtype:
@@ -205,6 +219,37 @@ def _check_reference(manifest: Manifest, reference: Arrays) -> None:
     for name in specs:
         if "." in name:
             _check_tolerance(name, manifest.reference.tolerances[name], _size(name, reference))
+    _check_claims(manifest, reference)
+
+
+def _reference_specs(manifest: Manifest, reference: Arrays) -> dict[str, TensorSpec]:
+    """What reference.npz must hold, by name: the prior's tensors last, since their M is their own."""
+    specs = {tensor.name: tensor for tensor in graph_spec(manifest, "encoder").inputs}
+    roles = [role for role in REPLAYED if role in manifest.graphs]
+    outputs = [(role, tensor) for role in roles for tensor in graph_spec(manifest, role).outputs]
+    specs |= {f"{role}.{tensor.name}": tensor for role, tensor in outputs if role != "prior"}
+    if "observation.sample" in reference:
+        spec = graph_spec(manifest, "observation")
+        specs |= {"observation_noise": spec.inputs[-1], "observation.sample": spec.outputs[0]}
+    if "prior" in roles:
+        spec = graph_spec(manifest, "prior")
+        specs |= {f"prior_{tensor.name}": tensor for tensor in spec.inputs} | {"prior.z": spec.outputs[0]}
+    return specs
+
+
+def _check_claims(manifest: Manifest, reference: Arrays) -> None:
+    """Refuse a manifest that calls the posterior a point or the evidence exact where the outputs say otherwise."""
+    z, loc = reference["encoder.z"], reference["encoder.loc"]
+    if manifest.posterior.moments == "point" and (reference["encoder.scale"].any() or (z != loc[:, None]).any()):
+        raise BundleFormatError(f"{REFERENCE}: posterior.moments is 'point', but scale is not 0 or z not loc")
+    if manifest.evidence == "exact":
+        log_w = reference["density.log_p_x"] + reference["density.log_p_z"] - reference["encoder.log_q"]
+        spread, most = float(np.ptp(log_w, axis=1).max()), MOST_SPREAD * _size("density.log_p_x", reference)
+        if spread > most:
+            raise BundleFormatError(
+                f"{REFERENCE}: evidence is 'exact', but log w spreads over {spread:.3g} nats at one row: "
+                f"at most {most:.3g} expected"
+            )
 
 
 def _size(name: str, reference: Arrays) -> float:

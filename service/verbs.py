@@ -1,0 +1,28 @@
+"""What a model cannot answer, and why: read off its manifest, raised by service.model, shown by /v1/models."""
+
+from __future__ import annotations
+
+from service.bundle import Manifest
+
+DRAWING = ("decode", "interpolate", "sample")
+"""The verbs that take ``draw``."""
+
+
+def refusals(manifest: Manifest) -> dict[str, str]:
+    """Verb, or ``verb.parameter``, or ``score.estimator`` -> why this model cannot answer it."""
+    found: dict[str, str] = {}
+    if manifest.prior.family == "none":
+        found["sample"] = "the model has no prior p(z) to draw from"
+    if manifest.posterior.moments == "point":
+        found["encode.samples"] = "the encoder is deterministic: q(z|x) is a point, loc, and leaves nothing to draw"
+    if "observation" not in manifest.graphs:
+        reason = "there is no observation graph: the model gives E[x|z], not draws of x"
+        found |= {f"{verb}.draw": reason for verb in DRAWING}
+    if not manifest.likelihood.pixelwise:
+        found["score.map"] = "the model's log p(x) does not come apart into the places of x"
+    if manifest.evidence == "none":
+        reason = "the model has no likelihood, and so no bound on log p(x): it scores by reconstruction"
+        found |= {"score.elbo": reason, "score.iwae": reason}
+    if not manifest.tells_distortion:
+        found["score.reconstruction"] = "the decoder inverts the encoder: every x is reconstructed without loss"
+    return found
