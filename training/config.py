@@ -35,13 +35,21 @@ class NetworkConfig(Section):
 
 
 class LikelihoodConfig(Section):
-    """p(x|z)."""
+    """p(x|z), or a reconstruction error in its place."""
 
-    family: Literal["bernoulli", "gaussian", "discretised_logistic"] = "bernoulli"
+    family: Literal["bernoulli", "gaussian", "discretised_logistic", "delta", "squared_error", "cross_entropy"] = (
+        "bernoulli"
+    )
+    values: Literal["pixels", "reals"] = Field(
+        default="pixels", description="what a row holds; follows from the data, whatever is set here"
+    )
     binarisation: Literal["dynamic", "static", "threshold"] = Field(
         default="dynamic", description="bernoulli: how grey pixels become binary"
     )
-    scale: Literal["shared", "pixel"] = Field(default="shared", description="gaussian: one learned σ, or one a pixel")
+    scale: Literal["fixed", "shared", "diagonal", "pixel"] = Field(
+        default="shared", description="gaussian: σ given, one learned, one learned a pixel, or one a pixel from z"
+    )
+    fixed_scale: float = Field(default=0.1, gt=0, description="gaussian: the fixed σ, of pixels or standardised values")
     min_scale: float = Field(default=1e-3, gt=0, description="floor of the scale; the Gaussian's own is 0.01")
 
 
@@ -60,15 +68,35 @@ class PriorConfig(Section):
     hidden: int = Field(default=256, ge=1, description="flow: width of a coupling's network")
 
 
+class LadderConfig(Section):
+    """Levels of a ladder, finest first: level i has 1/2^(i+1) of the image's height and width."""
+
+    channels: list[int] = Field(default=[32, 64], min_length=1, description="width of each level's features")
+    latents: list[int] = Field(default=[4, 8], min_length=1, description="channels of a layer's latents, by level")
+    layers: list[int] = Field(default=[1, 2], min_length=1, description="stochastic layers of each level")
+    blocks: int = Field(default=1, ge=0, description="residual blocks that come with a layer, in either direction")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_entry_a_level(self) -> LadderConfig:
+        levels = {name: getattr(self, name) for name in ("channels", "latents", "layers")}
+        if len({len(entries) for entries in levels.values()}) > 1:
+            raise ValueError("channels, latents and layers want one entry for each level, finest first")
+        if any(entry < 1 for entries in levels.values() for entry in entries):
+            raise ValueError("channels, latents and layers are at least 1 at every level")
+        return self
+
+
 class ModelConfig(Section):
     """The latent variable model."""
 
-    family: Literal["vae"] = "vae"
+    family: Literal["vae", "ladder"] = "vae"
     latent_dim: int = Field(default=40, ge=1)
     network: NetworkConfig = NetworkConfig()
     likelihood: LikelihoodConfig = LikelihoodConfig()
     posterior: PosteriorConfig = PosteriorConfig()
     prior: PriorConfig = PriorConfig()
+    ladder: LadderConfig = LadderConfig()
 
 
 class ObjectiveConfig(Section):
@@ -78,7 +106,9 @@ class ObjectiveConfig(Section):
     samples: int = Field(default=1, ge=1, description="posterior samples K an image")
     beta: float = Field(default=1.0, ge=0)
     warmup_epochs: float = Field(default=0, ge=0, description="KL annealing: β rises linearly over these epochs")
-    free_bits: float = Field(default=0.0, ge=0, description="elbo: nats a latent dimension that cost nothing")
+    free_bits: float = Field(
+        default=0.0, ge=0, description="elbo: nats a latent dimension, or layer of a ladder, that cost nothing"
+    )
 
     @model_validator(mode="after")
     def _free_bits_are_the_elbos(self) -> ObjectiveConfig:
@@ -150,6 +180,15 @@ class Config(Section):
     run: RunConfig = RunConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     score: ScoreConfig = ScoreConfig()
+
+    @model_validator(mode="after")
+    def _dreg_wants_one_layer(self) -> Config:
+        if self.model.family == "ladder" and self.objective.kind == "dreg":
+            raise ValueError(
+                "objective.kind 'dreg' is for one stochastic layer: in a ladder each layer's z sets the parameters of "
+                "the layers below it; take 'elbo' or 'iwae'"
+            )
+        return self
 
     @field_validator("name")
     @classmethod

@@ -12,8 +12,8 @@ FAMILIES = ["bernoulli", "gaussian", "discretised_logistic"]
 LEVELS = torch.arange(256) / 255
 
 
-def likelihood(family, **options):
-    return build_likelihood(LikelihoodConfig(family=family, **options))
+def likelihood(family, shape=(1, 2, 3), **options):
+    return build_likelihood(LikelihoodConfig(family=family, **options), shape)
 
 
 def raw_outputs(model, count=6, seed=0):

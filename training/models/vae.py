@@ -30,7 +30,7 @@ class VAE(LatentVariableModel):
         super().__init__()
         self.shape = shape
         self.latent_dim = config.latent_dim
-        self.likelihood = build_likelihood(config.likelihood)
+        self.likelihood = build_likelihood(config.likelihood, shape)
         self.encoder, features = build_encoder(shape, config.network)
         self.posterior = build_posterior(config.posterior, features, config.latent_dim)
         self.posterior_family, self.moments = self.posterior.family, self.posterior.moments
@@ -55,7 +55,7 @@ class VAE(LatentVariableModel):
 
     def infer(self, target: Tensor) -> Statistics:
         """Target [N,C,H,W] -> the parameters of q(z|x)."""
-        return self.posterior(self.encoder(2 * target - 1))
+        return self.posterior(self.encoder(self.likelihood.network_input(target)))
 
     def parameters_at(self, z: Tensor) -> Parameters:
         return self.likelihood.parameters_from(self.decoder(z))
