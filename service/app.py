@@ -30,7 +30,7 @@ STATUS: dict[type[Exception], int] = {
     errors.DeviceUnavailable: 500,
     errors.ConfigurationError: 500,
     errors.ModelNotFound: 404,
-    errors.UnsupportedVerb: 422,
+    errors.UnsupportedVerb: 409,
     errors.InvalidInput: 422,
     errors.UnsupportedMediaType: 415,
     errors.NotAcceptable: 406,
@@ -62,7 +62,7 @@ def create_app(settings: Settings, repository: ModelRepository | None = None) ->
         redoc_url=None,
         title="vaeserve",
         version=__version__,
-        description="Latents, samples and calibrated anomaly scores of latent variable models of images.",
+        description="Latents, samples and calibrated anomaly scores of latent variable models.",
         lifespan=_lifespan(settings, repository),
         redirect_slashes=False,  # its Location would be built from the caller's Host header
         responses={"4XX": {"description": "application/problem+json", "model": None}},

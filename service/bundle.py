@@ -130,7 +130,7 @@ class ArrayPreprocessing(Strict):
             raise ValueError(f"{len(self.features)} features of a {self.kind} of shape {self.natural}")
         if len(set(self.features)) != len(self.features):
             raise ValueError("features hold the same name twice")
-        numbers = [name for name in self.features if _reads_as_number(name)]
+        numbers = [name for name in self.features if reads_as_number(name)]
         if numbers:
             raise ValueError(f"features hold {numbers[0]!r}, which reads as a number: give it a name")
         return self
@@ -601,7 +601,7 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
         raise BundleFormatError(f"the manifest cannot be written as JSON: {error}") from error
 
 
-def _reads_as_number(text: str) -> bool:
+def reads_as_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:

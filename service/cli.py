@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Serve latent variable models of images: latents, samples and calibrated anomaly scores.",
+    help="Serve latent variable models: latents, samples and calibrated anomaly scores.",
 )
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def models(repository: RepositoryOption = None) -> None:
                 manifest.name,
                 manifest.version,
                 manifest.family,
-                "×".join(map(str, manifest.signature.shape)),
+                "×".join(map(str, manifest.preprocessing.natural)),
                 str(manifest.signature.latent_dim),
                 manifest.default_score,
                 str(manifest.calibration.n) if manifest.calibration else "none",
@@ -108,58 +108,63 @@ def check(path: Annotated[Path, typer.Argument(help="A bundle: the folder that h
 
 @app.command()
 def score(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them (searched through)")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Images, or tables (.csv, .npy) of vectors or signals; or folders of them")
+    ],
     out: Annotated[Path | None, typer.Option(help="Write .csv, .jsonl or .parquet; default: CSV on the screen")] = None,
     model: Annotated[str | None, typer.Option(help="Model to score with; default: the default model")] = None,
     false_positive_rate: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of inliers that may be called anomalous")
     ] = None,
     score: Annotated[str | None, typer.Option(help="One of the bundle's scores; default: its default score")] = None,
-    estimator: Annotated[str | None, typer.Option(help="elbo or iwae, instead of the score's own")] = None,
-    k: Annotated[int | None, typer.Option(help="Posterior samples an image, instead of the score's own")] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="elbo, iwae or reconstruction, instead of the score's own")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="Posterior samples a row, instead of the score's own")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random number, instead of the score's own")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Skip images of another size, do not resize them")] = False,
     repository: RepositoryOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Score images offline, exactly as the service would. Exit code 3 if some files could not be read."""
+    """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
     parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
     with _errors_in_words():
         asked = _in_words(lambda: ScoreParameters(false_positive_rate=false_positive_rate, **parameters))  # type: ignore[arg-type]
         settings = _settings(repository=repository, device=device)
-        bad = _score(settings, images, out, model, asked)
+        bad = _score(settings, files, out, model, asked)
     if bad:
         raise typer.Exit(SOME_BAD_FILES)
 
 
-def _score(settings: Settings, images: list[Path], out: Path | None, model: str | None, asked: ScoreParameters) -> int:
+def _score(settings: Settings, paths: list[Path], out: Path | None, model: str | None, asked: ScoreParameters) -> int:
     """Score, write, show progress on stderr; the number of files that could not be read."""
     from service.images import ImageLimits
     from service.logs import configure_logs
-    from service.offline import BadFile, find_images, open_sink, score_files
+    from service.offline import BadFile, fields_of, find_files, open_sink, score_files
     from service.repository import load_one
 
     configure_logs("warning", "console")
-    files = find_images(images)
-    if not files:
-        raise ConfigurationError("no PNG, JPEG or WebP file found there")
-    console, bad = Console(stderr=True), 0
+    console, scored, bad = Console(stderr=True), 0, 0
     served = load_one(settings, model)
-    with open_sink(out, sys.stdout) as write, _progress(console, len(files)) as advance:
+    rule = served.manifest.preprocessing
+    files = find_files(paths, rule)
+    total = len(files) if rule.kind == "image" else None  # a table's rows are not known before it is read
+    with open_sink(out, sys.stdout, fields_of(rule)) as write, _progress(console, total) as advance:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         for row in score_files(served, files, asked, settings.false_positive_rate, limits):
             if isinstance(row, BadFile):
                 bad += 1
                 console.print(f"skipped {row.path}: {row.reason}", markup=False, highlight=False)
             else:
+                scored += 1
                 write(row)
             advance()
-    console.print(f"{len(files) - bad} scored, {bad} skipped", highlight=False)
+    console.print(f"{scored} scored, {bad} skipped", highlight=False)
     return bad
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
+def _progress(console: Console, total: int | None) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("scoring", total=total)

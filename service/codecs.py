@@ -1,4 +1,4 @@
-"""Request bodies -> arrays. Every input format ends in the same float32 pixels [N,C,H,W] in [0,1].
+"""Request bodies -> images and latents. Every input format ends in the same float32 pixels [N,C,H,W] in [0,1].
 
     image/png, image/jpeg, image/webp      one image
     multipart/form-data, field ``images``  one or many files: images or npy
@@ -6,7 +6,8 @@
     application/json                       {"images": lists of numbers or base64 strings, "dtype": "float32" | "uint8"}
     application/octet-stream               uint8 pixels in the signature's shape, any number of images
 
-Images of another size go through the bundle's own rule (service.images), or are refused if ``strict``.
+Images of another size go through the bundle's own rule (service.images), or are refused if ``strict``. Models of
+vectors and signals read the formats of service.tables instead.
 """
 
 from __future__ import annotations

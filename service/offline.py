@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +14,20 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from service.bundle import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import ConfigurationError, InvalidInput
 from service.images import ImageLimits, decode_image, unit_levels
 from service.repository import Served
 from service.schemas import ScoreParameters
 from service.scoring import judge, rows
+from service.tables import CSV, NPY, TableReader
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+TABLE_SUFFIXES = {".csv": CSV, ".npy": NPY}
 BATCH = 64
 FIELDS = [
     "file",
+    "row",
     "score",
     "elbo",
     "log_likelihood",
@@ -46,52 +51,99 @@ class BadFile:
     reason: str
 
 
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """The files among ``paths`` and the PNG, JPEG and WebP files under its folders, sorted within each folder.
+def find_files(paths: Iterable[Path], rule: InputRule) -> list[Path]:
+    """The files among ``paths``, and those under its folders that a model of ``rule`` reads, sorted within each folder.
+
+    These are PNG, JPEG and WebP files of a model of images, CSV and npy files of another.
 
     Raises:
-        InvalidInput: a path does not exist.
+        InvalidInput: a path does not exist, or nothing is found.
     """
+    suffixes = IMAGE_SUFFIXES if rule.kind == "image" else TABLE_SUFFIXES.keys()
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
         elif path.exists():
             found.append(path)
         else:
             raise InvalidInput(f"{path} does not exist")
+    if not found:
+        raise InvalidInput(f"no {'PNG, JPEG or WebP' if rule.kind == 'image' else 'CSV or npy'} file found there")
     return found
+
+
+def fields_of(rule: InputRule) -> list[str]:
+    """The columns of a model's rows: only tables have several rows a file."""
+    return [field for field in FIELDS if field != "row" or rule.kind != "image"]
 
 
 def score_files(
     served: Served, files: Sequence[Path], asked: ScoreParameters, rate: float, limits: ImageLimits
 ) -> Iterator[Row | BadFile]:
-    """One row (keys FIELDS) or one BadFile for each file, in order.
+    """One row (keys ``fields_of``) for each image or line of a table, or one BadFile for a file, in order.
 
     Raises:
         InvalidInput: the calibration cannot answer the asked false-positive rate.
+        UnsupportedVerb: the model does not have the asked estimator.
     """
+    rule = served.manifest.preprocessing
+    if isinstance(rule, ArrayPreprocessing):
+        for path in files:
+            yield from _score_table(served, path, rule, asked, rate)
+        return
     for start in range(0, len(files), BATCH):
-        group = files[start : start + BATCH]
-        read = [_read(path, served, limits, asked.strict) for path in group]
-        good = [image for image in read if not isinstance(image, BadFile)]
-        scored: Iterator[Row] = iter(())
-        if good:
-            scored = iter(rows(judge(served, unit_levels(np.stack(good)), asked, rate)))
-        for path, image in zip(group, read, strict=True):
-            yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
+        yield from _score_images(served, files[start : start + BATCH], rule, asked, rate, limits)
 
 
-def _read(path: Path, served: Served, limits: ImageLimits, strict: bool) -> np.ndarray | BadFile:
+def _score_images(
+    served: Served,
+    files: Sequence[Path],
+    rule: Preprocessing,
+    asked: ScoreParameters,
+    rate: float,
+    limits: ImageLimits,
+) -> Iterator[Row | BadFile]:
+    read = [_read_image(path, rule, limits, asked.strict) for path in files]
+    good = [image for image in read if not isinstance(image, BadFile)]
+    scored: Iterator[Row] = iter(())
+    if good:
+        scored = iter(rows(judge(served, unit_levels(np.stack(good)), asked, rate)))
+    for path, image in zip(files, read, strict=True):
+        yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
+
+
+def _read_image(path: Path, rule: Preprocessing, limits: ImageLimits, strict: bool) -> np.ndarray | BadFile:
     try:
-        return decode_image(path.read_bytes(), served.manifest.preprocessing, limits, strict)
+        return decode_image(path.read_bytes(), rule, limits, strict)
     except (InvalidInput, OSError) as error:
         return BadFile(path, str(error))
 
 
+def _score_table(
+    served: Served, path: Path, rule: ArrayPreprocessing, asked: ScoreParameters, rate: float
+) -> Iterator[Row | BadFile]:
+    """The file's rows, numbered from 0; a bad row makes the whole file a bad one, so that none goes missing unseen."""
+    try:
+        x = _read_table(path, rule)
+    except (InvalidInput, OSError) as error:
+        yield BadFile(path, str(error))
+        return
+    for start in range(0, len(x), BATCH):
+        for row, scored in enumerate(rows(judge(served, x[start : start + BATCH], asked, rate)), start):
+            yield {"file": str(path), "row": row, **scored}
+
+
+def _read_table(path: Path, rule: ArrayPreprocessing) -> np.ndarray:
+    media_type = TABLE_SUFFIXES.get(path.suffix.lower())
+    if media_type is None:
+        raise InvalidInput(f"a {' or '.join(TABLE_SUFFIXES)} file expected")
+    return TableReader(rule, sys.maxsize, sys.maxsize).read(media_type, path.read_bytes(), dict)
+
+
 @contextmanager
-def open_sink(out: Path | None, stdout: TextIO) -> Iterator[Callable[[Row], object]]:
-    """A function that takes rows and writes them to ``out``, by its suffix; None: CSV on ``stdout``.
+def open_sink(out: Path | None, stdout: TextIO, fields: Sequence[str]) -> Iterator[Callable[[Row], object]]:
+    """A function that takes rows (keys ``fields``) and writes them to ``out``, by its suffix; None: CSV on ``stdout``.
 
     Rows go to ``out``.part, which takes the place of ``out`` at the end; a failure leaves what stood there.
 
@@ -99,7 +151,7 @@ def open_sink(out: Path | None, stdout: TextIO) -> Iterator[Callable[[Row], obje
         ConfigurationError: a suffix but .csv, .jsonl and .parquet, no such folder, or .parquet without pyarrow.
     """
     if out is None:
-        yield _csv_writer(stdout)
+        yield _csv_writer(stdout, fields)
         return
     if out.suffix not in (".csv", ".jsonl", ".parquet"):
         raise ConfigurationError(f"--out {out}: expected a name that ends in .csv, .jsonl or .parquet")
@@ -110,7 +162,7 @@ def open_sink(out: Path | None, stdout: TextIO) -> Iterator[Callable[[Row], obje
     part = out.with_name(f"{out.name}.part")
     sinks = {".csv": partial(_text_sink, _csv_writer), ".jsonl": partial(_text_sink, _json_writer)}
     try:
-        with sinks.get(out.suffix, _parquet_sink)(part) as sink:
+        with sinks.get(out.suffix, _parquet_sink)(part, fields) as sink:
             yield sink
         part.replace(out)
     finally:
@@ -118,31 +170,38 @@ def open_sink(out: Path | None, stdout: TextIO) -> Iterator[Callable[[Row], obje
 
 
 @contextmanager
-def _text_sink(writer: Callable[[TextIO], Callable[[Row], object]], path: Path) -> Iterator[Callable[[Row], object]]:
+def _text_sink(
+    writer: Callable[[TextIO, Sequence[str]], Callable[[Row], object]], path: Path, fields: Sequence[str]
+) -> Iterator[Callable[[Row], object]]:
     with path.open("w", encoding="utf-8", newline="") as stream:
-        yield writer(stream)
+        yield writer(stream, fields)
 
 
-def _csv_writer(stream: TextIO) -> Callable[[Row], object]:
-    writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+def _csv_writer(stream: TextIO, fields: Sequence[str]) -> Callable[[Row], object]:
+    writer = csv.DictWriter(stream, fields, lineterminator="\n")
     writer.writeheader()
     return writer.writerow
 
 
-def _json_writer(stream: TextIO) -> Callable[[Row], object]:
+def _json_writer(stream: TextIO, _fields: Sequence[str]) -> Callable[[Row], object]:
     return lambda row: stream.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 @contextmanager
-def _parquet_sink(path: Path) -> Iterator[Callable[[Row], object]]:
-    """Row groups of BATCH·16 images, so that memory stays bounded."""
+def _parquet_sink(path: Path, fields: Sequence[str]) -> Iterator[Callable[[Row], object]]:
+    """Row groups of BATCH·16 rows, so that memory stays bounded."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigurationError("a .parquet file needs pyarrow: pip install 'vaeserve[parquet]'") from error
-    types = {"file": pyarrow.string(), "k": pyarrow.int64(), "is_anomaly": pyarrow.bool_()}
-    schema = pyarrow.schema([(field, types.get(field, pyarrow.float64())) for field in FIELDS])
+    types = {
+        "file": pyarrow.string(),
+        "row": pyarrow.int64(),
+        "k": pyarrow.int64(),
+        "is_anomaly": pyarrow.bool_(),
+    }
+    schema = pyarrow.schema([(field, types.get(field, pyarrow.float64())) for field in fields])
     held: list[Row] = []
     with parquet.ParquetWriter(path, schema) as writer:
 

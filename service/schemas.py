@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.bundle import Calibration, Likelihood, Preprocessing, Prior, ScoreDefinition, Signature
+from service.bundle import Calibration, Estimator, InputRule, Likelihood, Posterior, Prior, ScoreDefinition, Signature
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="of every random number: same seed, same bytes")]
 Strict = Annotated[bool, Field(description="refuse images of another size instead of resizing them")]
@@ -27,7 +27,7 @@ class Parameters(BaseModel):
 class EncodeParameters(Parameters):
     """Of encode."""
 
-    samples: int = Field(default=0, ge=0, description="posterior samples z ~ q(z|x) for each image")
+    samples: int = Field(default=0, ge=0, description="posterior samples z ~ q(z|x) for each row")
     seed: Seed = 0
     strict: Strict = False
     array: Literal["loc", "scale", "samples"] = Field(default="loc", description="which array an npy answer holds")
@@ -50,8 +50,8 @@ class ReconstructParameters(Parameters):
 class SampleParameters(Parameters):
     """Of sample."""
 
-    n: int = Field(default=1, ge=1, description="images to sample")
-    temperature: float = Field(default=1.0, ge=0, le=10, description="scale of the latents: 1 is the prior")
+    n: int = Field(default=1, ge=1, description="rows to sample")
+    temperature: float = Field(default=1.0, ge=0, le=10, description="scale of the prior's noise: 1 is the prior")
     seed: Seed = 0
     draw: Draw = False
 
@@ -59,7 +59,7 @@ class SampleParameters(Parameters):
 class InterpolateParameters(Parameters):
     """Of interpolate."""
 
-    steps: int = Field(default=8, ge=2, description="images from the first to the second, both included")
+    steps: int = Field(default=8, ge=2, description="rows from the first to the second, both included")
     mode: Literal["lerp", "slerp"] = "lerp"
     seed: Seed = 0
     draw: Draw = False
@@ -70,13 +70,15 @@ class ScoreParameters(Parameters):
     """Of score. Without any of score, estimator, k and seed: the bundle's calibrated default score."""
 
     score: str | None = Field(default=None, max_length=64, description="one of the bundle's score definitions")
-    estimator: Literal["elbo", "iwae"] | None = None
-    k: int | None = Field(default=None, ge=1, description="posterior samples an image")
+    estimator: Estimator | None = None
+    k: int | None = Field(default=None, ge=1, description="posterior samples a row")
     seed: Annotated[int | None, Field(ge=0, lt=2**32)] = None
     false_positive_rate: float | None = Field(
         default=None, gt=0, lt=1, description="share of inliers that may be called anomalous; default: a setting"
     )
-    map: bool = Field(default=False, description="also the map −E[log p(x|z)] by pixel, summed over channels, in nats")
+    map: bool = Field(
+        default=False, description="also the map −E[log p(x|z)] by pixel (feature, step), summed over channels"
+    )
     strict: Strict = False
 
 
@@ -87,46 +89,59 @@ class Answer(BaseModel):
 
 
 class Encoded(Answer):
-    """Posterior q(z|x) of N images."""
+    """Posterior q(z|x) of N rows. What loc and scale are of it, the model's ``posterior`` says."""
 
     loc: list[list[float]] = Field(description="[N, L]")
     scale: list[list[float]] = Field(description="[N, L]")
     samples: list[list[list[float]]] | None = Field(default=None, description="[N, samples, L]")
 
 
-class Images(Answer):
-    """Images with pixels in [0, 1]."""
+class Rows(Answer):
+    """Images with pixels in [0, 1], or vectors or signals in their own units."""
 
-    images: list[list[list[list[float]]]] = Field(description="[N, C, H, W]")
+    images: list[list[list[list[float]]]] = Field(default=[], description="[N, C, H, W], of a model of images")
+    rows: list[list[float]] | list[list[list[float]]] = Field(
+        default=[], description="[N, D] or [N, C, T], of a model of vectors or signals"
+    )
 
 
-class LatentImages(Images):
-    """Images and the latents they were decoded from."""
+class LatentRows(Rows):
+    """Rows and the latents they were decoded from."""
 
     latents: list[list[float]] = Field(description="[N, L]")
 
 
-class ScoredImage(BaseModel):
-    """One image. Numbers that are not finite are null."""
+class ScoredRow(BaseModel):
+    """One row. Numbers that are not finite, or that the model does not have, are null."""
 
-    score: Nats = Field(description="higher is more anomalous, nats")
-    elbo: Nats = Field(description="mean of log w over k samples, nats; higher is better")
-    log_likelihood: Nats = Field(description="log-mean-exp of log w over k samples: a lower bound on log p(x), nats")
+    score: Nats = Field(description="higher is more anomalous, in the definition's unit")
+    elbo: Nats = Field(description="mean of log w over k samples, nats; higher is better; null without a likelihood")
+    log_likelihood: Nats = Field(
+        description="log-mean-exp of log w over k samples, nats: a lower bound on log p(x), or log p(x) itself where "
+        "the evidence is exact; null without a likelihood"
+    )
     k: int = Field(description="posterior samples")
-    rate: Nats = Field(description="E[log q(z|x) − log p(z)], nats")
-    distortion: Nats = Field(description="−E[log p(x|z)], nats")
-    bits_per_dim: float | None = Field(description="score/(C·H·W ln 2), and 8 more where p(x) is a density")
-    standard_error: Nats = Field(description="Monte-Carlo standard error of score, nats; null for k = 1")
+    rate: Nats = Field(
+        description="E[log q(z|x) − log p(z)], nats; null where the encoder is deterministic, or without a likelihood"
+    )
+    distortion: Nats = Field(description="−E[log p(x|z)], in the definition's unit; null where x and z are one to one")
+    bits_per_dim: float | None = Field(
+        description="score/(C·H·W ln 2), and 8 more where p(x) is a density; null for numbers that are no pixels"
+    )
+    standard_error: Nats = Field(description="Monte-Carlo standard error of score, in its unit; null for k = 1")
     p_value: float | None = Field(description="conformal: (1 + calibration scores at least as high) / (n + 1)")
     is_anomaly: bool | None = Field(description="p_value ≤ false_positive_rate; null without p_value")
-    map: list[list[float]] | None = Field(default=None, description="[H, W], nats; sums to distortion")
+    map: list[list[float]] | list[float] | None = Field(
+        default=None, description="[H, W] of an image, [D] of a vector, [T] of a signal; sums to distortion"
+    )
 
 
 class UsedDefinition(BaseModel):
     """The score that was computed. ``name`` is null when it is none of the bundle's definitions."""
 
     name: str | None
-    estimator: Literal["elbo", "iwae"]
+    estimator: Estimator
+    unit: str = Field(description="of score, distortion and threshold")
     k: int
     seed: int
 
@@ -137,7 +152,7 @@ class UsedCalibration(BaseModel):
     n: int = Field(description="held-out inliers")
     smallest_p_value: float = Field(description="1 / (n + 1)")
     false_positive_rate: float
-    threshold: float = Field(description="scores from here on are anomalies, nats")
+    threshold: float = Field(description="scores from here on are anomalies")
 
 
 class Scored(Answer):
@@ -146,7 +161,7 @@ class Scored(Answer):
     definition: UsedDefinition
     calibration: UsedCalibration | None
     verdict: str | None
-    results: list[ScoredImage]
+    results: list[ScoredRow]
 
 
 class ModelSummary(BaseModel):
@@ -158,8 +173,15 @@ class ModelSummary(BaseModel):
     default: bool
     family: str
     description: str
-    shape: tuple[int, int, int]
+    kind: Literal["image", "vector", "signal"]
+    shape: list[int] = Field(description="(C, H, W) of an image, (D) of a vector, (C, T) of a signal")
     latent_dim: int
+    evidence: Literal["bound", "exact", "none"]
+    prior: Prior
+    posterior: Posterior
+    refused: dict[str, str] = Field(
+        description="verb, verb.parameter or score.estimator -> why the model cannot answer it (409)"
+    )
     digest: str
 
 
@@ -174,8 +196,7 @@ class ModelCard(ModelSummary):
     """Answer of /v1/models/{model}: what it is, what it was trained on, how well it does."""
 
     signature: Signature
-    preprocessing: Preprocessing
-    prior: Prior
+    preprocessing: InputRule
     likelihood: Likelihood
     scores: dict[str, ScoreDefinition]
     default_score: str

@@ -9,7 +9,22 @@ from pydantic import BaseModel
 from service.schemas import Problem
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_IMAGES: dict[str, Any] = {
+
+
+def _object(name: str, description: str) -> dict[str, Any]:
+    """A JSON object that holds data of that name."""
+    return {
+        "type": "object",
+        "description": f"{name}: {description}; parameters may stand beside it",
+        "properties": {name: {"type": "array", "items": {}}},
+        "required": [name],
+    }
+
+
+_IMAGES = _object("images", "nested lists with pixels in [0, 1], or base64 files")
+_ROWS = _object("rows", "of a model of vectors or signals, nested lists of numbers or objects by feature")
+_LATENTS = _object("latents", "[M, L]")
+_DATA: dict[str, Any] = {
     "multipart/form-data": {
         "schema": {
             "type": "object",
@@ -21,34 +36,27 @@ _IMAGES: dict[str, Any] = {
     "image/webp": _BINARY,
     "application/x-npy": _BINARY,
     "application/octet-stream": _BINARY,
-    "application/json": {
-        "schema": {
-            "type": "object",
-            "description": "images: nested lists with pixels in [0, 1] or base64 files; parameters may stand beside it",
-            "properties": {"images": {"type": "array", "items": {}}},
-            "required": ["images"],
-        }
-    },
-}
-_LATENTS: dict[str, Any] = {
-    "application/x-npy": _BINARY,
-    "application/json": {
-        "schema": {
-            "type": "object",
-            "description": "latents: [M, L]; parameters may stand beside it",
-            "properties": {"latents": {"type": "array", "items": {}}},
-            "required": ["latents"],
-        }
-    },
+    "text/csv": {"schema": {"type": "string", "description": "of a model of vectors or signals, a line a row"}},
 }
 
-IMAGE_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": _IMAGES}}
-LATENT_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": _LATENTS}}
-_PAIR = _IMAGES | {
-    "application/json": {"schema": {"oneOf": [body["application/json"]["schema"] for body in (_IMAGES, _LATENTS)]}}
+DATA_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": _DATA | {"application/json": {"schema": {"oneOf": [_IMAGES, _ROWS]}}},
+    }
+}
+LATENT_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/x-npy": _BINARY, "application/json": {"schema": _LATENTS}},
+    }
 }
 PAIR_BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "description": "two images, or two latents [2, L]", "content": _PAIR}
+    "requestBody": {
+        "required": True,
+        "description": "two images (vectors, signals), or two latents [2, L]",
+        "content": _DATA | {"application/json": {"schema": {"oneOf": [_IMAGES, _ROWS, _LATENTS]}}},
+    }
 }
 PARAMETER_BODY: dict[str, Any] = {
     "requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}

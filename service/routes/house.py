@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from fastapi.responses import Response
 
 from service.arrays import parse_json
+from service.bundle import InputRule
 from service.errors import LimitExceeded
 from service.metrics import Metrics
 from service.negotiation import negotiate
@@ -20,6 +21,7 @@ from service.repository import ModelRepository, Served
 from service.settings import Settings
 
 JSON, NPY, PNG, GIF, WEBP = "application/json", "application/x-npy", "image/png", "image/gif", "image/webp"
+PICTURES = (PNG, GIF, WEBP)
 
 
 @dataclass
@@ -95,12 +97,19 @@ class Call:
         """The JSON body, parsed once. Raises as arrays.parse_json does."""
         return parse_json(self.body)
 
+    @property
+    def rule(self) -> InputRule:
+        """What a row of the addressed model is."""
+        return self.served.manifest.preprocessing
+
     def negotiate(self, offers: Sequence[str]) -> str:
-        """The offered media type that Accept prefers.
+        """The offered media type that Accept prefers; only of images there are pictures.
 
         Raises:
             NotAcceptable: none of them.
         """
+        if self.rule.kind != "image":
+            offers = [offer for offer in offers if offer not in PICTURES]
         return negotiate(self.request.headers.get("accept", ""), offers)
 
     async def answer(self, work: Callable[[], tuple[bytes, str]]) -> Response:

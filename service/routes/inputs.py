@@ -9,15 +9,22 @@ from pydantic import ValidationError
 
 from service import codecs
 from service.arrays import read_npy
+from service.bundle import ArrayPreprocessing, InputRule
 from service.codecs import Limits, Reader
 from service.errors import InvalidInput
 from service.images import ImageLimits
 from service.routes.house import JSON, NPY, Call
 from service.schemas import Parameters
+from service.tables import TableReader
 
 P = TypeVar("P", bound=Parameters)
-IMAGES, LATENTS = ("images", "dtype"), ("latents",)
+IMAGES, ROWS, LATENTS = ("images", "dtype"), ("rows",), ("latents",)
 """Names of a JSON body's data: what is in it, and how it is to be read."""
+
+
+def data_names(rule: InputRule) -> tuple[str, ...]:
+    """Those of a model's x; the first also names x in answers."""
+    return IMAGES if rule.kind == "image" else ROWS
 
 
 def parameters(call: Call, query: P, *data: str) -> P:
@@ -31,7 +38,7 @@ def parameters(call: Call, query: P, *data: str) -> P:
     document = call.document
     if not isinstance(document, dict):
         return query
-    foreign = [name for name in (*IMAGES, *LATENTS) if name in document and name not in data]
+    foreign = [name for name in (*IMAGES, *ROWS, *LATENTS) if name in document and name not in data]
     if foreign:
         raise InvalidInput(f'"{foreign[0]}" is not read here: expected {" and ".join(data) or "parameters alone"}')
     beside = {name: value for name, value in document.items() if name not in data}
@@ -47,17 +54,19 @@ def parameters(call: Call, query: P, *data: str) -> P:
     return type(query).model_validate({**said, **asked})
 
 
-def read_images(call: Call, strict: bool) -> np.ndarray:
-    """The body's images: float32 [N,C,H,W] in [0, 1]. Raises as codecs.Reader.read does."""
-    settings = call.house.settings
+def read_x(call: Call, strict: bool) -> np.ndarray:
+    """The body's rows: float32 [N,C,H,W]. Raises as codecs.Reader.read does, or tables.TableReader.read."""
+    settings, rule = call.house.settings, call.rule
+    if isinstance(rule, ArrayPreprocessing):
+        table = TableReader(rule, settings.max_batch, settings.max_numbers_in)
+        return table.read(call.media_type, call.body, lambda: call.document)
     limits = Limits(
         settings.max_batch,
         ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
         settings.max_batch_pixels,
         settings.max_numbers_in,
     )
-    reader = Reader(call.served.manifest.preprocessing, limits, strict)
-    return reader.read(call.content_type, call.body, lambda: call.document)
+    return Reader(rule, limits, strict).read(call.content_type, call.body, lambda: call.document)
 
 
 def read_latents(call: Call) -> np.ndarray:
@@ -67,16 +76,17 @@ def read_latents(call: Call) -> np.ndarray:
 
 
 def read_pair(call: Call, strict: bool) -> np.ndarray:
-    """Two latents [2,L]: those of the body, or the posterior's loc of its two images.
+    """Two latents [2,L]: those of the body, or the posterior's loc of its two rows.
 
     Raises:
-        InvalidInput: not two, or images as well as latents.
+        InvalidInput: not two, or rows as well as latents.
     """
+    names = data_names(call.rule)
     if _holds_latents(call):
-        if call.media_type == JSON and (more := [name for name in IMAGES if name in call.document]):
+        if call.media_type == JSON and (more := [name for name in names if name in call.document]):
             raise InvalidInput(f'"{more[0]}" beside "latents": one or the other expected')
         return _two(read_latents(call), "latents")
-    return call.served.model.encode(_two(read_images(call, strict), "images")).loc
+    return call.served.model.encode(_two(read_x(call, strict), names[0])).loc
 
 
 def _two(found: np.ndarray, kind: str) -> np.ndarray:
@@ -86,11 +96,13 @@ def _two(found: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _holds_latents(call: Call) -> bool:
-    """A JSON object with "latents", or an array [M,L] that is no single image of that height and width."""
+    """A JSON object with "latents", or an array [M,L] that could not be the model's own x."""
     signature = call.served.manifest.signature
     if call.media_type == JSON:
         return isinstance(call.document, dict) and "latents" in call.document
     if call.media_type != NPY or not call.body:
         return False
-    array = read_npy(call.body)
-    return array.ndim == 2 and array.shape[1] == signature.latent_dim and array.shape != signature.shape[1:]
+    shape = read_npy(call.body).shape
+    if len(shape) != 2 or shape[1] != signature.latent_dim:
+        return False
+    return shape != signature.shape[1:] if call.rule.kind == "image" else shape[1] != signature.shape[2]

@@ -11,54 +11,54 @@ from fastapi.responses import Response
 
 from service import codecs
 from service.errors import InvalidInput
-from service.routes.documents import IMAGE_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
+from service.routes.documents import DATA_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
 from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, dump
-from service.routes.inputs import IMAGES, LATENTS, parameters, read_images, read_latents, read_pair
+from service.routes.inputs import LATENTS, data_names, parameters, read_latents, read_pair, read_x
 from service.schemas import (
     DecodeParameters,
     Encoded,
     EncodeParameters,
-    Images,
     InterpolateParameters,
-    LatentImages,
+    LatentRows,
     ReconstructParameters,
+    Rows,
     SampleParameters,
 )
 
 router = APIRouter(tags=["latents"])
 
 
-@router.post("/encode", openapi_extra=IMAGE_BODY, responses=answers(Encoded, JSON, NPY))
+@router.post("/encode", openapi_extra=DATA_BODY, responses=answers(Encoded, JSON, NPY))
 async def encode(call: CallDep, query: Annotated[EncodeParameters, Query()]) -> Response:
-    """Posterior q(z|x) of each image: loc, scale, and seeded samples if asked for."""
+    """Posterior q(z|x) of each image (vector, signal): loc, scale, and seeded samples if asked for."""
     return await call.answer(lambda: _encode(call, query))
 
 
-@router.post("/decode", openapi_extra=LATENT_BODY, responses=answers(Images, JSON, NPY, PNG))
+@router.post("/decode", openapi_extra=LATENT_BODY, responses=answers(Rows, JSON, NPY, PNG))
 async def decode(call: CallDep, query: Annotated[DecodeParameters, Query()]) -> Response:
-    """Images of given latents: E[x|z], or a draw from p(x|z)."""
+    """Images (vectors, signals) of given latents: E[x|z], or a draw from p(x|z)."""
     return await call.answer(lambda: _decode(call, query))
 
 
-@router.post("/reconstruct", openapi_extra=IMAGE_BODY, responses=answers(Images, JSON, NPY, PNG))
+@router.post("/reconstruct", openapi_extra=DATA_BODY, responses=answers(Rows, JSON, NPY, PNG))
 async def reconstruct(call: CallDep, query: Annotated[ReconstructParameters, Query()]) -> Response:
     """E[x|z] at the posterior's loc."""
     return await call.answer(lambda: _reconstruct(call, query))
 
 
-@router.post("/interpolate", openapi_extra=PAIR_BODY, responses=answers(LatentImages, JSON, NPY, PNG, GIF, WEBP))
+@router.post("/interpolate", openapi_extra=PAIR_BODY, responses=answers(LatentRows, JSON, NPY, PNG, GIF, WEBP))
 async def interpolate(call: CallDep, query: Annotated[InterpolateParameters, Query()]) -> Response:
-    """A path between two images or two latents, decoded."""
+    """A path between two images (vectors, signals) or two latents, decoded."""
     return await call.answer(lambda: _interpolate(call, query))
 
 
-@router.get("/sample", responses=answers(LatentImages, JSON, NPY, PNG))
+@router.get("/sample", responses=answers(LatentRows, JSON, NPY, PNG))
 async def sample(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
-    """New images: z from the prior, then E[x|z] or a draw from p(x|z)."""
+    """New images (vectors, signals): z from the prior, then E[x|z] or a draw from p(x|z)."""
     return await call.answer(lambda: _sample(call, query))
 
 
-@router.post("/sample", openapi_extra=PARAMETER_BODY, responses=answers(LatentImages, JSON, NPY, PNG))
+@router.post("/sample", openapi_extra=PARAMETER_BODY, responses=answers(LatentRows, JSON, NPY, PNG))
 async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
     """As GET; the parameters may also be a JSON object in the body."""
     return await call.answer(lambda: _sample(call, query))
@@ -66,9 +66,11 @@ async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]
 
 def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY])
-    asked = parameters(call, query, *IMAGES)
+    asked = parameters(call, query, *data_names(call.rule))
     call.house.limit("samples", asked.samples, "max_samples")
-    x = read_images(call, asked.strict)
+    if asked.samples:
+        call.served.model.require("encode.samples")
+    x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
     call.house.metrics.batch.labels("encode").observe(len(x))
     posterior = call.served.model.encode(x, asked.samples, asked.seed)
@@ -83,59 +85,70 @@ def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
 def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query, *LATENTS)
+    _require_draw(call, "decode", asked.draw)
     z = read_latents(call)
-    call.house.limit_numbers_out(len(z), _pixels(call))
+    call.house.limit_numbers_out(len(z), _numbers(call))
     call.house.metrics.batch.labels("decode").observe(len(z))
-    return _show(call, media_type, _images(call, z, asked.draw, asked.seed))
+    return _show(call, media_type, _decoded(call, z, asked.draw, asked.seed))
 
 
 def _reconstruct(call: Call, query: ReconstructParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
-    asked = parameters(call, query, *IMAGES)
-    x = read_images(call, asked.strict)
-    call.house.limit_numbers_out(len(x), _pixels(call))
+    asked = parameters(call, query, *data_names(call.rule))
+    x = read_x(call, asked.strict)
+    call.house.limit_numbers_out(len(x), _numbers(call))
     call.house.metrics.batch.labels("reconstruct").observe(len(x))
     return _show(call, media_type, call.served.model.reconstruct(x, asked.seed))
 
 
 def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG, GIF, WEBP])
-    asked = parameters(call, query, *IMAGES, *LATENTS)
+    asked = parameters(call, query, *data_names(call.rule), *LATENTS)
+    _require_draw(call, "interpolate", asked.draw)
     call.house.limit("steps", asked.steps, "max_steps")
-    call.house.limit_numbers_out(asked.steps, _pixels(call) + call.served.manifest.signature.latent_dim)
+    call.house.limit_numbers_out(asked.steps, _numbers(call) + call.served.manifest.signature.latent_dim)
     a, b = read_pair(call, asked.strict)
     z = call.served.model.interpolate(a, b, asked.steps, asked.mode)
     call.house.metrics.batch.labels("interpolate").observe(len(z))
-    return _show(call, media_type, _images(call, z, asked.draw, asked.seed), latents=z)
+    return _show(call, media_type, _decoded(call, z, asked.draw, asked.seed), latents=z)
 
 
 def _sample(call: Call, query: SampleParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query)
+    call.served.model.require("sample")
+    _require_draw(call, "sample", asked.draw)
     call.house.limit("n", asked.n, "max_n")
-    call.house.limit_numbers_out(asked.n, _pixels(call) + call.served.manifest.signature.latent_dim)
+    call.house.limit_numbers_out(asked.n, _numbers(call) + call.served.manifest.signature.latent_dim)
     z = call.served.model.sample_latents(asked.n, asked.seed, asked.temperature)
     call.house.metrics.batch.labels("sample").observe(len(z))
     # Draws of one sample are independent of each other: a seed each.
     seeds = [(asked.seed + row) % 2**32 for row in range(len(z))]
-    return _show(call, media_type, _images(call, z, asked.draw, seeds), latents=z)
+    return _show(call, media_type, _decoded(call, z, asked.draw, seeds), latents=z)
 
 
-def _pixels(call: Call) -> int:
+def _require_draw(call: Call, verb: str, draw: bool) -> None:
+    if draw:
+        call.served.model.require(f"{verb}.draw")
+
+
+def _numbers(call: Call) -> int:
+    """In one row of x."""
     return math.prod(call.served.manifest.signature.shape)
 
 
-def _images(call: Call, z: np.ndarray, draw: bool, seed: int | list[int]) -> np.ndarray:
-    images = call.served.model.observe(z, seed) if draw else call.served.model.decode(z)
-    if not np.isfinite(images).all():
-        raise InvalidInput("these latents lead to pixels that are not finite: expected latents of the prior's size")
-    return images
+def _decoded(call: Call, z: np.ndarray, draw: bool, seed: int | list[int]) -> np.ndarray:
+    x = call.served.model.observe(z, seed) if draw else call.served.model.decode(z)
+    if not np.isfinite(x).all():
+        raise InvalidInput("these latents lead to numbers that are not finite: expected latents of the prior's size")
+    return x
 
 
-def _show(call: Call, media_type: str, images: np.ndarray, latents: np.ndarray | None = None) -> tuple[bytes, str]:
-    """Images [N,C,H,W] in the negotiated media type."""
+def _show(call: Call, media_type: str, x: np.ndarray, latents: np.ndarray | None = None) -> tuple[bytes, str]:
+    """Rows [N,C,H,W] in the negotiated media type, in their natural shape."""
+    x = x.reshape(-1, *call.rule.natural)
     if media_type == JSON:
-        content: dict[str, Any] = {"model": call.served.identity, "images": images}
+        content: dict[str, Any] = {"model": call.served.identity, data_names(call.rule)[0]: x}
         return dump(content if latents is None else {**content, "latents": latents}), JSON
     encoders = {NPY: codecs.encode_npy, PNG: codecs.encode_png, GIF: codecs.encode_gif, WEBP: codecs.encode_webp}
-    return encoders[media_type](images), media_type
+    return encoders[media_type](x), media_type

@@ -42,8 +42,13 @@ def _summary(repository: ModelRepository, served: Served) -> ModelSummary:
         default=manifest.name == repository.default_name,
         family=manifest.family,
         description=manifest.description,
-        shape=manifest.signature.shape,
+        kind=manifest.preprocessing.kind,
+        shape=list(manifest.preprocessing.natural),
         latent_dim=manifest.signature.latent_dim,
+        evidence=manifest.evidence,
+        prior=manifest.prior,
+        posterior=manifest.posterior,
+        refused=served.model.refused,
         digest=served.model.digest,
     )
 
@@ -54,7 +59,6 @@ def _card(repository: ModelRepository, served: Served) -> ModelCard:
         **_summary(repository, served).model_dump(),
         signature=manifest.signature,
         preprocessing=manifest.preprocessing,
-        prior=manifest.prior,
         likelihood=manifest.likelihood,
         scores=manifest.scores,
         default_score=manifest.default_score,

@@ -1,38 +1,43 @@
-"""score: how unlikely is each image, and is that unusual at the asked false-positive rate?"""
+"""score: how unlikely is each row, and is that unusual at the asked false-positive rate?"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 from service import codecs
-from service.routes.documents import IMAGE_BODY, answers
+from service.routes.documents import DATA_BODY, answers
 from service.routes.house import JSON, NPY, PNG, Call, CallDep, dump
-from service.routes.inputs import IMAGES, parameters, read_images
+from service.routes.inputs import data_names, parameters, read_x
 from service.schemas import Scored, ScoreParameters
 from service.scoring import Verdicts, choose, judge, rows
 
 router = APIRouter(tags=["scoring"])
 
 
-@router.post("/score", openapi_extra=IMAGE_BODY, responses=answers(Scored, JSON, NPY, PNG))
+@router.post("/score", openapi_extra=DATA_BODY, responses=answers(Scored, JSON, NPY, PNG))
 async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Response:
-    """Score, bounds on log p(x), conformal p-value and verdict for each image.
+    """Score, bounds on log p(x), conformal p-value and verdict for each image (vector, signal).
 
-    As npy: the maps [N, H, W] with map=true, else the scores [N]. As PNG (map=true): the maps as heat maps.
+    As npy: the maps [N, H, W] with map=true ([N, D] of vectors, [N, T] of signals), else the scores [N]. As PNG
+    (map=true): the maps as heat maps, of images.
     """
     return await call.answer(lambda: _score(call, query))
 
 
 def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
-    asked = parameters(call, query, *IMAGES)
+    asked = parameters(call, query, *data_names(call.rule))
     media_type = call.negotiate([JSON, NPY, PNG] if asked.map else [JSON, NPY])
     chosen = choose(call.served.manifest, asked)
+    call.served.model.require(f"score.{chosen.definition.estimator}")
+    if asked.map:
+        call.served.model.require("score.map")
     call.house.limit("k", chosen.definition.k, "max_k")
-    x = read_images(call, asked.strict)
-    work = f"{len(x)} images × k={chosen.definition.k} × {x[0].size} pixels"
+    x = read_x(call, asked.strict)
+    work = f"{len(x)} {data_names(call.rule)[0]} × k={chosen.definition.k} × {x[0].size} numbers"
     call.house.limit(work, x.size * chosen.definition.k, "max_evaluated_pixels")
     if asked.map:
         _, height, width = call.served.manifest.signature.shape
@@ -41,21 +46,29 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     _count(call, verdicts)
     if media_type == JSON:
         return dump(_content(call, verdicts)), JSON
-    if verdicts.scores.map is None:
+    maps = _maps(call, verdicts)
+    if maps is None:
         return codecs.encode_npy(verdicts.scores.score), NPY
-    return (codecs.encode_npy if media_type == NPY else codecs.encode_heat_maps)(verdicts.scores.map), media_type
+    return (codecs.encode_npy if media_type == NPY else codecs.encode_heat_maps)(maps), media_type
+
+
+def _maps(call: Call, verdicts: Verdicts) -> np.ndarray | None:
+    """[N,H,W], and of vectors and signals, which have no height, [N,W]."""
+    maps = verdicts.scores.map
+    return maps if maps is None or call.rule.kind == "image" else maps[:, 0]
 
 
 def _content(call: Call, verdicts: Verdicts) -> dict[str, Any]:
     results = rows(verdicts)
-    if verdicts.scores.map is not None:
-        for result, single in zip(results, verdicts.scores.map, strict=True):
+    maps = _maps(call, verdicts)
+    if maps is not None:
+        for result, single in zip(results, maps, strict=True):
             result["map"] = single
     return {
         "model": call.served.identity,
         "definition": {
             "name": verdicts.chosen.name,
-            **verdicts.chosen.definition.model_dump(include={"estimator", "k", "seed"}),
+            **verdicts.chosen.definition.model_dump(include={"estimator", "k", "seed", "unit"}),
         },
         "calibration": _calibration(verdicts),
         "verdict": verdicts.reason,

@@ -110,7 +110,7 @@ def test_openapi_lists_every_verb_with_its_parameters(client):
     assert {p["name"] for p in score["parameters"]} >= {"k", "estimator", "false_positive_rate", "map"}
     assert {"application/x-npy", "image/png", "multipart/form-data"} <= set(score["requestBody"]["content"])
     pair = document["paths"]["/v1/interpolate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert [body["required"] for body in pair["oneOf"]] == [["images"], ["latents"]]
+    assert [body["required"] for body in pair["oneOf"]] == [["images"], ["rows"], ["latents"]]
     assert "application/json" in document["paths"]["/v1/sample"]["post"]["requestBody"]["content"]
 
 
@@ -154,7 +154,7 @@ def test_the_work_of_a_score_is_limited_by_its_pixels(ppca_root):
     with serving(ppca_root, max_evaluated_pixels=3 * 7 * 64) as client:
         assert client.post("/v1/score", params={"k": 7}, content=BODY, headers=NPY).status_code == 200
         more = client.post("/v1/score", params={"k": 8}, content=BODY, headers=NPY)
-        assert "3 images × k=8 × 64 pixels is 1536" in assert_problem(more, 422)["detail"]
+        assert "3 images × k=8 × 64 numbers is 1536" in assert_problem(more, 422)["detail"]
         assert "setting max_evaluated_pixels" in more.json()["detail"]
 
 

@@ -136,7 +136,7 @@ def test_verdicts_follow_the_calibration(client, ppca_path):
     assert answer["calibration"]["smallest_p_value"] == 1 / (n + 1)
     assert answer["calibration"]["false_positive_rate"] == 0.1
     assert answer["verdict"] is None
-    assert answer["definition"] == {"name": "elbo", "estimator": "elbo", "k": 4, "seed": 0}
+    assert answer["definition"] == {"name": "elbo", "estimator": "elbo", "k": 4, "seed": 0, "unit": "nats"}
 
 
 @pytest.mark.parametrize("query", [{"k": 5}, {"seed": 3}, {"estimator": "iwae"}])
@@ -151,7 +151,7 @@ def test_an_uncalibrated_estimator_scores_without_a_verdict_and_says_so(client, 
 
 def test_another_defined_score_has_its_own_calibration(client):
     by_name = post(client, "score", X, score="iwae").json()
-    assert by_name["definition"] == {"name": "iwae", "estimator": "iwae", "k": 16, "seed": 1}
+    assert by_name["definition"] == {"name": "iwae", "estimator": "iwae", "k": 16, "seed": 1, "unit": "nats"}
     assert by_name["results"][0]["p_value"] is not None
     assert (
         post(client, "score", X, estimator="iwae", k=16, seed=1).content
@@ -291,7 +291,7 @@ def test_data_that_a_verb_does_not_read_is_refused(client, verb, body, words):
 
 
 def test_the_standard_error_is_that_of_the_score_as_documented(client):
-    fields = client.get("/openapi.json").json()["components"]["schemas"]["ScoredImage"]["properties"]
+    fields = client.get("/openapi.json").json()["components"]["schemas"]["ScoredRow"]["properties"]
     assert "standard error of score" in fields["standard_error"]["description"]
 
 
