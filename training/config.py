@@ -37,9 +37,16 @@ class NetworkConfig(Section):
 class LikelihoodConfig(Section):
     """p(x|z), or a reconstruction error in its place."""
 
-    family: Literal["bernoulli", "gaussian", "discretised_logistic", "delta", "squared_error", "cross_entropy"] = (
-        "bernoulli"
-    )
+    family: Literal[
+        "bernoulli",
+        "continuous_bernoulli",
+        "gaussian",
+        "discretised_logistic",
+        "logistic_mixture",
+        "delta",
+        "squared_error",
+        "cross_entropy",
+    ] = "bernoulli"
     values: Literal["pixels", "reals"] = Field(
         default="pixels", description="what a row holds; follows from the data, whatever is set here"
     )
@@ -50,13 +57,23 @@ class LikelihoodConfig(Section):
         default="shared", description="gaussian: σ given, one learned, one learned a pixel, or one a pixel from z"
     )
     fixed_scale: float = Field(default=0.1, gt=0, description="gaussian: the fixed σ, of pixels or standardised values")
+    components: int = Field(default=5, ge=2, description="logistic_mixture: components a pixel")
     min_scale: float = Field(default=1e-3, gt=0, description="floor of the scale; the Gaussian's own is 0.01")
 
 
 class PosteriorConfig(Section):
     """q(z|x) of a VAE."""
 
-    family: Literal["diagonal_gaussian"] = "diagonal_gaussian"
+    family: Literal["diagonal_gaussian", "householder", "planar", "sylvester", "iaf"] = "diagonal_gaussian"
+    vectors: int = Field(default=8, ge=1, description="householder, and each step of sylvester: reflections")
+    steps: int = Field(default=4, ge=1, description="planar, sylvester, iaf: steps of the flow")
+    rank: int = Field(default=8, ge=1, description="sylvester: dimensions that a step moves, all if there are fewer")
+    hidden: int = Field(default=256, ge=1, description="iaf: width of a step's masked layers")
+
+    @property
+    def evaluable(self) -> bool:
+        """Whether log q(z|x) is known at any z, not only at its own draws."""
+        return self.family in ("diagonal_gaussian", "householder")
 
 
 class PriorConfig(Section):
@@ -87,16 +104,35 @@ class LadderConfig(Section):
         return self
 
 
+class FlowConfig(Section):
+    """A normalising flow (``model.family`` flow)."""
+
+    levels: int = Field(default=3, ge=1, description="images: most squeezings; fewer where the sides turn odd")
+    steps: int = Field(default=8, ge=1, description="steps of flow a level, or couplings of a vector")
+    hidden: int = Field(default=64, ge=1, description="width of a coupling's network")
+    bound: float = Field(default=0.05, gt=0, lt=0.5, description="images: α of logit(α + (1 − 2α)x)")
+
+
 class ModelConfig(Section):
     """The latent variable model."""
 
-    family: Literal["vae", "ladder"] = "vae"
+    family: Literal["vae", "ladder", "flow"] = "vae"
     latent_dim: int = Field(default=40, ge=1)
     network: NetworkConfig = NetworkConfig()
     likelihood: LikelihoodConfig = LikelihoodConfig()
     posterior: PosteriorConfig = PosteriorConfig()
     prior: PriorConfig = PriorConfig()
     ladder: LadderConfig = LadderConfig()
+    flow: FlowConfig = FlowConfig()
+
+    @model_validator(mode="after")
+    def _vamp_mixes_diagonal_gaussians(self) -> ModelConfig:
+        if self.prior.family == "vamp" and self.posterior.family != "diagonal_gaussian":
+            raise ValueError(
+                "prior.family 'vamp' is a mixture of diagonal Gaussian posteriors: expected posterior.family "
+                f"'diagonal_gaussian', got {self.posterior.family!r}"
+            )
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -132,7 +168,8 @@ class OptimiserConfig(Section):
     skip_above: float = Field(
         default=2000.0, gt=0, description="larger or non-finite norms (of 784 pixels) are skipped"
     )
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1, description="moving average of the weights: decay a step")
+    ema_every: int = Field(default=8, ge=1, description="steps between updates of the moving average, for speed")
     patience: int = Field(default=50, ge=1, description="stop after this many validations without a better bound")
 
 
@@ -156,7 +193,12 @@ class EvaluateConfig(Section):
 
     k: int = Field(default=1000, ge=1, le=100_000, description="samples of the IWAE-k log-likelihood")
     images: int | None = Field(default=None, ge=1, description="first images of the split only; none means all")
-    chunk: int = Field(default=4096, ge=1, description="decodes at a time")
+    chunk: int | None = Field(default=None, ge=1, description="decodes at a time; none suits cache or GPU")
+    precision: Literal["32-true", "bf16-mixed"] = Field(
+        default="32-true", description="bf16-mixed: the decoder rounds, densities and sums do not"
+    )
+    gaps: int = Field(default=0, ge=0, description="first images whose inference gap is split; 0: not measured")
+    gap_steps: int = Field(default=300, ge=1, description="gradient steps on each image's own posterior")
 
 
 class ScoreConfig(Section):
@@ -187,6 +229,16 @@ class Config(Section):
             raise ValueError(
                 "objective.kind 'dreg' is for one stochastic layer: in a ladder each layer's z sets the parameters of "
                 "the layers below it; take 'elbo' or 'iwae'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dreg_evaluates_the_posterior(self) -> Config:
+        if self.objective.kind == "dreg" and not self.model.posterior.evaluable:
+            raise ValueError(
+                "objective.kind 'dreg' needs log q(z|x) with its parameters held constant: expected "
+                "model.posterior.family 'diagonal_gaussian' or 'householder', whose density is known at any z, "
+                f"got {self.model.posterior.family!r}"
             )
         return self
 
@@ -265,7 +317,10 @@ def _explain(location: tuple[int | str, ...], item: Mapping[str, Any]) -> str:
     dotted = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         return f"unknown key {dotted!r}{_nearest(dotted, known_keys(Config))}"
-    return f"{dotted}: {item['msg']} (got {item['input']!r})"
+    message = ": ".join(filter(None, (dotted, item["msg"])))
+    if item["type"] == "value_error" and isinstance(item["input"], Mapping):
+        return message  # a rule for several keys of a section: it names them itself
+    return f"{message} (got {item['input']!r})"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training import continuous_bernoulli, logistic
 from training.config import LikelihoodConfig
 from training.errors import ConfigError
 from training.networks import Shape
@@ -95,9 +96,9 @@ class Likelihood(nn.Module, ABC):
         """Expected targets -> values: pixels in [0,1], reals in their own units."""
         return target.clamp(0, 1) if self.values == "pixels" else self.shift + self.unit * target
 
-    @abstractmethod
     def parameters_from(self, raw: Tensor) -> Parameters:
-        """Raw outputs [M,P,C,H,W] -> parameters, each [M,C,H,W] float32."""
+        """Raw outputs [M,P,C,H,W] -> parameters, each [M,C,H,W] float32: here as they are."""
+        return tuple(output.float() for output in raw.unbind(1))
 
     @abstractmethod
     def mean(self, parameters: Parameters) -> Tensor:
@@ -119,17 +120,32 @@ class Likelihood(nn.Module, ABC):
         """Set the decoder's last bias so that p(x) starts at the training mean (of pixels; reals start at 0)."""
 
 
-class Bernoulli(Likelihood):
-    """log p(x|z) = x·l − log(1 + eˡ) with logits l, for binary x; grey pixels are first binarised.
+class Logits(Likelihood):
+    """Base: x·l − log(1 + eˡ) with logits l, and the mean σ(l)."""
+
+    parameters_of = ("logits",)
+    observation_noise = "uniform"
+
+    def mean(self, parameters: Parameters) -> Tensor:
+        return torch.sigmoid(parameters[0])
+
+    def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
+        (logits,) = parameters
+        return target * logits - F.softplus(logits)
+
+    def initialise(self, head: Tensor, mean: Tensor) -> None:
+        head.copy_(torch.logit(mean.clamp(0.005, 0.995)).reshape(head.shape))
+
+
+class Bernoulli(Logits):
+    """log p(x|z) = x·l − log(1 + eˡ) for binary x; grey pixels are first binarised.
 
     Dynamic binarisation (Salakhutdinov & Murray 2008; Burda et al. 2016) draws x = 1[u < pixel] afresh at each use,
     static binarisation keeps one draw for each training image, threshold takes x = 1[pixel ≥ ½].
     """
 
     family = "bernoulli"
-    parameters_of = ("logits",)
     measure = "counting"
-    observation_noise = "uniform"
 
     def __init__(self, config: LikelihoodConfig, shape: Shape) -> None:
         super().__init__(config, shape)
@@ -141,21 +157,52 @@ class Bernoulli(Likelihood):
             return (x >= 0.5).to(x.dtype)
         return (dither < x).to(x.dtype)
 
-    def parameters_from(self, raw: Tensor) -> Parameters:
-        return (raw[:, 0].float(),)
-
-    def mean(self, parameters: Parameters) -> Tensor:
-        return torch.sigmoid(parameters[0])
-
-    def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
-        (logits,) = parameters
-        return target * logits - F.softplus(logits)
-
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
         return (noise < torch.sigmoid(parameters[0])).to(noise.dtype)
 
+
+class CrossEntropy(Logits):
+    """x·log σ(l) + (1 − x)·log(1 − σ(l)) at grey pixels x: the Bernoulli's form as a reconstruction error.
+
+    x is not binary, so that this is no likelihood of it (Loaiza-Ganem & Cunningham 2019, sec. 3). Its "draws" are the
+    mean, as there is no distribution to draw from.
+    """
+
+    family = "cross_entropy"
+    measure = "none"
+    unit_of_error = "nats of cross-entropy"
+
+    def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
+        return self.mean(parameters) + 0 * noise
+
+
+class SquaredError(Likelihood):
+    """−(t − loc)² at the pixel or standardised number t: a reconstruction error, and no density of anything.
+
+    Its "draws" are the mean, as there is no distribution to draw from.
+    """
+
+    family = "squared_error"
+    parameters_of = ("loc",)
+    measure = "none"
+    observation_noise = "uniform"
+    takes_reals = True
+
+    def __init__(self, config: LikelihoodConfig, shape: Shape) -> None:
+        super().__init__(config, shape)
+        self.unit_of_error = "squared error" if self.values == "pixels" else "squared standard deviations"
+
+    def mean(self, parameters: Parameters) -> Tensor:
+        return self.restored(parameters[0])
+
+    def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
+        return -((target - parameters[0]) ** 2)
+
+    def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
+        return self.mean(parameters) + 0 * noise
+
     def initialise(self, head: Tensor, mean: Tensor) -> None:
-        head.copy_(torch.logit(mean.clamp(0.005, 0.995)).reshape(head.shape))
+        head.view(1, -1)[0] = mean.flatten() if self.values == "pixels" else 0.0
 
 
 class Continuous(Likelihood):
@@ -258,9 +305,6 @@ class Delta(Continuous):
     pixelwise = False
     takes_reals = True
 
-    def parameters_from(self, raw: Tensor) -> Parameters:
-        return (raw[:, 0].float(),)
-
     def mean(self, parameters: Parameters) -> Tensor:
         return self.restored(parameters[0])
 
@@ -271,77 +315,38 @@ class Delta(Continuous):
         return self.drawn(parameters[0]) + 0 * noise
 
 
-class SquaredError(Likelihood):
-    """−(t − loc)² at the pixel or standardised number t: a reconstruction error, and no density of anything.
+class ContinuousBernoulli(Continuous):
+    """p(t) ∝ e^(tl) on [0,1] with logits l, at the dequantised pixel t (Loaiza-Ganem & Cunningham 2019).
 
-    Its "draws" are loc, as there is no distribution to draw from.
+    Dequantised, for at a grey level 0 or 1 itself the density grows without end as l does.
     """
 
-    family = "squared_error"
-    parameters_of = ("loc",)
-    measure = "none"
-    observation_noise = "uniform"
-    takes_reals = True
-
-    def __init__(self, config: LikelihoodConfig, shape: Shape) -> None:
-        super().__init__(config, shape)
-        self.unit_of_error = "squared error" if self.values == "pixels" else "squared standard deviations"
-
-    def parameters_from(self, raw: Tensor) -> Parameters:
-        return (raw[:, 0].float(),)
-
-    def mean(self, parameters: Parameters) -> Tensor:
-        return self.restored(parameters[0])
-
-    def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
-        return -((target - parameters[0]) ** 2)
-
-    def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        return self.mean(parameters) + 0 * noise
-
-    def initialise(self, head: Tensor, mean: Tensor) -> None:
-        head.view(1, -1)[0] = mean.flatten() if self.values == "pixels" else 0.0
-
-
-class CrossEntropy(Likelihood):
-    """x·log σ(l) + (1 − x)·log(1 − σ(l)) at grey pixels x: the Bernoulli's form as a reconstruction error.
-
-    x is not binary, so that this is no likelihood of it (Loaiza-Ganem & Cunningham 2019, sec. 3).
-    """
-
-    family = "cross_entropy"
+    family = "continuous_bernoulli"
     parameters_of = ("logits",)
-    measure = "none"
     observation_noise = "uniform"
-    unit_of_error = "nats of cross-entropy"
-
-    def parameters_from(self, raw: Tensor) -> Parameters:
-        return (raw[:, 0].float(),)
 
     def mean(self, parameters: Parameters) -> Tensor:
-        return torch.sigmoid(parameters[0])
+        return self.restored(continuous_bernoulli.mean(parameters[0]))
 
     def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
-        return target * parameters[0] - F.softplus(parameters[0])
+        return continuous_bernoulli.log_prob(target, parameters[0])
 
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        return self.mean(parameters) + 0 * noise
+        return self.drawn(continuous_bernoulli.quantile(noise, parameters[0]))
 
     def initialise(self, head: Tensor, mean: Tensor) -> None:
-        head.copy_(torch.logit(mean.clamp(0.005, 0.995)).reshape(head.shape))
+        expected = ((255 * mean + 0.5) / 256).clamp(0.005, 0.995)
+        head.copy_(continuous_bernoulli.logits_of(expected).reshape(head.shape))
 
 
 class DiscretisedLogistic(Likelihood):
-    """Logistic distribution integrated over the 256 levels of 8-bit pixels (Kingma et al. 2016, App. C; Salimans 2017).
+    """Logistic distribution integrated over the 256 levels of 8-bit pixels (Kingma et al. 2016, App. C).
 
-    With a and b the standardised upper and lower edge of the pixel's level,
-    log(σ(a) − σ(b)) = log σ(a) + log σ(−b) + log(1 − e^(b−a)); levels 0 and 255 take the whole tail. The last term is
-    written log 2t/(1 + t) with t = tanh((a−b)/2), for 1 − e^(b−a) cancels where the scale is wide.
-    ``mean`` is E of the logistic clipped to [0,1]: s·(softplus(m/s) − softplus((m−1)/s)).
+    ``mean`` is of the logistic clipped to [0,1].
     """
 
     family = "discretised_logistic"
-    parameters_of = ("loc", "scale")
+    parameters_of: tuple[str, ...] = ("loc", "scale")
     measure = "counting"
     observation_noise = "uniform"
 
@@ -357,30 +362,81 @@ class DiscretisedLogistic(Likelihood):
         return loc, self.min_scale + torch.exp((log_scale - 2).clamp(max=4))
 
     def mean(self, parameters: Parameters) -> Tensor:
-        loc, scale = parameters
-        return (scale * (F.softplus(loc / scale) - F.softplus((loc - 1) / scale))).clamp(0, 1)
+        return logistic.clipped_mean(*parameters)
 
     def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
-        loc, scale = parameters
-        half = 0.5 / 255
-        log_cdf = -F.softplus(-(target + half - loc) / scale)
-        log_sf = -F.softplus((target - half - loc) / scale)
-        t = torch.tanh(half / scale)
-        inner = log_cdf + log_sf + torch.log(2 * t / (1 + t))
-        return torch.where(target < half, log_cdf, torch.where(target > 1 - half, log_sf, inner))
+        return logistic.level_log_prob(target, *parameters)
 
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        loc, scale = parameters
-        u = noise.clamp(1e-6, 1 - 1e-6)
-        draw = loc + scale * (torch.log(u) - torch.log(1 - u))
-        return torch.round(draw.clamp(0, 1) * 255) / 255
+        return logistic.level_quantile(noise, *parameters)
 
     def initialise(self, head: Tensor, mean: Tensor) -> None:
         head.view(2, -1)[0].copy_(mean.flatten())
 
 
+class LogisticMixture(DiscretisedLogistic):
+    """Σ_j w_j · discretised logistic(loc_j, scale_j), J components a place (Salimans et al. 2017, eq. 1–2).
+
+    Without their dependence of a pixel's colours on each other. The parameters are log w_j, loc_j and scale_j.
+    """
+
+    family = "logistic_mixture"
+
+    def __init__(self, config: LikelihoodConfig, shape: Shape) -> None:
+        super().__init__(config, shape)
+        self.components = config.components
+        kinds = ("log_weight", "loc", "scale")
+        self.parameters_of = tuple(f"{kind}_{j}" for kind in kinds for j in range(self.components))
+
+    def parameters_from(self, raw: Tensor) -> Parameters:
+        logits, loc, log_scale = raw.float().chunk(3, 1)
+        scale = self.min_scale + torch.exp((log_scale - 2).clamp(max=4))
+        parts = (torch.log_softmax(logits, 1), loc, scale)
+        return tuple(component for part in parts for component in part.unbind(1))
+
+    def _stacked(self, parameters: Parameters) -> Parameters:
+        """Log weights, locs and scales, each [J,…]."""
+        count = self.components
+        return tuple(torch.stack(parameters[i : i + count]) for i in range(0, 3 * count, count))
+
+    def mean(self, parameters: Parameters) -> Tensor:
+        log_weights, loc, scale = self._stacked(parameters)
+        return (torch.exp(log_weights) * logistic.clipped_mean(loc, scale)).sum(0).clamp(0, 1)
+
+    def log_prob(self, target: Tensor, parameters: Parameters) -> Tensor:
+        log_weights, loc, scale = self._stacked(parameters)
+        return torch.logsumexp(log_weights + logistic.level_log_prob(target, loc, scale), 0)
+
+    def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
+        """One uniform number chooses a component; what it exceeds the lower components' weight by is uniform again."""
+        log_weights, loc, scale = self._stacked(parameters)
+        weights = torch.exp(log_weights)
+        upper = torch.cumsum(weights, 0)
+        lower = upper - weights
+        above = (noise >= lower[1:]).to(noise.dtype)  # rounding must leave neither the first nor the last one out
+        picked = torch.cat([torch.ones_like(above[:1]), above]) - torch.cat([above, torch.zeros_like(above[:1])])
+        rest = (picked * (noise - lower) / weights.clamp(min=1e-12)).sum(0).clamp(0, 1)
+        return logistic.level_quantile(rest, (picked * loc).sum(0), (picked * scale).sum(0))
+
+    def initialise(self, head: Tensor, mean: Tensor) -> None:
+        """Components around the mean, a tenth to either side: equal ones would learn the same at first."""
+        offsets = 0.1 * torch.linspace(-1, 1, self.components + 2)[1:-1]
+        loc = head.view(self.raw, -1)[self.components : 2 * self.components]
+        loc.copy_(mean.flatten() + offsets.to(mean).unsqueeze(1))
+
+
 FAMILIES: dict[str, type[Likelihood]] = {
-    cls.family: cls for cls in (Bernoulli, Gaussian, DiscretisedLogistic, Delta, SquaredError, CrossEntropy)
+    cls.family: cls
+    for cls in (
+        Bernoulli,
+        CrossEntropy,
+        SquaredError,
+        Gaussian,
+        Delta,
+        ContinuousBernoulli,
+        DiscretisedLogistic,
+        LogisticMixture,
+    )
 }
 
 
