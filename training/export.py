@@ -1,4 +1,4 @@
-"""From torch to ONNX: the four graphs of service.bundle's docstring, traced from the model that trained.
+"""From torch to ONNX: the graphs of service.bundle's docstring, traced from the model that trained.
 
 The inputs, outputs, dtypes and symbolic sizes are read from the contract itself (``service.bundle.graph_spec``), so the
 two cannot drift apart.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from service.bundle import Graph, Likelihood, Manifest, Preprocessing, Signature, TensorSpec, graph_spec
+from service.bundle import Graph, InputRule, Likelihood, Manifest, Posterior, Prior, Signature, TensorSpec, graph_spec
 from service.errors import BundleGraphError
 from service.graphs import check_operators
 from training.errors import ExportError
@@ -26,7 +26,6 @@ from training.models.base import LatentVariableModel
 OPSET: Final = 18
 """The opset that torch's exporter writes natively: every later one is a conversion, which can only add faults."""
 
-ROLES: tuple[Graph, ...] = get_args(Graph)
 EXAMPLE_SIZES = {"N": 2, "K": 3, "M": 4}  # sizes to trace with; 0 and 1 would be taken for constants
 MAX_GRAPH_BYTES = 2**31 - 1  # of one protobuf message: beyond it weights would have to lie in other files
 
@@ -79,12 +78,30 @@ class ObservationGraph(GraphModule):
         return (self.model.observe(tuple(parameters), noise),)
 
 
+class PriorGraph(GraphModule):
+    """noise[, choice] -> z."""
+
+    positional = 2
+
+    def forward(self, noise: Tensor, choice: Tensor | None = None) -> tuple[Tensor]:
+        return (self.model.prior.sample(noise, choice),)
+
+
 MODULES: dict[Graph, type[GraphModule]] = {
     "encoder": EncoderGraph,
     "decoder": DecoderGraph,
     "density": DensityGraph,
     "observation": ObservationGraph,
+    "prior": PriorGraph,
 }
+WITHOUT_GRAPH = ("standard_normal", "none")
+"""Families of priors that the service draws itself, or that have no draws."""
+
+
+def roles(model: LatentVariableModel) -> tuple[Graph, ...]:
+    """The graphs that the model's bundle holds."""
+    every: tuple[Graph, ...] = get_args(Graph)
+    return tuple(role for role in every if role != "prior" or model.prior.family not in WITHOUT_GRAPH)
 
 
 def signature(model: LatentVariableModel) -> Signature:
@@ -106,23 +123,37 @@ def likelihood(model: LatentVariableModel) -> Likelihood:
         family=part.family,
         parameters=list(part.parameters_of),
         measure=part.measure,
+        pixelwise=part.pixelwise,
         observation_noise=part.observation_noise,
         binarisation=cast(Any, binarisation),
     )
 
 
-def export_graphs(model: LatentVariableModel, preprocessing: Preprocessing) -> dict[Graph, bytes]:
+def prior(model: LatentVariableModel) -> Prior:
+    """The model's p(z) in the contract's words."""
+    part = model.prior
+    if part.family in WITHOUT_GRAPH:
+        return Prior(family=part.family)
+    return Prior(family=part.family, noise_dim=part.noise_dim, choice=part.choice)
+
+
+def posterior(model: LatentVariableModel) -> Posterior:
+    """The model's q(z|x) in the contract's words."""
+    return Posterior(family=model.posterior_family, moments=model.moments)
+
+
+def export_graphs(model: LatentVariableModel, preprocessing: InputRule) -> dict[Graph, bytes]:
     """The model's graphs as serialised ONNX, weights inside. Raises ExportError.
 
     ``model`` is exported in eval mode, in float32, on the CPU.
     """
     if model.training:
         raise ExportError("the model is in training mode: dropout would become part of the graphs")
-    # graph_spec reads the signature and the likelihood only; the rest of the manifest does not exist yet.
+    # graph_spec reads these parts only; the rest of the manifest does not exist yet.
     draft = Manifest.model_construct(
-        preprocessing=preprocessing, signature=signature(model), likelihood=likelihood(model)
+        preprocessing=preprocessing, signature=signature(model), likelihood=likelihood(model), prior=prior(model)
     )
-    return {role: export_graph(model, draft, role) for role in ROLES}
+    return {role: export_graph(model, draft, role) for role in roles(model)}
 
 
 def export_graph(model: LatentVariableModel, manifest: Manifest, role: Graph) -> bytes:

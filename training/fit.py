@@ -29,7 +29,7 @@ from training.evaluate import bounds
 from training.interrupts import Interrupt
 from training.journal import Journal, Row
 from training.models.base import LatentVariableModel, Terms
-from training.models.build import build_model
+from training.models.build import FAMILIES, build_model
 from training.objectives import annealed_beta, objective
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -50,6 +50,7 @@ class State:
     best_epoch: int = 0
     validations_since_best: int = 0
     seconds: float = 0.0
+    stopped: bool = False
     finished: bool = False
 
 
@@ -80,8 +81,8 @@ class Trainer:
     def __init__(self, config: Config, dataset: Dataset, folder: Path, fabric: Fabric) -> None:
         self.config, self.dataset, self.folder, self.fabric = config, dataset, folder, fabric
         torch.manual_seed(derived_seed(config.seed, "weights"))
-        model = build_model(dataset.preprocessing.shape, config.model)
-        model.initialise(*training_sample(dataset))
+        model = build_model(dataset.preprocessing, config.model)
+        start(model, dataset)
         self.source: Dataset | StaticallyBinarised = dataset
         if config.model.likelihood.family == "bernoulli" and config.model.likelihood.binarisation == "static":
             self.source = StaticallyBinarised(dataset, config.seed)
@@ -92,7 +93,7 @@ class Trainer:
             fused=True,
         )
         self.model, self.optimiser = fabric.setup(model, optimiser)
-        self.ema = AveragedModel(self._bare, multi_avg_fn=moving_average(config.optimiser.ema_decay))
+        self.ema = AveragedModel(self._bare, multi_avg_fn=moving_average(config.optimiser))
         self.best = _copy(self.averaged.state_dict())
         self.state = State()
         self.sums = Sums(torch.zeros(3, device=fabric.device))
@@ -192,7 +193,8 @@ class Trainer:
             return
         state.skipped_in_a_row = 0
         self.optimiser.step()
-        self.ema.update_parameters(self._bare)
+        if state.step % self.config.optimiser.ema_every == 0:
+            self.ema.update_parameters(self._bare)
 
     def train_epoch(self, journal: Journal) -> Row:
         """The rest of the epoch in which the state stands; its means."""
@@ -251,6 +253,8 @@ class Trainer:
             self.config.evaluate.chunk,
         ).means()
         bound = means["elbo"] if objective_config.kind == "elbo" else means["iwae"]
+        if self.averaged.evidence == "none":
+            bound = -means["distortion"]
         return {"bound": bound, "elbo": means["elbo"], "rate": means["rate"], "distortion": means["distortion"]}
 
     def judge(self, row: Row, warmed_up: bool) -> bool:
@@ -268,15 +272,23 @@ class Trainer:
     def run(self, journal: Journal) -> None:
         """Epochs until the last, or until patience ends."""
         validate_every = self.config.run.validate_every
-        while self.state.step < self.total_steps and not self.state.finished:
+        while self.state.step < self.total_steps and not self.state.stopped:
             row = self.train_epoch(journal)
             epoch = int(row["epoch"])
             if epoch % validate_every == 0 or self.state.step == self.total_steps:
                 row |= self.fabric.broadcast(self.validate())  # one judgement for all ranks, to the last bit
                 self.history.append(row)
-                self.state.finished = self.judge(row, epoch > self.config.objective.warmup_epochs)
+                self.state.stopped = self.judge(row, epoch > self.config.objective.warmup_epochs)
                 journal.epoch(self.history)
             self._pause()
+        if not self.state.finished:
+            self.finish(journal)
+
+    def finish(self, journal: Journal) -> None:
+        """What is fitted once the weights stand, on the best ones; then the run is finished."""
+        started = time.perf_counter()
+        self.best = finished_weights(self.config, self.dataset, self.best, journal)
+        self.state.seconds += time.perf_counter() - started
         self.state.finished = True
         self.save()
 
@@ -290,13 +302,17 @@ class Fitted:
     history: list[Row]
 
 
-def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """Exponential moving average whose decay rises as (1+t)/(10+t) up to ``decay``: short runs are not all start."""
+def moving_average(config: OptimiserConfig) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """Exponential moving average, taken every ``ema_every`` steps at the decay that so many steps have together.
+
+    The decay of a step t rises as (1+t)/(10+t) up to ``ema_decay``: short runs are not all start.
+    """
 
     @torch.no_grad()
     def update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
-        t = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + t) / (10 + t)))
+        t = int(count) * config.ema_every
+        decay = min(config.ema_decay, (1 + t) / (10 + t)) ** config.ema_every
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
     return update
 
@@ -309,13 +325,16 @@ def learning_rate(config: OptimiserConfig, step: int, total: int) -> float:
     return rate
 
 
-def training_sample(dataset: Dataset, images: int = 5000, examples: int = 500) -> tuple[Tensor, Tensor]:
-    """Mean [C,H,W] of the first ``images`` training images at most, and the first ``examples`` of them, in [0,1]."""
-    indices = dataset.splits["train"][:images]
+def start(model: LatentVariableModel, dataset: Dataset, rows: int = 5000, examples: int = 500) -> None:
+    """Let the model start from the mean and deviation of the first training rows, and from some of them as they are."""
+    indices = dataset.splits["train"][:rows]
     parts = [indices[i : i + examples] for i in range(0, len(indices), examples)]
     batches = [to_unit(pixels) for pixels in dataset.batches(parts)]
-    total = torch.stack([batch.sum(0) for batch in batches]).sum(0)
-    return total / len(indices), batches[0]
+    sums = torch.stack([batch.double().sum(0) for batch in batches]).sum(0)
+    mean = sums / len(indices)
+    squares = torch.stack([((batch - mean) ** 2).sum(0) for batch in batches]).sum(0)
+    model.likelihood.initialise_values(mean.float(), torch.sqrt(squares / len(indices)).float())
+    model.initialise(mean.float(), batches[0])
 
 
 def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -332,15 +351,52 @@ def make_fabric(config: Config) -> Fabric:
     return fabric
 
 
+def finished_weights(
+    config: Config, dataset: Dataset, weights: dict[str, Tensor] | None, journal: Journal
+) -> dict[str, Tensor]:
+    """``weights`` (or a fresh model's) after the model's own ``finish`` on the training split, on the CPU."""
+    torch.manual_seed(derived_seed(config.seed, "weights"))
+    model = build_model(dataset.preprocessing, config.model)
+    if weights is None:
+        start(model, dataset)
+    else:
+        model.load_state_dict(weights)
+    model.eval().finish(dataset, derived_seed(config.seed, "finish"), journal.say)
+    return _copy(model.state_dict())
+
+
+def solve(config: Config, dataset: Dataset, folder: Path, console: Console | None = None) -> Fitted:
+    """Fit a model of closed form, in one go, or load it. Raises CheckpointError, DataError."""
+    content = load_checkpoint(folder, config)
+    if content is None or content["fingerprint"] != dataset.fingerprint:
+        started = time.perf_counter()
+        with Journal(folder, 1, 0, True, console) as journal:
+            weights = finished_weights(config, dataset, None, journal)
+        model = fitted_model(config, dataset, weights)
+        means = bounds(model, dataset, dataset.splits["validation"], 1, config.evaluate.chunk).means()
+        bound = -means["distortion"] if model.evidence == "none" else means["elbo"]
+        state = State(best_bound=bound, seconds=time.perf_counter() - started, stopped=True, finished=True)
+        content = {"best": weights, "state": asdict(state), "history": [], "fingerprint": dataset.fingerprint}
+        save_checkpoint(folder, config, content)
+    return Fitted(fitted_model(config, dataset, content["best"]), State(**content["state"]), [])
+
+
+def fitted_model(config: Config, dataset: Dataset, weights: dict[str, Tensor]) -> LatentVariableModel:
+    """The model with those weights, in eval mode on the CPU."""
+    model = build_model(dataset.preprocessing, config.model)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
 def fit(
     config: Config, dataset: Dataset, folder: Path, fabric: Fabric | None = None, console: Console | None = None
 ) -> Fitted:
     """Train, or go on with, the run in ``folder``. Raises CheckpointError, TrainingDiverged, DataError."""
+    if FAMILIES[config.model.family].closed_form:
+        return solve(config, dataset, folder, console)
     trainer = Trainer(config, dataset, folder, fabric or make_fabric(config))
     trainer.resume()
     journal = Journal(folder, trainer.total_steps, trainer.state.step, trainer.fabric.is_global_zero, console)
     with journal, trainer.interrupt:
         trainer.run(journal)
-    model = build_model(dataset.preprocessing.shape, config.model)
-    model.load_state_dict(trainer.best)
-    return Fitted(model.eval(), trainer.state, trainer.history)
+    return Fitted(fitted_model(config, dataset, trainer.best), trainer.state, trainer.history)

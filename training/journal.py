@@ -78,6 +78,11 @@ class Journal:
                 self._writer.add_scalar(name, value, int(row["step"]))
         write_history(self._folder / "history.csv", history)
 
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self._enabled:
+            self._progress.console.print(text, highlight=False)
+
     def warn(self, text: str) -> None:
         """Print a warning above the progress bar."""
         if self._enabled:

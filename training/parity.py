@@ -12,11 +12,14 @@ from torch import Tensor
 from service.bundle import Tolerance
 from training.batches import derived_seed, to_unit
 from training.data import Dataset
+from training.export import roles
+from training.likelihoods import Likelihood
 from training.models.base import LatentVariableModel
 
 Arrays = dict[str, np.ndarray]
 
 IMAGES, SAMPLES = 4, 3  # rows N and samples K of the reference
+DRAWS = 8  # rows M of the prior's reference
 MAX_PIXELS = 2**16  # of the reference's N·K images: bounds its file to a few MB for large images
 RTOL = 1e-4
 """Two float32 implementations of one network differ by rounding that grows with depth and width: some 1e-6 of the value
@@ -60,8 +63,20 @@ def reference_arrays(model: LatentVariableModel, dataset: Dataset, seed: int = 0
         **{f"density.{name}": value for name, value in density._asdict().items()},
         "observation_noise": observation_noise,
         "observation.sample": model.observe(decoded.parameters, observation_noise),
+        **_prior_arrays(model, generator),
     }
     return {name: value.contiguous().numpy() for name, value in tensors.items()}
+
+
+def _prior_arrays(model: LatentVariableModel, generator: torch.Generator) -> dict[str, Tensor]:
+    """Inputs and output of the prior's graph, where there is one."""
+    prior = model.prior
+    if "prior" not in roles(model):
+        return {}
+    noise = torch.randn(DRAWS, prior.noise_dim, generator=generator)
+    choice = torch.rand(DRAWS, generator=generator) if prior.choice else None
+    named = {"prior_noise": noise} | ({} if choice is None else {"prior_choice": choice})
+    return named | {"prior.z": prior.sample(noise, choice)}
 
 
 def _observation_noise(model: LatentVariableModel, mean: Tensor, generator: torch.Generator) -> Tensor:
@@ -74,8 +89,8 @@ def _observation_noise(model: LatentVariableModel, mean: Tensor, generator: torc
     return torch.where((noise - mean).abs() < EDGE, torch.where(mean > 0.5, mean / 2, (1 + mean) / 2), noise)
 
 
-def tolerances(arrays: Arrays, family: str) -> dict[str, Tolerance]:
-    """Largest allowed |Δ| for every output in ``arrays``; see the constants above for why."""
+def tolerances(arrays: Arrays, rounded: bool) -> dict[str, Tolerance]:
+    """Largest allowed |Δ| for every output in ``arrays``, draws ``rounded`` to levels or not; the constants say why."""
     result = {}
     for name, value in arrays.items():
         if "." in name:
@@ -84,9 +99,14 @@ def tolerances(arrays: Arrays, family: str) -> dict[str, Tolerance]:
     terms = float(np.abs(arrays["density.log_p_x_map"]).sum(axis=(-3, -2, -1), dtype=np.float64).max())
     result["density.log_p_x"] = Tolerance(atol=max(1e-4, NAT_BY_TERM * terms), rtol=RTOL / 100)
     result["encoder.target"] = Tolerance(atol=1e-6, rtol=0.0)  # compared and rounded, never computed at length
-    if family != "bernoulli":
+    if rounded:
         result["observation.sample"] = Tolerance(atol=ONE_LEVEL, rtol=0.0)
     return result
+
+
+def rounds(likelihood: Likelihood) -> bool:
+    """Whether draws of x are rounded to grey levels, of which they may miss the nearest one by a last bit."""
+    return likelihood.values == "pixels" and likelihood.family != "bernoulli"
 
 
 def to_npz(arrays: Arrays) -> bytes:

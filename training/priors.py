@@ -88,7 +88,7 @@ def chosen(choice: Tensor, weights: Tensor, values: Tensor) -> Tensor:
 
 
 class VampPrior(Prior):
-    """The variational mixture of posteriors (1/J) Σ_j q(z|u_j), pseudo-inputs u_j learned (Tomczak & Welling 2018, eq. 9).
+    """A mixture of posteriors, (1/J) Σ_j q(z|u_j) with pseudo-inputs u_j learned (Tomczak & Welling 2018, eq. 9).
 
     Components are given by ``set_components`` before each use, for they are the encoder's; in a served graph they are
     constants.

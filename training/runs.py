@@ -111,7 +111,7 @@ class Run:
     @cached_property
     def model(self) -> LatentVariableModel:
         """The averaged weights with the best validation bound, in eval mode on the CPU."""
-        model = build_model(self.dataset.preprocessing.shape, self.config.model)
+        model = build_model(self.dataset.preprocessing, self.config.model)
         model.load_state_dict(self.checkpoint["best"])
         return model.eval()
 

@@ -8,15 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from service.bundle import CALIBRATION, REFERENCE, Bundle, ScoreDefinition, open_bundle, write_bundle
+from service.bundle import (
+    CALIBRATION,
+    REFERENCE,
+    ArrayPreprocessing,
+    Bundle,
+    ScoreDefinition,
+    open_bundle,
+    write_bundle,
+)
 from service.errors import VaeserveError
 from service.model import Model
 from service.runtime import Runtime
 from service.verify import replay, verified
 from training.config import ScoreConfig
 from training.errors import ExportError
-from training.export import ROLES, export_graphs, likelihood, signature
-from training.parity import reference_arrays, to_npz, tolerances
+from training.export import export_graphs, likelihood, posterior, prior, signature
+from training.models.base import LatentVariableModel
+from training.parity import reference_arrays, rounds, to_npz, tolerances
 from training.provenance import provenance
 from training.runs import Run
 
@@ -24,28 +33,64 @@ VERSION = "1"
 """Version of every staged bundle; publishing gives it the next free one."""
 
 
-def score_definitions(config: ScoreConfig) -> dict[str, ScoreDefinition]:
-    """Both estimators at the configured k and seed."""
-    texts = {
-        "elbo": "negative ELBO in nats: mean of −log w over k posterior samples",
-        "iwae": "negative IWAE-k bound in nats: −log of the mean of w over k posterior samples",
-    }
+BOUNDS = {
+    "elbo": "negative ELBO in nats: mean of −log w over k posterior samples",
+    "iwae": "negative IWAE-k bound in nats: −log of the mean of w over k posterior samples",
+}
+FAMILIES = {
+    "vae": "variational autoencoder",
+    "ladder": "hierarchical variational autoencoder",
+    "autoencoder": "deterministic autoencoder",
+    "linear_autoencoder": "linear autoencoder",
+    "pca": "principal component analysis",
+    "ppca": "probabilistic principal component analysis",
+    "fa": "factor analysis",
+    "ica": "independent component analysis",
+    "flow": "normalising flow",
+}
+
+
+def score_definitions(model: LatentVariableModel, config: ScoreConfig) -> dict[str, ScoreDefinition]:
+    """The scores that the model's evidence allows; where nothing is sampled, k = 1 and one definition say it all."""
+    if model.evidence == "bound":
+        return {
+            name: ScoreDefinition.model_validate(
+                {"estimator": name, "k": config.k, "seed": config.seed, "description": text}
+            )
+            for name, text in BOUNDS.items()
+        }
+    if model.evidence == "exact":
+        text = "negative log p(x) in nats, exact"
+        return {"elbo": ScoreDefinition(estimator="elbo", k=1, seed=config.seed, description=text)}
+    unit = model.likelihood.unit_of_error
+    text = f"reconstruction error ({unit}), summed over the {_numbers(model)}; not a likelihood"
     return {
-        name: ScoreDefinition.model_validate(
-            {"estimator": name, "k": config.k, "seed": config.seed, "description": text}
+        "reconstruction": ScoreDefinition(
+            estimator="reconstruction", k=1, seed=config.seed, unit=unit, description=text
         )
-        for name, text in texts.items()
     }
+
+
+def _numbers(model: LatentVariableModel) -> str:
+    return "image's pixels" if model.likelihood.values == "pixels" else "row's numbers"
 
 
 def describe(run: Run) -> str:
     """The bundle's description: the configured one, or what kind of model of what data it is."""
     if run.config.description:
         return run.config.description
-    size = "×".join(map(str, run.model.shape))
+    model, preprocessing = run.model, run.dataset.preprocessing
+    if isinstance(preprocessing, ArrayPreprocessing):
+        size = f"{preprocessing.kind}s of {'×'.join(map(str, preprocessing.natural))}"
+    else:
+        size = f"{'×'.join(map(str, model.shape))} pixels"
+    family = FAMILIES[model.family]
+    priors = {"standard_normal": "", "none": ", no prior"}
+    prior = priors.get(model.prior.family, f", {model.prior.family.replace('_', ' ')} prior")
+    posterior = "" if model.posterior_family == "diagonal_gaussian" else f", {model.posterior_family} posterior"
     return (
-        f"Variational autoencoder of {run.dataset.name} ({size} pixels): {run.model.latent_dim} latent dimensions, "
-        f"{run.config.model.likelihood.family.replace('_', ' ')} likelihood"
+        f"{family[0].upper()}{family[1:]} of {run.dataset.name} ({size}): {model.latent_dim} latent dimensions, "
+        f"{model.likelihood.family.replace('_', ' ')} likelihood{posterior}{prior}"
     )
 
 
@@ -53,19 +98,23 @@ def export(run: Run) -> Path:
     """Write runs/NAME/bundle/NAME/1, uncalibrated, in place of one that is there. Raises ExportError, VaeserveError."""
     graphs = export_graphs(run.model, run.dataset.preprocessing)
     reference = reference_arrays(run.model, run.dataset, run.config.seed)
-    files = {f"{role}.onnx": graphs[role] for role in ROLES} | {REFERENCE: to_npz(reference)}
-    allowed = tolerances(reference, run.model.likelihood.family)
+    files = {f"{role}.onnx": graph for role, graph in graphs.items()} | {REFERENCE: to_npz(reference)}
+    allowed = tolerances(reference, rounds(run.model.likelihood))
+    scores = score_definitions(run.model, run.config.score)
     manifest: dict[str, Any] = {
         "name": run.name,
         "version": VERSION,
         "family": run.model.family,
         "description": describe(run),
         "preprocessing": run.dataset.preprocessing.model_dump(mode="json"),
+        "evidence": run.model.evidence,
         "signature": signature(run.model).model_dump(mode="json"),
         "likelihood": likelihood(run.model).model_dump(mode="json"),
-        "graphs": {role: f"{role}.onnx" for role in ROLES},
-        "scores": {name: d.model_dump(mode="json") for name, d in score_definitions(run.config.score).items()},
-        "default_score": run.config.score.estimator,
+        "prior": prior(run.model).model_dump(mode="json"),
+        "posterior": posterior(run.model).model_dump(mode="json"),
+        "graphs": {role: f"{role}.onnx" for role in graphs},
+        "scores": {name: definition.model_dump(mode="json") for name, definition in scores.items()},
+        "default_score": run.config.score.estimator if run.config.score.estimator in scores else next(iter(scores)),
         "reference": {"tolerances": {name: t.model_dump() for name, t in allowed.items()}, "max_abs_error": {}},
         "provenance": provenance(run),
     }

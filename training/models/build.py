@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from service.bundle import InputRule
 from training.config import ModelConfig
 from training.models.base import LatentVariableModel
+from training.models.flow import Flow
 from training.models.vae import VAE
 from training.networks import Shape
 
-FAMILIES: dict[str, type[LatentVariableModel]] = {"vae": VAE}
+
+class Family(Protocol):
+    """A class of models, as the table needs it."""
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether ``finish`` alone fits it."""
+
+    def __call__(self, shape: Shape, config: ModelConfig) -> LatentVariableModel:
+        """An untrained model for rows [C,H,W]; ``config.likelihood.values`` says what they hold."""
 
 
-def build_model(shape: Shape, config: ModelConfig) -> LatentVariableModel:
-    """An untrained model of the configured family for images [C,H,W] of ``shape``."""
-    return FAMILIES[config.family](shape, config)
+FAMILIES: dict[str, Family] = {"vae": VAE, "flow": Flow}
+
+
+def build_model(rule: InputRule, config: ModelConfig) -> LatentVariableModel:
+    """An untrained model of the configured family for rows of that rule: pixels of images, or numbers as they are.
+
+    Raises ConfigError: the family or its likelihood is not for such rows.
+    """
+    values = "pixels" if rule.kind == "image" else "reals"
+    likelihood = config.likelihood.model_copy(update={"values": values})
+    return FAMILIES[config.family](rule.shape, config.model_copy(update={"likelihood": likelihood}))

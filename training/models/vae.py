@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import ModelConfig
+from training.errors import ConfigError
 from training.likelihoods import Parameters, build_likelihood
 from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
 from training.networks import Shape, build_decoder, build_encoder
@@ -18,10 +19,11 @@ from training.priors import StandardNormal, VampPrior, build_prior
 class VAE(LatentVariableModel):
     """p(z) by the prior, p(x|z) by the decoder and the likelihood, q(z|x) by the encoder and the posterior.
 
-    >>> from training.config import ModelConfig
-    >>> vae = VAE((1, 8, 8), ModelConfig(latent_dim=2))
-    >>> vae.decode(torch.zeros(3, 2)).mean.shape
-    torch.Size([3, 1, 8, 8])
+        >>> from training.config import ModelConfig
+    from training.errors import ConfigError
+        >>> vae = VAE((1, 8, 8), ModelConfig(latent_dim=2))
+        >>> vae.decode(torch.zeros(3, 2)).mean.shape
+        torch.Size([3, 1, 8, 8])
     """
 
     family = "vae"
@@ -35,6 +37,8 @@ class VAE(LatentVariableModel):
         self.posterior = build_posterior(config.posterior, features, config.latent_dim)
         self.posterior_family, self.moments = self.posterior.family, self.posterior.moments
         self.decoder = build_decoder(config.latent_dim, shape, self.likelihood.raw, config.network)
+        if config.prior.family == "vamp" and config.likelihood.values == "reals":
+            raise ConfigError("model.prior.family: 'vamp' learns pseudo-inputs in [0, 1], for pixels only; try 'flow'")
         self.prior = build_prior(config.prior, config.latent_dim, shape)
 
     @property
