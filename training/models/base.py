@@ -61,7 +61,7 @@ class Terms(NamedTuple):
 
 
 class LatentVariableModel(nn.Module, ABC):
-    """Base of all families, each made by Family(shape, config: ModelConfig); ``evidence``, ``posterior_family`` and ``moments`` are the manifest's words.
+    """Base of all families; ``evidence``, ``posterior_family`` and ``moments`` are the manifest's words.
 
     ``closed_form`` models are solved by ``finish`` alone; the others are trained by gradient on ``forward``'s terms,
     and may add in ``finish`` what is fitted once the weights stand.
