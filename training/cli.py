@@ -46,7 +46,9 @@ def main() -> None:
 def fit(
     data: Annotated[
         str | None,
-        typer.Option(help="digits, mnist, fashion-mnist, a folder of images, or an .npy/.npz file; default: digits"),
+        typer.Option(
+            help="digits, mnist, fashion-mnist, a folder of images, an .npy, .npz, .csv, .parquet file; default: digits"
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="A name that `vaetrain presets` lists, or a .toml file; default: by the data")
@@ -85,7 +87,7 @@ def _configure(
     from training.runs import Launch
 
     source = data or DataConfig().source
-    chosen = preset or _preset_for(source)
+    chosen = preset or _preset_for(source, overrides)
     base: dict[str, Any] = {"data": {"source": source}} if data or not preset else {}
     if data_dir:
         base.setdefault("data", {})["directory"] = str(data_dir)
@@ -95,13 +97,15 @@ def _configure(
     return launch, load_config(chosen, overrides, base)
 
 
-def _preset_for(source: str) -> str | None:
-    """The preset of the data's own name, ``images`` for folders and arrays, or none."""
-    from training.config import presets
-    from training.data.load import NAMED
+def _preset_for(source: str, overrides: list[str]) -> str | None:
+    """The preset of the data's own name; ``images``, ``vectors`` or ``signals`` for a user's own data; or none."""
+    from training.config import load_config, parse_override, presets
+    from training.data.load import NAMED, kind_of
 
-    wanted = source if source in NAMED else "images"
-    return wanted if wanted in presets() else None
+    if source in NAMED:
+        return source if source in presets() else None
+    of_data = [text for text in overrides if parse_override(text)[0][0] == "data"]
+    return f"{kind_of(load_config(None, of_data, {'data': {'source': source}}).data)}s"
 
 
 @app.command()

@@ -155,7 +155,7 @@ def test_npz_keys(tmp_path, arrays, options):
 @pytest.mark.parametrize(
     ("arrays", "options", "says"),
     [
-        ({"a": GREY, "b": GREY}, {}, "holds a, b; say which are images"),
+        ({"a": GREY, "b": GREY}, {}, "holds a, b; say which are the rows"),
         ({}, {}, "holds no array"),
         ({"x": GREY}, {"images": "z"}, "data.images = 'z' is not among its arrays: x"),
         ({"x": GREY}, {"labels": "z"}, "data.labels = 'z' is not among"),
@@ -172,6 +172,7 @@ def test_npz_that_cannot_be_read_says_why(tmp_path, arrays, options, says):
 def test_size_and_mode_are_the_bundle_rule(tmp_path):
     dataset = load(saved(tmp_path / "a.npy", GREY), size=(9, 7), mode="RGB", fit="stretch", resample="box")
     assert dataset.preprocessing.model_dump() == {
+        "kind": "image",
         "mode": "RGB",
         "height": 9,
         "width": 7,
@@ -310,7 +311,7 @@ def test_mnist(tmp_path):
     [
         ("mnits", DataNotFound, "no data set .* has that name; did you mean mnist?"),
         ("nowhere/at/all", DataNotFound, "no such file or folder"),
-        ("notes.txt", DataFormatError, "a folder of images, an .npy or an .npz file was expected"),
+        ("notes.txt", DataFormatError, r"a folder of images, or an \.npy, \.npz, \.csv or \.parquet file was expected"),
         ("folder.npy", DataNotFound, "no file in this folder"),
     ],
 )

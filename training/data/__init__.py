@@ -1,4 +1,4 @@
-"""Training data: sources, download, seeded splits, and the Dataset that holds or streams the pixels."""
+"""Training data: sources, download, seeded splits, and the Dataset that holds or streams the numbers."""
 
 from training.data.config import DataConfig
 from training.data.dataset import Dataset

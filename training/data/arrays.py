@@ -1,4 +1,4 @@
-"""Images in .npy and .npz files: uint8, or floats in [0, 1]; large .npy files stay on disk."""
+"""Arrays in .npy and .npz files: images (uint8, or floats in [0, 1]), vectors, signals; large .npy stay on disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -16,13 +17,15 @@ from service.errors import VaeserveError
 from service.images import apply, resize_array
 from training.data.config import DataConfig
 from training.data.download import sha256_file
+from training.data.rows import Kind, array_rows, rows_source
 from training.data.source import Source, slug
 from training.errors import DataFormatError, DataNotFound
 
 CHANNELS = (1, 3)
-IMAGE_KEYS = ("images", "x", "data", "arr_0")  # the first of these is taken where an .npz holds several candidates
+ROW_KEYS = ("images", "vectors", "signals", "x", "data", "arr_0")  # the first is taken where an .npz holds several
 LABEL_KEYS = ("labels", "y", "targets")
 UNREADABLE = (ValueError, EOFError, SyntaxError, OverflowError, MemoryError)  # what NumPy raises on odd bytes
+OTHER_KINDS = "data.kind says if these are vectors or signals"
 MAX_SIDE = 4096  # as service.bundle.Preprocessing has it
 
 
@@ -54,13 +57,17 @@ class ArrayPixels:
 
 
 def open_array(path: Path, config: DataConfig) -> Source:
-    """A .npy or .npz file of N×H×W, N×C×H×W or N×H×W×C pixels, where C is 1 or 3.
+    """A .npy or .npz file: N×H×W, N×C×H×W or N×H×W×C pixels, where C is 1 or 3; or the rows that ``config.kind`` says.
 
-    Of an .npz file ``config.images`` and ``config.labels`` name the arrays; unnamed, images are the array called
-    images, x, data or arr_0, or else the only one, and labels the one called labels, y or targets, if any.
-    An .npz file is read whole, an .npy file is mapped. No pickles. Raises DataNotFound, DataFormatError.
+    Of an .npz file ``config.images`` and ``config.labels`` name the arrays; unnamed, the rows are the array called
+    images, vectors, signals, x, data or arr_0, or else the only one, and labels the one called labels, y or targets, if
+    any. An .npz file is read whole, an .npy file is mapped. No pickles. Raises DataNotFound, DataFormatError.
     """
-    raw, labels = _open_npz(path, config) if path.suffix.lower() == ".npz" else (_open_npy(path, config), None)
+    raw, labels = _open(path, config)
+    kind = _kind(raw, config)
+    if kind != "image":
+        rows = array_rows(raw, kind, path)
+        return rows_source(rows, path, config, None if labels is None else _labels(labels, len(raw), path))
     array = _channels_first(raw, path)
     preprocessing = native_preprocessing(array.shape[1:], config)
     if array.dtype != np.uint8 and preprocessing.channels != array.shape[1]:
@@ -76,6 +83,22 @@ def open_array(path: Path, config: DataConfig) -> Source:
         labels=None if labels is None else _labels(labels, len(array), path),
         details={"files": {path.name: sha256_file(path)}},
     )
+
+
+def array_kind(path: Path, config: DataConfig) -> Kind | Literal["image"]:
+    """What the rows of a .npy or .npz file are. Raises DataNotFound, DataFormatError."""
+    return _kind(_open(path, config)[0], config)
+
+
+def _kind(array: np.ndarray, config: DataConfig) -> Kind | Literal["image"]:
+    if config.kind != "auto":
+        return config.kind
+    return "vector" if array.ndim == 2 and array.dtype.kind == "f" else "image"
+
+
+def _open(path: Path, config: DataConfig) -> tuple[np.ndarray, np.ndarray | None]:
+    """The array of rows, and of labels if there is one."""
+    return _open_npz(path, config) if path.suffix.lower() == ".npz" else (_open_npy(path, config), None)
 
 
 def native_preprocessing(shape: tuple[int, ...], config: DataConfig) -> Preprocessing:
@@ -122,12 +145,12 @@ def _open_npz(path: Path, config: DataConfig) -> tuple[np.ndarray, np.ndarray | 
 def _images_key(keys: Sequence[str], config: DataConfig, path: Path) -> str:
     if config.images is not None:
         return _known(config.images, "data.images", keys, path)
-    named = next((key for key in IMAGE_KEYS if key in keys), None)
+    named = next((key for key in ROW_KEYS if key in keys), None)
     if named is not None:
         return named
     others = [key for key in keys if key not in (*LABEL_KEYS, config.labels)]
     if len(others) != 1:
-        raise DataFormatError(f"{path}: holds {', '.join(keys) or 'no array'}; say which are images with data.images")
+        raise DataFormatError(f"{path}: holds {', '.join(keys) or 'no array'}; say which are the rows with data.images")
     return others[0]
 
 
@@ -158,7 +181,7 @@ def _channels_first(array: np.ndarray, path: Path) -> np.ndarray:
             return array if first else np.moveaxis(array, 3, 1)
         if first and last:
             raise DataFormatError(f"{path}: {shape} may be N×C×H×W or N×H×W×C; store images wider than 3 pixels")
-    raise DataFormatError(f"{path}: {shape} is none of N×H×W, N×C×H×W and N×H×W×C with C = 1 or 3")
+    raise DataFormatError(f"{path}: {shape} is none of N×H×W, N×C×H×W and N×H×W×C with C = 1 or 3; {OTHER_KINDS}")
 
 
 def _labels(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
@@ -174,5 +197,7 @@ def _checked(row: np.ndarray) -> np.ndarray:
         raise DataFormatError("holds NaN or infinity; floats in [0, 1] were expected")
     low, high = row.min(), row.max()
     if low < 0 or high > 1:
-        raise DataFormatError(f"values from {low:g} to {high:g}; floats in [0, 1], or uint8, were expected")
+        raise DataFormatError(
+            f"values from {low:g} to {high:g}; floats in [0, 1], or uint8, were expected; {OTHER_KINDS}"
+        )
     return row

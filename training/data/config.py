@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.bundle import Preprocessing
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Column = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 def default_directory() -> Path:
@@ -21,10 +22,14 @@ def default_directory() -> Path:
 
 
 class DataConfig(BaseModel):
-    """Which images, brought to which form, split how.
+    """Which images, vectors or signals, brought to which form, split how.
 
     ``source`` is ``digits`` (scikit-learn's 8×8 digits, no network), ``mnist``, ``fashion-mnist``, or the path of a
-    folder of images, a .npy or a .npz file; a folder that is itself called ``mnist`` is written ``./mnist``.
+    folder of images, a .npy, .npz, .csv or .parquet file; a folder that is itself called ``mnist`` is written
+    ``./mnist``.
+
+    ``kind`` auto takes tables (.csv, .parquet) and arrays of N×D floats for vectors, everything else for images.
+    Signals are N×C×T or N×T numbers. Columns of a table are named as its header has them, or by their number from 0.
 
     Without ``size`` an image set keeps its own size; a folder of images keeps the size that they all share if no side
     of it is over 128 pixels, and becomes 64×64 otherwise. ``mode`` auto is L where the images are grey, else RGB.
@@ -37,6 +42,7 @@ class DataConfig(BaseModel):
 
     source: str = Field(default="digits", min_length=1, description="digits, mnist, fashion-mnist, or a path")
     directory: Path = Field(default_factory=default_directory, description="where data sets lie, or are downloaded to")
+    kind: Literal["auto", "image", "vector", "signal"] = Field(default="auto", description="what a row is")
     mode: Literal["auto", "L", "RGB"] = Field(default="auto", description="grey or colour")
     size: Side | tuple[Side, Side] | None = Field(default=None, description="side of a square, or (height, width)")
     fit: Literal["cover", "contain", "stretch"] = Field(default="cover", description="how another shape becomes size")
@@ -46,11 +52,20 @@ class DataConfig(BaseModel):
     calibration: Fraction = Field(default=0.05, description="fraction kept for conformal calibration")
     test: Fraction = Field(default=0.10, description="fraction kept for the final figures, if no test part comes along")
     split_seed: int = Field(default=0, ge=0, lt=2**32)
-    on_bad: Literal["skip", "refuse"] = Field(default="skip", description="what to do with images that cannot be read")
-    memory_limit_mb: int = Field(default=2048, ge=0, description="MiB of pixels above which data are streamed")
-    limit: int | None = Field(default=None, ge=1, description="use at most so many images, drawn by split_seed")
-    images: str | None = Field(default=None, description="key of the images in an .npz file")
+    on_bad: Literal["skip", "refuse"] = Field(default="skip", description="what to do with rows that cannot be used")
+    memory_limit_mb: int = Field(default=2048, ge=0, description="MiB above which data are streamed")
+    limit: int | None = Field(default=None, ge=1, description="use at most so many rows, drawn by split_seed")
+    images: str | None = Field(default=None, description="key of the images, vectors or signals in an .npz file")
     labels: str | None = Field(default=None, description="key of the labels in an .npz file")
+    keep: list[Column] | None = Field(default=None, description="columns of a table that are a row's numbers; all")
+    drop: list[Column] = Field(default=[], description="columns of a table that are left out")
+    label: Column | None = Field(default=None, description="column of a table that holds the labels")
+
+    @field_validator("keep", "drop", mode="before")
+    @classmethod
+    def _one_column_is_a_list(cls, value: Any) -> Any:
+        """``--set data.drop=id`` is meant so."""
+        return [value] if isinstance(value, str | int) else value
 
     @model_validator(mode="after")
     def _leaves_a_training_split(self) -> DataConfig:

@@ -1,4 +1,4 @@
-"""Dataset: images as a pool of pixels, and the splits that index it."""
+"""Dataset: images, vectors or signals as a pool of arrays, and the splits that index it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from service.bundle import Preprocessing
+from service.bundle import InputRule
 from training.data.parallel import ordered_map
 from training.errors import DataError
 
 
 class Pixels(Protocol):
-    """Where pixels come from: random access to N images of one shape and dtype."""
+    """Where pixels, or other numbers, come from: random access to N images or rows of one shape and dtype."""
 
     def read(self, index: int) -> np.ndarray:
-        """Image ``index`` as uint8 [C,H,W], or float32 [C,H,W] in [0,1]. Raises DataError with the reason."""
+        """Image ``index`` as uint8 [C,H,W], or float32 [C,H,W] in [0,1]; of a vector or signal any finite float32.
+
+        Raises DataError with the reason.
+        """
 
     def name(self, index: int) -> str:
         """What to call image ``index`` in a message."""
@@ -49,7 +52,7 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images of one shape, and disjoint splits of them.
+    """Images, vectors or signals of one shape, and disjoint splits of them; what is said of images holds for all.
 
     ``splits`` maps train, validation, calibration and test to int64 indices into the pool of N images, in seeded order
     (all of them, but those equal to images of a test part that the data set came with);
@@ -58,7 +61,7 @@ class Dataset:
     """
 
     name: str
-    preprocessing: Preprocessing
+    preprocessing: InputRule
     splits: Mapping[str, np.ndarray]
     labels: np.ndarray | None
     label_names: list[str] | None
@@ -79,6 +82,8 @@ class Dataset:
     def pixels(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """Images ``indices`` of the pool: uint8 [B,C,H,W], or float32 in [0,1] where the source holds floats.
 
+        Vectors [B,1,1,D] and signals [B,C,1,T] are float32 in their own units.
+
         Raises DataError if a streamed file has vanished or changed.
         """
         if isinstance(self.store, np.ndarray):
@@ -98,11 +103,14 @@ class Dataset:
             yield from ordered_map(self._read_batch, index_batches, self.store.workers, prefetch)
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the data, for a bundle's provenance; JSON values only, no folder of this machine."""
+        """What identifies the data, for a bundle's provenance; JSON values only, no folder of this machine.
+
+        The number of rows is called images, vectors or signals.
+        """
         return {
             "name": self.name,
-            "images": len(self),
-            "shape": list(self.preprocessing.shape),
+            f"{self.preprocessing.kind}s": len(self),
+            "shape": list(self.preprocessing.natural),
             "dtype": str(self.dtype),
             "splits": {name: len(indices) for name, indices in self.splits.items()},
             "label_names": self.label_names,

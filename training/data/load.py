@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from training.data.arrays import open_array
+from training.data.arrays import array_kind, open_array
 from training.data.config import DataConfig
+from training.data.csvs import read_csv
 from training.data.dataset import Dataset
 from training.data.digits import open_digits
 from training.data.folders import open_folder
 from training.data.mnist import FASHION_MNIST, MNIST, open_idx_set
+from training.data.rows import refuse_options
 from training.data.source import Source, load_source
+from training.data.tables import Table, open_table
 from training.errors import DataFormatError, DataNotFound
 
 NAMED: dict[str, Callable[[DataConfig], Source]] = {
@@ -20,28 +24,56 @@ NAMED: dict[str, Callable[[DataConfig], Source]] = {
     "mnist": lambda config: open_idx_set(config, MNIST),
     "fashion-mnist": lambda config: open_idx_set(config, FASHION_MNIST),
 }
-ARRAY_SUFFIXES = {".npy", ".npz"}
+
+
+def _read_parquet(path: Path, config: DataConfig) -> Table:
+    from training.data.parquet import read_parquet  # pyarrow takes a while, and only this wants it
+
+    return read_parquet(path, config)
+
+
+TABLES = {".csv": read_csv, ".parquet": _read_parquet}
+ARRAY_SUFFIXES = {".npy", ".npz", *TABLES}
+FORMS = "a folder of images, or an .npy, .npz, .csv or .parquet file"
+TABLE_OPTIONS = ("keep", "drop", "label")
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Find (or download), read, check and split the images that ``config`` names.
+    """Find (or download), read, check and split the rows that ``config`` names.
 
-    Raises a DataError that says what was expected: nothing there, bytes that are not their format's, images refused,
+    Raises a DataError that says what was expected: nothing there, bytes that are not their format's, rows refused,
     too few of them left.
     """
     return load_source(_open(config), config)
 
 
-def _open(config: DataConfig) -> Source:
-    if config.source in NAMED:
-        return NAMED[config.source](config)
+def kind_of(config: DataConfig) -> Literal["image", "vector", "signal"]:
+    """What a row of the data is; images where nothing is found. Raises a DataError if a file cannot be read."""
     path = Path(config.source).expanduser()
+    if config.source in NAMED or not path.is_file():
+        return "image"
+    if path.suffix.lower() in TABLES:
+        return "signal" if config.kind == "signal" else "vector"
+    return array_kind(path, config) if path.suffix.lower() in ARRAY_SUFFIXES else "image"
+
+
+def _open(config: DataConfig) -> Source:
+    path = Path(config.source).expanduser()
+    named = config.source in NAMED
+    suffix = path.suffix.lower() if path.is_file() and not named else ""
+    if suffix in TABLES:
+        return open_table(path, config, TABLES[suffix])
+    refuse_options(config, TABLE_OPTIONS, path, "it chooses among the columns of a .csv or .parquet file")
+    if suffix in ARRAY_SUFFIXES:
+        return open_array(path, config)
+    if config.kind in ("vector", "signal") and (named or path.is_dir()):
+        raise DataFormatError(f"{path}: data.kind = {config.kind!r}: these are images")
+    if named:
+        return NAMED[config.source](config)
     if path.is_dir():
         return open_folder(path, config)
-    if path.suffix.lower() in ARRAY_SUFFIXES and path.is_file():
-        return open_array(path, config)
     if path.exists():
-        raise DataFormatError(f"{path}: a folder of images, an .npy or an .npz file was expected")
+        raise DataFormatError(f"{path}: {FORMS} was expected")
     near = difflib.get_close_matches(config.source, NAMED, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise DataNotFound(

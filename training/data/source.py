@@ -1,4 +1,4 @@
-"""From an opened source to a Dataset: read every image once, drop the bad ones, split the rest."""
+"""From an opened source to a Dataset: read every image (or row) once, drop the bad ones, split the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from service.bundle import Preprocessing
+from service.bundle import InputRule
 from training.data.config import DataConfig
 from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint
 from training.data.parallel import ordered_map
@@ -23,7 +23,7 @@ NAMED = 10  # bad images that a message names
 
 @dataclass(frozen=True)
 class Source:
-    """``count`` images that have been found but not read, and what is known of them.
+    """``count`` images, vectors or signals that have been found but not read, and what is known of them.
 
     ``labels`` int64 [count] (-1: none) and ``is_test`` bool [count] are aligned with the images; ``workers`` is the
     number of threads that reading profits from; ``details`` go into the provenance.
@@ -32,13 +32,18 @@ class Source:
     name: str
     pixels: Pixels
     count: int
-    preprocessing: Preprocessing
+    preprocessing: InputRule
     dtype: np.dtype = field(default_factory=lambda: np.dtype(np.uint8))
     labels: np.ndarray | None = None
     label_names: list[str] | None = None
     is_test: np.ndarray | None = None
     workers: int = 1
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def noun(self) -> str:
+        """What a row is called: image, vector or signal."""
+        return self.preprocessing.kind
 
 
 @dataclass
@@ -130,17 +135,17 @@ def _outcomes(source: Source, rows: np.ndarray) -> Iterator[np.ndarray | DataErr
 
 def _check(source: Source, scan: _Scan, config: DataConfig) -> None:
     if scan.skipped and config.on_bad == "refuse":
-        raise BadImages(f"{source.name}: {len(scan.skipped)} images cannot be used:\n{_listed(scan.skipped)}")
+        raise BadImages(f"{source.name}: {len(scan.skipped)} {source.noun}s cannot be used:\n{_listed(scan.skipped)}")
     if not scan.kept:
         bad = f"; all {len(scan.skipped)} found cannot be used:\n{_listed(scan.skipped)}" if scan.skipped else ""
-        raise SplitError(f"{source.name}: no usable image{bad}")
+        raise SplitError(f"{source.name}: no usable {source.noun}{bad}")
 
 
 def _split(source: Source, kept: np.ndarray, groups: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:
     fractions = {"validation": config.validation, "calibration": config.calibration, "test": config.test}
     try:
         if source.is_test is None:
-            return split(groups, fractions, config.split_seed)
+            return split(groups, fractions, config.split_seed, f"{source.noun}s")
         return split_with_test(groups, source.is_test[kept], fractions, config.split_seed)
     except SplitError as error:
         skipped = source.count - len(kept) if config.limit is None else 0

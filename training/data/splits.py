@@ -13,17 +13,17 @@ import numpy as np
 from training.errors import SplitError
 
 
-def split(groups: np.ndarray, fractions: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
+def split(groups: np.ndarray, fractions: Mapping[str, float], seed: int, noun: str = "images") -> dict[str, np.ndarray]:
     """Split images 0 … N-1 into ``fractions`` and ``train``, which takes the rest.
 
     ``groups`` int64 [N] numbers equal images alike, so that no image stands in two splits: groups are visited in
     seeded order and each goes whole to the first split that still has room for it. A split of fraction f has room for
     ⌊f·N + ½⌋ images. Returns int64 indices by split, in seeded order: the first n of a split are a random sample of it.
-    Raises SplitError where a split would be empty.
+    Raises SplitError, which calls them ``noun``, where a split would be empty.
     """
     total = len(groups)
     wanted = {name: math.floor(fraction * total + 0.5) for name, fraction in fractions.items()}
-    _check_sizes(wanted, fractions, total)
+    _check_sizes(wanted, fractions, total, noun)
     members = _members(groups)
     room = dict(wanted)
     chosen: dict[str, list[np.ndarray]] = {name: [] for name in ("train", *fractions)}
@@ -34,7 +34,7 @@ def split(groups: np.ndarray, fractions: Mapping[str, float], seed: int) -> dict
             room[name] -= size
         chosen[name].append(members[group])
     result = {name: np.concatenate(parts) for name, parts in chosen.items() if parts}
-    _check_filled(result, chosen, total, len(members))
+    _check_filled(result, chosen, f"{total} {noun}", len(members))
     return result
 
 
@@ -69,18 +69,18 @@ def _members(groups: np.ndarray) -> list[np.ndarray]:
     return sorted(parts, key=lambda part: int(part[0]))
 
 
-def _check_sizes(wanted: Mapping[str, int], fractions: Mapping[str, float], total: int) -> None:
+def _check_sizes(wanted: Mapping[str, int], fractions: Mapping[str, float], total: int, noun: str) -> None:
     empty = [name for name, count in wanted.items() if count == 0]
     if empty or sum(wanted.values()) >= total:
         least = max(math.ceil(0.5 / fraction) for fraction in fractions.values())
         asked = ", ".join(f"{name} {fraction:g}" for name, fraction in fractions.items())
-        raise SplitError(f"{total} usable images are too few to split into {asked} and train: at least {least} needed")
+        raise SplitError(f"{total} usable {noun} are too few to split into {asked} and train: at least {least} needed")
 
 
-def _check_filled(result: Mapping[str, np.ndarray], chosen: Mapping[str, list], total: int, distinct: int) -> None:
+def _check_filled(result: Mapping[str, np.ndarray], chosen: Mapping[str, list], total: str, distinct: int) -> None:
     empty = [name for name in chosen if name not in result]
     if empty:
         raise SplitError(
-            f"nothing is left for {', '.join(empty)}: the {total} images hold only {distinct} different ones, and "
-            "equal images are kept in one split"
+            f"nothing is left for {', '.join(empty)}: the {total} hold only {distinct} different ones, and "
+            "equal ones are kept in one split"
         )
