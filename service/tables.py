@@ -117,7 +117,7 @@ class TableReader:
             text = body.decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InvalidInput("the CSV is no UTF-8 text") from error
-        lines = csv.reader(StringIO(text, newline=""), strict=True)
+        lines = csv.reader(StringIO(text, newline=""), strict=True, skipinitialspace=True)
         rows: list[list[float]] = []
         order: list[int] | None = None
         try:

@@ -753,3 +753,128 @@ def odd_framing(shape: Shape) -> list[Body]:
         ("odd: form, base64 part", X_FORM, part(text, extra=extra) + b"--x--\r\n"),
         ("odd: form, no file name", X_FORM, part(picture, 'form-data; name="images"') + b"--x--\r\n"),
     ]
+
+
+# Vectors and signals
+
+
+def table_payloads(features: list[str]) -> list[Payload]:
+    """Bodies that a model of vectors with these features (two or more, no quotes) must refuse, as ``payloads``."""
+    bodies = [*row_documents(features), *row_arrays(len(features)), *csv_texts(features), *foreign_bodies()]
+    return _spread(bodies, ["encode", "score", "reconstruct"])
+
+
+def row_documents(features: list[str]) -> list[Body]:
+    """JSON bodies."""
+    size = len(features)
+    row, named = [0.5] * size, dict.fromkeys(features, 0.5)
+    lists: dict[str, Any] = {
+        "no list": "rows",
+        "an empty list": [],
+        "an empty row": [[]],
+        "one number short": [row, row[1:]],
+        "one number more": [row, [*row, 1]],
+        "all of another length": [[*row, 1]] * 2,
+        "too deep": [[[row]]],
+        "a text": [[*row[1:], "1"]],
+        "null": [[*row[1:], None]],
+        "true": [[*row[1:], True]],
+        "beyond float32": [[*row[1:], 1e39]],
+        "a number among rows": [row, 1],
+        "an object among lists": [row, named],
+        "a list among objects": [named, row],
+        "a feature missing": [named, dict.fromkeys(features[1:], 1)],
+        "an unknown feature": [named | {"other": 1}],
+        "a feature in capitals": [{name.upper(): 1 for name in features}],
+        "a text for a feature": [named | {features[0]: "1"}],
+        "null for a feature": [named | {features[0]: None}],
+        "a list for a feature": [named | {features[0]: [1]}],
+        "too many rows": [row] * 2000,
+        "too many objects": [named] * 2000,
+        "a million names": [{f"x{i}": 1 for i in range(100_000)}],
+    }
+    found = [(f"rows: {name}", JSON, json.dumps({"rows": rows}).encode()) for name, rows in lists.items()]
+    found += [
+        ("rows: no key", JSON, json.dumps({"data": [row]}).encode()),
+        ("rows: no object", JSON, json.dumps([row]).encode()),
+        ("rows beside images", JSON, json.dumps({"rows": [row], "images": [row]}).encode()),
+        ("rows: NaN", JSON, json.dumps({"rows": [[float("nan")] * size]}).encode()),
+        ("rows: infinity", JSON, json.dumps({"rows": [[float("inf")] * size]}).encode()),
+        ("rows: a flood of lists", JSON, b'{"rows": [' + b"[]," * 1_000_000 + b"[]]}"),
+    ]
+    return found
+
+
+def row_arrays(size: int) -> list[Body]:
+    """npy bodies."""
+    good = np.full((2, size), 0.5, np.float32)
+    bad, beyond = good.copy(), good.astype(np.float64)
+    bad[1, 1], beyond[1, 0] = np.nan, -1e39
+    arrays = {
+        "rows of another width": good[:, 1:],
+        "three dimensions": good[None],
+        "no rows": good[:0],
+        "a single number": np.float32(1),
+        "NaN": bad,
+        "beyond float32": beyond,
+        "too many rows": np.repeat(good, 1000, axis=0),
+        "whole numbers of 64 bits": good.astype(np.int64),
+        "texts": good.astype(str),
+    }
+    return [(f"npy rows: {name}", NPY, npy(array)) for name, array in arrays.items()]
+
+
+def csv_texts(features: list[str]) -> list[Body]:
+    """CSV bodies."""
+    size = len(features)
+    header, row = ",".join(f'"{name}"' for name in features), ",".join(["0.5"] * size)
+    other = ",".join(["other", *(f'"{name}"' for name in features[1:])])
+    twice = ",".join([f'"{features[0]}"', *(f'"{name}"' for name in features[:-1])])
+    texts = {
+        "nothing": "",
+        "blank lines": "\r\n" * 3,
+        "a flood of blank lines": row + "\n" * 2_000_000 + row,
+        "a mark alone": "\ufeff",
+        "a header alone": header,
+        "two headers": f"{header}\n{header}\n{row}",
+        "a header below": f"{row}\n{header}",
+        "a name twice": f"{twice}\n{row}",
+        "a name and its twin": f'{header},"{features[0]}"\n{row},1',
+        "an unknown name": f"{other}\n{row}",
+        "a name missing": header.rsplit(",", 1)[0] + "\n1",
+        "a number short": f"{row}\n{row[4:]}",
+        "a number more": f"{row}\n{row},1",
+        "a comma at the end": f"{row},",
+        "an empty field": f"{row}\n,{row[4:]}",
+        "a text": f"{row}\nabc,{row[4:]}",
+        "semicolons": row.replace(",", ";"),
+        "tabs": row.replace(",", "\t"),
+        "spaces": row.replace(",", " "),
+        "decimal commas": row.replace(",", ";").replace(".", ","),
+        "NaN": f"{row}\nnan,{row[4:]}",
+        "infinity": f"{row}\n-inf,{row[4:]}",
+        "beyond float32": f"{row}\n1e39,{row[4:]}",
+        "digit groups": f"{row}\n1_000,{row[4:]}",
+        "a hexadecimal number": f"{row}\n0x10,{row[4:]}",
+        "a comment": f"# made by hand\n{row}",
+        "an open quote": f'{row}\n"0.5,{row[4:]}',
+        "a quote inside": f'{row}\n"0.5"5,{row[4:]}',
+        "a field without end": '"' + "a" * 300_000 + '"',
+        "a million fields": "1," * 1_000_000,
+        "too many rows": "\n".join([row] * 2000),
+        "a nul": f"{row}\n0.\0" + f"5,{row[4:]}",
+    }
+    found = [(f"csv: {name}", "text/csv", text.encode()) for name, text in texts.items()]
+    found += [
+        ("csv: latin-1", "text/csv", header.encode() + b"\n\xe9," + row[4:].encode()),
+        ("csv: UTF-16", "text/csv", f"{header}\n{row}".encode("utf-16")),
+        ("csv: compressed", "text/csv", gzip.compress(row.encode())),
+        ("csv: a PNG", "text/csv", grey_8x8()),
+    ]
+    return found
+
+
+def foreign_bodies() -> list[Body]:
+    """What only models of images read, or none."""
+    kinds = [PNG, JPEG, WEBP, OCTETS, X_FORM, "", "text/plain", "application/vnd.ms-excel"]
+    return [(f"foreign: {kind or 'no Content-Type'}", kind, grey_8x8()) for kind in kinds]

@@ -16,6 +16,7 @@ from service import bundle as contract
 from service.bundle import MANIFEST, next_version, open_bundle, parse_manifest, schema_text
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
 from tests.ppca_bundle import write_ppca_bundle
+from tests.service import linear_bundles as linear
 
 SCHEMA = Path(__file__).parents[2] / "exported" / "manifest.schema.json"
 
@@ -171,6 +172,77 @@ def test_a_manifest_against_the_schema_is_refused_in_words(copy, change, message
     rewrite(copy, change)
     with pytest.raises(BundleFormatError, match=message):
         open_bundle(copy)
+
+
+VECTOR = {"kind": "vector", "natural": [4], "features": linear.FEATURES}
+BY_RECONSTRUCTION = {"elbo": {"estimator": "reconstruction", "k": 1, "seed": 0}}
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "message"),
+    [
+        (linear.write_table, {"preprocessing": VECTOR | {"natural": [5]}}, "4 features of a vector of shape"),
+        (linear.write_table, {"preprocessing": VECTOR | {"natural": [2, 2]}}, r"expected \(D,\) for a vector"),
+        (linear.write_table, {"preprocessing": {"kind": "vector", "natural": [5]}}, "is not preprocessing's"),
+        (linear.write_table, {"preprocessing": VECTOR | {"kind": "image"}}, "preprocessing.image.mode: Field required"),
+        (linear.write_table, {"preprocessing": VECTOR | {"kind": "text"}}, "Input should be 'vector' or 'signal'"),
+        (linear.write_table, {"preprocessing": VECTOR | {"features": ["a", "b", "c", "a"]}}, "the same name twice"),
+        (linear.write_table, {"preprocessing": VECTOR | {"features": ["a", "b", "c", "1e3"]}}, "reads as a number"),
+        (linear.write_table, {"preprocessing": VECTOR | {"features": ["a", "b", "c", " d"]}}, "should match pattern"),
+        (linear.write_table, {"preprocessing": VECTOR | {"mode": "L"}}, "mode: Extra inputs"),
+        (linear.write_table, {"prior": {"family": "mixture"}}, "prior.noise_dim is null"),
+        (linear.write_table, {"prior": {"family": "mixture", "noise_dim": 2}}, r"graphs lacks \['prior'\]"),
+        (linear.write_table, {"prior": {"family": "none"}}, "evidence 'exact' needs a p"),
+        (linear.write_mixture, {"prior": {"choice": True}}, "family 'standard_normal' has none"),
+        (linear.write_mixture, {"prior": {"noise_dim": 3}}, "family 'standard_normal' has none"),
+        (linear.write_mixture, {"prior": {}}, "graphs has a prior, family 'standard_normal' needs none"),
+        (linear.write_table, {"evidence": "none"}, "both none, or neither"),
+        (linear.write_pca, {"evidence": "bound"}, "both none, or neither"),
+        (linear.write_pca, {"scores": {"error": {"estimator": "elbo", "k": 1, "seed": 0}}}, "reconstruction expected"),
+        (linear.write_whitening, {"scores": BY_RECONSTRUCTION}, "does without loss"),
+        (
+            linear.write_table,
+            {"scores": {"elbo": {"estimator": "elbo", "k": 1, "seed": 0, "unit": "bits"}}},
+            "with a likelihood nats expected",
+        ),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused_in_words(tmp_path, write, changes, message):
+    with pytest.raises(BundleFormatError, match=message):
+        write(tmp_path, **changes)
+
+
+def test_a_manifest_of_format_1_is_one_of_format_2_with_the_defaults(copy):
+    """What format 2 brought is struck out: the rest is as format 1 had it."""
+    before = open_bundle(copy).manifest
+    assert before.format_version == 2
+
+    def strike(document):
+        document["format_version"] = 1
+        del document["evidence"], document["posterior"], document["preprocessing"]["kind"]
+        del document["prior"]["noise_dim"], document["prior"]["choice"], document["likelihood"]["pixelwise"]
+        for score in document["scores"].values():
+            del score["unit"]
+
+    rewrite(copy, strike)
+    assert open_bundle(copy).manifest == before.model_copy(update={"format_version": 1})
+    jsonschema.validate(json.loads((copy / MANIFEST).read_text()), json.loads(SCHEMA.read_text()))
+
+
+@pytest.mark.parametrize("name", ["table", "mixture", "pca", "whitening"])
+def test_every_kind_satisfies_the_committed_schema_and_survives_its_own_json(tmp_path, name):
+    path = getattr(linear, f"write_{name}")(tmp_path)
+    jsonschema.validate(json.loads((path / MANIFEST).read_text()), json.loads(SCHEMA.read_text()))
+    manifest = open_bundle(path).manifest
+    assert parse_manifest(manifest.model_dump_json().encode()) == manifest
+
+
+def test_only_a_prior_that_is_drawn_by_a_graph_has_inputs_and_outputs(ppca_path, tmp_path):
+    spec = contract.graph_spec(open_bundle(linear.write_mixture(tmp_path)).manifest, "prior")
+    assert [tensor[::2] for tensor in spec.inputs] == [("noise", ("M", 3)), ("choice", ("M",))]
+    assert [tensor[::2] for tensor in spec.outputs] == [("z", ("M", 3))]
+    with pytest.raises(BundleFormatError, match="not drawn by a graph"):
+        contract.graph_spec(open_bundle(ppca_path).manifest, "prior")
 
 
 def test_duplicate_keys_are_refused(copy):

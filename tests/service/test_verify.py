@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from service.bundle import open_bundle, write_bundle
 from service.errors import (
     BundleFormatError,
     BundleGraphError,
@@ -19,6 +20,7 @@ from service.errors import (
 )
 from service.verify import BATCH_SIZES, replay, verified, verify_bundle
 from tests.ppca_bundle import fit_ppca, graphs, images, write_ppca_bundle
+from tests.service import linear_bundles as linear
 
 
 def npz(arrays: dict[str, np.ndarray]) -> bytes:
@@ -262,6 +264,53 @@ def test_a_fault_is_found_and_told_in_words(tmp_path, runtime, name):
     assert str(report).splitlines()[-1].startswith("FAIL ")
     with pytest.raises(error):
         report.raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["table", "mixture", "pca", "whitening"])
+def test_every_kind_of_bundle_passes(tmp_path, runtime, name):
+    report = verify_bundle(getattr(linear, f"write_{name}")(tmp_path), runtime)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "words"),
+    [
+        (linear.write_mixture, {"evidence": "exact"}, "evidence is 'exact', but log w spreads over"),
+        (linear.write_table, {"posterior": {"moments": "point"}}, "posterior.moments is 'point', but scale is not 0"),
+    ],
+)
+def test_a_claim_that_the_reference_belies_is_refused(tmp_path, runtime, write, changes, words):
+    report = verify_bundle(write(tmp_path, **changes), runtime)
+    assert isinstance(report.error, BundleFormatError)
+    assert words in report.summary()
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        (nudge("prior.z", 1e-2), BundleParityError, "prior.z differs by"),
+        (lambda arrays: arrays.pop("prior.z"), BundleFormatError, "lacks ['prior.z']"),
+        (lambda arrays: arrays.pop("prior_choice"), BundleFormatError, "lacks ['prior_choice']"),
+        (
+            lambda arrays: arrays.update(prior_choice=arrays["prior_choice"][1:]),
+            BundleFormatError,
+            "prior_choice is float32 (6,), expected float32 (7,)",
+        ),
+        (
+            lambda arrays: arrays.update(prior_noise=np.float32(0)),
+            BundleFormatError,
+            "prior_noise is float32 (), expected float32 (1, 3)",
+        ),
+    ],
+)
+def test_a_prior_s_graph_is_replayed(tmp_path, runtime, edit, error, words):
+    written = open_bundle(linear.write_mixture(tmp_path / "sound"))
+    files = {name: written.read(name) for name in written.manifest.files}
+    in_arrays("reference.npz", edit)({}, files)
+    path = write_bundle(tmp_path, written.manifest.model_dump(mode="json", exclude={"files"}), files)
+    report = verify_bundle(path, runtime)
+    assert type(report.error) is error
+    assert words in report.summary()
 
 
 def test_faults_of_files_are_reported_too(tmp_path):
