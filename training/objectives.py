@@ -21,10 +21,13 @@ def annealed_beta(config: ObjectiveConfig, epoch: float) -> float:
 def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
     """E_q[log p(x|z)] − β Σ_j max(λ, KL_j), averaged over the batch; KL as Terms says.
 
-    β: Higgins et al. 2017. λ = ``free_bits`` nats for each group's batch mean: Kingma et al. 2016, eq. 15.
+    β: Higgins et al. 2017. λ = ``free_bits`` nats for each group's batch mean: Kingma et al. 2016, eq. 15. Without it
+    no floor is meant: a sampled KL may be negative, and a bijection's −log p(x) is where the density exceeds 1.
     """
-    rate = terms.kl.mean(0).clamp(min=free_bits).sum()
-    return terms.log_p_x.mean() - beta * rate
+    rate = terms.kl.mean(0)
+    if free_bits:
+        rate = rate.clamp(min=free_bits)
+    return terms.log_p_x.mean() - beta * rate.sum()
 
 
 def iwae(terms: Terms, beta: float = 1.0) -> Tensor:
