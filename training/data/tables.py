@@ -54,12 +54,12 @@ def open_table(path: Path, config: DataConfig, read: Reader) -> Source:
     kind: Kind = "signal" if config.kind == "signal" else "vector"
     table = read(path, config)
     count, width = table.numbers.shape
-    if len(table.unusable) == count:
-        reason = f" (the first: {table.unusable[0]}); {ADVICE}" if count else ""
-        raise DataFormatError(f"{path}: {count} rows, and none of numbers alone{reason}")
     natural, features = ((width,), table.names) if kind == "vector" else ((1, width), None)
     preprocessing = array_preprocessing(kind, natural, features, path)
     rows = Rows(table.numbers, preprocessing, path.name, table.unusable, table.lines)
+    if len(table.unusable) == count:
+        reason = f" ({rows.name(0)}: {table.unusable[0]}); {ADVICE}" if count else ""
+        raise DataFormatError(f"{path}: {count} rows, and none of numbers alone{reason}")
     labels, label_names = (None, None) if table.labels is None else number_labels(table.labels)
     return rows_source(rows, path, config, labels, label_names)
 
