@@ -141,7 +141,12 @@ class ObjectiveConfig(Section):
     kind: Literal["elbo", "iwae", "dreg"] = "elbo"
     samples: int = Field(default=1, ge=1, description="posterior samples K an image")
     beta: float = Field(default=1.0, ge=0)
-    warmup_epochs: float = Field(default=0, ge=0, description="KL annealing: β rises linearly over these epochs")
+    warmup_epochs: float = Field(default=0, ge=0, description="KL annealing: epochs until β is ``beta`` for good")
+    annealing: Literal["linear", "cyclic"] = Field(
+        default="linear", description="β rises once over warmup_epochs, or once in each of the cycles they hold"
+    )
+    cycles: int = Field(default=4, ge=1, description="cyclic: how often β starts again from 0")
+    ramp: float = Field(default=0.5, gt=0, le=1, description="cyclic: the share of a cycle over which β rises")
     free_bits: float = Field(
         default=0.0, ge=0, description="elbo: nats a latent dimension, or layer of a ladder, that cost nothing"
     )
@@ -150,6 +155,12 @@ class ObjectiveConfig(Section):
     def _free_bits_are_the_elbos(self) -> ObjectiveConfig:
         if self.free_bits and self.kind != "elbo":
             raise ValueError(f"free_bits are defined for the elbo, not for {self.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _cycles_want_epochs(self) -> ObjectiveConfig:
+        if self.annealing == "cyclic" and not self.warmup_epochs:
+            raise ValueError("annealing 'cyclic' divides warmup_epochs into cycles: expected more than 0 of them")
         return self
 
 

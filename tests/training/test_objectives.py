@@ -111,6 +111,25 @@ def test_beta_rises_linearly_then_stays():
     assert annealed_beta(ObjectiveConfig(beta=0.5), 0) == 0.5
 
 
+def test_beta_rises_in_cycles_then_stays():
+    """Two cycles of ten epochs: four of them up to β, six at β."""
+    config = ObjectiveConfig(beta=2.0, warmup_epochs=20, annealing="cyclic", cycles=2, ramp=0.4)
+    found = [annealed_beta(config, epoch) for epoch in (0, 1, 2, 4, 9.99, 10, 13, 14, 19.99, 20, 21, 100)]
+    assert found == pytest.approx([0, 0.5, 1, 2, 2, 0, 1.5, 2, 2, 2, 2, 2])
+
+
+def test_one_cycle_that_is_all_ramp_is_linear_annealing():
+    cyclic = ObjectiveConfig(warmup_epochs=7, annealing="cyclic", cycles=1, ramp=1)
+    linear = ObjectiveConfig(warmup_epochs=7)
+    for epoch in (0, 0.3, 3.5, 6.9, 7, 8):
+        assert annealed_beta(cyclic, epoch) == annealed_beta(linear, epoch)
+
+
+def test_cycles_without_epochs_are_refused():
+    with pytest.raises(ValueError, match="expected more than 0"):
+        ObjectiveConfig(annealing="cyclic")
+
+
 def test_iwae_never_uses_the_analytic_kl(vae):
     """Analytic KL inside the log-mean-exp is no bound: the value must not depend on ``kl`` at all."""
     terms = terms_of(vae, 4)
