@@ -8,6 +8,7 @@ from service.bundle import InputRule
 from training.config import ModelConfig
 from training.models.base import LatentVariableModel
 from training.models.flow import Flow
+from training.models.ladder import Ladder
 from training.models.vae import VAE
 from training.networks import Shape
 
@@ -23,7 +24,7 @@ class Family(Protocol):
         """An untrained model for rows [C,H,W]; ``config.likelihood.values`` says what they hold."""
 
 
-FAMILIES: dict[str, Family] = {"vae": VAE, "flow": Flow}
+FAMILIES: dict[str, Family] = {"vae": VAE, "flow": Flow, "ladder": Ladder}
 
 
 def build_model(rule: InputRule, config: ModelConfig) -> LatentVariableModel:
