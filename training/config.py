@@ -113,10 +113,50 @@ class FlowConfig(Section):
     bound: float = Field(default=0.05, gt=0, lt=0.5, description="images: α of logit(α + (1 − 2α)x)")
 
 
+class LinearConfig(Section):
+    """PCA and the linear autoencoder (``model.family`` pca, linear_autoencoder)."""
+
+    prior: Literal["gaussian", "none"] = Field(
+        default="gaussian", description="gaussian: fitted to the training codes afterwards, to sample from"
+    )
+
+
+class FactorConfig(Section):
+    """EM of factor analysis (``model.family`` fa)."""
+
+    iterations: int = Field(default=5000, ge=1, description="at most")
+    tolerance: float = Field(default=1e-6, gt=0, description="nats a row: an iteration that gains less is the last")
+
+
+class IcaConfig(Section):
+    """Maximum-likelihood ICA (``model.family`` ica)."""
+
+    source: Literal["logistic", "extended"] = Field(
+        default="logistic", description="density of the sources; extended: sub-Gaussian ones have their own"
+    )
+    rows: int = Field(default=20_000, ge=1, description="training rows that the fit holds in memory, at most")
+    iterations: int = Field(default=500, ge=1, description="of L-BFGS, at most")
+    tolerance: float = Field(default=1e-3, ge=0, description="nats a held-out row that ten iterations have to gain")
+
+
+class MixtureConfig(Section):
+    """A Gaussian mixture fitted to the training codes."""
+
+    components: int = Field(default=10, ge=1)
+    covariance: Literal["full", "diagonal"] = "full"
+
+
+class AutoencoderConfig(Section):
+    """A deterministic autoencoder."""
+
+    prior: Literal["mixture", "none"] = Field(default="mixture", description="fitted to the codes once they stand")
+    mixture: MixtureConfig = MixtureConfig()
+
+
 class ModelConfig(Section):
     """The latent variable model."""
 
-    family: Literal["vae", "ladder", "flow"] = "vae"
+    family: Literal["vae", "ladder", "flow", "autoencoder", "pca", "linear_autoencoder", "ppca", "fa", "ica"] = "vae"
     latent_dim: int = Field(default=40, ge=1)
     network: NetworkConfig = NetworkConfig()
     likelihood: LikelihoodConfig = LikelihoodConfig()
@@ -124,6 +164,10 @@ class ModelConfig(Section):
     prior: PriorConfig = PriorConfig()
     ladder: LadderConfig = LadderConfig()
     flow: FlowConfig = FlowConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    linear: LinearConfig = LinearConfig()
+    factor: FactorConfig = FactorConfig()
+    ica: IcaConfig = IcaConfig()
 
     @model_validator(mode="after")
     def _vamp_mixes_diagonal_gaussians(self) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Evaluation: ELBO, rate, distortion, IWAE-k log-likelihood, bits per dimension, active units. Values in nats."""
+"""Evaluation: log-likelihood, elbo, rate, distortion, bits per dimension, tightness, use of the latents. In nats."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.aggregate import aggregate_posterior
 from training.batches import derived_seed, image_dither, pixel_batches
 from training.config import EvaluateConfig
 from training.data.dataset import Dataset
 from training.models.base import LatentVariableModel
+from training.tightness import effective_samples, inference_gap
 
 Progress = Callable[[int], None]
-ACTIVE_VARIANCE = 0.01
-"""A latent dimension is active if Var_x E_q[z|x] exceeds this (Burda et al. 2016, sec. 5.2)."""
+IMAGES = 64
+"""Images whose samples are drawn together."""
+IN_CACHE, ON_DEVICE = 2**18, 2**24
+"""Numbers of one decoder output at a time: 1 MB of float32 stays in a core's cache, larger arrays are asked of the
+system and given back at each step; a GPU wants more to do at once."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds for each image, float64 [N], by k sampled weights an image."""
+    """Bounds for each image, float64 [N], by k sampled weights an image; effective_samples is a number of weights."""
 
     elbo: np.ndarray
     iwae: np.ndarray
     rate: np.ndarray
     distortion: np.ndarray
+    effective_samples: np.ndarray
 
     def means(self) -> dict[str, float]:
         """Mean of each over the images."""
@@ -35,32 +41,45 @@ class Bounds:
 
 
 def log_weights(
-    model: LatentVariableModel, x: Tensor, dither: Tensor | None, k: int, chunk: int
+    model: LatentVariableModel, x: Tensor, dither: Tensor | None, k: int, chunk: int, precision: str = "32-true"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """log w = log p(x|z) + log p(z) − log q(z|x) and log p(x|z) at k sampled z, float64 [N,≤k] at a time."""
+    """log w = log p(x|z) + log p(z) − log q(z|x) and log p(x|z) at k sampled z, float64 [N,≤k] at a time.
+
+    With ``precision`` "bf16-mixed" the decoder alone rounds; densities, their sums and the proposal q stay as they are,
+    so that w is still a weight of the z that was drawn.
+    """
     step = max(1, chunk // len(x))
     target = model.likelihood.target(x, dither)
-    posterior = model.infer(target)
+    statistics = model.infer(target)
     for start in range(0, k, step):
         samples = min(step, k - start)
-        noise = torch.randn(len(x), samples, model.noise_dim, device=x.device)
-        encoded = model.draw(target, posterior, noise)
-        flat = model.parameters_at(encoded.z.flatten(0, 1))
-        parameters = tuple(p.unflatten(0, encoded.z.shape[:2]) for p in flat)
+        noise = torch.randn(samples, len(x), model.noise_dim, device=x.device).transpose(0, 1)
+        encoded = model.draw(target, statistics, noise)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            flat = model.parameters_at(encoded.z.flatten(0, 1))
+        parameters = tuple(p.float().unflatten(0, encoded.z.shape[:2]) for p in flat)
         density = model.density(encoded.target, encoded.z, parameters)
         yield density.log_p_x + density.log_p_z - encoded.log_q, density.log_p_x
 
 
-def batch_bounds(model: LatentVariableModel, x: Tensor, dither: Tensor | None, k: int, chunk: int) -> dict[str, Tensor]:
-    """elbo, iwae (log-mean-exp of sampled weights, Burda et al. 2016, eq. 8), rate and distortion, each [N]."""
-    log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+def batch_bounds(
+    model: LatentVariableModel, x: Tensor, dither: Tensor | None, k: int, chunk: int, precision: str = "32-true"
+) -> dict[str, Tensor]:
+    """The fields of Bounds, each [N]; iwae is the log-mean-exp of sampled weights (Burda et al. 2016, eq. 8)."""
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    fit = torch.zeros_like(total)
-    for log_w, log_p_x in log_weights(model, x, dither, k, chunk):
+    fit, log_sum, log_squares = torch.zeros_like(total), total - math.inf, total - math.inf
+    for log_w, log_p_x in log_weights(model, x, dither, k, chunk, precision):
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_w, 1))
+        log_squares = torch.logaddexp(log_squares, torch.logsumexp(2 * log_w, 1))
         total += log_w.sum(1)
         fit += log_p_x.sum(1)
-    return {"elbo": total / k, "iwae": log_sum - math.log(k), "rate": (fit - total) / k, "distortion": -fit / k}
+    return {
+        "elbo": total / k,
+        "iwae": log_sum - math.log(k),
+        "rate": (fit - total) / k,
+        "distortion": -fit / k,
+        "effective_samples": effective_samples(log_sum, log_squares),
+    }
 
 
 @torch.no_grad()
@@ -69,41 +88,56 @@ def bounds(
     dataset: Dataset,
     indices: np.ndarray,
     k: int,
-    chunk: int = 4096,
+    chunk: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    precision: str = "32-true",
 ) -> Bounds:
-    """Bounds of the images at ``indices``, at most ``chunk`` decodes at a time, the same for the same seed."""
+    """Bounds of the images at ``indices``, ``chunk`` decodes at a time (None: as many as suit the device).
+
+    The same for the same seed and chunk.
+    """
     device = next(model.parameters()).device
-    batch = max(1, min(256, chunk))
+    chunk = chunk or default_chunk(model, device)
+    batch = min(IMAGES, chunk)
     parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
     found: list[dict[str, Tensor]] = []
     for part, pixels in zip(parts, pixel_batches(dataset, parts), strict=True):
         torch.manual_seed(derived_seed(seed, "evaluate", int(part[0])))
-        dither = None
-        if model.likelihood.dither:
-            dither = torch.from_numpy(np.stack([image_dither(model.shape, int(i), seed) for i in part])).to(device)
-        found.append(batch_bounds(model, pixels.to(device), dither, k, chunk))
+        dither = dither_of(model, part, seed)
+        found.append(batch_bounds(model, pixels.to(device), dither, k, chunk, precision))
         if progress:
             progress(len(part))
     return Bounds(**{name: torch.cat([f[name] for f in found]).cpu().numpy() for name in found[0]})
 
 
-@torch.no_grad()
-def active_units(model: LatentVariableModel, dataset: Dataset, indices: np.ndarray) -> int:
-    """Latent dimensions whose posterior mean varies over the images by more than ACTIVE_VARIANCE."""
+def default_chunk(model: LatentVariableModel, device: torch.device) -> int:
+    """Decodes at a time that keep a decoder output in a core's cache, or a GPU busy."""
+    return max(1, (IN_CACHE if device.type == "cpu" else ON_DEVICE) // math.prod(model.shape))
+
+
+def dither_of(model: LatentVariableModel, indices: np.ndarray, seed: int) -> Tensor | None:
+    """Uniform dither [N,C,H,W], each image's a function of its index and the seed; None if the model wants none."""
+    if not model.likelihood.dither:
+        return None
     device = next(model.parameters()).device
-    parts = [indices[i : i + 256] for i in range(0, len(indices), 256)]
-    locs = []
-    for pixels in pixel_batches(dataset, parts):
-        x = pixels.to(device)
-        dither = torch.full_like(x, 0.5) if model.likelihood.dither else None
-        locs.append(model.encode(x, x.new_zeros(len(x), 1, model.noise_dim), dither).loc)
-    return int((torch.cat(locs).var(0) > ACTIVE_VARIANCE).sum())
+    return torch.from_numpy(np.stack([image_dither(model.shape, int(i), seed) for i in indices])).to(device)
 
 
-def bits_per_dim(log_likelihood: float, model: LatentVariableModel) -> float:
-    """−log p / (D ln 2) for D pixels; a density over [0,1] is stated for 8-bit pixels, 8 bits higher."""
+def samples_needed(model: LatentVariableModel, k: int) -> int:
+    """k for a bound; 1 where every weight is p(x) itself, or where there is no likelihood."""
+    return k if model.evidence == "bound" else 1
+
+
+def bits_per_dim(log_likelihood: float, model: LatentVariableModel) -> float | None:
+    """−log p / (D ln 2) for D pixels; a density over [0,1] is stated for 8-bit pixels, 8 bits higher.
+
+    None for numbers in units of their own, which have no levels.
+    """
+    if model.likelihood.measure == "none" or (
+        model.likelihood.measure == "lebesgue" and model.likelihood.values == "reals"
+    ):
+        return None
     offset = 8.0 if model.likelihood.measure == "lebesgue" else 0.0
     return -log_likelihood / (math.prod(model.shape) * math.log(2)) + offset
 
@@ -116,18 +150,56 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """The metrics of one split: elbo, rate, distortion, log_likelihood (IWAE-k), bits_per_dim, active_units, n, k."""
+    """The metrics of one split, means over its images.
+
+    Always ``images`` and ``k``. With a likelihood: ``log_likelihood`` (IWAE-k, or log p(x) itself, then k = 1), its
+    standard error, ``elbo`` and ``bits_per_dim``; of a bound also how tight it is, its gap split if ``config.gaps``
+    asks for it (training.tightness). Without one: ``reconstruction_error`` in the likelihood's unit. Where z is drawn:
+    ``rate``, ``distortion``, and what the latents carry (training.aggregate).
+    """
     indices = dataset.splits[split][: config.images]
     model.eval()
-    result = bounds(model, dataset, indices, config.k, config.chunk, seed, progress)
-    means = result.means()
-    log_likelihood = means.pop("iwae")
-    return {
-        **means,
+    k = samples_needed(model, config.k)
+    result = bounds(model, dataset, indices, k, config.chunk, seed, progress, config.precision)
+    metrics = {**_evidence(model, result), "k": k, "images": len(indices)}
+    if model.moments != "point":
+        metrics |= {"rate": float(result.rate.mean()), "distortion": float(result.distortion.mean())}
+        metrics |= aggregate_posterior(model, dataset, indices, seed).metrics()
+    if model.evidence == "bound":
+        effective = float(result.effective_samples.mean())
+        metrics |= {"effective_sample_size": effective, "effective_sample_fraction": effective / k}
+        if config.gaps:
+            metrics |= _gaps(model, dataset, indices[: config.gaps], result, config, seed)
+    return metrics
+
+
+def _evidence(model: LatentVariableModel, result: Bounds) -> dict[str, float]:
+    """What the weights say of log p(x), or the reconstruction error where they say nothing."""
+    root = math.sqrt(len(result.elbo))
+    if model.evidence == "none":
+        error = result.distortion
+        return {
+            "reconstruction_error": float(error.mean()),
+            "reconstruction_error_standard_error": float(error.std() / root),
+        }
+    log_likelihood = float(result.iwae.mean())
+    metrics = {
         "log_likelihood": log_likelihood,
-        "log_likelihood_standard_error": float(result.iwae.std() / math.sqrt(len(indices))),
-        "k": config.k,
-        "bits_per_dim": bits_per_dim(log_likelihood, model),
-        "active_units": active_units(model, dataset, indices),
-        "images": len(indices),
+        "log_likelihood_standard_error": float(result.iwae.std() / root),
+        "elbo": float(result.elbo.mean()),
     }
+    if model.evidence == "bound":
+        metrics["bound_gap"] = log_likelihood - metrics["elbo"]
+    bits = bits_per_dim(log_likelihood, model)
+    return metrics | ({} if bits is None else {"bits_per_dim": bits})
+
+
+def _gaps(
+    model: LatentVariableModel, dataset: Dataset, indices: np.ndarray, result: Bounds, config: EvaluateConfig, seed: int
+) -> dict[str, float]:
+    """The inference gap of the first images, in its two parts; their elbo and log p(x) are those of ``result``."""
+    dither = dither_of(model, indices, seed)
+    x = next(pixel_batches(dataset, [indices])).to(next(model.parameters()).device)
+    first = slice(0, len(indices))
+    gap = inference_gap(model, x, dither, result.elbo[first], result.iwae[first], config.gap_steps, seed)
+    return gap.metrics()
