@@ -6,20 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from service.bundle import Manifest
+from service.bundle import ArrayPreprocessing, Manifest
 
 FIGURES = {
-    "reconstructions": "Test images and their reconstructions",
+    "reconstructions": "Test {rows} and their reconstructions",
     "samples": "E[x|z] at draws of the prior",
     "score": "Scores of held-out inliers, with thresholds",
 }
 METRICS = {
-    "log_likelihood": "log p(x), IWAE-{k} bound (nats)",
-    "log_likelihood_standard_error": "its standard error over the images (nats)",
+    "log_likelihood": "log p(x), {estimate} (nats)",
+    "log_likelihood_standard_error": "its standard error over the {rows} (nats)",
     "elbo": "ELBO (nats)",
     "rate": "rate, KL(q(z|x) ‖ p(z)) (nats)",
     "distortion": "distortion, −E log p(x|z) (nats)",
-    "bits_per_dim": "bits per dimension of the IWAE bound",
+    "reconstruction_error": "reconstruction error ({unit})",
+    "reconstruction_error_standard_error": "its standard error over the {rows} ({unit})",
+    "bits_per_dim": "bits per dimension of log p(x)",
     "active_units": "active latent dimensions of {latent_dim}",
 }
 BINARISATION = {
@@ -28,11 +30,26 @@ BINARISATION = {
     "fixed by the seed of the score.",
     "threshold": "Pixels are binarised at ½: shades within either half of the grey scale are not told apart.",
 }
-MEASURES = {
-    "counting": "log p(x) is the logarithm of a probability.",
-    "lebesgue": "log p(x) is the logarithm of a density over pixels in [0, 1] and may be positive; bits per dimension "
-    "are stated for 8-bit pixels (8 bits higher).",
+DENSITY_OF_PIXELS = (
+    "log p(x) is the logarithm of a density over pixels in [0, 1] and may be positive; bits per dimension are stated "
+    "for 8-bit pixels (8 bits higher)."
+)
+DENSITY_OF_NUMBERS = (
+    "log p(x) is the logarithm of a density over the numbers in their own units: it may be positive, other units shift "
+    "it, and there are no bits per dimension."
+)
+EVIDENCE = {
+    "bound": "log p(x) is bounded from below.",
+    "exact": "log p(x) is exact: every bound equals it.",
+    "none": "It has no likelihood, and tells what is unusual by its reconstruction error alone.",
 }
+ESTIMATORS = {
+    "bound": "The log-likelihood is the log-mean-exp of sampled weights, log p(x|z) + log p(z) − log q(z|x) (Burda et "
+    "al. 2016).",
+    "exact": "The log-likelihood is log p(x) itself.",
+    "none": "",
+}
+NAMED_FEATURES = 50
 
 
 def card(manifest: Manifest, figures: Mapping[str, str]) -> str:
@@ -41,39 +58,98 @@ def card(manifest: Manifest, figures: Mapping[str, str]) -> str:
         f"# {manifest.name}, version {manifest.version}",
         f"{manifest.description}.",
         _what(manifest),
-        _data(manifest.provenance.data),
+        _data(manifest),
         _metrics(manifest),
         _calibration(manifest),
         _parity(manifest),
         _training(manifest),
         _limitations(manifest),
-        "\n\n".join(f"![{FIGURES[key]}]({name})\n\n{FIGURES[key]}." for key, name in figures.items()),
+        _figures(manifest, figures),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _what(manifest: Manifest) -> str:
-    signature, likelihood = manifest.signature, manifest.likelihood
-    size = "×".join(map(str, signature.shape))
-    rule = manifest.preprocessing
-    lines = [
+    parts = ", ".join((_prior(manifest), _likelihood(manifest), _posterior(manifest)))
+    sentences = (EVIDENCE[manifest.evidence], _measure(manifest), BINARISATION[manifest.likelihood.binarisation])
+    return "\n\n".join([
         "## What it is",
-        f"A latent variable model of images, {size} (channels × height × width): prior p(z) = N(0, I) over "
-        f"{signature.latent_dim} dimensions, likelihood p(x|z) {likelihood.family.replace('_', ' ')}, posterior "
-        f"q(z|x) by an encoder (family: {manifest.family}). {MEASURES[likelihood.measure]} "
-        f"{BINARISATION[likelihood.binarisation]}",
-        f"An image of another size or mode is brought to {rule.mode}, {rule.height}×{rule.width} pixels, by the rule "
-        f"`{rule.fit}` with {rule.resample} resampling. `vaeserve serve` serves it, `vaeserve check` verifies it.",
-    ]
-    return "\n\n".join(line.strip() for line in lines)
+        f"A latent variable model of {_shape(manifest)}: {parts} (family: {manifest.family}). "
+        f"{' '.join(filter(None, sentences))}",
+        f"{_rule(manifest)} `vaeserve serve` serves it, `vaeserve check` verifies it.",
+    ])  # fmt: skip
 
 
-def _data(data: Mapping[str, Any]) -> str:
+def _rows(manifest: Manifest) -> str:
+    """What the rows are called: images, vectors or signals."""
+    return f"{manifest.preprocessing.kind}s"
+
+
+def _shape(manifest: Manifest) -> str:
+    rule, size = manifest.preprocessing, "×".join(map(str, manifest.preprocessing.natural))
+    if rule.kind == "vector":
+        return f"vectors of {size} numbers"
+    return (
+        f"signals, {size} (channels × steps)"
+        if rule.kind == "signal"
+        else f"images, {size} (channels × height × width)"
+    )
+
+
+def _prior(manifest: Manifest) -> str:
+    families = {"standard_normal": "prior p(z) = N(0, I)", "none": "no prior"}
+    family = manifest.prior.family
+    return f"{families.get(family, f'prior p(z) {_words(family)}')} over {manifest.signature.latent_dim} dimensions"
+
+
+def _likelihood(manifest: Manifest) -> str:
+    family = _words(manifest.likelihood.family)
+    return f"{family} in place of a likelihood" if manifest.evidence == "none" else f"likelihood p(x|z) {family}"
+
+
+def _posterior(manifest: Manifest) -> str:
+    posterior = manifest.posterior
+    if posterior.moments == "point":
+        return "z a function of x"
+    return f"posterior q(z|x) {_words(posterior.family)} by an encoder"
+
+
+def _words(family: str) -> str:
+    return family.replace("_", " ")
+
+
+def _measure(manifest: Manifest) -> str:
+    if manifest.likelihood.measure == "counting":
+        return "log p(x) is the logarithm of a probability."
+    if manifest.likelihood.measure == "none":
+        return ""
+    return DENSITY_OF_PIXELS if manifest.preprocessing.kind == "image" else DENSITY_OF_NUMBERS
+
+
+def _rule(manifest: Manifest) -> str:
+    """How a row from outside becomes the graphs' input."""
+    rule = manifest.preprocessing
+    if not isinstance(rule, ArrayPreprocessing):
+        return (
+            f"An image of another size or mode is brought to {rule.mode}, {rule.height}×{rule.width} pixels, by the "
+            f"rule `{rule.fit}` with {rule.resample} resampling."
+        )
+    taken = "Numbers are taken as they are, finite and in the units of the training data; what scales them is inside."
+    if rule.features is None:
+        return taken
+    names = ", ".join("`{}`".format(name.replace("`", "'")) for name in rule.features[:NAMED_FEATURES])
+    more = len(rule.features) - NAMED_FEATURES
+    return f"{taken} Features, in this order: {names}{f' and {more} more, in the manifest' if more > 0 else ''}."
+
+
+def _data(manifest: Manifest) -> str:
+    data, rows = manifest.provenance.data, _rows(manifest)
+    hashed = "pixels" if rows == "images" else "numbers"
     splits = ", ".join(f"{name} {count:,}" for name, count in data.get("splits", {}).items())
     return (
         "## Data\n\n"
-        f"`{data.get('name')}`: {data.get('images', 0):,} images. Disjoint seeded splits: {splits}. "
-        f"Fingerprint over pixels, labels and splits (SHA-256): `{data.get('fingerprint')}`."
+        f"`{data.get('name')}`: {data.get(rows, 0):,} {rows}. Disjoint seeded splits: {splits}. "
+        f"Fingerprint over {hashed}, labels and splits (SHA-256): `{data.get('fingerprint')}`."
     )
 
 
@@ -81,24 +157,32 @@ def _metrics(manifest: Manifest) -> str:
     training = manifest.provenance.training
     parts = ["## Metrics"]
     for split, values in manifest.provenance.metrics.items():
-        names = {"k": f"{values['k']:,.0f}", "latent_dim": str(manifest.signature.latent_dim)}
+        names = _names(manifest, values)
         rows = [[text.format(**names), f"{values[key]:.4g}" if key == "active_units" else f"{values[key]:.3f}"]
                 for key, text in METRICS.items() if key in values]  # fmt: skip
-        images = f"{values['images']:,.0f}"
         parts.append(
-            f"Means over {images} images of the {split} split, by `{training.get('evaluate_command')}`. The "
-            "log-likelihood is the log-mean-exp of sampled weights, log p(x|z) + log p(z) − log q(z|x) (Burda et al. "
-            "2016)."
+            f"Means over {values['images']:,.0f} {names['rows']} of the {split} split, by "
+            f"`{training.get('evaluate_command')}`. {ESTIMATORS[manifest.evidence]}".strip()
         )
         parts.append(_table(["metric", "value"], rows))
     return "\n\n".join(parts)
+
+
+def _names(manifest: Manifest, values: Mapping[str, float]) -> dict[str, str]:
+    """What METRICS' texts speak of."""
+    return {
+        "rows": _rows(manifest),
+        "unit": manifest.scores[manifest.default_score].unit,
+        "estimate": "exact" if manifest.evidence == "exact" else f"IWAE-{values['k']:,.0f} bound",
+        "latent_dim": str(manifest.signature.latent_dim),
+    }
 
 
 def _calibration(manifest: Manifest) -> str:
     calibration = manifest.calibration
     if calibration is None:
         return ""
-    rows = []
+    rows, noun = [], _rows(manifest)
     for name, rates in calibration.realised_false_positive_rate.items():
         for asked, found in rates.items():
             error = math.sqrt(float(asked) * (1 - float(asked)) * (1 / calibration.n_test + 1 / calibration.n))
@@ -109,8 +193,8 @@ def _calibration(manifest: Manifest) -> str:
     return "\n\n".join([
         "## Scores and calibration",
         f"Higher is more anomalous. {definitions}. The default is `{manifest.default_score}`.",
-        f"Conformal p-values from {calibration.n:,} held-out images of the {calibration.split} split. Realised on the "
-        f"{calibration.n_test:,} images of the test split, by `vaetrain calibrate runs/{manifest.name}`; beside it one "
+        f"Conformal p-values from {calibration.n:,} held-out {noun} of the {calibration.split} split. Realised on the "
+        f"{calibration.n_test:,} {noun} of the test split, by `vaetrain calibrate runs/{manifest.name}`; beside it one "
         "standard deviation of chance, from the finite size of both splits:",
         _table(["score", "asked false-positive rate", "realised", "chance"], rows),
     ])  # fmt: skip
@@ -136,30 +220,53 @@ def _training(manifest: Manifest) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
     return "\n\n".join([
         "## How it was trained, and how to repeat it",
-        f"{training.get('epochs')} epochs, {training.get('steps'):,} steps ({training.get('skipped_updates')} updates "
-        f"skipped) in {duration(training.get('seconds', 0))} on {machine.get('cpu')}, {machine.get('cores')} "
-        f"cores{gpu}; finished {provenance.created}, seed {provenance.seed}. The weights are an exponential moving "
-        f"average, of the epoch with the best validation bound ({training.get('best_epoch')}). "
+        f"{_loop(training)} in {duration(training.get('seconds', 0))} on {machine.get('cpu')}, {machine.get('cores')} "
+        f"cores{gpu}; finished {provenance.created}, seed {provenance.seed}. {_kept(training)}"
         f"Commit `{provenance.commit}`; {versions}.",
         f"```sh\n{training.get('fit_command')}\n{training.get('evaluate_command')}\n```",
     ])  # fmt: skip
 
 
-def _limitations(manifest: Manifest) -> str:
-    calibrated = (
-        "- A p-value is valid for images like the calibration images, on average over them; drift, another camera or "
-        "another resize voids it until the model is calibrated again.\n"
-        if manifest.calibration
-        else ""
-    )
+def _loop(training: Mapping[str, Any]) -> str:
+    if not training.get("steps"):
+        return "Solved without gradients"
+    skipped = training.get("skipped_updates")
+    return f"{training.get('epochs')} epochs, {training['steps']:,} steps ({skipped} updates skipped)"
+
+
+def _kept(training: Mapping[str, Any]) -> str:
+    if not training.get("steps"):
+        return ""
     return (
-        "## Limitations\n\n"
-        "- It knows one data set. Likelihood is not novelty: images that are simpler than the training images can "
-        "score as less anomalous than these (Nalisnick et al. 2019).\n"
-        f"{calibrated}"
-        "- Scores are Monte-Carlo bounds at fixed noise: repeatable to the bit, and still estimates; `standard_error` "
-        "comes with each."
+        "The weights are an exponential moving average, of the epoch with the best validation bound "
+        f"({training.get('best_epoch')}). "
     )
+
+
+def _limitations(manifest: Manifest) -> str:
+    rows = _rows(manifest)
+    changes = "another camera or another resize" if rows == "images" else "another instrument or other units"
+    points = [
+        f"It knows one data set. Likelihood is not novelty: {rows} that are simpler than the training {rows} can score "
+        "as less anomalous than these (Nalisnick et al. 2019)."
+        if manifest.evidence != "none"
+        else f"It knows one data set. A reconstruction error is no likelihood: {rows} that are easily told can score "
+        "as less anomalous than the training data, whatever they show.",
+        f"A p-value is valid for {rows} like the calibration {rows}, on average over them; drift, {changes} voids it "
+        "until the model is calibrated again."
+        if manifest.calibration
+        else "",
+        "Scores are Monte-Carlo bounds at fixed noise: repeatable to the bit, and still estimates; `standard_error` "
+        "comes with each."
+        if manifest.evidence == "bound"
+        else "",
+    ]
+    return "## Limitations\n\n" + "\n".join(f"- {point}" for point in points if point)
+
+
+def _figures(manifest: Manifest, figures: Mapping[str, str]) -> str:
+    captions = {key: FIGURES[key].format(rows=_rows(manifest)) for key in figures}
+    return "\n\n".join(f"![{captions[key]}]({name})\n\n{captions[key]}." for key, name in figures.items())
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -386,6 +386,7 @@ def test_nothing_there(tmp_path):
         load(tmp_path / "a.csv")
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=60, max_size=60))
 def test_texts_of_float32_come_back(tmp_path_factory, numbers):
     rows = np.array(numbers, dtype=np.float32).reshape(20, 3)

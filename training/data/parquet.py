@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow.parquet import ParquetFile
 
 from training.data.config import DataConfig
@@ -38,10 +37,10 @@ def read_parquet(path: Path, config: DataConfig) -> Table:
     unusable: dict[int, str] = {}
     numbers = np.empty((table.num_rows, len(names)))
     for position, name in enumerate(names):
-        column = _decoded(table.column(name))
+        column = table.column(name).cast(pa.float64(), safe=False)
         for row in np.flatnonzero(column.is_null().to_numpy()).tolist():
             unusable.setdefault(row, f"{name!r} is missing")
-        numbers[:, position] = column.cast(pa.float64(), safe=False).to_numpy()
+        numbers[:, position] = column.to_numpy()
     labels = None if config.label is None else _labels(table.column(config.label), config.label, path)
     return Table(names, numbers, unusable, labels)
 
@@ -52,13 +51,8 @@ def _check_type(column: Any, path: Path) -> None:
         raise DataFormatError(f"{path}: column {column.name!r} is {kind}; numbers were expected: {ADVICE}")
 
 
-def _decoded(column: Any) -> Any:
-    """A column of categories as the values that they stand for."""
-    return pc.dictionary_decode(column) if pa.types.is_dictionary(column.type) else column
-
-
 def _labels(column: Any, name: str, path: Path) -> list[str | None]:
     if pa.types.is_nested(column.type):
         raise DataFormatError(f"{path}: data.label names {name!r}, which is nested ({column.type})")
-    texts = ("" if value is None else str(value).strip() for value in _decoded(column).to_pylist())
+    texts = ("" if value is None else str(value).strip() for value in column.to_pylist())
     return [text or None for text in texts]

@@ -1,0 +1,76 @@
+"""The card of what is no VAE of images: it says what the manifest says, and nothing that only images or bounds have."""
+
+from pathlib import Path
+
+import pytest
+
+from service.bundle import Manifest, Provenance, open_bundle
+from tests.service.linear_bundles import FEATURES, write_all
+from training.card import card
+
+METRICS = {
+    "table": {"log_likelihood": -12.5, "log_likelihood_standard_error": 0.5, "elbo": -12.5, "rate": 3.0, "k": 1},
+    "mixture": {"log_likelihood": -7.25, "elbo": -8.0, "k": 500},
+    "pca": {"reconstruction_error": 1.5, "k": 1},
+    "whitening": {"log_likelihood": -9.0, "k": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def manifests(tmp_path_factory) -> dict[str, Manifest]:
+    root: Path = write_all(tmp_path_factory.mktemp("bundles"))
+    return {name: open_bundle(root / name / "1").manifest for name in METRICS}
+
+
+def written(manifests: dict[str, Manifest], name: str) -> str:
+    manifest = manifests[name]
+    rows = f"{manifest.preprocessing.kind}s"
+    provenance = Provenance(
+        data={"name": name, rows: 1234, "splits": {"train": 1000, "test": 234}},
+        metrics={"test": {**METRICS[name], "images": 234}},
+        training={"steps": 0, "seconds": 2.0},
+    )
+    return card(manifest.model_copy(update={"provenance": provenance}), {"reconstructions": "figures/r.png"})
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_rows_are_called_by_their_kind(manifests, name):
+    text, kind = written(manifests, name), manifests[name].preprocessing.kind
+    assert f"1,234 {kind}s" in text
+    assert f"234 {kind}s of the test split" in text
+    assert f"Test {kind}s and their reconstructions" in text
+    assert "Fingerprint over numbers" in text
+    assert "Solved without gradients" in text
+    for word in ("image", "pixel", "camera", "{", "}"):
+        assert word not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "never"),
+    [
+        (
+            "table",
+            ["log p(x) is exact", "| log p(x), exact (nats) | -12.500 |", "`mass, dry`"],
+            ["IWAE", "Monte-Carlo"],
+        ),
+        (
+            "mixture",
+            ["bounded from below", "IWAE-500 bound (nats) | -7.250 |", "(channels × steps)", "Monte-Carlo"],
+            ["exact", "N(0, I)"],
+        ),
+        ("pca", ["no prior", "no likelihood", "| 1.500 |", "z a function of x"], ["log p(x)", "nats", "Likelihood is"]),
+        ("whitening", ["log p(x) is exact", "density over the numbers in their own units"], ["IWAE", "in [0, 1]"]),
+    ],
+)
+def test_the_card_says_what_kind_of_model_it_is(manifests, name, says, never):
+    text = written(manifests, name)
+    for part in says:
+        assert part in text
+    what = text.partition("## How it was trained")[0] + text.partition("## Limitations")[2]
+    for part in never:
+        assert part not in what
+
+
+def test_features_stand_in_their_order(manifests):
+    text = written(manifests, "table")
+    assert ", ".join(f"`{name}`" for name in FEATURES) in text
