@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -29,6 +29,8 @@ JSON, NPY, CSV = "application/json", "application/x-npy", "text/csv"
 TABLE_TYPES = (JSON, NPY, CSV)
 SHOWN = 3
 """Names that an error lists, of many."""
+SPARE_COMMAS = 1000
+"""In a line of CSV, beyond twice those of a row: names may hold commas, and a wrong line is better told of whole."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class TableReader:
             text = body.decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InvalidInput("the CSV is no UTF-8 text") from error
-        lines = csv.reader(StringIO(text, newline=""), strict=True, skipinitialspace=True)
+        lines = csv.reader(self._lines(text), strict=True, skipinitialspace=True)
         rows: list[list[float]] = []
         order: list[int] | None = None
         try:
@@ -133,6 +135,14 @@ class TableReader:
         if not rows:
             raise InvalidInput(f"the CSV holds no rows: {describe(self.rule)} expected")
         return np.array(rows).reshape(len(rows), *self.rule.natural)
+
+    def _lines(self, text: str) -> Iterator[str]:
+        """The text's lines, but none with far more commas than a row or header has: each would cost memory."""
+        most = 2 * math.prod(self.rule.natural) + SPARE_COMMAS
+        for number, line in enumerate(StringIO(text, newline=""), 1):
+            if line.count(",") > most:
+                raise InvalidInput(f"the CSV's line {number} has over {most} commas: {describe(self.rule)} expected")
+            yield line
 
     def _header(self, fields: list[str]) -> list[int]:
         """Where each feature stands in a line."""

@@ -791,7 +791,7 @@ def row_documents(features: list[str]) -> list[Body]:
         "a list for a feature": [named | {features[0]: [1]}],
         "too many rows": [row] * 2000,
         "too many objects": [named] * 2000,
-        "a million names": [{f"x{i}": 1 for i in range(100_000)}],
+        "a flood of names": [{f"x{i}": 1 for i in range(10_000)}],
     }
     found = [(f"rows: {name}", JSON, json.dumps({"rows": rows}).encode()) for name, rows in lists.items()]
     found += [
@@ -860,7 +860,8 @@ def csv_texts(features: list[str]) -> list[Body]:
         "an open quote": f'{row}\n"0.5,{row[4:]}',
         "a quote inside": f'{row}\n"0.5"5,{row[4:]}',
         "a field without end": '"' + "a" * 300_000 + '"',
-        "a million fields": "1," * 1_000_000,
+        "a flood of fields": "1," * 500_000,
+        "a flood of names": "a," * 500_000,
         "too many rows": "\n".join([row] * 2000),
         "a nul": f"{row}\n0.\0" + f"5,{row[4:]}",
     }

@@ -71,7 +71,9 @@ def log_normal(deltas: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     return -0.5 * (whitened**2).sum(axis=0) - np.log(np.diag(cholesky)).sum() - 0.5 * len(covariance) * LOG_2PI
 
 
-def linear(shape: tuple[int, int, int], latent_dim: int, units: np.ndarray | float = 1.0, mixture: bool = False):
+def linear(
+    shape: tuple[int, int, int], latent_dim: int, units: np.ndarray | float = 1.0, mixture: bool = False
+) -> Linear:
     """A fixed linear model; ``units`` [D] scale weight, mean and noise alike."""
     random, size = np.random.RandomState(7), int(np.prod(shape))
     components = (np.array([0.3, 0.7]), np.array([[-2.0], [1.0]]) * np.ones(latent_dim), np.array([0.5, 1.0]))

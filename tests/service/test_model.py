@@ -116,6 +116,13 @@ def test_bits_per_dim_is_of_the_score_s_own_bound_for_8_bit_pixels(model):
     assert estimators.bits_per_dim(np.array([-64 * math.log(2)]), 64, "counting").tolist() == [1.0]
 
 
+def test_a_reconstruction_is_the_distortion_and_no_bound(model):
+    elbo, scores = model.score(X, definition(k=7)), model.score(X, definition("reconstruction", 7))
+    assert np.array_equal(scores.score, elbo.distortion)
+    assert np.array_equal(scores.elbo, elbo.elbo)
+    assert np.isnan(scores.bits_per_dim).all()
+
+
 def test_the_standard_error_of_one_sample_is_nan(model):
     assert np.isnan(model.score(X, definition(k=1)).standard_error).all()
 

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from service import noise
-from service.bundle import open_bundle
+from service.bundle import ScoreDefinition, open_bundle
 from service.cli import app
+from service.errors import InvalidInput, UnsupportedVerb
 from service.model import Model
 from tests.hostile import table_payloads
 from tests.service import linear_bundles as linear
@@ -340,6 +341,30 @@ def test_a_model_tells_its_kind_evidence_prior_and_posterior(client):
     assert card["refused"] == listed["table"]["refused"] == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("pca", lambda model, x: model.sample_latents(1)),
+        ("pca", lambda model, x: model.observe(np.zeros((1, 2), np.float32))),
+        ("pca", lambda model, x: model.encode(x, samples=1)),
+        ("pca", lambda model, x: model.score(x, ScoreDefinition(estimator="elbo", k=1, seed=0))),
+        ("whitening", lambda model, x: model.score(x, maps=True)),
+    ],
+)
+def test_the_model_itself_refuses_what_it_does_not_have(models, name, call):
+    with pytest.raises(UnsupportedVerb, match=f"{name} does not answer"):
+        call(models[name], x_of(name))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+def test_the_model_itself_takes_any_finite_number_and_no_other(models, value):
+    x = x_of("table").astype(np.float64)
+    assert np.isfinite(models["table"].score(x * -1000).score).all()
+    x[3, 0, 0, 1] = value
+    with pytest.raises(InvalidInput, match="x, row 3: expected finite float32 numbers"):
+        models["table"].encode(x)
+
+
 @pytest.mark.parametrize("accept", ["image/png", "image/gif", "image/*"])
 @pytest.mark.parametrize("verb", ["reconstruct", "interpolate"])
 def test_numbers_that_are_no_image_make_no_picture(client, verb, accept):
@@ -408,6 +433,7 @@ def test_the_limits_of_a_request_hold_for_rows(root):
                 answer = client.post("/v1/score", content=body, headers={"content-type": kind})
                 assert answer.status_code == status
                 assert setting in answer.text
+        assert "over 8 rows" in answer.text, "a table is read no further than its limit"
 
 
 # Offline.
