@@ -1,0 +1,221 @@
+"""Linear-Gaussian models, t = W z + μ + ε with z ~ N(0, I): probabilistic PCA and factor analysis, log p(x) exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from training.config import ModelConfig
+from training.data.dataset import Dataset
+from training.errors import ConfigError
+from training.likelihoods import Gaussian, Parameters
+from training.linear_algebra import Moments, principal_axes, target_moments
+from training.models.base import Density, Encoded, LatentVariableModel, Statistics, Terms
+from training.networks import Shape
+from training.posteriors import HALF_LOG_2PI
+from training.priors import StandardNormal, log_standard_normal
+
+
+class LinearGaussian(LatentVariableModel):
+    """t = W z + μ + ε, ε ~ N(0, Ψ), Ψ diagonal, of the target t [D], with the exact posterior for encoder.
+
+    q(z|x) = N(G (t − μ), R Rᵀ) with G = M⁻¹ Wᵀ Ψ⁻¹, R Rᵀ = M⁻¹ and M = I + Wᵀ Ψ⁻¹ W (Bishop 2006, eq. 12.66 and
+    sec. 12.2.4), so that log p(x|z) + log p(z) − log q(z|x) is log p(x) at every z. For that to hold in the graphs, the
+    posterior is that of W, μ and Ψ as rounded to float32, it is computed in float64, and log q is taken at the float32
+    z that the decoder will see.
+    """
+
+    evidence = "exact"
+    posterior_family = "full_gaussian"
+    closed_form = True
+    scale: str  # of the Gaussian likelihood
+
+    def __init__(self, shape: Shape, config: ModelConfig) -> None:
+        super().__init__()
+        numbers, latent_dim = math.prod(shape), config.latent_dim
+        if (config.likelihood.family, config.likelihood.scale) != ("gaussian", self.scale):
+            raise ConfigError(
+                f"model.likelihood: {self.family} expects family gaussian with scale {self.scale}, "
+                f"got {config.likelihood.family} with {config.likelihood.scale}"
+            )
+        if latent_dim >= numbers:
+            raise ConfigError(
+                f"model.latent_dim: {self.family} of {numbers} numbers expects 1 to {numbers - 1}, got {latent_dim}"
+            )
+        self.shape, self.latent_dim = shape, latent_dim
+        self.narrowest = config.likelihood.min_scale
+        self.likelihood: Gaussian = Gaussian(config.likelihood, shape, closed_form=True)
+        self.prior = StandardNormal(latent_dim)
+        self.weight = nn.Parameter(torch.zeros(numbers, latent_dim))
+        self.loc = nn.Parameter(torch.zeros(numbers))
+        self.gain: Tensor
+        self.factor: Tensor
+        self.inverse_factor: Tensor
+        self.register_buffer("gain", torch.zeros(latent_dim, numbers, dtype=torch.float64))
+        self.register_buffer("factor", torch.eye(latent_dim, dtype=torch.float64))
+        self.register_buffer("inverse_factor", torch.eye(latent_dim, dtype=torch.float64))
+
+    @property
+    def noise_dim(self) -> int:
+        return self.latent_dim
+
+    def infer(self, target: Tensor) -> Statistics:
+        """Target [N,C,H,W] -> the posterior's mean [N,L] float64; its covariance is the same for all."""
+        return ((target.flatten(1).double() - self.loc.double()) @ self.gain.T,)
+
+    def draw(self, target: Tensor, statistics: Statistics, noise: Tensor) -> Encoded:
+        (loc,) = statistics
+        z = (loc.unsqueeze(1) + noise.double() @ self.factor.T).float()
+        standardised = (z.double() - loc.unsqueeze(1)) @ self.inverse_factor.T
+        log_q = log_standard_normal(standardised).sum(-1) - self._log_volume_of_posterior()
+        scale = torch.sqrt((self.factor**2).sum(1)).float().expand_as(loc)
+        return Encoded(target, loc.float(), scale, z, log_q)
+
+    def _log_volume_of_posterior(self) -> Tensor:
+        """log |det R|."""
+        return torch.log(torch.diagonal(self.factor)).sum()
+
+    def parameters_at(self, z: Tensor) -> Parameters:
+        raw = z.double() @ self.weight.double().T + self.loc.double()
+        return self.likelihood.parameters_from(raw.unflatten(1, (1, *self.shape)))
+
+    def density(self, target: Tensor, z: Tensor, parameters: Parameters) -> Density:
+        """As everywhere, with log p(x|z) in float64 from the residual on: float32 would lose what makes it exact."""
+        exact = tuple(parameter.double() for parameter in parameters)
+        log_p_x_map = self.likelihood.log_prob(target.unsqueeze(1).double(), exact)
+        return Density(self.likelihood.total(log_p_x_map), log_p_x_map.float(), self.prior.log_prob(z))
+
+    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, detach_q: bool = False) -> Terms:
+        """The terms at the fitted values, of which nothing is trained by gradient."""
+        encoded = self.encode(x, noise, dither)
+        parameters = tuple(p.unflatten(0, noise.shape[:2]) for p in self.parameters_at(encoded.z.flatten(0, 1)))
+        log_p_x, _, log_p_z = self.density(encoded.target, encoded.z, parameters)
+        rate = (encoded.log_q - log_p_z).mean(1, keepdim=True)
+        return Terms(log_p_x.float(), log_p_z.float(), encoded.log_q.float(), rate.float(), encoded.z)
+
+    def log_marginal(self, target: Tensor) -> Tensor:
+        """log N(t; μ, W Wᵀ + Ψ) of targets [N,C,H,W] -> [N] float64, nats, of reals the density of x itself.
+
+        By Woodbury's identity and the matrix determinant lemma, of which M⁻¹ = R Rᵀ is all that is needed.
+        """
+        scale = self._scales()
+        residual = (target.flatten(1).double() - self.loc.double()) / scale
+        explained = residual @ (self.weight.double() / scale.unsqueeze(1)) @ self.factor
+        quadratic = (residual**2).sum(1) - (explained**2).sum(1)
+        log_det = torch.log(scale).sum() - self._log_volume_of_posterior()
+        return -0.5 * quadratic - log_det - len(scale) * HALF_LOG_2PI + self.likelihood.log_volume
+
+    def _scales(self) -> Tensor:
+        """Ψ^½ [D] float64, as the likelihood gives it."""
+        _, scale = self.likelihood.parameters_from(torch.zeros(1, 1, *self.shape))
+        return scale.flatten().double()
+
+    @torch.no_grad()
+    def set_values(self, weight: Tensor, loc: Tensor, scale: Tensor) -> None:
+        """Take W [D,L], μ [D] and Ψ^½ (0-dim or [D]), and the posterior that follows from them."""
+        self.weight.copy_(weight)
+        self.loc.copy_(loc)
+        self.likelihood.set_scale(scale.reshape(self.likelihood.log_scale.shape))
+        scaled = self.weight.double() / self._scales().unsqueeze(1)
+        precision = torch.eye(self.latent_dim, dtype=torch.float64) + scaled.T @ scaled
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        self.gain.copy_(covariance @ (scaled / self._scales().unsqueeze(1)).T)
+        self.factor.copy_(torch.linalg.cholesky(covariance))
+        self.inverse_factor.copy_(torch.linalg.inv(self.factor))
+
+
+def ppca(found: Moments, latent_dim: int, narrowest: float) -> tuple[Tensor, float]:
+    """W [D,L] and σ of maximum likelihood among σ ≥ ``narrowest`` (Tipping & Bishop 1999, eqs. 7 and 8, R = I).
+
+    σ² is the mean of the variances that are left out, W the axes kept, each √(λ − σ²) long: given σ, that W is the best
+    one, and the likelihood falls on either side of the mean, so that a floor above it is where the maximum lies.
+    """
+    variances, axes = principal_axes(found.covariance)
+    variance = max(float(variances[latent_dim:].mean()), narrowest**2)
+    lengths = torch.sqrt((variances[:latent_dim] - variance).clamp(min=0))
+    return axes[:, :latent_dim] * lengths, math.sqrt(variance)
+
+
+class PPCA(LinearGaussian):
+    """Probabilistic PCA, ε ~ N(0, σ² I), solved by the eigenvectors of the training covariance.
+
+    The dither of dequantised pixels enters the covariance as its expectation, 1/(12·256²) on the diagonal. z are the
+    principal components, whitened and shrunk. Raises ConfigError: another likelihood than the Gaussian of one shared
+    scale, or L ≥ D.
+
+    >>> from training.config import LikelihoodConfig
+    >>> ppca = PPCA((1, 8, 8), ModelConfig(latent_dim=2, likelihood=LikelihoodConfig(family="gaussian")))
+    >>> ppca.decode(torch.zeros(3, 2)).mean.shape
+    torch.Size([3, 1, 8, 8])
+    """
+
+    family = "ppca"
+    scale = "shared"
+
+    @torch.no_grad()
+    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
+        found = target_moments(dataset, self.likelihood)
+        weight, sigma = ppca(found, self.latent_dim, self.narrowest)
+        self.set_values(weight, found.mean, torch.tensor(sigma, dtype=torch.float64))
+        explained = float(weight.pow(2).sum() + sigma**2 * self.latent_dim) / float(found.covariance.trace())
+        say(f"{self.latent_dim} axes hold {explained:.1%} of the variance of {found.count} rows, σ = {sigma:.4g}")
+
+
+def em_step(covariance: Tensor, weight: Tensor, variance: Tensor, floor: float) -> tuple[Tensor, Tensor, float]:
+    """W [D,L] and ψ [D] -> the next ones, and the training rows' mean log p(t) at the given ones, nats.
+
+    EM on the covariance S [D,D] alone (Rubin & Thayer 1982; Bishop 2006, eqs. 12.66 to 12.70). The M step itself keeps
+    ψ ≥ ``floor``: given W, the expected log-likelihood has one maximum in each ψ.
+    """
+    scaled = weight / variance.unsqueeze(1)
+    precision = torch.eye(weight.shape[1], dtype=weight.dtype) + weight.T @ scaled
+    cholesky = torch.linalg.cholesky(precision)
+    gain = torch.cholesky_solve(scaled.T, cholesky)
+    cross = covariance @ gain.T  # E[(t − μ) zᵀ]
+    log_det = torch.log(variance).sum() + 2 * torch.log(torch.diagonal(cholesky)).sum()
+    trace = (torch.diagonal(covariance) / variance).sum() - (scaled * cross).sum()
+    log_p = -0.5 * (log_det + trace) - len(variance) * HALF_LOG_2PI
+    second = torch.cholesky_inverse(cholesky) + gain @ cross  # E[z zᵀ]
+    updated = torch.linalg.solve(second, cross, left=False)
+    residual = torch.diagonal(covariance) - (updated * cross).sum(1)
+    return updated, residual.clamp(min=floor), float(log_p)
+
+
+def identified(weight: Tensor, variance: Tensor) -> Tensor:
+    """W rotated so that Wᵀ Ψ⁻¹ W is diagonal, largest first: the same density, and factors that can be told apart."""
+    _, axes = principal_axes(weight.T @ (weight / variance.unsqueeze(1)))
+    rotated = weight @ axes
+    largest = rotated.gather(0, rotated.abs().argmax(0, keepdim=True))
+    return rotated * torch.where(largest < 0, -1.0, 1.0)
+
+
+class FactorAnalysis(LinearGaussian):
+    """Factor analysis, ε ~ N(0, diag ψ), by EM from PPCA's solution; √ψ ≥ ``likelihood.min_scale``.
+
+    EM never lowers the likelihood; it stops when an iteration gains less than ``factor.tolerance`` nats a row. The
+    dither enters as in PPCA. Raises ConfigError: another likelihood than the Gaussian of a diagonal scale, or L ≥ D.
+    """
+
+    family = "fa"
+    scale = "diagonal"
+
+    def __init__(self, shape: Shape, config: ModelConfig) -> None:
+        super().__init__(shape, config)
+        self.options = config.factor
+
+    @torch.no_grad()
+    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
+        found = target_moments(dataset, self.likelihood)
+        weight, sigma = ppca(found, self.latent_dim, self.narrowest)
+        variance = torch.full_like(found.mean, sigma**2)
+        iterations, log_p, gain = 0, -math.inf, math.inf
+        while gain >= self.options.tolerance and iterations < self.options.iterations:
+            before = log_p
+            weight, variance, log_p = em_step(found.covariance, weight, variance, self.narrowest**2)
+            iterations, gain = iterations + 1, log_p - before
+        self.set_values(identified(weight, variance), found.mean, torch.sqrt(variance))
+        log_p += float(self.likelihood.log_volume)
+        say(f"EM: {iterations} iterations, mean log p(x) of {found.count} training rows {log_p:.4f} nats")

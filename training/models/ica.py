@@ -1,0 +1,269 @@
+"""Maximum-likelihood independent component analysis: z = W (t − c), log p(t) = log |det W| + Σ log p(z_i)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from training.config import IcaConfig, ModelConfig
+from training.data.dataset import Dataset
+from training.errors import ConfigError, DataError
+from training.likelihoods import Parameters, build_likelihood
+from training.linear_algebra import principal_axes, target_batches, target_moments
+from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
+from training.networks import Shape
+from training.posteriors import HALF_LOG_2PI
+from training.priors import Prior
+
+LOGISTIC_SCALE = math.pi / math.sqrt(3)
+"""Standard deviation of the logistic distribution."""
+SMALLEST_VARIANCE = 1e-10
+"""Of the largest: axes of less are taken for linear dependence. Dequantised pixels keep above by their dither alone."""
+ROUND, PATIENCE, CHUNK = 10, 3, 2000  # iterations between looks at the validation split; rounds without gain; rows
+ERFC = (
+    *(-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806),
+    *(0.27886807, -1.13520398, 1.48851587, -0.82215223, 0.17087277),
+)
+
+
+def log_tail(a: Tensor) -> Tensor:
+    """log Φ(−a) of a ≥ 0, Φ the standard normal distribution function, to 1.2e-7 however far out the tail.
+
+    erfc(x) = t·exp(−x² + P(t)) with t = 1/(1 + x/2), x = a/√2 (Press et al. 1992, sec. 6.2), which needs no operator
+    erfc, and no difference that cancels.
+    """
+    t = 1 / (1 + a / math.sqrt(8))
+    polynomial = torch.zeros_like(t)
+    for coefficient in reversed(ERFC):
+        polynomial = polynomial * t + coefficient
+    return torch.log(t / 2) - 0.5 * a**2 + polynomial
+
+
+def logistic_from_normal(noise: Tensor) -> Tensor:
+    """F⁻¹(Φ(ε)) of standard normal ε for the logistic F: log Φ(ε) − log Φ(−ε), element by element."""
+    tail = log_tail(noise.abs())
+    return torch.sign(noise) * (torch.log1p(-torch.exp(tail)) - tail)
+
+
+class LogisticSources(Prior):
+    """Π_i p(s_i), p(s) = e^{−s}/(1 + e^{−s})²: infomax (Bell & Sejnowski 1995); tails are heavier than N's."""
+
+    family = "logistic"
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.noise_dim = latent_dim
+
+    def log_density(self, s: Tensor) -> Tensor:
+        """log p(s) of sources [...,L], element by element, in their dtype."""
+        size = s.abs()
+        return -size - 2 * torch.log1p(torch.exp(-size))
+
+    def choose(self, sources: Tensor) -> bool:
+        """Whether the densities change for these sources [B,L]: never, here."""
+        return False
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.log_density(z.double()).sum(-1)
+
+    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
+        return logistic_from_normal(noise.double()).float()
+
+
+class ExtendedSources(LogisticSources):
+    """Logistic sources, and sub-Gaussian ones: ½N(−1, 1) + ½N(1, 1) (extended infomax, Lee et al. 1999, eq. 2.14).
+
+    A source of the second kind takes the sign of a normal number for its side. ``mixed`` [L] is 1 for these.
+    """
+
+    family = "extended_logistic"
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim)
+        self.noise_dim = 2 * latent_dim
+        self.mixed: Tensor
+        self.register_buffer("mixed", torch.zeros(latent_dim))
+
+    def log_density(self, s: Tensor) -> Tensor:
+        size = s.abs()
+        mixture = -0.5 * (size - 1) ** 2 - HALF_LOG_2PI + torch.log1p(torch.exp(-2 * size)) - math.log(2)
+        return super().log_density(s) + self.mixed * (mixture - super().log_density(s))
+
+    @torch.no_grad()
+    def choose(self, sources: Tensor) -> bool:
+        """Take the density under which separation is stable, by these sources [B,L] (Lee et al. 1999, eq. 2.33).
+
+        Returns whether any changed.
+        """
+        u = (sources - sources.mean(0)) / sources.std(0)
+        squashed = torch.tanh(u)
+        mixed = ((1 - squashed**2).mean(0) < (squashed * u).mean(0)).to(self.mixed.dtype)
+        changed = bool((mixed != self.mixed).any())
+        self.mixed.copy_(mixed)
+        return changed
+
+    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
+        inner, side = noise.double().chunk(2, -1)
+        logistic, mixture = logistic_from_normal(inner), inner + torch.sign(side)
+        return (logistic + self.mixed * (mixture - logistic)).float()
+
+
+SOURCES: dict[str, type[LogisticSources]] = {"logistic": LogisticSources, "extended": ExtendedSources}
+
+
+class Unmixing:
+    """The search for B and c in s = B w + c, maximising log |det B| + Σ log p(s_i) over whitened rows w, by L-BFGS."""
+
+    def __init__(self, sources: LogisticSources, rows: Tensor, held_out: Tensor) -> None:
+        self.sources, self.rows, self.held_out = sources, rows, held_out
+        self.unmixing = nn.Parameter(LOGISTIC_SCALE * torch.eye(rows.shape[1]))
+        self.offset = nn.Parameter(torch.zeros(rows.shape[1]))
+
+    def loss(self, rows: Tensor, backward: bool = False) -> Tensor:
+        """−mean log p(w) of rows [B,D], chunk by chunk; adds its gradient to the parameters' if asked."""
+        with torch.set_grad_enabled(backward):
+            total = -torch.linalg.slogdet(self.unmixing.double())[1]
+            if backward:
+                total.backward()
+            for chunk in rows.split(CHUNK):
+                s = chunk @ self.unmixing.T + self.offset
+                part = -self.sources.log_density(s).sum(dtype=torch.float64) / len(rows)
+                if backward:
+                    part.backward()
+                total = total.detach() + part.detach()
+        return total
+
+    def optimiser(self) -> torch.optim.LBFGS:
+        """A fresh one: what it remembers of the curvature is that of the present densities."""
+        return torch.optim.LBFGS(
+            [self.unmixing, self.offset],
+            max_iter=ROUND,
+            max_eval=2 * ROUND,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-12,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+
+    def fit(self, options: IcaConfig, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+        """B [D,D] and c [D] with the best held-out log p(w), float64; the sources keep the densities they were with."""
+        optimiser = self.optimiser()
+        best, kept, without_gain = -math.inf, self._state(), 0
+        for iteration in range(0, options.iterations, ROUND):
+            with torch.no_grad():
+                changed = self.sources.choose(self.rows[: 5 * CHUNK] @ self.unmixing.T + self.offset)
+            if changed:
+                optimiser = self.optimiser()
+            optimiser.step(self._closure)
+            log_p = -float(self.loss(self.held_out))
+            without_gain = 0 if changed or log_p > best + options.tolerance else without_gain + 1
+            if log_p > best:
+                best, kept = log_p, self._state()
+            say(f"L-BFGS: {iteration + ROUND} iterations, held-out log p of whitened rows {log_p:.4f} nats")
+            if without_gain == PATIENCE:
+                break
+        unmixing, offset, densities = kept
+        self.sources.load_state_dict(densities)
+        return unmixing.double(), offset.double()
+
+    def _closure(self) -> float:
+        self.unmixing.grad = self.offset.grad = None
+        return float(self.loss(self.rows, backward=True))
+
+    def _state(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        densities = {name: value.clone() for name, value in self.sources.state_dict().items()}
+        return self.unmixing.detach().clone(), self.offset.detach().clone(), densities
+
+
+class ICA(LatentVariableModel):
+    """z = W (t − c) with independent z_i of an explicit density, as many as there are numbers in the target t.
+
+    Encoder and decoder are each other's inverse, log p(x|z) = 0 and log q(z|x) = −log |det W| − log_volume, so that
+    every estimator is log p(x) (MacKay 1996; Hyvärinen et al. 2001, sec. 9.1). Fitted by L-BFGS from the symmetric
+    (ZCA) whitening, where the problem is well conditioned at 784 pixels too, early-stopped on the validation split.
+    Raises ConfigError: another likelihood than delta.
+
+    >>> from training.config import LikelihoodConfig
+    >>> ica = ICA((1, 4, 4), ModelConfig(family="ica", likelihood=LikelihoodConfig(family="delta")))
+    >>> ica.decode(torch.zeros(3, 16)).mean.shape
+    torch.Size([3, 1, 4, 4])
+    """
+
+    family = "ica"
+    evidence = "exact"
+    posterior_family = "deterministic"
+    moments = "point"
+    closed_form = True
+    prior: LogisticSources
+
+    def __init__(self, shape: Shape, config: ModelConfig) -> None:
+        super().__init__()
+        if config.likelihood.family != "delta":
+            raise ConfigError(f"model.likelihood.family: ica expects delta, got {config.likelihood.family}")
+        self.shape, self.latent_dim = shape, math.prod(shape)
+        self.options = config.ica
+        self.likelihood = build_likelihood(config.likelihood, shape)
+        self.prior = SOURCES[config.ica.source](self.latent_dim)
+        self.weight = nn.Parameter(torch.eye(self.latent_dim))
+        self.loc = nn.Parameter(torch.zeros(self.latent_dim))
+        self.inverse: Tensor
+        self.log_det: Tensor
+        self.register_buffer("inverse", torch.eye(self.latent_dim))
+        self.register_buffer("log_det", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def noise_dim(self) -> int:
+        """1, as the contract wants one; nothing depends on it."""
+        return 1
+
+    def infer(self, target: Tensor) -> Statistics:
+        """Target [N,C,H,W] -> z [N,L], summed in float64: rows of W are large where x hardly varies."""
+        return (((target.flatten(1).double() - self.loc.double()) @ self.weight.double().T).float(),)
+
+    def draw(self, target: Tensor, statistics: Statistics, noise: Tensor) -> Encoded:
+        (z,) = statistics
+        samples = z.unsqueeze(1) + 0 * noise  # K copies, and the noise stays an input of the graph
+        log_q = 0 * noise[..., 0].double() - self.log_det - self.likelihood.log_volume
+        return Encoded(target, z, torch.zeros_like(z), samples, log_q)
+
+    def parameters_at(self, z: Tensor) -> Parameters:
+        raw = z.double() @ self.inverse.double().T + self.loc.double()
+        return self.likelihood.parameters_from(raw.unflatten(1, (1, *self.shape)))
+
+    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, detach_q: bool = False) -> Terms:
+        """The terms at the fitted values, of which nothing is trained by gradient."""
+        encoded = self.encode(x, noise, dither)
+        log_p_z = self.prior.log_prob(encoded.z)
+        rate = (encoded.log_q - log_p_z).mean(1, keepdim=True)
+        return Terms(torch.zeros_like(log_p_z).float(), log_p_z.float(), encoded.log_q.float(), rate.float(), encoded.z)
+
+    @torch.no_grad()
+    def set_values(self, weight: Tensor, loc: Tensor) -> None:
+        """Take W [D,D] and c [D], and what follows from them as rounded to float32."""
+        self.weight.copy_(weight)
+        self.loc.copy_(loc)
+        self.inverse.copy_(torch.linalg.inv(self.weight.double()))
+        self.log_det.copy_(torch.linalg.slogdet(self.weight.double())[1])
+
+    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
+        """Whiten, unmix, and multiply the two. Raises DataError: linearly dependent numbers."""
+        found = target_moments(dataset, self.likelihood)
+        variances, axes = principal_axes(found.covariance)
+        if variances[-1] <= SMALLEST_VARIANCE * variances[0]:
+            raise DataError(
+                f"ica expects linearly independent numbers: the training covariance has variances from "
+                f"{variances[0]:.3g} down to {variances[-1]:.3g}; remove constant or redundant ones"
+            )
+        whitening = (axes / torch.sqrt(variances)) @ axes.T
+        generator = torch.Generator().manual_seed(seed)
+
+        def whitened(split: str) -> Tensor:
+            targets = target_batches(dataset, self.likelihood, dataset.splits[split][: self.options.rows], generator)
+            return torch.cat([((batch.double() - found.mean) @ whitening).float() for batch in targets])
+
+        unmixing, offset = Unmixing(self.prior, whitened("train"), whitened("validation")).fit(self.options, say)
+        weight = unmixing @ whitening
+        self.set_values(weight, found.mean - torch.linalg.solve(weight, offset))

@@ -1,0 +1,168 @@
+"""Linear models without a likelihood: PCA in closed form, and the linear autoencoder that finds its subspace."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from training.config import ModelConfig
+from training.data.dataset import Dataset
+from training.errors import ConfigError
+from training.likelihoods import Parameters
+from training.linear_algebra import moments_of, principal_axes, target_batches, target_moments
+from training.models.base import Statistics
+from training.models.reconstruction import Reconstruction
+from training.networks import Shape
+from training.priors import NoPrior, Prior, log_standard_normal
+
+
+class GaussianPrior(Prior):
+    """N(loc, A Aᵀ), fitted to the codes of the training split once the encoder stands (Ghosh et al. 2020, sec. 4)."""
+
+    family = "gaussian"
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.noise_dim = latent_dim
+        self.loc: Tensor
+        self.factor: Tensor
+        self.inverse_factor: Tensor
+        self.register_buffer("loc", torch.zeros(latent_dim, dtype=torch.float64))
+        self.register_buffer("factor", torch.eye(latent_dim, dtype=torch.float64))
+        self.register_buffer("inverse_factor", torch.eye(latent_dim, dtype=torch.float64))
+
+    @torch.no_grad()
+    def set_moments(self, loc: Tensor, covariance: Tensor) -> None:
+        """Mean [L] and covariance [L,L]; axes that do not vary get a millionth of the largest standard deviation."""
+        floor = float(torch.diagonal(covariance).max()) * 1e-12 or 1e-12
+        factor = torch.linalg.cholesky(covariance + floor * torch.eye(len(loc), dtype=covariance.dtype))
+        self.loc.copy_(loc)
+        self.factor.copy_(factor)
+        self.inverse_factor.copy_(torch.linalg.inv(factor))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        standardised = (z.double() - self.loc) @ self.inverse_factor.T
+        return log_standard_normal(standardised).sum(-1) - torch.log(torch.diagonal(self.factor)).sum()
+
+    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
+        return (self.loc + noise.double() @ self.factor.T).float()
+
+
+class LinearReconstruction(Reconstruction):
+    """z = V (t − c) and its reconstruction U z + b, by squared error.
+
+    ``linear.prior`` gaussian fits N to the training codes afterwards, for there to be something to sample from: it is
+    no part of what was minimised. Raises ConfigError: another likelihood than squared_error, or L > D.
+    """
+
+    def __init__(self, shape: Shape, config: ModelConfig) -> None:
+        super().__init__(shape, config)
+        numbers, latent_dim = math.prod(shape), config.latent_dim
+        if config.likelihood.family != "squared_error":
+            raise ConfigError(
+                f"model.likelihood.family: {self.family} expects squared_error, got {config.likelihood.family}"
+            )
+        if latent_dim > numbers:
+            raise ConfigError(
+                f"model.latent_dim: {self.family} of {numbers} numbers expects 1 to {numbers}, got {latent_dim}"
+            )
+        self.prior = GaussianPrior(latent_dim) if config.linear.prior == "gaussian" else NoPrior(latent_dim)
+
+    @abstractmethod
+    def code(self, target: Tensor) -> Tensor:
+        """Targets [N,D] -> z [N,L]."""
+
+    @abstractmethod
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """z [M,L] -> targets [M,D]."""
+
+    def infer(self, target: Tensor) -> Statistics:
+        """Target [N,C,H,W] -> z [N,L]."""
+        return (self.code(target.flatten(1)),)
+
+    def parameters_at(self, z: Tensor) -> Parameters:
+        return self.likelihood.parameters_from(self.reconstruct(z).unflatten(1, (1, *self.shape)))
+
+
+class PCA(LinearReconstruction):
+    """Principal component analysis: z = Vᵀ (t − μ) with the L axes of largest variance, uncorrelated and in that order.
+
+    The axes are the right singular vectors of the centred training targets, found as eigenvectors of their float64
+    covariance, which needs D² memory whatever the number of rows. Each axis has its largest entry positive.
+
+    >>> from training.config import LikelihoodConfig
+    >>> pca = PCA((1, 8, 8), ModelConfig(latent_dim=2, likelihood=LikelihoodConfig(family="squared_error")))
+    >>> pca.decode(torch.zeros(3, 2)).mean.shape
+    torch.Size([3, 1, 8, 8])
+    """
+
+    family = "pca"
+    closed_form = True
+
+    def __init__(self, shape: Shape, config: ModelConfig) -> None:
+        super().__init__(shape, config)
+        numbers = math.prod(shape)
+        self.loc = nn.Parameter(torch.zeros(numbers))
+        self.axes = nn.Parameter(torch.eye(numbers)[:, : self.latent_dim].clone())
+
+    def code(self, target: Tensor) -> Tensor:
+        return (target - self.loc) @ self.axes
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return z @ self.axes.T + self.loc
+
+    @torch.no_grad()
+    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
+        found = target_moments(dataset, self.likelihood)
+        variances, axes = principal_axes(found.covariance)
+        self.loc.copy_(found.mean)
+        self.axes.copy_(axes[:, : self.latent_dim])
+        kept = variances[: self.latent_dim]
+        if isinstance(self.prior, GaussianPrior):
+            self.prior.set_moments(torch.zeros_like(kept), torch.diag(kept))
+        share = float(kept.sum() / variances.sum()) if variances.sum() > 0 else 1.0
+        say(f"{self.latent_dim} axes hold {share:.1%} of the variance of {found.count} rows")
+
+
+class LinearAutoencoder(LinearReconstruction):
+    """One affine layer each way, trained by gradient on the squared error.
+
+    At its minimum the decoder's columns span the subspace of the first L principal axes (Baldi & Hornik 1989), in some
+    basis of it: latents are not principal components.
+    """
+
+    family = "linear_autoencoder"
+
+    def __init__(self, shape: Shape, config: ModelConfig) -> None:
+        super().__init__(shape, config)
+        numbers = math.prod(shape)
+        self.encoder = nn.Linear(numbers, self.latent_dim)
+        self.decoder = nn.Linear(self.latent_dim, numbers)
+
+    def code(self, target: Tensor) -> Tensor:
+        z: Tensor = self.encoder(target).float()
+        return z
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        target: Tensor = self.decoder(z)
+        return target
+
+    @torch.no_grad()
+    def initialise(self, mean: Tensor, examples: Tensor) -> None:
+        """The mean is encoded as 0 and decoded as itself."""
+        start = self.likelihood.target(mean.unsqueeze(0), None).flatten()
+        self.decoder.bias.copy_(start)
+        self.encoder.bias.copy_(-self.encoder.weight @ start)
+
+    @torch.no_grad()
+    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
+        """Fit the prior to the training codes."""
+        if isinstance(self.prior, GaussianPrior):
+            targets = target_batches(dataset, self.likelihood, dataset.splits["train"])
+            found = moments_of(self.code(batch) for batch in targets)
+            self.prior.set_moments(found.mean, found.covariance)
+            say(f"a Gaussian prior fitted to the codes of {found.count} rows")
