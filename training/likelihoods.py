@@ -448,3 +448,14 @@ def build_likelihood(config: LikelihoodConfig, shape: Shape, closed_form: bool =
     if config.family == "gaussian":
         return Gaussian(config, shape, closed_form)
     return FAMILIES[config.family](config, shape)
+
+
+@torch.no_grad()
+def initialise_head(decoder: nn.Module, likelihood: Likelihood, mean: Tensor) -> None:
+    """Set the bias of a decoder's last layer so that p(x) starts at the training mean [C,H,W]."""
+    head = [m for m in decoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+    if head.bias is None:
+        return
+    if isinstance(head, nn.Conv2d):  # one bias for the four sub-pixels and all positions of a channel
+        mean = mean.mean((-2, -1)).repeat_interleave(head.out_channels // likelihood.raw // len(mean))
+    likelihood.initialise(head.bias, mean)

@@ -8,7 +8,7 @@ import torch
 from training.checkpoint import save_checkpoint
 from training.config import load_config
 from training.fit import State
-from training.models.vae import VAE
+from training.models.build import build_model
 from training.provenance import machine, versions
 from training.runs import FIT, FitRecord, Launch, Run
 
@@ -16,7 +16,7 @@ HISTORY = ("train_elbo", "train_rate", "train_distortion", "bound", "elbo", "rat
 
 
 def finished_run(folder, shape, model, images=120, dtype=np.uint8, **sections):
-    """A run in folder/runs/tiny of a VAE for ``shape``, data in folder/tiny.npy; ``model`` is the [model] table."""
+    """A run in folder/runs/tiny of a model for ``shape``, data in folder/tiny.npy; ``model`` is the [model] table."""
     source = folder / "tiny.npy"
     pixels = np.random.RandomState(0).randint(0, 256, (images, *shape))
     np.save(source, pixels.astype(np.uint8) if dtype == np.uint8 else (pixels / 255).astype(dtype))
@@ -26,13 +26,13 @@ def finished_run(folder, shape, model, images=120, dtype=np.uint8, **sections):
     run.folder.mkdir(parents=True)
     run.save_config()
     torch.manual_seed(0)
-    vae = VAE(shape, config.model)
+    built = build_model(run.dataset.preprocessing, config.model)
     with torch.no_grad():
-        for parameter in vae.parameters():
+        for parameter in built.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     state = State(step=30, best_bound=-10.0, best_epoch=2, seconds=4.5, finished=True)
     history = [{"epoch": e, "step": 10 * e, **dict.fromkeys(HISTORY, -20.0 + e)} for e in (1, 2, 3)]
-    save_checkpoint(run.folder, config, {"best": vae.state_dict(), "state": asdict(state), "history": history})
+    save_checkpoint(run.folder, config, {"best": built.state_dict(), "state": asdict(state), "history": history})
     launch = Launch(data=str(source), overrides=["model.latent_dim=3", f"data.directory={folder}"])
     record = FitRecord(
         launch=launch,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.likelihoods import Parameters, build_likelihood
+from training.likelihoods import Parameters, build_likelihood, initialise_head
 from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
 from training.networks import Shape, build_decoder, build_encoder
 from training.posteriors import DiagonalGaussian, build_posterior, kl_to_standard_normal
@@ -93,9 +93,4 @@ class VAE(LatentVariableModel):
         """Start p(x) at the training mean (the decoder's last layer gets its bias), a VampPrior at training images."""
         if isinstance(self.prior, VampPrior):
             self.prior.start_at(examples.flatten(1))
-        head = [m for m in self.decoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
-        if head.bias is None:
-            return
-        if isinstance(head, nn.Conv2d):  # one bias for the four sub-pixels and all positions of a channel
-            mean = mean.mean((-2, -1)).repeat_interleave(head.out_channels // self.likelihood.raw // self.shape[0])
-        self.likelihood.initialise(head.bias, mean)
+        initialise_head(self.decoder, self.likelihood, mean)
