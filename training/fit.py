@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from training.aggregate import collapsed
 from training.batches import StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Config, OptimiserConfig
@@ -35,6 +36,8 @@ from training.objectives import annealed_beta, objective
 Tensors = tuple[Tensor, ...] | list[Tensor]
 REFERENCE_PIXELS = 784
 """Limits of the gradient's norm are stated for images of so many numbers, and grow with larger ones, as nats do."""
+FIRST_WARNING = 3
+"""Epochs before a posterior that has not left the prior yet is called collapsed."""
 MAX_SKIPPED_IN_A_ROW = 100
 """So many updates skipped one after the other mean that the run has diverged."""
 
@@ -56,17 +59,20 @@ class State:
 
 @dataclass
 class Sums:
-    """Sums of one epoch's batch means, kept on the device so that no step waits for it."""
+    """Sums of one epoch's batch means, kept on the device so that no step waits for it; ``kl`` is by group [G]."""
 
     values: Tensor
     steps: int = 0
+    kl: Tensor | None = None
 
     def add(self, terms: Terms) -> None:
-        """Add a batch's ELBO, rate and distortion (sampled)."""
+        """Add a batch's ELBO, rate and distortion (sampled), and its KL by latent dimension or layer."""
         with torch.no_grad():
             rate = (terms.log_q - terms.log_p_z).mean()
             fit = terms.log_p_x.mean()
             self.values += torch.stack([fit - rate, rate, -fit])
+            kl = terms.kl.mean(0)
+            self.kl = kl if self.kl is None else self.kl + kl
         self.steps += 1
 
     def means(self) -> tuple[float, float, float]:
@@ -98,6 +104,8 @@ class Trainer:
         self.state = State()
         self.sums = Sums(torch.zeros(3, device=fabric.device))
         self.history: list[Row] = []
+        self.kl: np.ndarray | None = None
+        self.warned = False
         self.train_indices = dataset.splits["train"]
         self.steps_per_epoch = steps_per_epoch(len(self.train_indices), config.optimiser.batch_size, fabric.world_size)
         self.total_steps = self.steps_per_epoch * config.optimiser.epochs
@@ -136,7 +144,12 @@ class Trainer:
         self.optimiser.load_state_dict(content["optimiser"])
         self.best = content["best"]
         self.state = State(**content["state"])
-        self.sums = Sums(self.fabric.to_device(content["sums"]), content["sum_steps"])
+        kl = content.get("sum_kl")
+        self.sums = Sums(
+            self.fabric.to_device(content["sums"]),
+            content["sum_steps"],
+            None if kl is None else self.fabric.to_device(kl),
+        )
         self.history = content["history"]
         return True
 
@@ -153,6 +166,7 @@ class Trainer:
             "state": asdict(self.state),
             "sums": self.sums.values.cpu(),
             "sum_steps": self.sums.steps,
+            "sum_kl": None if self.sums.kl is None else self.sums.kl.cpu(),
             "history": self.history,
             "fingerprint": self.dataset.fingerprint,
         }
@@ -230,6 +244,7 @@ class Trainer:
         means = torch.as_tensor(
             self.fabric.all_reduce(self.sums.values / max(1, self.sums.steps), reduce_op="mean")
         ).tolist()
+        self.kl = None if self.sums.kl is None else (self.sums.kl / self.sums.steps).cpu().numpy()
         self.sums = Sums(torch.zeros(3, device=self.fabric.device))
         names = ("train_elbo", "train_rate", "train_distortion")
         return {
@@ -278,11 +293,23 @@ class Trainer:
             if epoch % validate_every == 0 or self.state.step == self.total_steps:
                 row |= self.fabric.broadcast(self.validate())  # one judgement for all ranks, to the last bit
                 self.history.append(row)
-                self.state.stopped = self.judge(row, epoch > self.config.objective.warmup_epochs)
+                warmed_up = epoch > self.config.objective.warmup_epochs
+                self.state.stopped = self.judge(row, warmed_up)
                 journal.epoch(self.history)
+                if warmed_up and epoch >= FIRST_WARNING:
+                    self._warn_of_collapse(journal)
             self._pause()
         if not self.state.finished:
             self.finish(journal)
+
+    def _warn_of_collapse(self, journal: Journal) -> None:
+        """Say once in a run that the posterior has fallen onto the prior, by the last epoch's KL of each group."""
+        if self.warned or self.kl is None or self._bare.evidence != "bound":
+            return
+        text = collapsed(self.kl, layers=self._bare.family == "ladder")
+        if text:
+            journal.warn(text)
+            self.warned = True
 
     def finish(self, journal: Journal) -> None:
         """What is fitted once the weights stand, on the best ones; then the run is finished."""

@@ -232,3 +232,17 @@ def test_torchrun_with_two_processes_trains_one_model(tmp_path):
     content = load_checkpoint(tmp_path / "two")
     assert content["state"]["finished"]
     assert content["state"]["step"] == 2 * steps_per_epoch(len(load_dataset(config_with().data).splits["train"]), 64, 2)
+
+
+def test_a_collapsed_posterior_is_told_of_once(tmp_path, digits, capsys):
+    """Where the rate costs a thousandfold, the posterior falls onto the prior."""
+    overrides = ("objective.beta=1000.0", "optimiser.epochs=6", "objective.warmup_epochs=0", "optimiser.warmup_steps=0")
+    fit(config_with(*overrides), digits, tmp_path)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("posterior collapse") == 1
+    assert "objective.free_bits" in told
+
+
+def test_a_posterior_that_carries_something_is_not_warned_of(tmp_path, digits, capsys):
+    fit(config_with("optimiser.epochs=4"), digits, tmp_path)
+    assert "collapse" not in capsys.readouterr().err
