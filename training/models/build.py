@@ -6,9 +6,13 @@ from typing import Protocol
 
 from service.bundle import InputRule
 from training.config import ModelConfig
+from training.models.autoencoder import Autoencoder
 from training.models.base import LatentVariableModel
+from training.models.factor import PPCA, FactorAnalysis
 from training.models.flow import Flow
+from training.models.ica import ICA
 from training.models.ladder import Ladder
+from training.models.linear import PCA, LinearAutoencoder
 from training.models.vae import VAE
 from training.networks import Shape
 
@@ -24,7 +28,17 @@ class Family(Protocol):
         """An untrained model for rows [C,H,W]; ``config.likelihood.values`` says what they hold."""
 
 
-FAMILIES: dict[str, Family] = {"vae": VAE, "flow": Flow, "ladder": Ladder}
+FAMILIES: dict[str, Family] = {
+    "vae": VAE,
+    "flow": Flow,
+    "ladder": Ladder,
+    "autoencoder": Autoencoder,
+    "pca": PCA,
+    "linear_autoencoder": LinearAutoencoder,
+    "ppca": PPCA,
+    "fa": FactorAnalysis,
+    "ica": ICA,
+}
 
 
 def build_model(rule: InputRule, config: ModelConfig) -> LatentVariableModel:
