@@ -134,7 +134,7 @@ class IcaConfig(Section):
     source: Literal["logistic", "extended"] = Field(
         default="logistic", description="density of the sources; extended: sub-Gaussian ones have their own"
     )
-    rows: int = Field(default=20_000, ge=1, description="training rows that the fit holds in memory, at most")
+    rows: int = Field(default=60_000, ge=1, description="training rows that the fit holds in memory, at most")
     iterations: int = Field(default=500, ge=1, description="of L-BFGS, at most")
     tolerance: float = Field(default=1e-3, ge=0, description="nats a held-out row that ten iterations have to gain")
 
