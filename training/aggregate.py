@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from training.batches import derived_seed, image_dither, pixel_batches
 from training.data.dataset import Dataset
 from training.models.base import LatentVariableModel
 from training.posteriors import HALF_LOG_2PI, kl_to_standard_normal
+from training.priors import Prior
 
 ACTIVE_VARIANCE = 0.01
 """A latent dimension is active if Var_x E_q[z|x] exceeds this (Burda et al. 2016, sec. 5.2)."""
@@ -50,7 +51,7 @@ class Aggregate:
 
     def metrics(self) -> dict[str, float]:
         """The numbers that stand in metrics.json."""
-        found = {"active_units": float(self.active_units)}
+        found: dict[str, float] = {"active_units": self.active_units}
         if self.marginal_kl:
             found |= dict(zip(("marginal_kl_lower", "marginal_kl_upper"), self.marginal_kl, strict=True))
         return found
@@ -86,13 +87,10 @@ def aggregate_posterior(model: LatentVariableModel, dataset: Dataset, indices: n
 @torch.no_grad()
 def describe(model: LatentVariableModel, loc: Tensor, scale: Tensor, z: Tensor) -> Aggregate:
     """Aggregate of posteriors with moments loc, scale [N,L] and one draw z [N,L] each."""
-    if model.moments == "exact":
-        mean, variance = loc.double().mean(0), loc.double().var(0, unbiased=False) + (scale.double() ** 2).mean(0)
-    else:
-        mean, variance = z.double().mean(0), z.double().var(0, unbiased=False)
+    mean, variance = moments(loc, scale) if model.moments == "exact" else moments(z, torch.zeros_like(z))
     diagonal = model.posterior_family == "diagonal_gaussian" and model.moments == "exact"
     standard = model.prior.family == "standard_normal"
-    prior_mean, prior_variance = _prior_moments(model, z)
+    prior_mean, prior_variance = prior_moments(model)
     rate = kl_to_standard_normal(loc.double(), scale.double()).mean(0) if diagonal and standard else None
     return Aggregate(
         mean=mean.cpu().numpy(),
@@ -105,17 +103,29 @@ def describe(model: LatentVariableModel, loc: Tensor, scale: Tensor, z: Tensor) 
     )
 
 
-def _prior_moments(model: LatentVariableModel, z: Tensor, draws: int = 10_000) -> tuple[Tensor, Tensor]:
-    """Mean and variance of p(z) by dimension; NaN where the model has no prior."""
-    prior, size = model.prior, z.shape[1]
+def moments(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [L] float64 of the mixture of N distributions with moments loc, scale [N,L]."""
+    return loc.double().mean(0), loc.double().var(0, unbiased=False) + (scale.double() ** 2).mean(0)
+
+
+def prior_moments(model: LatentVariableModel, draws: int = 10_000) -> tuple[Tensor, Tensor]:
+    """Mean and variance [L] float64 of p(z), by fixed draws where it is not N(0, I); NaN without a prior."""
+    prior, size, device = model.prior, model.latent_dim, next(model.parameters()).device
     if prior.family == "none":
-        unknown = torch.full((size,), math.nan, dtype=torch.float64)
-        return unknown, unknown
+        return torch.full((size,), math.nan).double(), torch.full((size,), math.nan).double()
     if prior.family == "standard_normal":
-        return torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
-    noise = torch.randn(draws, prior.noise_dim, device=z.device)
-    drawn = prior.sample(noise, torch.rand(draws, device=z.device) if prior.choice else None).double()
+        return torch.zeros(size).double(), torch.ones(size).double()
+    drawn = torch.cat(list(_prior_draws(prior, draws, device)))
     return drawn.mean(0), drawn.var(0)
+
+
+def _prior_draws(prior: Prior, draws: int, device: torch.device, batch: int = 1000) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, draws, batch):
+        count = min(batch, draws - start)
+        noise = torch.randn(count, prior.noise_dim, generator=generator).to(device)
+        choice = torch.rand(count, generator=generator).to(device) if prior.choice else None
+        yield prior.sample(noise, choice).double()
 
 
 def marginal_kl(model: LatentVariableModel, loc: Tensor, scale: Tensor, z: Tensor) -> tuple[float, float]:

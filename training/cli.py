@@ -1,4 +1,4 @@
-"""The command line: ``vaetrain fit | evaluate | export | calibrate | report | publish | presets``.
+"""The command line: ``vaetrain fit | evaluate | export | calibrate | report | publish | compare | presets``.
 
 Imports of torch wait inside the commands, so that ``vaetrain --help`` answers at once.
 """
@@ -113,13 +113,14 @@ def evaluate(
     run: RunArgument,
     k: Annotated[int | None, typer.Option(min=1, max=100_000, help="Samples of the IWAE-k log-likelihood")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="First images of the test split only")] = None,
+    gaps: Annotated[bool, typer.Option("--gaps", help="Also split the inference gap, of the first 100 images")] = False,
 ) -> None:
     """Measure the averaged weights on the test split; writes RUN/metrics.json."""
     with _errors_in_words():
         from training.pipeline import evaluate_stage
         from training.runs import Run
 
-        evaluate_stage(Run.open(run), console, k, images)
+        evaluate_stage(Run.open(run), console, k, images, 100 if gaps else None)
 
 
 @app.command()
@@ -164,6 +165,30 @@ def publish(
         from training.runs import Run
 
         _show_served(publish_stage(Run.open(run), to, console, version), to)
+
+
+@app.command()
+def compare(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="PRESET_OR_RUN…", help="Presets to train, or folders of runs to take up")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For every preset; repeatable")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Train every preset on this, as fit's --data; default: its own")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="VAETRAIN_DATA_DIR", help="Where data sets lie or are downloaded to; default: the cache"),
+    ] = None,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the table and the figure")] = Path("runs/compare"),
+) -> None:
+    """Train presets or take up runs, and write one table and one rate–distortion figure of all."""
+    with _errors_in_words():
+        from training.compare import compare as compare_runs
+
+        typer.echo(compare_runs(targets, overrides or [], data, data_dir, to, console))
 
 
 @app.command(name="presets")

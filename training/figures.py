@@ -29,21 +29,24 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def loss_curves(history: History) -> Figure:
-    """Bounds, rate and distortion by epoch; the first epochs, which dwarf the rest, may lie below the axis."""
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3)
+BOUND_CURVES = ("bound on log p(x)", (("train_elbo", "train, ELBO"), ("bound", "validation, objective")))
+EXACT_CURVES = ("log p(x)", (("train_elbo", "train"), ("elbo", "validation")))
+RATE_CURVES = ("rate KL(q(z|x) ‖ p(z))", (("train_rate", "train"), ("rate", "validation")))
+DISTORTION_CURVES = ("distortion −E log p(x|z)", (("train_distortion", "train"), ("distortion", "validation")))
+ERROR_CURVES = ("reconstruction error", DISTORTION_CURVES[1])
+Curves = tuple[str, tuple[tuple[str, str], tuple[str, str]]]
+
+
+def loss_curves(history: History, panels: Sequence[Curves], unit: str = "nats") -> Figure:
+    """Each of ``panels`` by epoch; the first epochs, which dwarf the rest, may lie below the axis."""
+    figure = Figure(figsize=(3.5 * max(len(panels), 1.6), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     epochs = np.array([row["epoch"] for row in history])
-    panels = (
-        ("bound on log p(x)", (("train_elbo", "train, ELBO"), ("bound", "validation, objective"))),
-        ("rate KL(q(z|x) ‖ p(z))", (("train_rate", "train"), ("rate", "validation"))),
-        ("distortion −E log p(x|z)", (("train_distortion", "train"), ("distortion", "validation"))),
-    )
     for ax, (title, lines) in zip(axes, panels, strict=True):
         values = [np.array([row[key] for row in history]) for key, _ in lines]
         for series, (_, label), colour in zip(values, lines, (GREY, BLUE), strict=True):
             ax.plot(epochs, series, color=colour, label=label, linewidth=1.4, marker="o" if len(epochs) < 3 else None)
-        ax.set(title=title, xlabel="epoch", ylabel="nats per image")
+        ax.set(title=title, xlabel="epoch", ylabel=f"{unit}, mean of a row")
         _limit(ax, np.concatenate([series[len(series) // 20 :] for series in values]))
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize="small")
@@ -68,29 +71,30 @@ def reconstructions(x: np.ndarray, target: np.ndarray | None, mean: np.ndarray) 
     return figure
 
 
-def samples(mean: np.ndarray, columns: int = 10) -> Figure:
+def samples(mean: np.ndarray, title: str, columns: int = 10) -> Figure:
     """A grid of E[x|z] [N,C,H,W] at draws of the prior."""
     figure = _image_figure(-(-len(mean) // columns), columns, mean.shape[1:])
     ax = figure.subplots()
     _show(ax, mean, columns)
-    ax.set_title("E[x|z] at z ~ N(0, I)")
+    ax.set_title(title)
     return figure
 
 
-def traversal(mean: np.ndarray, values: Sequence[float], dimensions: Sequence[int], rates: np.ndarray) -> Figure:
-    """E[x|z] [D,V,C,H,W] as one latent dimension a row goes through ``values``; the others stay."""
-    figure = _image_figure(len(dimensions), len(values), mean.shape[2:], labels=1.3)
+def traversal(mean: np.ndarray, values: Sequence[float], rows: Sequence[str]) -> Figure:
+    """E[x|z] [D,V,C,H,W] as one latent dimension a row goes through ``values`` deviations; the others stay."""
+    figure = _image_figure(len(rows), len(values), mean.shape[2:], labels=1.3)
     ax = figure.subplots()
     _show(ax, mean.reshape(-1, *mean.shape[2:]), columns=len(values))
-    names = [f"z[{j}], {rates[j]:.1f} nats" for j in dimensions]
-    _ticks(ax, names, [f"{value:+g}" for value in values], mean.shape)
-    ax.set_title("Latent traversal: one dimension a row, the others at 0")
-    ax.set_xlabel("value of the dimension (prior standard deviations)")
+    _ticks(ax, rows, [f"{value:+g}" for value in values], mean.shape)
+    ax.set_title("Latent traversal: one dimension a row, the others at their mean")
+    ax.set_xlabel("standard deviations of the dimension")
     return figure
 
 
-def score_histogram(calibration: np.ndarray, test: np.ndarray, thresholds: Mapping[float, float], name: str) -> Figure:
-    """Densities of held-out and test scores in nats, and the threshold for each false-positive rate."""
+def score_histogram(
+    calibration: np.ndarray, test: np.ndarray, thresholds: Mapping[float, float], name: str, unit: str = "nats"
+) -> Figure:
+    """Densities of held-out and test scores, and the threshold for each false-positive rate."""
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     ax = figure.subplots()
     both = np.concatenate([calibration, test])
@@ -101,37 +105,84 @@ def score_histogram(calibration: np.ndarray, test: np.ndarray, thresholds: Mappi
     ax.hist(test, edges, density=True, color=BLUE, alpha=0.45, label=test_label)
     ax.hist(calibration, edges, density=True, color="black", histtype="step", linewidth=1.3, label=label)
     for (rate, threshold), style in zip(sorted(thresholds.items(), reverse=True), ("-", "--", ":", "-."), strict=False):
-        text = f"{rate:.1%} threshold: {threshold:.1f} nats".replace(".0%", "%")
+        text = f"{rate:.1%} threshold: {threshold:.4g} {unit}".replace(".0%", "%")
         ax.axvline(threshold, color=RED, linestyle=style, label=text)
     ax.set(
         title=f"Anomaly score “{name}” of inliers",
-        xlabel="score (nats, higher is more anomalous)",
-        ylabel="density (1/nat)",
+        xlabel=f"score ({unit}, higher is more anomalous)",
+        ylabel="density",
     )
     ax.legend(framealpha=0.9, edgecolor="none", fontsize="small")
     return figure
 
 
-def rate_by_dimension(rates: np.ndarray) -> Figure:
-    """Mean KL(q(z_j|x) ‖ p(z_j)) [L] in nats, in falling order."""
+def rate_by_dimension(rates: np.ndarray, title: str, label: str) -> Figure:
+    """What each dimension carries [L], in nats, in falling order; ``title`` is given their sum."""
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     ax = figure.subplots()
     ordered = np.sort(rates)[::-1]
     ax.bar(np.arange(1, len(ordered) + 1), ordered, color=BLUE, width=0.8)
-    ax.set(
-        title=f"Rate of each latent dimension ({rates.sum():.1f} nats in all)",
-        xlabel="latent dimension, by rank",
-        ylabel="KL(q(z|x) ‖ p(z)) (nats)",
-    )
+    ax.set(title=title.format(rates.sum()), xlabel="latent dimension, by rank", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y", alpha=0.3)
     return figure
 
 
-def latent_scatter(loc: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> Figure:
-    """Posterior means [N,2], by label where there are labels."""
-    figure = Figure(figsize=(6.2, 5.4), layout="constrained")
+def aggregate(
+    mean: np.ndarray, variance: np.ndarray, prior_mean: np.ndarray, prior_variance: np.ndarray, order: np.ndarray
+) -> Figure:
+    """Mean and deviation of the aggregate posterior by dimension [L], in ``order``, against the prior's."""
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     ax = figure.subplots()
+    at = np.arange(1, len(mean) + 1)
+    for name, (centre, spread), colour, shift, marker in (
+        ("prior p(z)", (prior_mean, prior_variance), GREY, 0.15, "s"),
+        ("aggregate posterior q(z)", (mean, variance), BLUE, -0.15, "o"),
+    ):
+        deviation = np.sqrt(spread[order])
+        ax.errorbar(at + shift, centre[order], deviation, color=colour, fmt=marker, markersize=3, label=name)
+    ax.set(
+        title="The latents of all test rows together, against the prior",
+        xlabel="latent dimension, by rank",
+        ylabel="mean ± standard deviation",
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend(frameon=False, fontsize="small", ncols=2)
+    return figure
+
+
+def latent_plane(
+    loc: np.ndarray,
+    labels: np.ndarray | None,
+    names: Sequence[str],
+    mean: np.ndarray,
+    values: tuple[Sequence[float], Sequence[float]],
+    scale: str,
+) -> Figure:
+    """Left, posterior means [N,2] by label; right, E[x|z] [V,V,C,H,W] over the plane, z[1] growing upwards.
+
+    ``values`` are the grid's z[0] and z[1], ``scale`` says how they were chosen.
+    """
+    figure = Figure(figsize=(13.5, 6.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _scatter(left, loc, labels, names)
+    _show(right, mean[::-1].reshape(-1, *mean.shape[2:]), columns=mean.shape[1])
+    first, second = ([f"{value:+.2g}" for value in grid] for grid in values)
+    _ticks(right, second[::-1], first, mean.shape, every=4)
+    right.set(title=f"E[x|z] over the latent plane, {scale}", xlabel="z[0]", ylabel="z[1]")
+    return figure
+
+
+def latent_scatter(loc: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> Figure:
+    """Posterior means [N,2] on the left half of a figure."""
+    figure = Figure(figsize=(13.5, 6.2))
+    _scatter(figure.add_axes((0.05, 0.1, 0.38, 0.8)), loc, labels, names)
+    return figure
+
+
+def _scatter(ax: Axes, loc: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> None:
+    """Posterior means [N,2], by label where there are labels."""
     shown = np.zeros(len(loc), dtype=np.int64) if labels is None else labels
     for label in np.unique(shown):
         rows = shown == label
@@ -139,23 +190,11 @@ def latent_scatter(loc: np.ndarray, labels: np.ndarray | None, names: Sequence[s
         colour, marker = PALETTE[label % len(PALETTE)], MARKERS[label % len(MARKERS)]
         first, second = loc[rows].T
         ax.scatter(first, second, s=14, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
-    ax.set(title="Posterior means of test images", xlabel="z[0]", ylabel="z[1]", aspect="equal")
+    ax.set(title="Posterior means of test rows", xlabel="z[0]", ylabel="z[1]", aspect="equal")
     if labels is not None:
         ax.legend(
-            title="label", frameon=False, fontsize="small", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5)
+            title="label", frameon=False, fontsize="small", markerscale=2, loc="upper left", bbox_to_anchor=(1, 1)
         )
-    return figure
-
-
-def manifold(mean: np.ndarray, values: Sequence[float]) -> Figure:
-    """E[x|z] [V,V,C,H,W] over a square of a two-dimensional latent space; z[1] grows upwards."""
-    figure = _image_figure(len(values), len(values), mean.shape[2:])
-    ax = figure.subplots()
-    _show(ax, mean[::-1].reshape(-1, *mean.shape[2:]), columns=len(values))
-    names = [f"{value:+g}" for value in values]
-    _ticks(ax, names[::-1], names, mean.shape, every=4)
-    ax.set(title="E[x|z] over the latent plane", xlabel="z[0]", ylabel="z[1]")
-    return figure
 
 
 def _image_figure(rows: int, columns: int, shape: tuple[int, ...], labels: float = 0.9) -> Figure:

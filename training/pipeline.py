@@ -20,7 +20,7 @@ from training.calibrate import calibrate, images_to_score
 from training.card import duration
 from training.checkpoint import load_checkpoint
 from training.config import Config
-from training.evaluate import evaluate
+from training.evaluate import evaluate, summary
 from training.fit import fit, make_fabric
 from training.provenance import commit, machine, versions
 from training.publish import publish
@@ -73,30 +73,28 @@ def _prepare(run: Run, restart: bool) -> None:
     run.save_config()
 
 
-def evaluate_stage(run: Run, console: Console, k: int | None = None, images: int | None = None) -> dict[str, float]:
-    """Metrics of the test split, also as metrics.json; ``k`` and ``images`` replace the configured ones."""
-    asked = {"k": k, "images": images}
+def evaluate_stage(
+    run: Run, console: Console, k: int | None = None, images: int | None = None, gaps: int | None = None
+) -> dict[str, float]:
+    """Metrics of the test split, also as metrics.json; ``k``, ``images`` and ``gaps`` replace the configured ones."""
+    asked = {"k": k, "images": images, "gaps": gaps}
     options = run.config.evaluate.model_copy(update={name: value for name, value in asked.items() if value})
     total = min(len(run.dataset.splits[SPLIT]), options.images or len(run.dataset.splits[SPLIT]))
     device = "cuda" if run.config.run.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     model, started = copy.deepcopy(run.model).to(device), time.perf_counter()
     with progress_bar(console, f"evaluate, k = {options.k}", total) as advance:
-        metrics = evaluate(model, run.dataset, SPLIT, options, run.config.seed, advance)
+        metrics, latents = evaluate(model, run.dataset, SPLIT, options, run.config.seed, advance)
     content: dict[str, Any] = {
         "split": SPLIT,
         "metrics": metrics,
+        "latents": latents,
         "k": options.k,
         "images": options.images,
         "seconds": round(time.perf_counter() - started, 1),
         "weights": run.weights_digest,
     }
     write_text(run.folder / METRICS, json.dumps(content, indent=2) + "\n")
-    say(
-        console,
-        f"evaluate: log p(x) {metrics['log_likelihood']:.3f} nats (IWAE-{options.k}), elbo {metrics['elbo']:.3f}, "
-        f"rate {metrics['rate']:.2f}, distortion {metrics['distortion']:.2f}, {metrics['bits_per_dim']:.3f} bits/dim, "
-        f"{metrics['active_units']} active units",
-    )
+    say(console, f"evaluate: {summary(metrics)}")
     return metrics
 
 

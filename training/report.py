@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,20 @@ from service import noise
 from service.bundle import Manifest
 from service.calibration import Calibrator
 from service.errors import InvalidInput
-from training import figures
+from training import curves, figures
+from training.aggregate import moments, prior_moments
 from training.batches import pixel_batches, to_unit
 from training.models.base import LatentVariableModel
 from training.posteriors import kl_to_standard_normal
 from training.runs import SCORES, Run, write_text
 from training.staging import open_staged
 
-SHOWN = 10  # images in a row of reconstructions
-PRIOR_SAMPLES = 60
+SHOWN = 10  # rows whose reconstructions are shown
+PRIOR_SAMPLES, PRIOR_CURVES = 60, 20
 TRAVERSED, STEPS = 8, np.linspace(-3, 3, 9)
-PLANE = np.linspace(-2.5, 2.5, 17)
-ENCODED = 2000  # test images whose posterior the rate and the scatter are of
+GRID, GRID_OF_CURVES = 17, 9  # values of each of two latent dimensions
+INNER = 0.98  # share of the prior, or of the aggregate posterior, that such a grid spans
+ENCODED = 2000  # test rows whose posterior the rate and the scatter are of
 BATCH = 250  # of them at a time
 THRESHOLD_RATES = (0.01, 0.05)
 
@@ -55,28 +58,156 @@ def report(run: Run) -> Path:
 
 @torch.no_grad()
 def draw(run: Run, manifest: Manifest) -> dict[str, Figure]:
-    """All figures of the run, by name, in the order of the page."""
+    """The figures that say something of such a model, by name, in the order of the page."""
     model, test = run.model, run.dataset.splits["test"]
     seed = manifest.scores[manifest.default_score].seed
-    parts = [test[i : i + BATCH] for i in range(0, min(ENCODED, len(test)), BATCH)]
-    encoded = [posterior(model, pixels, seed)[1:] for pixels in pixel_batches(run.dataset, parts)]
-    loc, scale = (torch.cat(batches) for batches in zip(*encoded, strict=True))
-    rates = kl_to_standard_normal(loc, scale).mean(0).numpy()
+    pen = Pen(model, manifest)
     found: dict[str, Figure] = {}
     if run.checkpoint["history"]:
-        found["loss"] = figures.loss_curves(run.checkpoint["history"])
-    x = to_unit(run.dataset.pixels(test[:SHOWN]))
-    found["reconstructions"] = _reconstructions(model, x, *posterior(model, x, seed)[:2])
-    prior = torch.from_numpy(noise.prior_noise(0, PRIOR_SAMPLES, model.latent_dim))
-    found["samples"] = figures.samples(model.decode(prior).mean.numpy())
-    found["traversal"] = _traversal(model, rates)
-    found |= {f"score-{name}": figure for name, figure in _histograms(run).items()}
-    found["rate"] = figures.rate_by_dimension(rates)
-    if model.latent_dim == 2:
+        found["loss"] = figures.loss_curves(run.checkpoint["history"], _panels(manifest), _unit(manifest))
+    if manifest.tells_distortion:
+        x = to_unit(run.dataset.pixels(test[:SHOWN]))
+        target, loc, _ = posterior(model, x, seed)
+        found["reconstructions"] = pen.reconstructions(x, target, loc)
+    if model.prior.family != "none":
+        found["samples"] = pen.samples()
+    if manifest.tells_distortion:
+        parts = [test[i : i + BATCH] for i in range(0, min(ENCODED, len(test)), BATCH)]
+        encoded = [posterior(model, pixels, seed)[1:] for pixels in pixel_batches(run.dataset, parts)]
+        loc, scale = (torch.cat(batches) for batches in zip(*encoded, strict=True))
         labels = None if run.dataset.labels is None else run.dataset.labels[test[:ENCODED]]
-        found["latent"] = figures.latent_scatter(loc.numpy(), labels, run.dataset.label_names or [])
-        found["manifold"] = _manifold(model)
+        found |= _of_latents(pen, loc, scale, labels, run.dataset.label_names or [])
+    return found | {f"score-{name}": figure for name, figure in _histograms(run, manifest).items()}
+
+
+def _of_latents(pen: Pen, loc: Tensor, scale: Tensor, labels: np.ndarray | None, names: list[str]) -> dict[str, Figure]:
+    """Traversal, rate, aggregate and plane from posterior moments [N,L] of the test rows."""
+    model = pen.model
+    mean, variance = moments(loc, scale)
+    carried, kind = information(model, loc, scale)
+    order = np.argsort(-carried, kind="stable")
+    found = {"traversal": pen.traversal(order[:TRAVERSED], carried, kind, mean, variance)}
+    if model.moments == "exact":
+        found["rate"] = figures.rate_by_dimension(carried, *RATES[kind])
+        centre, spread = (value.numpy() for value in prior_moments(model))
+        found["aggregate"] = figures.aggregate(mean.numpy(), variance.numpy(), centre, spread, order)
+    if model.latent_dim == 2:
+        found["latent"] = pen.plane(loc.numpy(), labels, names)
     return found
+
+
+RATES = {
+    "rate": ("Rate of each latent dimension ({:.1f} nats in all)", "KL(q(z|x) ‖ p(z)) (nats)"),
+    "information": ("What each latent dimension tells of x", "½ log Var q(z) − E log σ(x) (nats)"),
+}
+
+
+def information(model: LatentVariableModel, loc: Tensor, scale: Tensor) -> tuple[np.ndarray, str]:
+    """What each latent dimension tells of x [L], from posterior moments [N,L], and which measure that is.
+
+    ``rate``: the mean KL to N(0, 1), where that is the prior. ``information``: the mean KL to the Gaussian of the
+    aggregate's moments, ½ log Var q(z_j) − E log σ_j, a bound on the mutual information with x under any prior.
+    ``variance``: of loc, where scale is no posterior's deviation.
+    """
+    if model.moments != "exact":
+        return loc.double().var(0).numpy(), "variance"
+    if model.prior.family == "standard_normal" and model.posterior_family == "diagonal_gaussian":
+        return kl_to_standard_normal(loc, scale).mean(0).double().numpy(), "rate"
+    told = 0.5 * torch.log(moments(loc, scale)[1]) - torch.log(scale.double()).mean(0)
+    return told.numpy(), "information"
+
+
+class Pen:
+    """Draws what the model makes of latents: pictures of images, curves of vectors and signals.
+
+    Vectors are drawn in standard deviations of the training data, for their numbers have units of their own.
+    """
+
+    def __init__(self, model: LatentVariableModel, manifest: Manifest) -> None:
+        self.model, self.manifest = model, manifest
+        rule = manifest.preprocessing
+        self.is_image = rule.kind == "image"
+        self.features = None if rule.kind == "image" else rule.features
+        self.standardised = rule.kind == "vector"
+        self.unit = "standard deviations" if self.standardised else "value"
+        self.is_ex_post = manifest.evidence == "none"
+
+    def values(self, x: Tensor) -> np.ndarray:
+        """x or E[x|z] [N,C,H,W] in the figure's unit."""
+        likelihood = self.model.likelihood
+        return ((x - likelihood.shift) / likelihood.unit if self.standardised else x).numpy()
+
+    def decode(self, z: Tensor) -> np.ndarray:
+        """E[x|z] [...,C,H,W] of latents [...,L], in the figure's unit."""
+        mean = self.values(self.model.decode(z.reshape(-1, z.shape[-1]).float()).mean)
+        return mean.reshape(*z.shape[:-1], *mean.shape[1:])
+
+    def reconstructions(self, x: Tensor, target: Tensor, loc: Tensor) -> Figure:
+        """Test rows x, what the encoder saw of them, and E[x|z] at the posterior's mean."""
+        if not self.is_image:
+            return curves.reconstructions(self.values(x), self.decode(loc), self.features, self.unit)
+        binarised = target.numpy() if self.model.likelihood.binarisation != "none" else None
+        return figures.reconstructions(x.numpy(), binarised, self.decode(loc))
+
+    def samples(self) -> Figure:
+        """E[x|z] at seeded draws of the prior."""
+        prior, count = self.model.prior, PRIOR_SAMPLES if self.is_image else PRIOR_CURVES
+        choice = torch.from_numpy(noise.prior_choice(0, count)) if prior.choice else None
+        mean = self.decode(prior.sample(torch.from_numpy(noise.prior_noise(0, count, prior.noise_dim)), choice))
+        known = "E[x|z] at z ~ N(0, I)" if prior.family == "standard_normal" else "E[x|z] at draws of the prior"
+        title = "Decoded draws of a density fitted to the codes afterwards" if self.is_ex_post else known
+        if self.is_image:
+            return figures.samples(mean, title)
+        return curves.samples(mean, self.features, self.unit, title)
+
+    def traversal(
+        self, dimensions: np.ndarray, carried: np.ndarray, kind: str, mean: Tensor, variance: Tensor
+    ) -> Figure:
+        """E[x|z] as each dimension goes through STEPS deviations: the prior's if N(0, I), else the aggregate's."""
+        if self.model.prior.family == "standard_normal":
+            mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
+        z = mean.expand(len(dimensions), len(STEPS), -1).clone()
+        for row, j in enumerate(dimensions.tolist()):
+            z[row, :, j] += torch.from_numpy(STEPS) * variance[j].sqrt()
+        unit = {"variance": "variance {:.2g}"}.get(kind, "{:.1f} nats")
+        names = [f"z[{j}], {unit.format(carried[j])}" for j in dimensions.tolist()]
+        if self.is_image:
+            return figures.traversal(self.decode(z), STEPS.tolist(), names)
+        return curves.traversal(self.decode(z), STEPS.tolist(), names, self.features, self.unit)
+
+    def plane(self, loc: np.ndarray, labels: np.ndarray | None, names: list[str]) -> Figure:
+        """Posterior means [N,2] and what the decoder makes of their plane."""
+        standard = self.model.prior.family == "standard_normal"
+        first, second = plane_values(loc, standard, GRID if self.is_image else GRID_OF_CURVES)
+        z = torch.from_numpy(np.stack(np.meshgrid(first, second), -1))
+        scale = "equal steps of the prior's probability" if standard else "the range of the test rows"
+        values = (first.tolist(), second.tolist())
+        if self.is_image:
+            return figures.latent_plane(loc, labels, names, self.decode(z), values, scale)
+        return curves.latent_plane(figures.latent_scatter(loc, labels, names), self.decode(z), values, scale)
+
+
+def plane_values(loc: np.ndarray, standard: bool, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values of z[0] and z[1] for a grid: quantiles of N(0, 1) (Kingma & Welling 2014, App. A), else loc's range."""
+    shares = np.linspace(0.5 - INNER / 2, 0.5 + INNER / 2, count)
+    if standard:
+        quantiles = np.array([NormalDist().inv_cdf(share) for share in shares])
+        return quantiles, quantiles
+    low, high = np.quantile(loc, [shares[0], shares[-1]], axis=0)
+    return np.linspace(low[0], high[0], count), np.linspace(low[1], high[1], count)
+
+
+def _panels(manifest: Manifest) -> list[figures.Curves]:
+    """What a training of such a model can be watched by."""
+    if manifest.evidence == "none":
+        return [figures.ERROR_CURVES]
+    if not manifest.tells_distortion:
+        return [figures.EXACT_CURVES]
+    return [figures.BOUND_CURVES, figures.RATE_CURVES, figures.DISTORTION_CURVES]
+
+
+def _unit(manifest: Manifest) -> str:
+    return manifest.scores[manifest.default_score].unit
 
 
 def posterior(model: LatentVariableModel, x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,38 +217,17 @@ def posterior(model: LatentVariableModel, x: Tensor, seed: int) -> tuple[Tensor,
     return encoded.target, encoded.loc, encoded.scale
 
 
-def _reconstructions(model: LatentVariableModel, x: Tensor, target: Tensor, loc: Tensor) -> Figure:
-    binarised = target.numpy() if model.likelihood.binarisation != "none" else None
-    return figures.reconstructions(x.numpy(), binarised, model.decode(loc).mean.numpy())
-
-
-def _traversal(model: LatentVariableModel, rates: np.ndarray) -> Figure:
-    dimensions = [int(j) for j in np.argsort(-rates, kind="stable")[:TRAVERSED]]
-    z = torch.zeros(len(dimensions), len(STEPS), model.latent_dim)
-    for row, j in enumerate(dimensions):
-        z[row, :, j] = torch.from_numpy(STEPS)
-    mean = model.decode(z.flatten(0, 1)).mean.unflatten(0, z.shape[:2])
-    return figures.traversal(mean.numpy(), STEPS.tolist(), dimensions, rates)
-
-
-def _manifold(model: LatentVariableModel) -> Figure:
-    first, second = np.meshgrid(PLANE, PLANE)
-    z = torch.from_numpy(np.stack([first, second], -1).astype(np.float32))
-    mean = model.decode(z.flatten(0, 1)).mean.unflatten(0, z.shape[:2])
-    return figures.manifold(mean.numpy(), PLANE.tolist())
-
-
-def _histograms(run: Run) -> dict[str, Figure]:
+def _histograms(run: Run, manifest: Manifest) -> dict[str, Figure]:
     with np.load(run.folder / SCORES, allow_pickle=False) as archive:
         scores = {name: archive[name] for name in archive.files}
     names = [key.removeprefix("test.") for key in scores if key.startswith("test.")]
     calibrator = Calibrator({name: scores[f"calibration.{name}"] for name in names})
-    return {
-        name: figures.score_histogram(
-            scores[f"calibration.{name}"], scores[f"test.{name}"], thresholds(calibrator, name), name
-        )
-        for name in names
-    }
+    found = {}
+    for name in names:
+        held_out, test = scores[f"calibration.{name}"], scores[f"test.{name}"]
+        limits = thresholds(calibrator, name)
+        found[name] = figures.score_histogram(held_out, test, limits, name, manifest.scores[name].unit)
+    return found
 
 
 def thresholds(calibrator: Calibrator, name: str) -> dict[float, float]:
@@ -132,23 +242,37 @@ def thresholds(calibrator: Calibrator, name: str) -> dict[float, float]:
 
 
 CAPTIONS = {
-    "loss": "Bound, rate and distortion while training; the validation curves are of the averaged weights.",
-    "reconstructions": "Test images, what the encoder saw of them, and the mean of p(x|z) at the posterior's mean.",
+    "loss": "While training; the validation curves are of the averaged weights.",
+    "reconstructions": "Test rows and the mean of p(x|z) at the posterior's mean; between them what the encoder saw, "
+    "where that differs.",
     "samples": "Means of p(x|z) at draws of the prior.",
-    "traversal": "The latent dimensions of highest rate, one a row.",
+    "traversal": "The latent dimensions that tell most, one each.",
+    "rate": "What a dimension of nearly none tells is not used by the decoder.",
+    "aggregate": "Where the aggregate posterior and the prior part, draws of the prior are not what the decoder knows.",
+    "latent": "Left, where test rows lie in the latent plane; right, what the decoder makes of it.",
     "score-elbo": "Scores of inliers that the model was not trained on.",
-    "score-iwae": "The same images by the IWAE bound.",
-    "rate": "Dimensions of nearly zero rate are not used by the decoder.",
-    "latent": "Where test images lie in the latent plane.",
-    "manifold": "What the decoder makes of the latent plane.",
+    "score-iwae": "The same rows by the IWAE bound.",
 }
+EX_POST = (
+    "Decoded draws of a density that was fitted to the training codes afterwards (ex post): the model has no prior."
+)
+OTHER_SCORE = "Scores of inliers that the model was not trained on."
+
+
+def caption(name: str, manifest: Manifest) -> str:
+    """What is said below a figure."""
+    if name == "samples" and manifest.evidence == "none":
+        return EX_POST
+    if name == "reconstructions" and manifest.evidence == "none":
+        return "Test rows and what the decoder makes of their codes."
+    return CAPTIONS.get(name, OTHER_SCORE)
 
 
 def page(manifest: Manifest, images: dict[str, bytes]) -> str:
     """The HTML page: metrics, calibration and figures, all inside."""
     blocks = [
         f"<figure><img alt='{html.escape(name)}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
-        f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
+        f"<figcaption>{html.escape(caption(name, manifest))}</figcaption></figure>"
         for name, data in images.items()
     ]
     title = html.escape(f"{manifest.name}: report")
@@ -162,7 +286,7 @@ def page(manifest: Manifest, images: dict[str, bytes]) -> str:
 def _tables(manifest: Manifest) -> str:
     parts = []
     for split, metrics in manifest.provenance.metrics.items():
-        parts.append(_table(f"Metrics, {split} split (nats per image unless said)", metrics))
+        parts.append(_table(f"Metrics, {split} split ({_unit(manifest)}, mean of a row, unless said)", metrics))
     if manifest.calibration:
         for name, rates in manifest.calibration.realised_false_positive_rate.items():
             parts.append(_table(f"Realised false-positive rate of “{name}” on the test split, by asked rate", rates))

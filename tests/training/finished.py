@@ -21,6 +21,7 @@ def finished_run(folder, shape, model, images=120, dtype=np.uint8, **sections):
     pixels = np.random.RandomState(0).randint(0, 256, (images, *shape))
     np.save(source, pixels.astype(np.uint8) if dtype == np.uint8 else (pixels / 255).astype(dtype))
     data = {"source": str(source), "validation": 0.1, "calibration": 0.3, "test": 0.3, "on_bad": "refuse"}
+    data |= sections.pop("data", {})
     config = load_config(None, [], {"name": "tiny", "data": data, "model": model, "evaluate": {"k": 8}, **sections})
     run = Run(folder / "runs" / "tiny", config)
     run.folder.mkdir(parents=True)

@@ -9,7 +9,7 @@ import torch
 from tests.training.linear_gaussian import SHAPE, Linear, noise_images
 from training.aggregate import aggregate_posterior
 from training.config import EvaluateConfig, LikelihoodConfig, ModelConfig
-from training.evaluate import batch_bounds, bits_per_dim, bounds, evaluate, log_weights
+from training.evaluate import batch_bounds, bits_per_dim, bounds, evaluate, log_weights, summary
 from training.likelihoods import SquaredError
 from training.models.vae import VAE
 from training.posteriors import kl_to_standard_normal
@@ -123,7 +123,9 @@ def test_active_units_counts_dimensions_that_move(dataset):
 
 def test_metrics_of_a_bound(dataset):
     seen = []
-    metrics = evaluate(Linear(exact=False), dataset, "test", EvaluateConfig(k=30, images=10), progress=seen.append)
+    metrics = evaluate(
+        Linear(exact=False), dataset, "test", EvaluateConfig(k=30, images=10), progress=seen.append
+    ).metrics
     assert (metrics["images"], metrics["k"], sum(seen)) == (10, 30, 10)
     expected = -metrics["log_likelihood"] / (20 * math.log(2)) + 8
     assert metrics["bits_per_dim"] == pytest.approx(expected)
@@ -135,20 +137,33 @@ def test_metrics_of_a_bound(dataset):
     assert all(isinstance(value, int | float) for value in metrics.values())
 
 
+def test_the_gap_is_split_where_it_is_asked_for(dataset):
+    config = EvaluateConfig(k=200, images=20, gaps=8, gap_steps=100)
+    metrics, latents = evaluate(Linear(exact=False, offset=0.5), dataset, "test", config)
+    assert metrics["gap_images"] == 8
+    assert metrics["approximation_gap"] == pytest.approx(0, abs=0.1)
+    assert metrics["amortisation_gap"] > 0.4
+    assert "by amortisation" in summary(metrics)
+    assert len(latents["rate"]) == 3
+    assert sum(latents["rate"]) == pytest.approx(metrics["rate"], rel=0.1)
+
+
 def test_exact_evidence_takes_one_sample_and_has_no_gap(dataset):
     model = Linear()
     model.evidence = "exact"
-    metrics = evaluate(model, dataset, "test", EvaluateConfig(k=1000))
+    metrics, _ = evaluate(model, dataset, "test", EvaluateConfig(k=1000))
     assert metrics["k"] == 1
     assert metrics["log_likelihood"] == pytest.approx(model.log_evidence(pixels(dataset)).mean(), abs=1e-4)
     assert metrics["elbo"] == pytest.approx(metrics["log_likelihood"])
     assert not {"bound_gap", "effective_sample_size"} & metrics.keys()
+    assert "(exact)" in summary(metrics)
 
 
 def test_a_deterministic_encoder_has_neither_rate_nor_active_units(dataset):
     model = Linear()
     model.evidence, model.moments = "exact", "point"
-    metrics = evaluate(model, dataset, "test", EvaluateConfig(k=5))
+    metrics, latents = evaluate(model, dataset, "test", EvaluateConfig(k=5))
+    assert latents is None
     assert set(metrics) == {
         "log_likelihood",
         "log_likelihood_standard_error",
@@ -163,7 +178,9 @@ def test_without_a_likelihood_there_is_a_reconstruction_error_only(dataset):
     model = VAE(SHAPE, ModelConfig(latent_dim=2, likelihood=LikelihoodConfig(family="squared_error")))
     model.evidence, model.moments = "none", "point"
     assert isinstance(model.likelihood, SquaredError)
-    metrics = evaluate(model, dataset, "test", EvaluateConfig(k=500))
+    metrics, latents = evaluate(model, dataset, "test", EvaluateConfig(k=500))
+    assert latents is None
+    assert summary(metrics).endswith("no likelihood")
     assert set(metrics) == {"reconstruction_error", "reconstruction_error_standard_error", "k", "images"}
     assert metrics["reconstruction_error"] > 0
 

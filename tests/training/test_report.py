@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from service import noise
-from service.bundle import open_bundle
+from service.bundle import Manifest, open_bundle
 from service.errors import BundleError
 from service.model import Model
 from service.runtime import Runtime
@@ -21,14 +21,18 @@ from tests.training.finished import finished_run
 from training.batches import to_unit
 from training.calibrate import calibrate
 from training.card import FIGURES, card, duration
+from training.config import ModelConfig, PriorConfig
 from training.errors import ExportError
+from training.export import likelihood
+from training.export import posterior as posterior_of
 from training.figures import CELL, GAP, png, score_histogram, tile
+from training.models.vae import VAE
 from training.pipeline import evaluate_stage
 from training.provenance import cpu_model, evaluate_command, fit_command, public_config
 from training.publish import publish
-from training.report import draw, posterior, report, thresholds
-from training.runs import Launch
-from training.staging import export
+from training.report import caption, draw, information, plane_values, posterior, report, thresholds
+from training.runs import SCORES, Launch
+from training.staging import export, score_definitions
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +85,8 @@ def test_the_page_holds_every_figure_and_fetches_nothing(run, page):
     files = {path.read_bytes() for path in page.parent.glob("*.png")}
     assert files == set(found.images)
     names = {path.stem for path in page.parent.glob("*.png")}
-    expected = {"loss", "reconstructions", "samples", "traversal", "score-elbo", "score-iwae", "rate"}
-    assert names == expected | {"latent", "manifold"}, "a plane also has its scatter and its manifold"
+    expected = {"loss", "reconstructions", "samples", "traversal", "score-elbo", "score-iwae", "rate", "aggregate"}
+    assert names == expected | {"latent"}, "a plane also has its scatter and its manifold, in one picture"
     assert all(min(Image.open(io.BytesIO(data)).size) > 100 for data in files)
     assert str(run.folder.parents[1]) not in text
 
@@ -130,6 +134,103 @@ def test_images_go_through_the_encoder_in_batches_and_each_once(run):
     counting.remove()
     assert len(run.dataset.splits["test"]) == 270
     assert sorted(sizes) == [10, 20, 250], "the ten that are shown, then all"
+
+
+def described(run):
+    """The manifest's parts that the report reads, without a bundle; and scores as calibration would leave them."""
+    scores = score_definitions(run.model, run.config.score)
+    random = np.random.RandomState(0)
+    kinds = [f"{split}.{name}" for split in ("calibration", "test") for name in scores]
+    np.savez(run.folder / SCORES, **{kind: np.sort(random.normal(size=200)) for kind in kinds})
+    return Manifest.model_construct(
+        name="tiny",
+        preprocessing=run.dataset.preprocessing,
+        evidence=run.model.evidence,
+        posterior=posterior_of(run.model),
+        likelihood=likelihood(run.model),
+        scores=scores,
+        default_score=next(iter(scores)),
+    )
+
+
+LATENTS = {"reconstructions", "samples", "traversal", "latent", "loss"}
+SMALL = {"kind": "mlp", "hidden": [8]}
+FLOW = {"family": "flow", "flow": {"steps": 2, "hidden": 8}, "likelihood": {"family": "delta"}}
+
+
+@pytest.mark.parametrize(
+    ("shape", "model", "data", "expected"),
+    [
+        ((1, 6, 5), FLOW, {}, {"loss", "samples", "score-elbo"}),
+        (
+            (1, 6, 5),
+            {"family": "autoencoder", "latent_dim": 2, "network": SMALL, "likelihood": {"family": "squared_error"}},
+            {},
+            LATENTS | {"score-reconstruction"},
+        ),
+        (
+            (7,),
+            {"latent_dim": 2, "network": SMALL, "likelihood": {"family": "gaussian"}},
+            {},
+            LATENTS | {"rate", "aggregate", "score-elbo", "score-iwae"},
+        ),
+        (
+            (2, 9),
+            {"latent_dim": 2, "network": SMALL, "likelihood": {"family": "gaussian"}, "prior": {"family": "flow"}},
+            {"kind": "signal"},
+            LATENTS | {"rate", "aggregate", "score-elbo", "score-iwae"},
+        ),
+        (
+            (1, 6, 5),
+            {"latent_dim": 3, "network": SMALL, "prior": {"family": "vamp", "components": 4}},
+            {},
+            LATENTS - {"latent"} | {"rate", "aggregate", "score-elbo", "score-iwae"},
+        ),
+    ],
+    ids=["flow", "autoencoder", "vectors", "signals", "vamp"],
+)
+def test_each_family_has_the_figures_that_say_something_of_it(tmp_path, shape, model, data, expected):
+    dtype = np.uint8 if len(shape) == 3 else np.float32
+    run = finished_run(tmp_path, shape, model, dtype=dtype, data=data)
+    manifest = described(run)
+    if model.get("family") == "autoencoder":
+        expected = expected - {"samples"} if run.model.prior.family == "none" else expected
+    drawn = draw(run, manifest)
+    assert set(drawn) == expected
+    for name, figure in drawn.items():
+        assert png(figure).startswith(b"\x89PNG")
+        assert caption(name, manifest)
+
+
+def test_samples_of_a_model_without_a_prior_of_its_own_are_told_as_ex_post(tmp_path):
+    model = {"family": "autoencoder", "latent_dim": 2, "network": SMALL, "likelihood": {"family": "squared_error"}}
+    manifest = described(finished_run(tmp_path, (1, 6, 5), model))
+    assert "ex post" in caption("samples", manifest)
+    assert "posterior" not in caption("reconstructions", manifest)
+    assert "ex post" not in caption("samples", manifest.model_copy(update={"evidence": "bound"}))
+
+
+def test_the_plane_goes_by_the_priors_quantiles_or_by_the_codes_range():
+    loc = np.random.RandomState(0).uniform([-5, 2], [-1, 3], (4000, 2))
+    first, second = plane_values(loc, True, 5)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, [-2.3263, -0.6588, 0, 0.6588, 2.3263], atol=1e-3)
+    first, second = plane_values(loc, False, 5)
+    np.testing.assert_allclose(first, [-4.96, -3.98, -3, -2.02, -1.04], atol=0.05)
+    np.testing.assert_allclose(second[[0, -1]], [2.01, 2.99], atol=0.02)
+
+
+def test_what_a_dimension_tells_is_its_rate_under_a_standard_normal_prior():
+    loc, scale = 2 * torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)), torch.full((5000, 2), 0.5)
+    loc[:, 1], scale[:, 1] = 0, 1
+    vae = VAE((1, 3, 4), ModelConfig(latent_dim=2))
+    found, kind = information(vae, loc, scale)
+    assert kind == "rate"
+    np.testing.assert_allclose(found, [0.5 * (4 + 0.25 - 1) - np.log(0.5), 0], atol=0.1)
+    learned = VAE((1, 3, 4), ModelConfig(latent_dim=2, prior=PriorConfig(family="flow")))
+    found, kind = information(learned, 7 * loc + 3, 7 * scale)
+    assert kind == "information"
+    np.testing.assert_allclose(found, [0.5 * np.log(4.25 / 0.25), 0], atol=0.05), "whatever the units of z"
 
 
 def test_a_histogram_without_thresholds_can_be_drawn():

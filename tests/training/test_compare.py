@@ -1,0 +1,169 @@
+"""Comparison: a row a run, dashes for what a run has not; runs that cannot be compared are refused."""
+
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tests.training.finished import finished_run
+from training import compare as module
+from training.cli import app
+from training.compare import FIGURE, SHEET, TABLE, Row, compare, parameters, rate_distortion, resolve, sheet, table
+from training.config import presets
+from training.errors import ConfigError
+from training.models.vae import VAE
+from training.pipeline import evaluate_stage
+
+SMALL = {"kind": "mlp", "hidden": [8]}
+
+
+def row(name, **changes):
+    values = {
+        "name": name,
+        "family": "vae",
+        "likelihood": "bernoulli, dynamic",
+        "exact": False,
+        "k": 5000,
+        "images": 10_000,
+        "log_likelihood": -84.5,
+        "standard_error": 0.21,
+        "bits_per_dim": 0.15549,
+        "bits_standard_error": 0.00039,
+        "elbo": -87.25,
+        "bound_gap": 2.75,
+        "rate": 25.0,
+        "distortion": 62.25,
+        "parameters": 1_234_567,
+        "training_seconds": 125.0,
+        "milliseconds": 1.234,
+    }
+    return Row(**(values | changes))
+
+
+NOTHING = dict.fromkeys(
+    (
+        "log_likelihood",
+        "standard_error",
+        "bits_per_dim",
+        "bits_standard_error",
+        "elbo",
+        "bound_gap",
+        "rate",
+        "distortion",
+    )
+)
+AUTOENCODER = row("ae", family="autoencoder", likelihood="squared_error", k=1, **NOTHING)
+FLOW = row("glow", family="flow", likelihood="delta", exact=True, k=1, bound_gap=None, rate=None, distortion=None)
+
+
+def cells(text):
+    """Rows of the Markdown table, the rule left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[:1] + lines[2:]]
+
+
+def test_the_table_puts_the_best_first_and_dashes_where_nothing_is():
+    rows = [AUTOENCODER, row("worse", log_likelihood=-90.0), row("better"), FLOW]
+    header, *body = cells(table(rows, "mnist"))
+    assert [line[0] for line in body] == ["better", "glow", "worse", "ae"]
+    assert {len(line) for line in body} == {len(header)}
+    better = dict(zip(header, body[0], strict=True))
+    assert better["log p(x), nats"] == "−84.50 ± 0.21 (k = 5,000)"
+    assert better["bits/dim"] == "0.1555 ± 0.0004"
+    assert (better["elbo, nats"], better["bound gap, nats"]) == ("−87.25", "2.75")
+    assert (better["parameters"], better["training"], better["ms an image"]) == ("1,234,567", "2 min", "1.23")
+    assert "(exact)" in dict(zip(header, body[1], strict=True))["log p(x), nats"]
+    assert body[3][3:7] == ["–"] * 4
+    assert body[3][7:] == ["1,234,567", "2 min", "1.23"]
+
+
+def test_the_sheet_is_unrounded_and_empty_where_nothing_is():
+    first, second = csv.DictReader(io.StringIO(sheet([row("a", elbo=-87.123456789), AUTOENCODER])))
+    assert float(first["elbo"]) == -87.123456789
+    assert second["log_likelihood"] == ""
+    assert second["milliseconds"] == "1.234"
+
+
+def test_the_figure_has_a_point_for_each_model_with_a_rate_and_lines_of_equal_elbo():
+    (ax,) = rate_distortion([row("a"), row("b", rate=20.0, distortion=70.0), AUTOENCODER, FLOW]).axes
+    points = np.concatenate([np.asarray(scatter.get_offsets()) for scatter in ax.collections])
+    np.testing.assert_allclose(points, [[25, 62.25], [20, 70]])
+    assert ax.lines
+    for line in ax.lines:
+        sums = np.sum(line.get_data(), axis=0)
+        np.testing.assert_allclose(sums, sums[0])
+    assert len(rate_distortion([row("alone")]).axes[0].collections) == 1
+
+
+def test_a_preset_becomes_a_run_of_its_own_name_and_a_folder_is_taken_up(tmp_path):
+    run, launch = resolve("mnist", ["seed=3"], "fashion-mnist", tmp_path)
+    assert (str(run.folder), run.name, launch.preset) == (
+        "runs/mnist-fashion-mnist",
+        "mnist-fashion-mnist",
+        "mnist",
+    )
+    assert (run.config.seed, run.config.data.source, run.config.data.directory) == (3, "fashion-mnist", tmp_path)
+    assert resolve("digits", [], None, None)[0].folder.name == "digits"
+    assert resolve("mnist", [], "mnist", None)[0].name == "mnist"
+    there = finished_run(tmp_path, (1, 3, 4), {"latent_dim": 2})
+    assert resolve(str(there.folder), ["seed=3"], None, None) == (there, None)
+    with pytest.raises(ConfigError, match=r"neither a run's folder nor a preset: expected one of .*mnist"):
+        resolve("nowhere", [], None, None)
+    assert "mnist" in presets()
+
+
+def test_parameters_of_a_closed_form_are_what_it_was_solved_for():
+    from training.config import ModelConfig
+
+    vae = VAE((1, 2, 2), ModelConfig(latent_dim=1, network={"hidden": [2]}))
+    assert parameters(vae) == sum(p.numel() for p in vae.parameters())
+    vae.register_buffer("solved", torch.zeros(5))
+    vae.register_buffer("order", torch.zeros(7, dtype=torch.int64))
+    assert parameters(vae) == sum(p.numel() for p in vae.parameters())
+    vae.closed_form = True
+    assert parameters(vae) == sum(p.numel() for p in vae.parameters()) + 5
+
+
+def test_runs_of_different_data_are_refused_before_anything_is_computed(tmp_path):
+    folders = [
+        str(finished_run(tmp_path / name, shape, {"latent_dim": 2}).folder)
+        for name, shape in (("a", (1, 3, 4)), ("b", (1, 5, 4)))
+        if not (tmp_path / name).mkdir()
+    ]
+    with pytest.raises(ConfigError, match="different images or splits"):
+        compare(folders, [], None, None, tmp_path / "to", Console(file=io.StringIO()))
+    assert not (tmp_path / "to").exists()
+
+
+def test_two_runs_become_a_table_a_sheet_and_a_figure(tmp_path, monkeypatch):
+    for name in ("bound", "none"):
+        (tmp_path / name).mkdir()
+    vae = finished_run(tmp_path / "bound", (1, 3, 4), {"latent_dim": 2, "network": SMALL})
+    error = {"family": "squared_error"}
+    model = {"family": "autoencoder", "latent_dim": 2, "network": SMALL, "likelihood": error}
+    autoencoder = finished_run(tmp_path / "none", (1, 3, 4), model)
+    before = evaluate_stage(vae, Console(file=io.StringIO()))
+    evaluated = []
+    monkeypatch.setattr(
+        module, "evaluate_stage", lambda run, console: evaluated.append(run.folder) or evaluate_stage(run, console)
+    )
+    done = CliRunner().invoke(
+        app, ["compare", str(vae.folder), str(autoencoder.folder), "--to", str(tmp_path / "to")], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "to" / TABLE)
+    assert evaluated == [autoencoder.folder], "what was measured before is not measured again"
+    first, second = csv.DictReader((tmp_path / "to" / SHEET).open())
+    assert float(first["log_likelihood"]) == before["log_likelihood"]
+    assert int(first["parameters"]) == sum(p.numel() for p in vae.model.parameters())
+    assert float(first["training_seconds"]) == 4.5
+    assert second["log_likelihood"] == second["rate"] == ""
+    assert float(first["milliseconds"]) > 0
+    assert min(Image.open(tmp_path / "to" / FIGURE).size) > 100
+    assert str(tmp_path) not in (tmp_path / "to" / TABLE).read_text()

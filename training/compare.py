@@ -1,0 +1,260 @@
+"""Runs side by side: a table of how well each explains the test split and what it costs; rate against distortion."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+
+from service.model import Model
+from service.runtime import Runtime
+from training import figures
+from training.batches import to_unit
+from training.card import duration
+from training.config import load_config, presets
+from training.errors import ConfigError, ExportError
+from training.models.base import LatentVariableModel
+from training.pipeline import evaluate_stage, export_stage, fit_stage, say
+from training.runs import CONFIG, Launch, Run, default_name, write_text
+from training.staging import open_staged
+
+TABLE, SHEET, FIGURE = "compare.md", "compare.csv", "rate-distortion.png"
+TIMED = 30  # single images, after a warm-up: the median is told
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. Nats and bits are means over the test split; None is what the model does not have.
+
+    ``bits_standard_error`` is the nats' in bits per dimension; ``exact``: log p(x) itself, no bound on it; ``k`` its
+    samples; ``training_seconds`` of the loop or of the closed form; ``milliseconds``: the bundle's default score of one
+    image, alone, on one thread.
+    """
+
+    name: str
+    family: str
+    likelihood: str
+    exact: bool
+    k: int
+    images: int
+    log_likelihood: float | None
+    standard_error: float | None
+    bits_per_dim: float | None
+    bits_standard_error: float | None
+    elbo: float | None
+    bound_gap: float | None
+    rate: float | None
+    distortion: float | None
+    parameters: int
+    training_seconds: float
+    milliseconds: float
+
+
+def compare(
+    targets: Sequence[str],
+    overrides: Sequence[str],
+    data: str | None,
+    data_dir: Path | None,
+    to: Path,
+    console: Console,
+) -> Path:
+    """Train what is named by a preset, take up what is named by a run's folder, and write table and figure into ``to``.
+
+    What was trained, evaluated or exported before is not done again. Returns the table's path. Raises ConfigError:
+    neither preset nor run, or runs of different data, of which nats cannot be compared.
+    """
+    opened = [resolve(target, overrides, data, data_dir) for target in targets]
+    runs = [run if launch is None else fit_stage(run.config, run.folder, launch, False, console)[0]
+            for run, launch in opened]  # fmt: skip
+    _check_same_data(runs)
+    rows = [measure(run, console) for run in runs]
+    write_text(to / SHEET, sheet(rows))
+    write_text(to / TABLE, table(rows, runs[0].dataset.name))
+    if any(row.rate is not None for row in rows):
+        (to / FIGURE).write_bytes(figures.png(rate_distortion(rows)))
+    return to / TABLE
+
+
+def resolve(
+    target: str, overrides: Sequence[str], data: str | None, data_dir: Path | None
+) -> tuple[Run, Launch | None]:
+    """The run that ``target`` means, and what to ask of fit where it is a preset's. Raises ConfigError."""
+    if (Path(target) / CONFIG).is_file():
+        return Run.open(target), None
+    if target not in presets() and Path(target).suffix != ".toml":
+        raise ConfigError(f"{target!r} is neither a run's folder nor a preset: expected one of {', '.join(presets())}")
+    base: dict[str, Any] = {"data": {"source": data}} if data else {}
+    if data_dir:
+        base.setdefault("data", {})["directory"] = str(data_dir)
+    name = default_name(Path(target).stem)
+    if data and default_name(data) not in name:
+        name = f"{name}-{default_name(data)}"
+    launch = Launch(data=data, preset=target, name=name, overrides=list(overrides))
+    return Run(Path("runs") / name, load_config(target, overrides, base | {"name": name})), launch
+
+
+def _check_same_data(runs: Sequence[Run]) -> None:
+    prints = {run.dataset.fingerprint: run for run in runs}
+    if len(prints) > 1:
+        first, second = list(prints.values())[:2]
+        raise ConfigError(
+            f"{first.folder} and {second.folder} are of different images or splits ({first.config.data.source}, "
+            f"{second.config.data.source}), whose nats cannot be compared: expected runs of the same data, see --data"
+        )
+
+
+def measure(run: Run, console: Console) -> Row:
+    """The run's row; evaluates and exports it where that was not done."""
+    found = run.metrics() if run.is_evaluated else None
+    metrics: Mapping[str, float] = found["metrics"] if found else evaluate_stage(run, console)
+    try:
+        bundle = open_staged(run)
+    except ExportError:
+        export_stage(run, console)
+        bundle = open_staged(run)
+    say(console, f"compare: {run.name}, the time of one image")
+    error, dimensions = metrics.get("log_likelihood_standard_error"), math.prod(run.model.shape)
+    has_bits = error is not None and "bits_per_dim" in metrics
+    return Row(
+        name=run.name,
+        family=run.model.family,
+        likelihood=_likelihood(run.model),
+        exact=run.model.evidence == "exact",
+        k=int(metrics["k"]),
+        images=int(metrics["images"]),
+        log_likelihood=metrics.get("log_likelihood"),
+        standard_error=error,
+        bits_per_dim=metrics.get("bits_per_dim"),
+        bits_standard_error=error / (dimensions * math.log(2)) if error is not None and has_bits else None,
+        elbo=metrics.get("elbo"),
+        bound_gap=metrics.get("bound_gap"),
+        rate=metrics.get("rate") if run.model.evidence != "none" else None,
+        distortion=metrics.get("distortion") if run.model.evidence != "none" else None,
+        parameters=parameters(run.model),
+        training_seconds=run.checkpoint["state"]["seconds"],
+        milliseconds=milliseconds(Model.load(bundle, Runtime("cpu", threads=1)), _images(run)),
+    )
+
+
+def _likelihood(model: LatentVariableModel) -> str:
+    binarised = model.likelihood.binarisation
+    return model.likelihood.family + (f", {binarised}" if binarised != "none" else "")
+
+
+def parameters(model: LatentVariableModel) -> int:
+    """Trained numbers; of a closed form, whatever numbers it was solved for."""
+    learned = sum(parameter.numel() for parameter in model.parameters())
+    if not model.closed_form:
+        return learned
+    return sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
+
+
+def _images(run: Run) -> np.ndarray:
+    return to_unit(run.dataset.pixels(run.dataset.splits["test"][:TIMED])).numpy()
+
+
+def milliseconds(model: Model, x: np.ndarray) -> float:
+    """Median time of the default score of one image alone, over the images of x."""
+    model.warm_up()
+    times = []
+    for i in range(len(x)):
+        started = time.perf_counter()
+        model.score(x[i : i + 1])
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+def sheet(rows: Sequence[Row]) -> str:
+    """All numbers as CSV, unrounded; empty where there is none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Row)])
+    writer.writerows(["" if value is None else value for value in asdict(row).values()] for row in rows)
+    return text.getvalue()
+
+
+HEADER = (
+    "run", "family", "p(x\\|z)", "log p(x), nats", "bits/dim", "elbo, nats", "bound gap, nats", "parameters",
+    "training", "ms an image",
+)  # fmt: skip
+
+
+def table(rows: Sequence[Row], data: str) -> str:
+    """The table in Markdown, best log p(x) first, families without a likelihood last."""
+    ordered = sorted(
+        rows, key=lambda row: -math.inf if row.log_likelihood is None else row.log_likelihood, reverse=True
+    )
+    images = ", ".join(sorted({f"{row.images:,}" for row in rows}))
+    lines = [HEADER, ("---",) * 3 + ("---:",) * (len(HEADER) - 3), *map(_cells, ordered)]
+    return (
+        f"# Comparison on {data}\n\n"
+        f"Means over the test split ({images} images), ± one standard error over the images. log p(x) is the IWAE "
+        "bound of k samples, or exact. A dash: the model has no likelihood, or the number is not defined. Nats are "
+        "comparable between the same kinds of p(x|z) only: probabilities of binary pixels, probabilities of levels, "
+        "densities. The time is that of the bundle's default score of one image, alone, on one thread.\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + "\n"
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    how = "exact" if row.exact else f"k = {row.k:,}"
+    nats = "–" if row.log_likelihood is None else f"{_with_error(row.log_likelihood, row.standard_error, 2)} ({how})"
+    return (
+        row.name,
+        row.family,
+        row.likelihood,
+        nats,
+        _with_error(row.bits_per_dim, row.bits_standard_error, 4),
+        _number(row.elbo, 2),
+        _number(row.bound_gap, 2),
+        f"{row.parameters:,}",
+        duration(row.training_seconds),
+        f"{row.milliseconds:.2f}",
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    return _number(value, digits) + (f" ± {error:.{digits}f}" if value is not None and error is not None else "")
+
+
+def rate_distortion(rows: Sequence[Row]) -> Figure:
+    """Rate against distortion, with lines of equal ELBO = −(rate + distortion) (Alemi et al. 2018, fig. 1)."""
+    shown = [row for row in rows if row.rate is not None and row.distortion is not None]
+    rates = np.array([row.rate for row in shown], dtype=np.float64)
+    distortions = np.array([row.distortion for row in shown], dtype=np.float64)
+    figure = Figure(figsize=(7.5, 5.6), layout="constrained")
+    ax = figure.subplots()
+    margin = max(1.0, 0.25 * float(np.ptp(rates)), 0.25 * float(np.ptp(distortions)))
+    left, right = max(0.0, rates.min() - margin), rates.max() + margin
+    low, high = distortions.min() - margin, distortions.max() + margin
+    sums = rates + distortions
+    for total in MaxNLocator(8).tick_values(sums.min() - margin, sums.max() + margin):
+        ax.plot([left, right], [total - left, total - right], color=figures.GREY, linewidth=0.7, zorder=0)
+        at = min(max(left, total - high), right)
+        if low < total - at <= high and at < right:
+            ax.annotate(f"{-total:.4g}", (at, total - at), (3, -3), textcoords="offset points", fontsize="x-small",
+                        color="#666666", va="top")  # fmt: skip
+    for i, row in enumerate(shown):
+        colour, marker = figures.PALETTE[i % len(figures.PALETTE)], figures.MARKERS[i % len(figures.MARKERS)]
+        label = f"{row.name} ({row.likelihood})"
+        ax.scatter(rates[i], distortions[i], s=46, color=colour, marker=marker, label=label, zorder=2)
+    ax.set(xlim=(left, right), ylim=(low, high), title="Rate and distortion, with lines of equal ELBO")
+    ax.set(xlabel="rate KL(q(z|x) ‖ p(z)) (nats)", ylabel="distortion −E log p(x|z) (nats)")
+    ax.legend(fontsize="small", framealpha=0.9, edgecolor="none")
+    return figure
