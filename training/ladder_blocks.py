@@ -186,8 +186,10 @@ class PosteriorLayer(nn.Module):
         self.up = nn.Conv2d(layer.width, 2 * layer.width, 3, padding=1)
         self.down = nn.Conv2d(layer.width, 2 * layer.width, 3, padding=1, bias=False)
         self.head = nn.Conv2d(layer.width, 2 * layer.latents[0], 1)
+        assert self.head.bias is not None
         with torch.no_grad():
             self.head.weight.mul_(0.1)  # q starts near p
+            self.head.bias.zero_()
 
     def lateral(self, features: Tensor) -> Tensor:
         """Bottom-up features [N,w,h,w'] -> this layer's share of them [N,2w,h,w']."""

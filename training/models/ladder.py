@@ -38,7 +38,7 @@ class LadderPrior(Prior):
             found.append(log_normal(layers[i], *prior))
             return layers[i]
 
-        self.top_down(len(layers[0]), choose)
+        self.top_down(layers[0].shape[0], choose)
         return flattened(found).double().sum(-1).reshape(z.shape[:-1])
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
@@ -49,13 +49,13 @@ class LadderPrior(Prior):
             drawn.append(prior.loc + prior.scale * layers[i])
             return drawn[i]
 
-        self.top_down(len(noise), choose)
+        self.top_down(noise.shape[0], choose)
         return flattened(drawn)
 
     def features(self, z: Tensor) -> Tensor:
         """Latents [M,L] -> features [M,w,h,w'] at the end of the pass."""
         layers = self.top_down.split(z)
-        h: Tensor = self.top_down(len(z), lambda i, h, prior: layers[i])
+        h: Tensor = self.top_down(z.shape[0], lambda i, h, prior: layers[i])
         return h
 
 
@@ -87,7 +87,7 @@ class Ladder(LatentVariableModel):
     """q(z|x) = Π_i q(z_i|z_{>i}, x), drawn on one way down with features of the way up; z is all layers, top first.
 
     ``loc`` is the path of zero noise and ``scale`` q's deviations along it. ``kl`` is analytic in each layer at the
-    parents drawn, averaged over the K samples: [N, layers].
+    parents drawn, averaged over the K samples: [N, layers]. Raises ConfigError: no likelihood, or too small an image.
 
     >>> from training.config import LadderConfig
     >>> ladder = Ladder((1, 8, 8), ModelConfig(family="ladder", ladder=LadderConfig(latents=[1, 2], layers=[1, 1])))
@@ -103,6 +103,10 @@ class Ladder(LatentVariableModel):
         super().__init__()
         self.shape = shape
         self.likelihood = build_likelihood(config.likelihood, shape)
+        if self.likelihood.family == "delta" or self.likelihood.measure == "none":
+            raise ConfigError(
+                f"model.likelihood.family: a ladder bounds log p(x), of which {self.likelihood.family!r} is none"
+            )
         top_down = TopDown(shape, config.ladder)
         self.prior: LadderPrior = LadderPrior(top_down)
         self.latent_dim = self.prior.noise_dim
@@ -136,7 +140,7 @@ class Ladder(LatentVariableModel):
         def choose(i: int, h: Tensor, prior: Normal) -> Tensor:
             return descent.note(prior, self._posterior(i)(h, laterals[i]), layers[i])
 
-        descent.h = self.prior.top_down(len(layers[0]), choose)
+        descent.h = self.prior.top_down(layers[0].shape[0], choose)
         return descent
 
     def _parameters_of(self, h: Tensor) -> Parameters:
