@@ -1,0 +1,265 @@
+"""The flow family: exact densities of images and vectors in raw units, training, and graphs equal to torch."""
+
+import math
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from rich.console import Console
+from sklearn.datasets import make_circles, make_moons
+
+from service.bundle import ArrayPreprocessing, Preprocessing, open_bundle
+from service.model import Model
+from service.runtime import Runtime
+from training.config import FlowConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
+from training.errors import ConfigError
+from training.export import export_graphs
+from training.models.flow import Flow, squeezings
+from training.objectives import objective
+from training.pipeline import fit_stage
+from training.runs import Launch
+from training.staging import export
+
+SHAPES = [(1, 8, 8), (3, 4, 6), (1, 5, 7), (1, 1, 6), (2, 8, 3)]
+
+
+def build(shape, values="pixels", **options):
+    torch.manual_seed(0)
+    likelihood = LikelihoodConfig(family="delta", values=values)
+    return Flow(shape, ModelConfig(family="flow", likelihood=likelihood, flow=FlowConfig(**options)))
+
+
+def disturbed(flow, examples, by=0.05):
+    """Weights at which nothing is an identity, activations and units by the examples."""
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    flow.initialise(examples.mean(0), examples)
+    return flow.eval()
+
+
+def image_flow(shape):
+    return disturbed(build(shape, levels=3, steps=3, hidden=6), torch.rand(64, *shape))
+
+
+def vector_flow(shape):
+    examples = 7 + torch.randn(64, *shape) * torch.arange(1.0, math.prod(shape) + 1).view(shape)
+    return disturbed(build(shape, "reals", steps=4, hidden=8), examples, by=0.2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, 28, 28), [(2, 2), (2, 2)]),  # 7×7 cannot be squeezed
+        ((3, 32, 32), [(2, 2), (2, 2), (2, 2)]),
+        ((1, 6, 7), [(2, 1)]),
+        ((1, 4, 7), [(2, 1), (2, 1)]),
+        ((3, 5, 7), [(1, 1)]),
+    ],
+)
+def test_levels_end_where_both_sides_are_odd(shape, expected):
+    assert squeezings(shape, 3) == expected
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_the_decoder_inverts_the_encoder(shape):
+    flow = image_flow(shape)
+    x = torch.rand(5, *shape)
+    encoded = flow.encode(x, torch.randn(5, 2, 1), torch.rand_like(x))
+    decoded = flow.decode(encoded.z.flatten(0, 1))
+    torch.testing.assert_close(decoded.parameters[0].unflatten(0, (5, 2))[:, 1], encoded.target, atol=1e-4, rtol=0)
+    assert (decoded.mean.unflatten(0, (5, 2))[:, 0] - x).abs().max() <= 0.51 / 255
+    assert encoded.loc.shape == (5, math.prod(shape))
+    assert torch.equal(encoded.z[:, 1], encoded.loc)
+    assert not encoded.scale.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_density_of_images_is_the_change_of_variables_by_autograd(shape):
+    flow = image_flow(shape).double().eval()
+    target = torch.rand(2, *shape, dtype=torch.float64)
+    for image, found in zip(target, flow.infer(target)[1], strict=True):
+        jacobian = torch.func.jacrev(lambda value: flow.infer(value[None])[0][0])(image)
+        torch.testing.assert_close(found, torch.linalg.slogdet(jacobian.flatten(1))[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 1, 4)])
+def test_the_density_of_vectors_and_signals_is_in_their_own_units(shape):
+    flow = vector_flow(shape).double()
+    x = 7 + 3 * torch.randn(2, *shape, dtype=torch.float64)
+    encoded = flow.encode(x, torch.zeros(2, 1, 1, dtype=torch.float64))
+    for row, found in zip(x, encoded.log_q[:, 0], strict=True):
+        jacobian = torch.func.jacrev(lambda value: flow.encode(value[None], value.new_zeros(1, 1, 1)).loc[0])(
+            row
+        ).flatten(1)
+        torch.testing.assert_close(-found, torch.linalg.slogdet(jacobian)[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flow.decode(encoded.loc).mean, x.float().double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["elbo", "iwae"])
+def test_the_objective_is_the_log_density_even_where_it_exceeds_one(kind):
+    flow = image_flow((1, 8, 8))
+    x = torch.rand(4, 1, 8, 8)
+    dither = torch.rand_like(x)
+    terms = flow(x, torch.randn(4, 3, 1), dither)
+    z, log_det = flow.infer(flow.likelihood.target(x, dither))
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z.double()).sum(1) + log_det
+    found = objective(terms, ObjectiveConfig(kind=kind), 1.0).double()
+    torch.testing.assert_close(found, expected.mean(), rtol=1e-6, atol=1e-5)
+    assert expected.mean() < 0
+    shifted = terms._replace(kl=terms.kl - 1000, log_q=terms.log_q - 1000)
+    found = objective(shifted, ObjectiveConfig(kind=kind), 1.0).double()
+    torch.testing.assert_close(found, expected.mean() + 1000, rtol=1e-6, atol=1e-5)
+    assert terms.log_q.shape == terms.log_p_x.shape == (4, 3)
+    assert not terms.log_p_x.any()
+
+
+@pytest.mark.parametrize("build_one", [image_flow, vector_flow])
+def test_the_gradient_reaches_every_parameter(build_one):
+    flow = build_one((1, 4, 6)).train()
+    terms = flow(torch.rand(8, 1, 4, 6), torch.zeros(8, 1, 1), torch.rand(8, 1, 4, 6))
+    objective(terms, ObjectiveConfig(), 1.0).backward()
+    still = [name for name, p in flow.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still
+
+
+@torch.no_grad()
+def test_training_examples_start_as_standardised_latents():
+    flow = build((1, 8, 8), levels=2, steps=3, hidden=6)
+    images = torch.rand(300, 1, 8, 8) ** 3
+    flow.initialise(images.mean(0), images)
+    z, _ = flow.infer(flow.likelihood.target(images, torch.rand_like(images)))
+    assert z.mean().abs() < 0.05
+    assert z.std() == pytest.approx(1, abs=0.05)
+
+
+@torch.no_grad()
+def test_loaded_weights_give_the_same_latents_and_inverse():
+    flow, other = image_flow((1, 4, 6)), build((1, 4, 6), levels=3, steps=3, hidden=6)
+    other.load_state_dict(flow.state_dict())
+    x = torch.rand(3, 1, 4, 6)
+    assert torch.equal(other.eval().infer(x)[0], flow.infer(x)[0])
+    torch.testing.assert_close(other.flow.inverse(other.infer(x)[0]), x, atol=1e-4, rtol=0)
+
+
+def checkerboard(count, generator):
+    first = generator.uniform(-2, 2, count)
+    return np.stack(
+        [first, generator.uniform(0, 1, count) - 2 * generator.randint(0, 2, count) + np.floor(first) % 2], 1
+    )
+
+
+TOYS = {
+    "moons": lambda count, seed: make_moons(count, noise=0.1, random_state=seed)[0],
+    "rings": lambda count, seed: make_circles(count, noise=0.05, factor=0.3, random_state=seed)[0],
+    "checkerboard": lambda count, seed: checkerboard(count, np.random.RandomState(seed)),
+}
+
+
+def raw_units(points):
+    """Two features in units of their own."""
+    return torch.from_numpy(points * [30.0, 0.2] + [500.0, -3.0]).float().view(-1, 1, 1, 2)
+
+
+def fitted(examples, steps=250):
+    flow = build((1, 1, 2), "reals", steps=6, hidden=24)
+    flow.initialise(examples.mean(0), examples)
+    optimiser = torch.optim.Adam(flow.parameters(), 1e-2)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        batch = examples[torch.randint(len(examples), (256,))]
+        loss = -objective(flow(batch, batch.new_zeros(len(batch), 1, 1)), ObjectiveConfig(), 1.0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        rate.step()
+    return flow.eval()
+
+
+@torch.no_grad()
+def log_density(flow, x):
+    terms = flow(x, x.new_zeros(len(x), 1, 1))
+    return (terms.log_p_x + terms.log_p_z - terms.log_q)[:, 0].double()
+
+
+def grid(examples, side=300):
+    """Cell centres [side²,1,1,2] over three times the examples' range, and a cell's area."""
+    low, high = examples.amin(0).flatten(), examples.amax(0).flatten()
+    span = high - low
+    axes = [(low[i] - span[i]) + 3 * span[i] * (torch.arange(side) + 0.5) / side for i in (0, 1)]
+    return torch.cartesian_prod(*axes).view(-1, 1, 1, 2), float((3 * span / side).prod())
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_a_trained_density_sums_to_one_and_beats_a_gaussian(toy):
+    examples, held_out = (raw_units(TOYS[toy](2000, seed)) for seed in (0, 1))
+    flow = fitted(examples)
+    points, area = grid(examples)
+    assert float(torch.exp(log_density(flow, points)).sum()) * area == pytest.approx(1, abs=0.01)
+    flat = examples.double().flatten(1)
+    gaussian = torch.distributions.MultivariateNormal(flat.mean(0), torch.cov(flat.T))
+    gain = log_density(flow, held_out).mean() - gaussian.log_prob(held_out.double().flatten(1)).mean()
+    print(toy, float(gain), float(torch.exp(log_density(flow, points)).sum()) * area)
+    assert gain > 0.1
+
+
+RULES = {
+    "images": (image_flow, Preprocessing(mode="L", height=5, width=7)),
+    "vectors": (vector_flow, ArrayPreprocessing(kind="vector", natural=(5,))),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+@torch.no_grad()
+def test_the_graphs_give_torchs_numbers(kind):
+    build_one, rule = RULES[kind]
+    flow = build_one(rule.shape)
+    graphs = {role: ort.InferenceSession(data) for role, data in export_graphs(flow, rule).items()}
+    x, noise, z = torch.rand(3, *rule.shape), torch.randn(3, 2, 1), torch.randn(4, flow.latent_dim)
+    inputs = {"x": x, "noise": noise} | ({"dither": torch.rand_like(x)} if flow.likelihood.dither else {})
+    encoded, decoded = flow.encode(**inputs), flow.decode(z)
+    rows = encoded._replace(z=encoded.z.contiguous())
+    locs = flow.decode(rows.z.flatten(0, 1)).parameters[0].unflatten(0, (3, 2))
+    cases = {
+        "encoder": (inputs, encoded),
+        "decoder": ({"z": z}, (decoded.mean, *decoded.parameters)),
+        "density": ({"target": rows.target, "z": rows.z, "loc": locs}, flow.density(rows.target, rows.z, (locs,))),
+    }
+    for role, (fed, expected) in cases.items():
+        found = graphs[role].run(None, {name: value.numpy() for name, value in fed.items()})
+        for ours, theirs in zip(expected, found, strict=True):
+            np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_flow_cannot_be_is_named():
+    with pytest.raises(ConfigError, match="expected delta, got bernoulli"):
+        Flow((1, 4, 4), ModelConfig(family="flow"))
+    with pytest.raises(ConfigError, match="at least 2 numbers"):
+        build((1, 1, 1))
+
+
+TINY = ["data.source=digits", "optimiser.batch_size=64", "optimiser.epochs=3", "optimiser.warmup_steps=5"]
+TINY += ["optimiser.ema_decay=0.5", "model.flow.steps=2", "model.flow.hidden=8", "run.accelerator=cpu", "run.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(request, tmp_path_factory):
+    """A run of the preset, on the CPU and tiny."""
+    config = load_config(request.param, TINY, {"name": "tiny"})
+    folder = tmp_path_factory.mktemp(request.param) / "tiny"
+    return fit_stage(config, folder, Launch(data="digits", overrides=TINY), False, Console(quiet=True))[0]
+
+
+@pytest.mark.parametrize("trained", ["flow", "glow-gpu"], indirect=True)
+def test_the_presets_learn(trained):
+    bounds = [row["bound"] for row in trained.checkpoint["history"]]
+    assert bounds == sorted(bounds)
+
+
+@pytest.mark.parametrize("trained", ["flow"], indirect=True)
+def test_the_bundle_says_exact_and_a_point(trained):
+    served = Model.load(open_bundle(export(trained)), Runtime("cpu"))
+    assert (served.manifest.evidence, served.manifest.posterior.moments) == ("exact", "point")
+    assert not served.manifest.likelihood.pixelwise
