@@ -286,7 +286,7 @@ def reflect(rows: Tensor, vectors: Tensor) -> Tensor:
     Products and sums of elements, which autocast leaves in float32.
     """
     for v in vectors.unsqueeze(-2).unbind(-3):
-        rows = rows - 2 * (rows * v).sum(-1, keepdim=True) * v
+        rows = torch.addcmul(rows, (rows * v).sum(-1, keepdim=True), v, value=-2)
     return rows
 
 

@@ -1,6 +1,7 @@
 """Posteriors: densities against autograd's Jacobians and closed forms, order, orthogonality, training, export."""
 
 import math
+from functools import cache
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from training.export import export_graph, likelihood, signature
 from training.masked import AutoregressiveNetwork, MaskedLinear
 from training.models.vae import VAE
 from training.objectives import objective
-from training.posteriors import Posterior, build_posterior, full_precision, reflect
+from training.posteriors import Posterior, build_posterior, reflect
 
 FEATURES = 5
 EVALUABLE = ["diagonal_gaussian", "householder"]
@@ -76,7 +77,7 @@ def test_q_integrates_to_one_in_two_dimensions(family):
 @pytest.mark.parametrize("family", EVALUABLE)
 @torch.no_grad()
 def test_a_known_density_is_that_of_the_draws_and_integrates_to_one_on_a_grid(family):
-    posterior = build(family, 2)
+    posterior = build(family, 2, vectors=4)  # an odd number would be its own inverse in 2-D
     loc, _, *rest = posterior(torch.randn(2, FEATURES))
     statistics = (loc, torch.tensor([[0.4, 1.2], [1.5, 0.6]]), *rest)  # wide enough for the grid
     z, log_q = posterior.sample(statistics, torch.randn(2, 50, 2))
@@ -177,6 +178,8 @@ def test_a_masked_weight_gets_no_gradient_and_folds_to_the_same_function():
     torch.testing.assert_close(layer.eval()(x), trained)
     assert torch.equal(layer.weight != 0, layer.mask != 0)
     assert set(layer.state_dict()) == {"weight", "bias"}
+    layer.mask.zero_()
+    torch.testing.assert_close(layer(x), trained, msg="in eval mode the mask is in the weight, not in the graph")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -200,6 +203,23 @@ def test_features_far_out_give_finite_densities_and_gradients(family):
     assert all(torch.isfinite(parameter.grad).all() for parameter in posterior.parameters())
 
 
+@pytest.mark.parametrize("family", ["planar", "sylvester"])
+@torch.no_grad()
+def test_a_step_on_the_verge_of_losing_a_dimension_stays_finite(family):
+    posterior = build(family, spread=0.0)
+    for parameter in posterior.parameters():
+        parameter.zero_()
+    if family == "planar":  # wᵀu = −3000: all that is along w would go
+        posterior.direction.bias.fill_(1.0)
+        posterior.shift.bias.fill_(-1000.0)
+    else:  # r_mm = 1, r̃_mm = −1 at tanh′ = 1
+        posterior.vectors.bias.copy_(torch.eye(3).repeat(3, 1).flatten())
+        posterior.rest.bias.unflatten(0, (3, 3, 2))[:, 0] = 100.0
+        posterior.rest.bias.unflatten(0, (3, 3, 2))[:, 1] = -100.0
+    _, log_q = posterior.sample(posterior(torch.zeros(1, FEATURES)), torch.zeros(1, 1, 3))
+    assert 3 * log_normal(torch.zeros(1)) < log_q.item() < 50
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_autocast_leaves_maps_and_determinants_in_float32(family):
@@ -213,8 +233,6 @@ def test_autocast_leaves_maps_and_determinants_in_float32(family):
     rough = family == "iaf"  # its networks are rounded, and log q with them: the Jacobian is of the rounded map
     torch.testing.assert_close(rounded, z, atol=0.2 if rough else 1e-6, rtol=0)
     torch.testing.assert_close(rounded_log_q, log_q, atol=0.2 if rough else 1e-6, rtol=0)
-    with torch.autocast("cpu", torch.bfloat16), full_precision(noise):
-        assert not torch.is_autocast_enabled("cpu")
 
 
 class LinearGaussian:
@@ -274,11 +292,10 @@ def vae(family, **changes):
     return VAE((1, 3, 4), config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["elbo", "iwae", "dreg"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [(family, "elbo") for family in FAMILIES] + [("householder", "dreg"), ("iaf", "iwae")]
+)
 def test_a_vae_with_any_posterior_learns(family, kind):
-    if kind == "dreg" and family in FLOWS:
-        pytest.skip("refused by the configuration")
     model, config = vae(family).train(), ObjectiveConfig(kind=kind, samples=2)
     prototypes = (torch.rand(4, 1, 3, 4) > 0.5).float()
     x = prototypes[torch.randint(4, (64,))]
@@ -297,15 +314,22 @@ def test_a_vae_with_any_posterior_learns(family, kind):
     assert np.mean(history[-5:]) > np.mean(history[:5]) + 1
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:])
+@cache
 @torch.no_grad()
-def test_the_exported_encoder_gives_torchs_numbers(family):
-    model = vae(family, steps=2, vectors=2)
+def exported(family):
+    """A VAE and its encoder graph."""
+    model = vae(family, steps=2, vectors=2, hidden=7)
     for parameter in model.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     model.eval()
     draft = Manifest.model_construct(signature=signature(model), likelihood=likelihood(model))
-    graph = export_graph(model, draft, "encoder")
+    return model, export_graph(model, draft, "encoder")
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+@torch.no_grad()
+def test_the_exported_encoder_gives_torchs_numbers(family):
+    model, graph = exported(family)
     x, noise, dither = torch.rand(4, 1, 3, 4), torch.randn(4, 5, model.noise_dim), torch.rand(4, 1, 3, 4)
     expected = model.encode(x, noise, dither)
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
@@ -315,18 +339,13 @@ def test_the_exported_encoder_gives_torchs_numbers(family):
         assert str(ours.dtype).endswith(str(theirs.dtype)), name
 
 
-@torch.no_grad()
 def test_masks_are_folded_into_the_exported_weights():
-    model = vae("iaf", steps=1, hidden=7).eval()
-    for parameter in model.posterior.steps.parameters():
-        parameter.normal_()
-    draft = Manifest.model_construct(signature=signature(model), likelihood=likelihood(model))
-    proto = onnx.load_from_string(export_graph(model, draft, "encoder"))
-    held = [onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer]
-    second = model.posterior.steps[0].second
+    model, graph = exported("iaf")
+    held = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load_from_string(graph).graph.initializer]
     square = [array for array in held if array.shape == (7, 7)]
-    assert len(square) == 1, "the weight, and no mask beside it"
-    assert sorted(square[0].ravel()) == sorted((second.weight * second.mask).numpy().ravel())
+    assert len(square) == len(model.posterior.steps), "a weight each, and no mask beside it"
+    for step, array in zip(model.posterior.steps, square, strict=True):
+        assert sorted(array.ravel()) == sorted((step.second.weight * step.second.mask).detach().numpy().ravel())
 
 
 def test_combinations_without_a_meaning_are_refused_in_words():
