@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from training.config import Config
 from training.errors import CheckpointError
@@ -50,13 +51,21 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {content.get('format')!r}: expected {FORMAT}")
     if config is not None:
-        changed = _differences(content["identity"], identity(config))
+        changed = _differences(_completed(content["identity"]), identity(config))
         if changed:
             raise CheckpointError(
                 f"{path} was made with another configuration ({', '.join(changed)}): "
                 "use --restart to discard it, or another --run-dir"
             )
     return content
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored identity with what later versions added, at its default; as it is where this version cannot read it."""
+    try:
+        return identity(Config.model_validate(stored))
+    except ValidationError:
+        return stored
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

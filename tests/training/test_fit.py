@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from training.batches import epoch_batches, steps_per_epoch
-from training.checkpoint import FILE, load_checkpoint
+from training.checkpoint import FILE, load_checkpoint, save_checkpoint
 from training.config import OptimiserConfig, load_config
 from training.data import load_dataset
 from training.errors import CheckpointError, TrainingDiverged
@@ -246,3 +246,14 @@ def test_a_collapsed_posterior_is_told_of_once(tmp_path, digits, capsys):
 def test_a_posterior_that_carries_something_is_not_warned_of(tmp_path, digits, capsys):
     fit(config_with("optimiser.epochs=4"), digits, tmp_path)
     assert "collapse" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_what_was_added_since(tmp_path):
+    config = config_with()
+    save_checkpoint(tmp_path, config, {"best": {}})
+    content = torch.load(tmp_path / FILE, weights_only=True)
+    del content["identity"]["optimiser"]["ema_every"]
+    torch.save(content, tmp_path / FILE)
+    assert load_checkpoint(tmp_path, config)
+    with pytest.raises(CheckpointError, match=r"optimiser\.ema_every: 8 -> 3"):
+        load_checkpoint(tmp_path, config_with("optimiser.ema_every=3"))
