@@ -201,8 +201,7 @@ def test_a_trained_density_sums_to_one_and_beats_a_gaussian(toy):
     flat = examples.double().flatten(1)
     gaussian = torch.distributions.MultivariateNormal(flat.mean(0), torch.cov(flat.T))
     gain = log_density(flow, held_out).mean() - gaussian.log_prob(held_out.double().flatten(1)).mean()
-    print(toy, float(gain), float(torch.exp(log_density(flow, points)).sum()) * area)
-    assert gain > 0.1
+    assert gain > 0.2
 
 
 RULES = {
