@@ -19,11 +19,10 @@ from training.priors import StandardNormal, VampPrior, build_prior
 class VAE(LatentVariableModel):
     """p(z) by the prior, p(x|z) by the decoder and the likelihood, q(z|x) by the encoder and the posterior.
 
-        >>> from training.config import ModelConfig
-    from training.errors import ConfigError
-        >>> vae = VAE((1, 8, 8), ModelConfig(latent_dim=2))
-        >>> vae.decode(torch.zeros(3, 2)).mean.shape
-        torch.Size([3, 1, 8, 8])
+    >>> from training.config import ModelConfig
+    >>> vae = VAE((1, 8, 8), ModelConfig(latent_dim=2))
+    >>> vae.decode(torch.zeros(3, 2)).mean.shape
+    torch.Size([3, 1, 8, 8])
     """
 
     family = "vae"
