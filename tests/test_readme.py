@@ -5,6 +5,7 @@ The word after ``bash`` says how a block is run:
     (none)   to its end, exit code 0
     server   in the background, for all blocks after it
     example  its path/to/images is a folder of pictures made here, its trainings are cut to one epoch
+    table    as example, with a path/to/table.csv made here; what is not a training runs as it stands
     long     cut to one epoch on a small data set of the same format
     docker   needs a container engine: make's part is expanded here, `make image-check` runs the whole elsewhere
 """
@@ -60,7 +61,14 @@ def copy(tmp_path_factory):
     for stamp in (folder / ".venv").glob(".installed-*"):
         assert stamp.stat().st_mtime >= (folder / "pyproject.toml").stat().st_mtime, "the environment is out of date"
     pictures(folder / "path" / "to" / "images")
+    table(folder / "path" / "to" / "table.csv")
     return folder
+
+
+def table(path):
+    mixing = np.array([[1, 0.5, 0, 0], [0, 1, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1]])
+    rows = np.random.RandomState(0).normal(20, 3, (300, 4)) @ mixing
+    np.savetxt(path, rows, fmt="%.4f", delimiter=",", header="flow,pressure,heat,speed", comments="")
 
 
 def pictures(folder):
@@ -153,6 +161,8 @@ def test_every_command_of_the_readme_runs(copy, idx):
                     shell.wait_until_ready(servers[-1])
                 elif block.kind in ("example", "long"):
                     shell.run(command + SHORT + (" --fit-only" if block.kind == "long" else ""))
+                elif block.kind == "table":
+                    shell.run(command + (SHORT if "vaetrain fit" in command else ""))
                 elif block.kind == "docker":
                     if command.startswith("make "):
                         shell.run(command.replace("make ", "make --dry-run ", 1))
@@ -178,6 +188,9 @@ def assert_answers(shell, folder):
     assert (folder / "exported" / "digits" / "1" / "manifest.json").is_file()
     assert (folder / "exported" / "widgets" / "1" / "manifest.json").is_file()
     assert (folder / "runs" / "widgets" / "report" / "report.html").is_file()
+    assert (folder / "sensors.csv").read_text().count("\n") == 301
+    assert (folder / "exported" / "sensors-ppca" / "1" / "manifest.json").is_file()
+    assert "| ppca |" in (folder / "runs" / "compare" / "compare.md").read_text()
 
 
 def test_docker_commands_are_those_of_the_image_check():
