@@ -136,8 +136,8 @@ class Trainer:
             return False
         if content["fingerprint"] != self.dataset.fingerprint:
             raise CheckpointError(
-                f"the data of {self.folder} have changed since its checkpoint was written: images that were trained on "
-                "could now be test images; use --restart to discard it, or another --run-dir"
+                f"the data of {self.folder} have changed since its checkpoint was written: what was trained on "
+                "could now be in the test split; use --restart to discard it, or another --run-dir"
             )
         self._bare.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])

@@ -59,7 +59,7 @@ class Journal:
 
     def step(self, step: int, elbo: float, rate: float, distortion: float, images_per_second: float) -> None:
         """Show where the loop stands; nats an image."""
-        status = f"elbo {elbo:.2f} rate {rate:.2f} distortion {distortion:.2f} {images_per_second:,.0f} images/s"
+        status = f"elbo {elbo:.2f} rate {rate:.2f} distortion {distortion:.2f} {images_per_second:,.0f} examples/s"
         self._progress.update(self._task, completed=step, status=status)
 
     def epoch(self, history: list[Row]) -> None:
@@ -69,7 +69,7 @@ class Journal:
         row = history[-1]
         self._progress.console.print(
             f"epoch {row['epoch']:.0f}  train elbo {row['train_elbo']:.2f}  validation bound {row['bound']:.3f}  "
-            f"rate {row['rate']:.2f}  distortion {row['distortion']:.2f}  {row['images_per_second']:,.0f} images/s"
+            f"rate {row['rate']:.2f}  distortion {row['distortion']:.2f}  {row['images_per_second']:,.0f} examples/s"
             + (f"  skipped {row['skipped']:.0f}" if row["skipped"] else ""),
             highlight=False,
         )

@@ -45,7 +45,8 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
         dataset = run.dataset
     if fabric.is_global_zero:
         sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in dataset.splits.items())
-        say(console, f"{len(dataset):,} images {_size(dataset.preprocessing.shape)}: {sizes}")
+        kind, shape = dataset.preprocessing.kind, dataset.describe()["shape"]
+        say(console, f"{len(dataset):,} {kind}s {'×'.join(map(str, shape))}: {sizes}")
         for path, reason in dataset.skipped[:10]:
             say(console, f"skipped {path}: {reason}")
     fitted = fit(config, dataset, folder, fabric, console)
@@ -160,7 +161,3 @@ def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(name, total=total)
         yield lambda done: progress.advance(task, done)
-
-
-def _size(shape: tuple[int, int, int]) -> str:
-    return "×".join(map(str, shape))
