@@ -279,6 +279,15 @@ class Config(Section):
     score: ScoreConfig = ScoreConfig()
 
     @model_validator(mode="after")
+    def _several_samples_want_a_posterior(self) -> Config:
+        if self.objective.kind != "elbo" and self.model.family not in ("vae", "ladder"):
+            raise ValueError(
+                f"objective.kind {self.objective.kind!r} weighs samples of q(z|x), of which a {self.model.family} has none "
+                "to weigh: take 'elbo'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _dreg_wants_one_layer(self) -> Config:
         if self.model.family == "ladder" and self.objective.kind == "dreg":
             raise ValueError(

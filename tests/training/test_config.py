@@ -87,3 +87,9 @@ def test_a_damaged_preset_is_one_clear_error(tmp_path):
 
 def test_known_keys_are_dotted():
     assert {"seed", "model.latent_dim", "model.network.kind", "data.source"} <= set(known_keys(Config))
+
+
+@pytest.mark.parametrize("family", ["flow", "ppca", "autoencoder"])
+def test_weighted_samples_are_for_models_that_have_them(family):
+    with pytest.raises(ConfigError, match="take 'elbo'"):
+        load_config(None, ["objective.kind=dreg", f"model.family={family}"])
