@@ -26,7 +26,7 @@ def reconstructions(x: np.ndarray, mean: np.ndarray, features: Sequence[str] | N
         for channel in range(min(len(row), CHANNELS)):
             _draw(ax, row[channel, 0], GREY, None if channel else "input", filled=True)
             _draw(ax, fitted[channel, 0], PALETTE[channel], None if channel else "E[x|z]")
-    axes[0].legend(frameon=False, fontsize="x-small")
+    _legend(figure, axes[0])
     return _titled(figure, "Reconstructions of test rows", unit)
 
 
@@ -51,8 +51,8 @@ def traversal(
             label = f"{value:+g}" if value in (low, 0, high) else None
             ax.plot(row[0, 0], color=colour, linewidth=1.1, label=label)
         ax.set_title(name, fontsize="small")
-    axes[0].legend(frameon=False, fontsize="x-small", title="deviations", title_fontsize="x-small")
-    return _titled(figure, "Latent traversal: one dimension a panel, the others at their mean", unit)
+    _legend(figure, axes[0])
+    return _titled(figure, "Latent traversal: a dimension a panel, by deviations", unit)
 
 
 def latent_plane(
@@ -90,6 +90,12 @@ def _grid(count: int, columns: int, features: Sequence[str] | None) -> tuple[Fig
     return figure, axes
 
 
+def _legend(figure: Figure, ax: Axes) -> None:
+    """Below all panels, of one of them."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize="small", ncols=3, loc="outside lower right")
+
+
 def _draw(
     ax: Axes,
     values: np.ndarray,
@@ -105,6 +111,6 @@ def _draw(
 
 
 def _titled(figure: Figure, title: str, unit: str) -> Figure:
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     figure.supylabel(unit, fontsize="small")
     return figure

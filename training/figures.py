@@ -148,7 +148,7 @@ def aggregate(
     )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(frameon=False, fontsize="small", ncols=2)
+    figure.legend(frameon=False, fontsize="small", ncols=2, loc="outside lower right")
     return figure
 
 
