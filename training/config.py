@@ -282,8 +282,8 @@ class Config(Section):
     def _several_samples_want_a_posterior(self) -> Config:
         if self.objective.kind != "elbo" and self.model.family not in ("vae", "ladder"):
             raise ValueError(
-                f"objective.kind {self.objective.kind!r} weighs samples of q(z|x), of which a {self.model.family} has none "
-                "to weigh: take 'elbo'"
+                f"objective.kind {self.objective.kind!r} weighs samples of q(z|x); family {self.model.family!r} has "
+                "none to weigh: take 'elbo'"
             )
         return self
 

@@ -267,9 +267,9 @@ class Trainer:
             objective_config.samples,
             self.config.evaluate.chunk,
         ).means()
+        if self.averaged.evidence == "none":  # no prior yet, and no rate ever
+            means |= {"elbo": -means["distortion"], "rate": 0.0}
         bound = means["elbo"] if objective_config.kind == "elbo" else means["iwae"]
-        if self.averaged.evidence == "none":
-            bound = -means["distortion"]
         return {"bound": bound, "elbo": means["elbo"], "rate": means["rate"], "distortion": means["distortion"]}
 
     def judge(self, row: Row, warmed_up: bool) -> bool:

@@ -87,10 +87,15 @@ def describe(run: Run) -> str:
     family = FAMILIES[model.family]
     priors = {"standard_normal": "", "none": ", no prior"}
     prior = priors.get(model.prior.family, f", {model.prior.family.replace('_', ' ')} prior")
-    posterior = "" if model.posterior_family == "diagonal_gaussian" else f", {model.posterior_family} posterior"
+    plain = model.posterior_family == "diagonal_gaussian" or model.evidence != "bound" or model.family == "ladder"
+    posterior = "" if plain else f", {model.posterior_family} posterior"
+    fit = model.likelihood.family.replace("_", " ")
+    explained = {"none": fit, "delta": "exact density"}.get(
+        "delta" if model.likelihood.family == "delta" else model.likelihood.measure, f"{fit} likelihood"
+    )
     return (
         f"{family[0].upper()}{family[1:]} of {run.dataset.name} ({size}): {model.latent_dim} latent dimensions, "
-        f"{model.likelihood.family.replace('_', ' ')} likelihood{posterior}{prior}"
+        f"{explained}{posterior}{prior}"
     )
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from service.bundle import ScoreDefinition
+from service.bundle import Preprocessing, ScoreDefinition
 from training.config import Config, known_keys, load_config, parse_override, presets
 from training.errors import ConfigError
+from training.models.build import build_model
 
 
 def test_layers_are_defaults_then_preset_then_flags_then_overrides(tmp_path):
@@ -93,3 +94,12 @@ def test_known_keys_are_dotted():
 def test_weighted_samples_are_for_models_that_have_them(family):
     with pytest.raises(ConfigError, match="take 'elbo'"):
         load_config(None, ["objective.kind=dreg", f"model.family={family}"])
+
+
+@pytest.mark.parametrize(
+    ("family", "likelihood"), [("vae", "squared_error"), ("vae", "delta"), ("autoencoder", "bernoulli")]
+)
+def test_a_family_refuses_what_is_not_its_likelihood(family, likelihood):
+    config = load_config(None, [f"model.family={family}", f"model.likelihood.family={likelihood}"])
+    with pytest.raises(ConfigError, match=r"model\.likelihood\.family"):
+        build_model(Preprocessing(mode="L", height=8, width=8), config.model)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from service.bundle import InputRule
 from training.config import ModelConfig
+from training.errors import ConfigError
 from training.models.autoencoder import Autoencoder
 from training.models.base import LatentVariableModel
 from training.models.factor import PPCA, FactorAnalysis
@@ -48,4 +49,18 @@ def build_model(rule: InputRule, config: ModelConfig) -> LatentVariableModel:
     """
     values = "pixels" if rule.kind == "image" else "reals"
     likelihood = config.likelihood.model_copy(update={"values": values})
-    return FAMILIES[config.family](rule.shape, config.model_copy(update={"likelihood": likelihood}))
+    model = FAMILIES[config.family](rule.shape, config.model_copy(update={"likelihood": likelihood}))
+    _check_likelihood(model, config)
+    if rule.kind == "vector" and config.family == "ladder":
+        raise ConfigError("model.family: a ladder's latents have places, features have none; take 'vae'")
+    return model
+
+
+def _check_likelihood(model: LatentVariableModel, config: ModelConfig) -> None:
+    """A reconstruction error is no likelihood, and only a bijection's density is all in its Jacobian."""
+    name, measure = config.likelihood.family, model.likelihood.measure
+    if (measure == "none") != (model.evidence == "none"):
+        wanted = "squared_error or cross_entropy" if model.evidence == "none" else "a likelihood, not an error"
+        raise ConfigError(f"model.likelihood.family: {config.family!r} wants {wanted}, got {name!r}")
+    if (name == "delta") != (config.family in ("flow", "ica")):
+        raise ConfigError(f"model.likelihood.family: 'delta' is of flow and ica, which take no other; got {name!r}")

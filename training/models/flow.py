@@ -195,6 +195,5 @@ class Flow(LatentVariableModel):
     @torch.no_grad()
     def initialise(self, mean: Tensor, examples: Tensor) -> None:
         """Units of the values, and activations normalised at every step, by training examples."""
-        self.likelihood.initialise_values(mean, examples.std(0, correction=0))
         dither = torch.rand_like(examples) if self.likelihood.dither else None
         self.flow.initialise(self.likelihood.target(examples, dither))
