@@ -9,7 +9,7 @@ from service.bundle import ArrayPreprocessing, Preprocessing
 from tests.training.solved import digits, factor_rows, log_weights, solved, targets
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.linear_algebra import DITHER_VARIANCE, moments_of
+from training.linear_algebra import moments_of
 from training.models.build import build_model
 
 PPCA = {"latent_dim": 2, "likelihood": {"family": "gaussian", "scale": "shared"}}
@@ -55,7 +55,7 @@ def test_ppca_of_vectors_is_scikit_learns():
 def test_ppca_of_images_has_the_dithers_expectation_in_its_covariance():
     model, dataset = solved(digits(), "ppca", **PPCA)
     levels = dataset.pixels(dataset.splits["train"]).reshape(-1, 64).astype(np.float64)
-    values = np.linalg.eigvalsh(np.cov(levels.T, bias=True) / 256**2)[::-1] + DITHER_VARIANCE
+    values = np.linalg.eigvalsh(np.cov(levels.T, bias=True) / 256**2)[::-1] + 1 / (12 * 256**2)
     np.testing.assert_allclose(model.loc.detach(), (levels.mean(0) + 0.5) / 256, atol=1e-6)
     _, scale = model.likelihood.parameters_from(torch.zeros(1, 1, 1, 8, 8))
     np.testing.assert_allclose(scale.detach().numpy() ** 2, np.full((1, 1, 8, 8), values[2:].mean()), rtol=1e-5)
@@ -130,6 +130,26 @@ def test_draws_have_the_posteriors_moments(of_vectors):
     torch.testing.assert_close(encoded.loc[0].double(), loc, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(encoded.scale[0].double() ** 2, torch.diagonal(expected), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(torch.cov(encoded.z[0].T.double(), correction=0), expected, atol=0.01, rtol=0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["ppca", "fa"])
+def test_a_rotated_basis_has_a_full_posterior_and_the_same_log_p_x(family):
+    model, dataset = solved(factor_rows(), family, **MODELS[family] | {"latent_dim": 3})
+    target = targets(model, dataset, "test")[:20]
+    before = model.log_marginal(target)
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    _, scale = model.likelihood.parameters_from(torch.zeros(1, 1, *model.shape))
+    one_or_each = scale.flatten()[0] if family == "ppca" else scale.flatten()
+    model.set_values(model.weight.double() @ rotation, model.loc.double(), one_or_each.double())
+    log_w = log_weights(model, target, 3 * torch.randn(20, 10, 3))
+    torch.testing.assert_close(log_w, before.unsqueeze(1).expand_as(log_w), atol=1e-4, rtol=0)
+    drawn = model.draw(target[:1], model.infer(target[:1]), torch.randn(1, 40_000, 3)).z[0].T.double()
+    weight = model.weight.double()
+    expected = torch.eye(3, dtype=torch.float64) - weight.T @ torch.linalg.inv(covariance_of(model)) @ weight
+    assert expected.fill_diagonal_(0).abs().max() > 1e-3
+    found = torch.cov(drawn, correction=0).fill_diagonal_(0)
+    torch.testing.assert_close(found, expected, atol=0.005, rtol=0.05)
 
 
 @torch.no_grad()
