@@ -22,6 +22,10 @@ METRICS = {
     "reconstruction_error": "reconstruction error ({unit})",
     "reconstruction_error_standard_error": "its standard error over the {rows} ({unit})",
     "bits_per_dim": "bits per dimension of log p(x)",
+    "bound_gap": "log p(x) above the ELBO (nats)",
+    "effective_sample_size": "effective samples of the {k} weights",
+    "approximation_gap": "of it, gap of the best Gaussian posterior (nats)",
+    "amortisation_gap": "of it, gap of the encoder (nats)",
     "active_units": "active latent dimensions of {latent_dim}",
 }
 BINARISATION = {

@@ -91,6 +91,8 @@ def evaluate_stage(
         "latents": latents,
         "k": options.k,
         "images": options.images,
+        "gaps": options.gaps,
+        "precision": options.precision,
         "seconds": round(time.perf_counter() - started, 1),
         "weights": run.weights_digest,
     }

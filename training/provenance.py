@@ -97,9 +97,10 @@ def fit_command(launch: Launch) -> str:
 def evaluate_command(run: Run) -> str:
     """The command that computes the run's metrics, as a reader with the same run would type it."""
     evaluate = run.config.evaluate
-    metrics = run.metrics() or {"k": evaluate.k, "images": evaluate.images}
+    metrics = run.metrics() or {"k": evaluate.k, "images": evaluate.images, "gaps": evaluate.gaps}
     words = ["vaetrain", "evaluate", f"runs/{run.name}", "--k", str(metrics["k"])]
-    return shlex.join(words + (["--images", str(metrics["images"])] if metrics["images"] else []))
+    words += ["--images", str(metrics["images"])] if metrics["images"] else []
+    return shlex.join(words + (["--gaps"] if metrics["gaps"] else []))
 
 
 def provenance(run: Run) -> dict[str, Any]:

@@ -137,10 +137,10 @@ class Run:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether metrics.json is of these weights and of the configured k and images."""
+        """Whether metrics.json is of these weights, and measured as the configuration asks."""
         path, options = self.folder / METRICS, self.config.evaluate
         found = json.loads(path.read_text()) if path.is_file() else {}
-        wanted = {"weights": self.weights_digest, "k": options.k, "images": options.images}
+        wanted = {"weights": self.weights_digest} | options.model_dump(include={"k", "images", "gaps", "precision"})
         return wanted.items() <= found.items()
 
     def metrics(self) -> dict[str, Any] | None:

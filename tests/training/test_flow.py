@@ -35,6 +35,7 @@ def disturbed(flow, examples, by=0.05):
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(by * torch.randn_like(parameter))
+    flow.likelihood.initialise_values(examples.mean(0), examples.std(0))
     flow.initialise(examples.mean(0), examples)
     return flow.eval()
 
@@ -165,6 +166,7 @@ def raw_units(points):
 
 def fitted(examples, steps=250):
     flow = build((1, 1, 2), "reals", steps=6, hidden=24)
+    flow.likelihood.initialise_values(examples.mean(0), examples.std(0))
     flow.initialise(examples.mean(0), examples)
     optimiser = torch.optim.Adam(flow.parameters(), 1e-2)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
