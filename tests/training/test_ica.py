@@ -73,6 +73,15 @@ def test_sources_of_lighter_tails_are_recovered_by_the_extended_densities():
 
 
 @torch.no_grad()
+def test_the_fit_is_stationary_in_scale_location_and_mixing():
+    model, dataset = solved(mix(np.random.RandomState(0).exponential(size=(4000, 3)) ** 1.5), "ica", **ICA)
+    (z,) = model.infer(targets(model, dataset))
+    score = torch.tanh(z / 2)  # −d log p/dz of the logistic
+    torch.testing.assert_close(score.mean(0), torch.zeros(3), atol=0.01, rtol=0)
+    torch.testing.assert_close(score.T @ z / len(z), torch.eye(3), atol=0.02, rtol=0)
+
+
+@torch.no_grad()
 def test_log_p_is_the_change_of_variables_by_autograd(of_vectors):
     model, dataset = of_vectors
     x = torch.from_numpy(dataset.pixels(dataset.splits["test"][:5]))
