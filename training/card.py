@@ -23,7 +23,7 @@ METRICS = {
     "reconstruction_error_standard_error": "its standard error over the {rows} ({unit})",
     "bits_per_dim": "bits per dimension of log p(x)",
     "bound_gap": "log p(x) above the ELBO (nats)",
-    "effective_sample_size": "effective samples of the {k} weights",
+    "effective_sample_size": "effective samples among the k weights",
     "approximation_gap": "of it, gap of the best Gaussian posterior (nats)",
     "amortisation_gap": "of it, gap of the encoder (nats)",
     "active_units": "active latent dimensions of {latent_dim}",
