@@ -110,14 +110,14 @@ def test_every_z_gives_log_p_x(of_digits):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["ppca", "fa"])
-def test_every_z_gives_log_p_x_of_a_thousand_pixels(family):
+@pytest.mark.parametrize(("family", "atol"), [("ppca", 2.5e-5), ("fa", 1e-4)])  # 3.1e-5 were log p(x|z) in float32
+def test_every_z_gives_log_p_x_of_a_thousand_pixels(family, atol):
     noise = np.random.RandomState(0).randint(0, 12, (400, 1, 32, 32))
     rows = np.clip(np.kron(digits()[:400], np.ones((4, 4))) + noise, 0, 255).astype(np.uint8)
     model, dataset = solved(rows, family, **MODELS[family] | {"latent_dim": 6}, factor={"iterations": 50})
     target = targets(model, dataset, "test")[:50]
     log_w = log_weights(model, target, 3 * torch.randn(50, 20, 6))
-    torch.testing.assert_close(log_w, model.log_marginal(target).unsqueeze(1).expand_as(log_w), atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_w, model.log_marginal(target).unsqueeze(1).expand_as(log_w), atol=atol, rtol=0)
 
 
 @torch.no_grad()
