@@ -359,7 +359,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    fixed = [f"run.threads={arguments.threads}", "run.checkpoint_seconds=1e9", *arguments.set]
+    never = ["run.checkpoint_seconds=1e9", "optimiser.skip_above=1e9"]  # random images have larger gradients
+    fixed = [f"run.threads={arguments.threads}", *never, *arguments.set]
     for preset in arguments.preset:
         config = load_config(preset, fixed)
         if arguments.variants:
