@@ -17,7 +17,8 @@ from training.posteriors import HALF_LOG_2PI, kl_to_standard_normal
 from training.priors import Prior
 
 ACTIVE_VARIANCE = 0.01
-"""A latent dimension is active if Var_x E_q[z|x] exceeds this (Burda et al. 2016, sec. 5.2)."""
+"""A latent dimension is active if Var_x E_q[z|x] exceeds this (Burda et al. 2016, sec. 5.2); of flow posteriors and
+ladders, whose mean is not known, loc is taken, the z of zero noise."""
 UNUSED_RATE = 0.01
 """Nats: a group of latents of a smaller mean KL to the prior tells the decoder nothing."""
 USED_SHARE = 0.1

@@ -24,8 +24,8 @@ METRICS = {
     "bits_per_dim": "bits per dimension of log p(x)",
     "bound_gap": "log p(x) above the ELBO (nats)",
     "effective_sample_size": "effective samples among the k weights",
-    "approximation_gap": "of it, gap of the best Gaussian posterior (nats)",
-    "amortisation_gap": "of it, gap of the encoder (nats)",
+    "approximation_gap": "gap of the best diagonal Gaussian posterior, first images only (nats)",
+    "amortisation_gap": "gap of the encoder to it, first images only (nats)",
     "active_units": "active latent dimensions of {latent_dim}",
 }
 BINARISATION = {
@@ -53,6 +53,10 @@ ESTIMATORS = {
     "exact": "The log-likelihood is log p(x) itself.",
     "none": "",
 }
+AT_ONE_DITHER = (
+    " It is that of each image at one dequantisation: its bits per dimension bound those of the 8-bit image from above "
+    "(Theis et al. 2016)."
+)
 NAMED_FEATURES = 50
 
 
@@ -103,6 +107,8 @@ def _shape(manifest: Manifest) -> str:
 def _prior(manifest: Manifest) -> str:
     families = {"standard_normal": "prior p(z) = N(0, I)", "none": "no prior"}
     family = manifest.prior.family
+    if manifest.evidence == "none" and family != "none":
+        families[family] = f"a density of the codes, {_words(family)}, fitted after the training to sample from,"
     return f"{families.get(family, f'prior p(z) {_words(family)}')} over {manifest.signature.latent_dim} dimensions"
 
 
@@ -166,10 +172,15 @@ def _metrics(manifest: Manifest) -> str:
                 for key, text in METRICS.items() if key in values]  # fmt: skip
         parts.append(
             f"Means over {values['images']:,.0f} {names['rows']} of the {split} split, by "
-            f"`{training.get('evaluate_command')}`. {ESTIMATORS[manifest.evidence]}".strip()
+            f"`{training.get('evaluate_command')}`. {_estimator(manifest)}".strip()
         )
         parts.append(_table(["metric", "value"], rows))
     return "\n\n".join(parts)
+
+
+def _estimator(manifest: Manifest) -> str:
+    dithered = manifest.evidence == "exact" and manifest.preprocessing.kind == "image"
+    return ESTIMATORS[manifest.evidence] + (AT_ONE_DITHER if dithered else "")
 
 
 def _names(manifest: Manifest, values: Mapping[str, float]) -> dict[str, str]:
@@ -233,7 +244,7 @@ def _training(manifest: Manifest) -> str:
 
 def _loop(training: Mapping[str, Any]) -> str:
     if not training.get("steps"):
-        return "Solved without gradients"
+        return "Solved in one go"
     skipped = training.get("skipped_updates")
     return f"{training.get('epochs')} epochs, {training['steps']:,} steps ({skipped} updates skipped)"
 

@@ -61,9 +61,13 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any
 
 
 def _completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored identity with what later versions added, at its default; as it is where this version cannot read it."""
+    """A stored identity with what later versions added; as it is where this version cannot read it.
+
+    What was added is at its default, or at what it was before it could be chosen.
+    """
+    optimiser = {"ema_every": 1} | stored.get("optimiser", {})
     try:
-        return identity(Config.model_validate(stored))
+        return identity(Config.model_validate(stored | {"optimiser": optimiser}))
     except ValidationError:
         return stored
 

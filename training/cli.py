@@ -113,14 +113,17 @@ def evaluate(
     run: RunArgument,
     k: Annotated[int | None, typer.Option(min=1, max=100_000, help="Samples of the IWAE-k log-likelihood")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="First images of the test split only")] = None,
-    gaps: Annotated[bool, typer.Option("--gaps", help="Also split the inference gap, of the first 100 images")] = False,
+    gaps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Also split the inference gap, of the first N images; 100, say"),
+    ] = None,
 ) -> None:
     """Measure the averaged weights on the test split; writes RUN/metrics.json."""
     with _errors_in_words():
         from training.pipeline import evaluate_stage
         from training.runs import Run
 
-        evaluate_stage(Run.open(run), console, k, images, 100 if gaps else None)
+        evaluate_stage(Run.open(run), console, k, images, gaps)
 
 
 @app.command()

@@ -192,7 +192,10 @@ class ObjectiveConfig(Section):
     cycles: int = Field(default=4, ge=1, description="cyclic: how often β starts again from 0")
     ramp: float = Field(default=0.5, gt=0, le=1, description="cyclic: the share of a cycle over which β rises")
     free_bits: float = Field(
-        default=0.0, ge=0, description="elbo: nats a latent dimension, or layer of a ladder, that cost nothing"
+        default=0.0,
+        ge=0,
+        description="elbo: nats that cost nothing, a latent dimension (Gaussian posterior and prior), a layer "
+        "of a ladder, or else the whole of z",
     )
 
     @model_validator(mode="after")

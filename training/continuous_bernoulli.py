@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 TAYLOR_BELOW = 1.0
-"""|l| up to which the series are used: cut after four terms they are off by less than 1e-8 there, and beyond it the
+"""|l| up to which the series are used: cut after four terms they are off by less than 3e-8 there, and beyond it the
 closed forms lose less than a digit of float32."""
 
 

@@ -57,6 +57,11 @@ class State:
     finished: bool = False
 
 
+def restored_state(stored: dict[str, Any]) -> State:
+    """The state of a checkpoint; an earlier version called a run finished that had run out of patience."""
+    return State(**{"stopped": stored["finished"]} | stored)
+
+
 @dataclass
 class Sums:
     """Sums of one epoch's batch means, kept on the device so that no step waits for it; ``kl`` is by group [G]."""
@@ -143,7 +148,7 @@ class Trainer:
         self.ema.load_state_dict(content["ema"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.best = content["best"]
-        self.state = State(**content["state"])
+        self.state = restored_state(content["state"])
         kl = content.get("sum_kl")
         self.sums = Sums(
             self.fabric.to_device(content["sums"]),
@@ -356,12 +361,15 @@ def start(model: LatentVariableModel, dataset: Dataset, rows: int = 5000, exampl
     """Let the model start from the mean and deviation of the first training rows, and from some of them as they are."""
     indices = dataset.splits["train"][:rows]
     parts = [indices[i : i + examples] for i in range(0, len(indices), examples)]
-    batches = [to_unit(pixels) for pixels in dataset.batches(parts)]
-    sums = torch.stack([batch.double().sum(0) for batch in batches]).sum(0)
-    mean = sums / len(indices)
-    squares = torch.stack([((batch - mean) ** 2).sum(0) for batch in batches]).sum(0)
-    model.likelihood.initialise_values(mean.float(), torch.sqrt(squares / len(indices)).float())
-    model.initialise(mean.float(), batches[0])
+    first = to_unit(dataset.pixels(parts[0]))
+    origin = first.mean(0)  # the sums are of what differs from it, lest squares of far-off numbers cancel
+    total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
+    for pixels in dataset.batches(parts):
+        shifted = to_unit(pixels) - origin
+        total += shifted.sum(0) / len(indices)
+        squares += (shifted**2).sum(0) / len(indices)
+    model.likelihood.initialise_values(origin + total, torch.sqrt((squares - total**2).clamp(min=0)))
+    model.initialise(origin + total, first)
 
 
 def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -392,20 +400,28 @@ def finished_weights(
     return _copy(model.state_dict())
 
 
-def solve(config: Config, dataset: Dataset, folder: Path, console: Console | None = None) -> Fitted:
-    """Fit a model of closed form, in one go, or load it. Raises CheckpointError, DataError."""
+def solve(config: Config, dataset: Dataset, folder: Path, fabric: Fabric, console: Console | None = None) -> Fitted:
+    """Fit a model of closed form, or load it; the first rank does it for all. Raises CheckpointError, DataError."""
+    first = fabric.is_global_zero
+    content: dict[str, Any] = fabric.broadcast(_solved(config, dataset, folder, console) if first else {})
+    return Fitted(fitted_model(config, dataset, content["best"]), restored_state(content["state"]), [])
+
+
+def _solved(config: Config, dataset: Dataset, folder: Path, console: Console | None) -> dict[str, Any]:
+    """The checkpoint's content."""
     content = load_checkpoint(folder, config)
-    if content is None or content["fingerprint"] != dataset.fingerprint:
-        started = time.perf_counter()
-        with Journal(folder, 1, 0, True, console) as journal:
-            weights = finished_weights(config, dataset, None, journal)
-        model = fitted_model(config, dataset, weights)
-        means = bounds(model, dataset, dataset.splits["validation"], 1, config.evaluate.chunk).means()
-        bound = -means["distortion"] if model.evidence == "none" else means["elbo"]
-        state = State(best_bound=bound, seconds=time.perf_counter() - started, stopped=True, finished=True)
-        content = {"best": weights, "state": asdict(state), "history": [], "fingerprint": dataset.fingerprint}
-        save_checkpoint(folder, config, content)
-    return Fitted(fitted_model(config, dataset, content["best"]), State(**content["state"]), [])
+    if content is not None and content["fingerprint"] == dataset.fingerprint:
+        return content
+    started = time.perf_counter()
+    with Journal(folder, 1, 0, True, console) as journal:
+        weights = finished_weights(config, dataset, None, journal)
+    model = fitted_model(config, dataset, weights)
+    means = bounds(model, dataset, dataset.splits["validation"], 1, config.evaluate.chunk).means()
+    bound = -means["distortion"] if model.evidence == "none" else means["elbo"]
+    state = State(best_bound=bound, seconds=time.perf_counter() - started, stopped=True, finished=True)
+    content = {"best": weights, "state": asdict(state), "history": [], "fingerprint": dataset.fingerprint}
+    save_checkpoint(folder, config, content)
+    return content
 
 
 def fitted_model(config: Config, dataset: Dataset, weights: dict[str, Tensor]) -> LatentVariableModel:
@@ -419,9 +435,10 @@ def fit(
     config: Config, dataset: Dataset, folder: Path, fabric: Fabric | None = None, console: Console | None = None
 ) -> Fitted:
     """Train, or go on with, the run in ``folder``. Raises CheckpointError, TrainingDiverged, DataError."""
+    fabric = fabric or make_fabric(config)
     if FAMILIES[config.model.family].closed_form:
-        return solve(config, dataset, folder, console)
-    trainer = Trainer(config, dataset, folder, fabric or make_fabric(config))
+        return solve(config, dataset, folder, fabric, console)
+    trainer = Trainer(config, dataset, folder, fabric)
     trainer.resume()
     journal = Journal(folder, trainer.total_steps, trainer.state.step, trainer.fabric.is_global_zero, console)
     with journal, trainer.interrupt:

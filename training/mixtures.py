@@ -14,6 +14,7 @@ from training.config import MixtureConfig
 from training.errors import ConfigError
 from training.priors import Prior, chosen, log_standard_normal
 
+BATCH = 1000  # codes at a time
 ITERATIONS = 200  # of EM; it stops earlier once the mean log density gains less than 1e-3
 
 
@@ -79,5 +80,5 @@ class MixturePrior(Prior):
         self.factor.copy_(unit.unsqueeze(-1) * torch.linalg.cholesky(torch.from_numpy(covariances)))
         self.inverse_factor.copy_(torch.linalg.inv(self.factor))
         ended = f"after {mixture.n_iter_} iterations" if mixture.converged_ else f"not converged in {ITERATIONS}"
-        mean = float(self.log_prob(codes).mean())
+        mean = float(torch.cat([self.log_prob(part) for part in codes.split(BATCH)]).mean())
         return f"{count} Gaussians fitted to {len(codes)} codes, {ended}: log p(z) {mean:.2f} nats on average"

@@ -46,12 +46,13 @@ def iwae(terms: Terms, beta: float = 1.0) -> Tensor:
 def dreg(terms: Terms, beta: float = 1.0) -> Tensor:
     """The IWAE bound with doubly reparameterised gradients (Tucker et al. 2019, eq. 7); wants terms with detached q.
 
-    The decoder sees Σ w̃ ∂log w, the encoder Σ w̃² ∂log w/∂z ∂z/∂φ: the second w̃ enters as a hook on z.
+    The decoder sees Σ w̃ ∂log w, the encoder Σ w̃ (1 − β + β w̃) ∂log w/∂z ∂z/∂φ, which is the paper's Σ w̃² at β = 1:
+    log q enters log w β-fold, and so does its score term. What is beyond w̃ enters as a hook on z.
     """
     log_w = terms.log_p_x + beta * (terms.log_p_z - terms.log_q)
     weights = torch.softmax(log_w.detach(), 1)
     if terms.z.requires_grad:
-        terms.z.register_hook(lambda gradient: weights.unsqueeze(-1) * gradient)
+        terms.z.register_hook(lambda gradient: ((1 - beta) + beta * weights).unsqueeze(-1) * gradient)
     surrogate = (weights * log_w).sum(1).mean()
     bound = (torch.logsumexp(log_w.detach(), 1) - math.log(log_w.shape[1])).mean()
     return surrogate + (bound - surrogate.detach())

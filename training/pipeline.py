@@ -61,7 +61,9 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
         )
         write_text(folder / FIT, record.model_dump_json(indent=2) + "\n")
         best, epoch, seconds = fitted.state.best_bound, fitted.state.best_epoch, fitted.state.seconds
-        say(console, f"fit: best validation bound {best:.3f} nats (epoch {epoch}), {duration(seconds)}")
+        unit = run.model.likelihood.unit_of_error
+        when = f" (epoch {epoch})" if fitted.history else ""
+        say(console, f"fit: best on validation {best:.3f} {unit}{when}, {duration(seconds)}")
     return run, fabric
 
 

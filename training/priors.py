@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import PriorConfig
+from training.errors import ConfigError
 from training.flows import CouplingStack
 from training.posteriors import HALF_LOG_2PI
 
@@ -155,9 +156,13 @@ class FlowPrior(Prior):
 
 
 def build_prior(config: PriorConfig, latent_dim: int, shape: tuple[int, int, int]) -> Prior:
-    """The configured prior for latents of that size and images of that shape."""
+    """The configured prior for latents of that size and images of that shape. Raises ConfigError."""
     if config.family == "vamp":
         return VampPrior(latent_dim, math.prod(shape), config.components)
     if config.family == "flow":
+        if latent_dim < 2:
+            raise ConfigError(
+                "model.prior.family: a flow couples dimensions, of which it wants 2; got model.latent_dim 1"
+            )
         return FlowPrior(latent_dim, config.steps, config.hidden)
     return StandardNormal(latent_dim)

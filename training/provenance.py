@@ -100,7 +100,7 @@ def evaluate_command(run: Run) -> str:
     metrics = run.metrics() or {"k": evaluate.k, "images": evaluate.images, "gaps": evaluate.gaps}
     words = ["vaetrain", "evaluate", f"runs/{run.name}", "--k", str(metrics["k"])]
     words += ["--images", str(metrics["images"])] if metrics["images"] else []
-    return shlex.join(words + (["--gaps"] if metrics["gaps"] else []))
+    return shlex.join(words + (["--gaps", str(metrics["gaps"])] if metrics.get("gaps") else []))
 
 
 def provenance(run: Run) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def score_definitions(model: LatentVariableModel, config: ScoreConfig) -> dict[s
             for name, text in BOUNDS.items()
         }
     if model.evidence == "exact":
-        text = "negative log p(x) in nats, exact"
+        dither = " at the dither that the seed fixes" if model.likelihood.dither else ""
+        text = f"negative log p(x) in nats, exact{dither}"
         return {"elbo": ScoreDefinition(estimator="elbo", k=1, seed=config.seed, description=text)}
     unit = model.likelihood.unit_of_error
     text = f"reconstruction error ({unit}), summed over the {_numbers(model)}; not a likelihood"
@@ -88,7 +89,7 @@ def describe(run: Run) -> str:
     priors = {"standard_normal": "", "none": ", no prior"}
     prior = priors.get(model.prior.family, f", {model.prior.family.replace('_', ' ')} prior")
     plain = model.posterior_family == "diagonal_gaussian" or model.evidence != "bound" or model.family == "ladder"
-    posterior = "" if plain else f", {model.posterior_family} posterior"
+    posterior = "" if plain else f", {model.posterior_family.replace('_', ' ')} posterior"
     fit = model.likelihood.family.replace("_", " ")
     explained = {"none": fit, "delta": "exact density"}.get(
         "delta" if model.likelihood.family == "delta" else model.likelihood.measure, f"{fit} likelihood"

@@ -30,7 +30,8 @@ class InferenceGap:
     """By image, float64 [N]: what the encoder loses against the best diagonal Gaussian, and what that one loses.
 
     ``amortisation`` = optimised elbo − the encoder's elbo; ``approximation`` = log p(x) − optimised elbo
-    (Cremer et al. 2018, eq. 6), with log p(x) by the IWAE bound, so that approximation is itself a lower bound.
+    (Cremer et al. 2018, eq. 6), with log p(x) by the IWAE bound: too loose a bound makes approximation too small, too
+    short an optimisation too large. The best posterior is a diagonal Gaussian; a richer encoder's gap may be negative.
     """
 
     amortisation: np.ndarray

@@ -40,7 +40,7 @@ def test_rows_are_called_by_their_kind(manifests, name):
     assert f"234 {kind}s of the test split" in text
     assert f"Test {kind}s and their reconstructions" in text
     assert "Fingerprint over numbers" in text
-    assert "Solved without gradients" in text
+    assert "Solved in one go" in text
     for word in ("image", "pixel", "camera", "{", "}"):
         assert word not in text
 

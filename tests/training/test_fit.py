@@ -17,7 +17,7 @@ from training.checkpoint import FILE, load_checkpoint, save_checkpoint
 from training.config import OptimiserConfig, load_config
 from training.data import load_dataset
 from training.errors import CheckpointError, TrainingDiverged
-from training.fit import MAX_SKIPPED_IN_A_ROW, Trainer, fit, learning_rate, make_fabric
+from training.fit import MAX_SKIPPED_IN_A_ROW, State, Trainer, fit, learning_rate, make_fabric, restored_state
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["model.latent_dim=4", "model.network.hidden=[32]", "run.threads=1", "optimiser.epochs=4"]
@@ -249,11 +249,16 @@ def test_a_posterior_that_carries_something_is_not_warned_of(tmp_path, digits, c
 
 
 def test_a_checkpoint_of_an_earlier_version_lacks_what_was_added_since(tmp_path):
-    config = config_with()
+    config = config_with("optimiser.ema_every=1")
     save_checkpoint(tmp_path, config, {"best": {}})
     content = torch.load(tmp_path / FILE, weights_only=True)
-    del content["identity"]["optimiser"]["ema_every"]
+    del content["identity"]["optimiser"]["ema_every"], content["identity"]["model"]["prior"]
     torch.save(content, tmp_path / FILE)
     assert load_checkpoint(tmp_path, config)
-    with pytest.raises(CheckpointError, match=r"optimiser\.ema_every: 8 -> 3"):
-        load_checkpoint(tmp_path, config_with("optimiser.ema_every=3"))
+    with pytest.raises(CheckpointError, match=r"optimiser\.ema_every: 1 -> 8"):
+        load_checkpoint(tmp_path, config_with())
+
+
+def test_an_earlier_versions_finished_run_is_not_trained_on():
+    stored = {name: value for name, value in dataclasses.asdict(State(finished=True)).items() if name != "stopped"}
+    assert restored_state(stored).stopped

@@ -49,8 +49,8 @@ class Density(NamedTuple):
 class Terms(NamedTuple):
     """What an objective needs, float32, nats: three log densities [N,K], the rate by group [N,G], z [N,K,L].
 
-    ``kl`` is KL(q ‖ p): analytic, by latent dimension (G = L), where both are diagonal Gaussians; analytic, by layer, in
-    a ladder; otherwise log q − log p averaged over the samples (G = 1).
+    ``kl`` is KL(q ‖ p): analytic, by latent dimension (G = L), where both are diagonal Gaussians; analytic, by layer,
+    in a ladder; otherwise log q − log p averaged over the samples (G = 1).
     """
 
     log_p_x: Tensor

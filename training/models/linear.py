@@ -107,7 +107,7 @@ class PCA(LinearReconstruction):
         super().__init__(shape, config)
         numbers = math.prod(shape)
         self.loc = nn.Parameter(torch.zeros(numbers))
-        self.axes = nn.Parameter(torch.eye(numbers)[:, : self.latent_dim].clone())
+        self.axes = nn.Parameter(torch.eye(numbers, self.latent_dim))
 
     def code(self, target: Tensor) -> Tensor:
         return (target - self.loc) @ self.axes
