@@ -262,3 +262,17 @@ def test_a_checkpoint_of_an_earlier_version_lacks_what_was_added_since(tmp_path)
 def test_an_earlier_versions_finished_run_is_not_trained_on():
     stored = {name: value for name, value in dataclasses.asdict(State(finished=True)).items() if name != "stopped"}
     assert restored_state(stored).stopped
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_likelihood_sees_inputs_in_full_precision(tmp_path, digits, precision):
+    """A dither is there to spread each grey level; in bfloat16 it would have two places to go."""
+    config = config_with(f"run.precision={precision}", "model.likelihood.family=gaussian")
+    trainer = Trainer(config, digits, tmp_path, make_fabric(config))
+    seen = []
+    likelihood = trainer._bare.likelihood
+    original = likelihood.target
+    likelihood.target = lambda x, dither: seen.append(original(x, dither)) or seen[-1]
+    trainer.training_step(digits.pixels(digits.splits["train"][:64]))
+    assert seen[0].dtype == torch.float32
+    assert len(seen[0].unique()) > 0.95 * seen[0].numel()
