@@ -81,7 +81,7 @@ def test_the_served_scores_are_those_of_evaluate_at_the_same_noise(exported, mon
     run, served = exported
     x, definition = held_out(run), served.manifest.scores["iwae"].model_copy(update={"k": 6, "seed": 4})
     draws = torch.from_numpy(noise.posterior_noise(4, 6, run.model.noise_dim).copy())
-    monkeypatch.setattr(torch, "randn", lambda n, k, e, device: draws.expand(n, k, e))
+    monkeypatch.setattr(torch, "randn", lambda k, n, e, device: draws.unsqueeze(1).expand(k, n, e))
     dither = torch.from_numpy(noise.dither(4, run.model.shape).copy()).expand_as(x)
     expected = batch_bounds(run.model, x, dither if run.model.likelihood.dither else None, k=6, chunk=10_000)
     scores = served.score(x.numpy(), definition)
