@@ -6,18 +6,18 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from service.bundle import Preprocessing
 from tests.training.finished import finished_run
 from training import compare as module
 from training.cli import app
 from training.compare import FIGURE, SHEET, TABLE, Row, compare, parameters, rate_distortion, resolve, sheet, table
-from training.config import presets
+from training.config import load_config, presets
 from training.errors import ConfigError
-from training.models.vae import VAE
+from training.models.build import build_model
 from training.pipeline import evaluate_stage
 
 SMALL = {"kind": "mlp", "hidden": [8]}
@@ -118,16 +118,15 @@ def test_a_preset_becomes_a_run_of_its_own_name_and_a_folder_is_taken_up(tmp_pat
     assert "mnist" in presets()
 
 
-def test_parameters_of_a_closed_form_are_what_it_was_solved_for():
-    from training.config import ModelConfig
-
-    vae = VAE((1, 2, 2), ModelConfig(latent_dim=1, network={"hidden": [2]}))
-    assert parameters(vae) == sum(p.numel() for p in vae.parameters())
-    vae.register_buffer("solved", torch.zeros(5))
-    vae.register_buffer("order", torch.zeros(7, dtype=torch.int64))
-    assert parameters(vae) == sum(p.numel() for p in vae.parameters())
-    vae.closed_form = True
-    assert parameters(vae) == sum(p.numel() for p in vae.parameters()) + 5
+@pytest.mark.parametrize(
+    ("family", "likelihood", "count"), [("ppca", "gaussian", 4 * 2 + 4 + 1), ("ica", "delta", 16 + 4)]
+)
+def test_parameters_of_a_closed_form_are_what_it_was_solved_for(family, likelihood, count):
+    """W, μ and σ of PPCA; W and the centre of ICA; nothing that is derived from them."""
+    config = load_config(
+        None, [f"model.family={family}", f"model.likelihood.family={likelihood}", "model.latent_dim=2"]
+    )
+    assert parameters(build_model(Preprocessing(mode="L", height=2, width=2), config.model)) == count
 
 
 def test_runs_of_different_data_are_refused_before_anything_is_computed(tmp_path):
