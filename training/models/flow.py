@@ -24,8 +24,9 @@ from training.couplings import (
 )
 from training.errors import ConfigError
 from training.flows import CouplingStack
-from training.likelihoods import Parameters, build_likelihood
-from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
+from training.likelihoods import Parameters
+from training.models.base import Statistics
+from training.models.bijection import BijectiveModel
 from training.networks import Shape
 from training.priors import StandardNormal
 
@@ -127,7 +128,7 @@ class VectorFlow(nn.Module):
         """Nothing: the numbers are standardised, and couplings start as the identity."""
 
 
-class Flow(LatentVariableModel):
+class Flow(BijectiveModel):
     """p(x) by change of variables; L = C·H·W whatever ``latent_dim`` says.
 
     The encoder is f, the decoder f⁻¹, log p(x|z) = 0 and log q(z|x) = −log |det ∂z/∂x|, with the Jacobians of
@@ -143,54 +144,22 @@ class Flow(LatentVariableModel):
     """
 
     family = "flow"
-    evidence = "exact"
-    posterior_family = "deterministic"
-    moments = "point"
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
-        super().__init__()
-        if (family := config.likelihood.family) != "delta":
-            raise ConfigError(f"model.likelihood.family: a flow's decoder is its inverse: expected delta, got {family}")
-        self.shape = shape
-        self.latent_dim = math.prod(shape)
+        super().__init__(shape, config)
         if self.latent_dim < 2:
             raise ConfigError("model.family: a flow wants at least 2 numbers an example, got 1")
-        self.likelihood = build_likelihood(config.likelihood, shape)
         self.prior = StandardNormal(self.latent_dim)
         build = VectorFlow if config.likelihood.values == "reals" else MultiScale
         self.flow = build(shape, config.flow)
-
-    @property
-    def noise_dim(self) -> int:
-        """1, as the contract wants one; nothing depends on it."""
-        return 1
 
     def infer(self, target: Tensor) -> Statistics:
         """Target [N,C,H,W] -> z [N,L], log |det ∂z/∂x| [N] float64."""
         z, log_det = self.flow(target)
         return z, log_det + self.likelihood.log_volume
 
-    def draw(self, target: Tensor, statistics: Statistics, noise: Tensor) -> Encoded:
-        z, log_det = statistics
-        samples = z.unsqueeze(1) + 0 * noise  # K copies, and the noise stays an input of the graph
-        log_q = -log_det.unsqueeze(1) + 0 * noise[..., 0].double()
-        return Encoded(target, z, torch.zeros_like(z), samples, log_q)
-
     def parameters_at(self, z: Tensor) -> Parameters:
         return self.likelihood.parameters_from(self.flow.inverse(z).unsqueeze(1))
-
-    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, detach_q: bool = False) -> Terms:
-        """The terms, K copies each; log q is what is learned, so ``detach_q`` changes nothing."""
-        z, log_det = self.infer(self.likelihood.target(x, dither))
-        log_q, log_p_z = (-log_det).unsqueeze(1), self.prior.log_prob(z).unsqueeze(1)
-        copies = (-1, noise.shape[1])
-        return Terms(
-            log_p_x=torch.zeros_like(log_q.float()).expand(copies),
-            log_p_z=log_p_z.float().expand(copies),
-            log_q=log_q.float().expand(copies),
-            kl=(log_q - log_p_z).float(),
-            z=z.unsqueeze(1).expand(-1, noise.shape[1], -1),
-        )
 
     @torch.no_grad()
     def initialise(self, mean: Tensor, examples: Tensor) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from training.config import IcaConfig, ModelConfig
 from training.data.dataset import Dataset
-from training.errors import ConfigError, DataError
-from training.likelihoods import Parameters, build_likelihood
+from training.errors import DataError
+from training.likelihoods import Parameters
 from training.linear_algebra import principal_axes, target_batches, target_moments
-from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
+from training.models.base import Statistics
+from training.models.bijection import BijectiveModel
 from training.networks import Shape
 from training.posteriors import HALF_LOG_2PI
 from training.priors import Prior
@@ -178,7 +179,7 @@ class Unmixing:
         return self.unmixing.detach().clone(), self.offset.detach().clone(), densities
 
 
-class ICA(LatentVariableModel):
+class ICA(BijectiveModel):
     """z = W (t − c) with independent z_i of an explicit density, as many as there are numbers in the target t.
 
     Encoder and decoder are each other's inverse, log p(x|z) = 0 and log q(z|x) = −log |det W| − log_volume, so that
@@ -193,19 +194,12 @@ class ICA(LatentVariableModel):
     """
 
     family = "ica"
-    evidence = "exact"
-    posterior_family = "deterministic"
-    moments = "point"
     closed_form = True
     prior: LogisticSources
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
-        super().__init__()
-        if config.likelihood.family != "delta":
-            raise ConfigError(f"model.likelihood.family: ica expects delta, got {config.likelihood.family}")
-        self.shape, self.latent_dim = shape, math.prod(shape)
+        super().__init__(shape, config)
         self.options = config.ica
-        self.likelihood = build_likelihood(config.likelihood, shape)
         self.prior = SOURCES[config.ica.source](self.latent_dim)
         self.weight = nn.Parameter(torch.eye(self.latent_dim))
         self.loc = nn.Parameter(torch.zeros(self.latent_dim))
@@ -214,31 +208,14 @@ class ICA(LatentVariableModel):
         self.register_buffer("inverse", torch.eye(self.latent_dim))
         self.register_buffer("log_det", torch.zeros((), dtype=torch.float64))
 
-    @property
-    def noise_dim(self) -> int:
-        """1, as the contract wants one; nothing depends on it."""
-        return 1
-
     def infer(self, target: Tensor) -> Statistics:
-        """Target [N,C,H,W] -> z [N,L], summed in float64: rows of W are large where x hardly varies."""
-        return (((target.flatten(1).double() - self.loc.double()) @ self.weight.double().T).float(),)
-
-    def draw(self, target: Tensor, statistics: Statistics, noise: Tensor) -> Encoded:
-        (z,) = statistics
-        samples = z.unsqueeze(1) + 0 * noise  # K copies, and the noise stays an input of the graph
-        log_q = 0 * noise[..., 0].double() - self.log_det - self.likelihood.log_volume
-        return Encoded(target, z, torch.zeros_like(z), samples, log_q)
+        """Target [N,C,H,W] -> z [N,L], log |det ∂z/∂x| [N]; z by float64: rows of W are large where x is still."""
+        z = ((target.flatten(1).double() - self.loc.double()) @ self.weight.double().T).float()
+        return z, (self.log_det + self.likelihood.log_volume).expand(z.shape[0])
 
     def parameters_at(self, z: Tensor) -> Parameters:
         raw = z.double() @ self.inverse.double().T + self.loc.double()
         return self.likelihood.parameters_from(raw.unflatten(1, (1, *self.shape)))
-
-    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, detach_q: bool = False) -> Terms:
-        """The terms at the fitted values, of which nothing is trained by gradient."""
-        encoded = self.encode(x, noise, dither)
-        log_p_z = self.prior.log_prob(encoded.z)
-        rate = (encoded.log_q - log_p_z).mean(1, keepdim=True)
-        return Terms(torch.zeros_like(log_p_z).float(), log_p_z.float(), encoded.log_q.float(), rate.float(), encoded.z)
 
     @torch.no_grad()
     def set_values(self, weight: Tensor, loc: Tensor) -> None:
