@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
@@ -81,7 +82,7 @@ def compare(
     rows = [measure(run, console) for run in runs]
     write_text(to / SHEET, sheet(rows))
     write_text(to / TABLE, table(rows, runs[0].dataset.name))
-    if any(row.rate is not None for row in rows):
+    if any(map(_has_rate_and_distortion, rows)):
         (to / FIGURE).write_bytes(figures.png(rate_distortion(rows)))
     return to / TABLE
 
@@ -230,27 +231,55 @@ def _with_error(value: float | None, error: float | None, digits: int) -> str:
 
 
 def rate_distortion(rows: Sequence[Row]) -> Figure:
-    """Rate against distortion, with lines of equal ELBO = −(rate + distortion) (Alemi et al. 2018, fig. 1)."""
-    shown = [row for row in rows if row.rate is not None and row.distortion is not None]
-    rates = np.array([row.rate for row in shown], dtype=np.float64)
-    distortions = np.array([row.distortion for row in shown], dtype=np.float64)
-    figure = Figure(figsize=(7.5, 5.6), layout="constrained")
-    ax = figure.subplots()
-    margin = max(1.0, 0.25 * float(np.ptp(rates)), 0.25 * float(np.ptp(distortions)))
-    left, right = max(0.0, rates.min() - margin), rates.max() + margin
-    low, high = distortions.min() - margin, distortions.max() + margin
-    sums = rates + distortions
-    for total in MaxNLocator(8).tick_values(sums.min() - margin, sums.max() + margin):
-        ax.plot([left, right], [total - left, total - right], color=figures.GREY, linewidth=0.7, zorder=0)
-        at = min(max(left, total - high), right)
-        if low < total - at <= high and at < right:
-            ax.annotate(f"{-total:.4g}", (at, total - at), (3, -3), textcoords="offset points", fontsize="x-small",
-                        color="#666666", va="top")  # fmt: skip
-    for i, row in enumerate(shown):
-        colour, marker = figures.PALETTE[i % len(figures.PALETTE)], figures.MARKERS[i % len(figures.MARKERS)]
-        label = f"{row.name} ({row.likelihood})"
-        ax.scatter(rates[i], distortions[i], s=46, color=colour, marker=marker, label=label, zorder=2)
-    ax.set(xlim=(left, right), ylim=(low, high), title="Rate and distortion, with lines of equal ELBO")
-    ax.set(xlabel="rate KL(q(z|x) ‖ p(z)) (nats)", ylabel="distortion −E log p(x|z) (nats)")
-    ax.legend(fontsize="small", framealpha=0.9, edgecolor="none")
+    """Rate against distortion, with lines of equal ELBO = −(rate + distortion) (Alemi et al. 2018, fig. 1).
+
+    A panel for each kind of p(x|z), since nats compare within a kind only. Bijections are left out: they lose nothing,
+    and what they say of rate and distortion is a choice of units.
+    """
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        if _has_rate_and_distortion(row):
+            kinds.setdefault(row.likelihood, []).append(row)
+    figure = Figure(figsize=(1.0 + 4.6 * len(kinds), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    names = [row.name for of_kind in kinds.values() for row in of_kind]
+    for ax, (kind, of_kind) in zip(axes, kinds.items(), strict=True):
+        _draw_kind(ax, of_kind, names)
+        ax.set_title(f"p(x|z): {kind}", fontsize="medium")
+    axes[0].set_ylabel("distortion −E log p(x|z) (nats)")
+    figure.suptitle("Rate and distortion, with lines of equal ELBO")
+    figure.supxlabel("rate KL(q(z|x) ‖ p(z)) (nats)", fontsize="medium")
     return figure
+
+
+def _has_rate_and_distortion(row: Row) -> bool:
+    return row.rate is not None and row.distortion is not None and row.likelihood != "delta"
+
+
+def _draw_kind(ax: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+    rates = np.array([row.rate for row in rows], dtype=np.float64)
+    distortions = np.array([row.distortion for row in rows], dtype=np.float64)
+    (left, right), (low, high) = _limits(rates, distortions), _limits(distortions, rates)
+    left = max(0.0, left)
+    for total in MaxNLocator(6).tick_values(left + low, right + high):
+        ax.plot([left, right], [total - left, total - right], color=figures.GREY, linewidth=0.7, zorder=0)
+        at = max(left, total - high)
+        if low + 0.04 * (high - low) < total - at <= high and at < right:
+            ax.annotate(_signed(-total), (at, total - at), (8, -8), textcoords="offset points", fontsize="x-small",
+                        color="#666666", va="center", bbox={"color": "white", "pad": 0.5})  # fmt: skip
+    for i, row in enumerate(rows):
+        style = names.index(row.name)
+        colour, marker = figures.PALETTE[style % len(figures.PALETTE)], figures.MARKERS[style % len(figures.MARKERS)]
+        ax.scatter(rates[i], distortions[i], s=46, color=colour, marker=marker, label=row.name, zorder=2)
+    ax.set(xlim=(left, right), ylim=(low, high))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.legend(fontsize="small", framealpha=0.9, edgecolor="none")
+
+
+def _limits(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    margin = max(1.0, 0.25 * float(np.ptp(values)), 0.08 * float(np.ptp(others)))
+    return float(values.min()) - margin, float(values.max()) + margin
+
+
+def _signed(value: float) -> str:
+    return f"{value + 0.0:.4g}".replace("-", "−")

@@ -101,6 +101,17 @@ def test_the_figure_has_a_point_for_each_model_with_a_rate_and_lines_of_equal_el
     assert len(rate_distortion([row("alone")]).axes[0].collections) == 1
 
 
+def test_the_figure_has_a_panel_for_each_kind_of_likelihood_and_leaves_bijections_out():
+    gaussian = row("ppca", likelihood="gaussian", exact=True, rate=118.0, distortion=-700.0)
+    bijection = row("glow", likelihood="delta", exact=True, rate=900.0, distortion=-3000.0)
+    binary, density = rate_distortion([row("a"), gaussian, bijection]).axes
+    assert "bernoulli" in binary.get_title()
+    assert "gaussian" in density.get_title()
+    assert len(binary.collections) == len(density.collections) == 1
+    assert np.asarray(density.collections[0].get_offsets()).tolist() == [[118.0, -700.0]]
+    assert not any(text.get_text() in ("-0", "−0") for ax in (binary, density) for text in ax.texts)
+
+
 def test_a_preset_becomes_a_run_of_its_own_name_and_a_folder_is_taken_up(tmp_path):
     run, launch = resolve("mnist", ["seed=3"], "fashion-mnist", tmp_path)
     assert (str(run.folder), run.name, launch.preset) == (
