@@ -76,11 +76,8 @@ def _prepare(run: Run, restart: bool) -> None:
     run.save_config()
 
 
-def evaluate_stage(
-    run: Run, console: Console, k: int | None = None, images: int | None = None, gaps: int | None = None
-) -> dict[str, float]:
-    """Metrics of the test split, also as metrics.json; ``k``, ``images`` and ``gaps`` replace the configured ones."""
-    asked = {"k": k, "images": images, "gaps": gaps}
+def evaluate_stage(run: Run, console: Console, **asked: int | str | None) -> dict[str, float]:
+    """Metrics of the test split, also as metrics.json; ``asked`` replaces fields of the run's EvaluateConfig."""
     options = run.config.evaluate.model_copy(update={name: value for name, value in asked.items() if value})
     total = min(len(run.dataset.splits[SPLIT]), options.images or len(run.dataset.splits[SPLIT]))
     device = "cuda" if run.config.run.accelerator != "cpu" and torch.cuda.is_available() else "cpu"

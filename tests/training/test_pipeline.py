@@ -40,8 +40,8 @@ def test_a_repeated_fit_publishes_what_was_evaluated_before(run, console, tmp_pa
     assert "evaluate: done before" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("asked", [{"k": 3}, {"images": 5}])
-def test_an_evaluation_of_other_k_or_images_is_not_what_was_configured(run, console, asked):
+@pytest.mark.parametrize("asked", [{"k": 3}, {"images": 5}, {"precision": "bf16-mixed"}])
+def test_an_evaluation_otherwise_than_configured_is_not_taken_for_it(run, console, asked):
     evaluate_stage(run, console, **asked)
     assert not run.is_evaluated
     evaluate_stage(run, console)
