@@ -23,7 +23,11 @@ A model without a likelihood (``evidence`` "none") gives minus its reconstructio
 log_p_x_map. A bijection has no loss to speak of: its decoder is the encoder's inverse, its parameter ``loc`` x itself,
 log_p_x and log_p_x_map are 0, and log_q is −log|det dz/dx|, so that log p(z) − log q(z|x) is log p(x).
 
-Format 1 is format 2 without what the later brought: images, a standard normal prior, a bound on the evidence.
+A score beyond the likelihoods needs fitted numbers (a mean, a covariance, latents to compare with): they lie in
+detectors.npz, an array "SCORE/PARAMETER" each (service.detectors).
+
+Earlier formats are this one without what the later brought: format 1 knows images, a standard normal prior and a bound
+on the evidence, format 2 the scores elbo, iwae and reconstruction.
 """
 
 from __future__ import annotations
@@ -39,18 +43,19 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
 
-FORMAT_VERSION: Final = 2
-READABLE_VERSIONS: Final = (1, 2)
+FORMAT_VERSION: Final = 3
+READABLE_VERSIONS: Final = (1, 2, 3)
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 CALIBRATION = "calibration.npz"
+DETECTORS = "detectors.npz"
 MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_ARRAYS_BYTES = 2**30  # of one .npz, unpacked: a bound on what a hostile archive can make us allocate
 
@@ -61,7 +66,14 @@ FeatureName = Annotated[str, Field(max_length=128, pattern=r"^\S(.*\S)?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?$")]
 Graph = Literal["encoder", "decoder", "density", "observation", "prior"]
-Estimator = Literal["elbo", "iwae", "reconstruction"]
+LikelihoodEstimator = Literal["elbo", "iwae", "reconstruction", "rate"]
+FittedEstimator = Literal[
+    "typicality", "complexity", "debiased", "path", "latent", "residual", "statistics", "combination"
+]
+Estimator = Literal[LikelihoodEstimator, FittedEstimator]
+FITTED: Final = frozenset(get_args(FittedEstimator))
+IN_NATS: Final = frozenset({"elbo", "iwae", "rate", "typicality", "complexity", "debiased"})
+"""Estimators of a likelihood, or of what is made of one: they want one, and answer in nats."""
 
 
 class Strict(BaseModel):
@@ -215,7 +227,9 @@ class ScoreDefinition(Strict):
 
     ``elbo``: −(1/k) Σ log w_i; ``iwae``: −log (1/k) Σ w_i, with log w_i = log p(x|z_i) + log p(z_i) − log q(z_i|x) at
     k sampled z_i (Burda et al. 2016, eq. 8). ``reconstruction``: −(1/k) Σ log p(x|z_i), or a reconstruction error in
-    its own ``unit`` where there is no likelihood. ``seed`` fixes the noise matrix that every row shares.
+    its own ``unit`` where there is no likelihood. ``rate``: (1/k) Σ log q(z_i|x) − log p(z_i). ``seed`` fixes the noise
+    matrix that every row shares. The others are fitted to held-out inliers and defined by service.detectors.
+    ``of``: the scores that a ``combination`` combines. ``method``: how ``path`` joins its norms.
     """
 
     estimator: Estimator
@@ -223,6 +237,16 @@ class ScoreDefinition(Strict):
     seed: int = Field(ge=0, lt=2**32)
     unit: str = "nats"
     description: str = ""
+    of: list[Name] = Field(default=[], description="the scores that a combination is of")
+    method: Literal["mahalanobis", "copod"] | None = Field(default=None, description="of path only")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScoreDefinition:
+        if (self.estimator == "combination") != bool(self.of):
+            raise ValueError(f"of is {self.of} of a {self.estimator}: expected scores of a combination, else none")
+        if (self.estimator == "path") != (self.method is not None):
+            raise ValueError(f"method is {self.method!r} of a {self.estimator}: expected one of a path, else none")
+        return self
 
 
 class Calibration(Strict):
@@ -230,6 +254,8 @@ class Calibration(Strict):
 
     split: str
     n: int = Field(ge=1)
+    fitted_on: str | None = Field(default=None, description="the split that the scores' detectors were fitted on")
+    n_fit: int = Field(default=0, ge=0)
     quantiles: dict[str, dict[str, float]] = Field(description="score -> quantile -> score, for reading only")
     realised_false_positive_rate: dict[str, dict[str, float]] = Field(
         default_factory=dict, description="score -> asked rate -> rate measured on the test split"
@@ -287,7 +313,7 @@ class Manifest(Strict):
     ``none``: the model has no likelihood (autoencoders, PCA), and scores by reconstruction alone.
     """
 
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: Literal[1, 2, 3] = FORMAT_VERSION
     name: Name
     version: Version
     family: str = Field(description="vae, ppca, …: shown, never branched on")
@@ -335,12 +361,14 @@ class Manifest(Strict):
         if self.default_score not in self.scores:
             raise ValueError(f"default_score {self.default_score!r} is not among scores {sorted(self.scores)}")
         for name, score in self.scores.items():
-            if self.evidence == "none" and score.estimator != "reconstruction":
+            if self.evidence == "none" and score.estimator in IN_NATS:
                 raise ValueError(f"scores.{name} is by {score.estimator}, without a likelihood reconstruction expected")
             if score.estimator == "reconstruction" and not self.tells_distortion:
                 raise ValueError(f"scores.{name} is by reconstruction, which a bijection does without loss")
-            if self.evidence != "none" and score.unit != "nats":
+            if self.evidence != "none" and score.unit != "nats" and score.estimator in IN_NATS | {"reconstruction"}:
                 raise ValueError(f"scores.{name} is in {score.unit!r}, with a likelihood nats expected")
+            if wrong := [part for part in score.of if part not in self.scores or self.scores[part].of]:
+                raise ValueError(f"scores.{name} is of {wrong}, expected single scores of this bundle")
 
     def _check_files(self) -> None:
         missing = {"encoder", "decoder", "density"} - set(self.graphs)
@@ -351,6 +379,8 @@ class Manifest(Strict):
         if "prior" in self.graphs and self.prior.noise_dim is None:
             raise ValueError(f"graphs has a prior, family {self.prior.family!r} needs none")
         needed = {*self.graphs.values(), REFERENCE, *([CALIBRATION] if self.calibration else [])}
+        if any(score.estimator in FITTED for score in self.scores.values()):
+            needed.add(DETECTORS)
         unlisted = needed - set(self.files)
         if unlisted:
             raise ValueError(f"files lacks {sorted(unlisted)}")
@@ -487,7 +517,7 @@ def parse_manifest(data: bytes) -> Manifest:
     version = document.get("format_version") if isinstance(document, dict) else None
     if type(version) is not int or version not in READABLE_VERSIONS:
         raise BundleFormatError(
-            f"format_version is {version!r}, this vaeserve reads {' and '.join(map(str, READABLE_VERSIONS))}: "
+            f"format_version is {version!r}, this vaeserve reads {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}: "
             "export the bundle again, or install the vaeserve that wrote it"
         )
     try:

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
 import onnxruntime as ort
 
 from service import estimators, noise
-from service.bundle import REFERENCE, Bundle, Graph, ScoreDefinition
+from service.bundle import FITTED, REFERENCE, Bundle, Graph, ScoreDefinition
+from service.detectors import load_detectors, stretched
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
+from service.estimates import Estimates, Passes
 from service.graphs import check_operators, check_signature
+from service.measured import Measured
 from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
 from service.runtime import Runtime
 from service.verbs import refusals
@@ -51,7 +54,7 @@ class Scores(NamedTuple):
     ``score``: minus the estimate of the definition's estimator, higher is more anomalous. ``elbo``: (1/k) Σ log w.
     ``log_likelihood``: log (1/k) Σ w. ``rate``: mean of log q(z|x) − log p(z). ``distortion``: mean of −log p(x|z).
     ``bits_per_dim``: of the estimator's bound. ``standard_error``: Monte-Carlo error of ``score``, NaN when k = 1.
-    ``map``: distortion by place, summed over channels, float32 [N,H,W], or None.
+    ``map``: distortion by place, summed over channels, float32 [N,H,W], or None. ``also``: further scores by name.
 
     What a model does not have is NaN: of these elbo, log_likelihood and rate without a likelihood (score and distortion
     are then in the definition's unit); rate where the encoder is deterministic, distortion where it is a bijection
@@ -67,15 +70,7 @@ class Scores(NamedTuple):
     standard_error: np.ndarray
     k: int
     map: np.ndarray | None
-
-
-class Weights(NamedTuple):
-    """The parts of log w at k samples, each [N,k] float64, and the distortion's sum by place [N,H,W], else [N,0]."""
-
-    log_p_x: np.ndarray
-    log_p_z: np.ndarray
-    log_q: np.ndarray
-    distortion_map: np.ndarray
+    also: dict[str, np.ndarray]
 
 
 class Model:
@@ -94,6 +89,7 @@ class Model:
     ) -> None:
         self.bundle, self.manifest, self.digest, self.runtime = bundle, bundle.manifest, bundle.digest, runtime
         self.refused = refusals(self.manifest)
+        self.detectors = load_detectors(bundle)
         signature = self.manifest.signature
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
         self._parameters = self.manifest.likelihood.parameters
@@ -229,47 +225,73 @@ class Model:
         path[0], path[-1] = start, stop
         return path.astype(np.float32)
 
-    def score(self, x: np.ndarray, definition: ScoreDefinition | None = None, maps: bool = False) -> Scores:
+    def score(
+        self,
+        x: np.ndarray,
+        definition: ScoreDefinition | None = None,
+        maps: bool = False,
+        also: Mapping[str, ScoreDefinition] | None = None,
+    ) -> Scores:
         """Scores of x, float32 [N,C,H,W] (images in [0, 1]), by ``definition`` or the bundle's default one.
+
+        ``also``: further definitions, whose scores are in the answer's ``also``; all share the forward passes. A
+        ``definition`` or one of ``also`` that was fitted must be the manifest's own.
 
         Raises InvalidInput, UnsupportedVerb for an estimator or a map that the model does not have, and
         BundleGraphError where the model itself yields NaN.
         """
-        definition = definition or self.manifest.scores[self.manifest.default_score]
-        self.require(f"score.{definition.estimator}")
+        main = definition or self.manifest.scores[self.manifest.default_score]
+        wanted = [main, *(also or {}).values()]
+        for each in wanted:
+            self.require(f"score.{each.estimator}")
         if maps:
             self.require("score.map")
         x = self._checked(x)
-        rows = min(ROWS, max(1, MAX_ELEMENTS // (self._chunk(definition.k) * self._dimensions)))
-        parts = [self._weights(x[i : i + rows], definition, maps) for i in range(0, len(x), rows)]
-        weights = Weights(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-        return self._scores(weights, definition, maps)
-
-    def _scores(self, weights: Weights, definition: ScoreDefinition, maps: bool) -> Scores:
-        """The estimates that the weights allow."""
-        manifest, unknown = self.manifest, np.full(len(weights.log_p_x), np.nan)
-        log_w = weights.log_p_x + weights.log_p_z - weights.log_q
-        terms = weights.log_p_x if definition.estimator == "reconstruction" else log_w
-        if np.isnan(terms).any():
-            raise BundleGraphError(f"the model's log w is NaN for row {int(np.argmax(np.isnan(terms).any(axis=1)))}")
-        has_bound, is_point = manifest.evidence != "none", manifest.posterior.moments == "point"
-        estimate = estimators.log_mean_exp(terms) if definition.estimator == "iwae" else estimators.mean(terms)
+        rows = min(ROWS, max(1, MAX_ELEMENTS // (self._chunk(max(each.k for each in wanted)) * self._dimensions)))
+        parts = [self._score(x[i : i + rows], main, wanted, maps) for i in range(0, len(x), rows)]
+        together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-3]}
+        others = zip(*(part.also.values() for part in parts), strict=True)
         return Scores(
-            score=-estimate,
-            elbo=estimators.mean(log_w) if has_bound else unknown,
-            log_likelihood=estimators.log_mean_exp(log_w) if has_bound else unknown,
-            rate=(weights.log_q - weights.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
-            distortion=-weights.log_p_x.mean(axis=1) if manifest.tells_distortion else unknown,
-            bits_per_dim=self._bits_per_dim(estimate, definition),
-            standard_error=estimators.standard_error(terms, definition.estimator),
-            k=definition.k,
-            map=(weights.distortion_map / definition.k).astype(np.float32) if maps else None,
+            **together,
+            k=main.k,
+            map=np.concatenate([cast(np.ndarray, part.map) for part in parts]) if maps else None,
+            also=dict(zip(also or {}, map(np.concatenate, others), strict=True)),
+        )
+
+    def measure(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> Measured:
+        """What service.detectors look at, of x, float32 [N,C,H,W] of images in [0, 1], at the seed's k samples.
+
+        Holds some five arrays of x's size: x in batches. ``stretch``: of the contrast-stretched images. Raises
+        InvalidInput.
+        """
+        return self._measure(stretched(self._checked(x)) if stretch else self._checked(x), k, seed, True, True)
+
+    def _score(self, x: np.ndarray, main: ScoreDefinition, wanted: Sequence[ScoreDefinition], maps: bool) -> Scores:
+        """The scores of a few rows."""
+        fitted = any(each.estimator in FITTED for each in wanted)
+        passes = Passes(lambda x, k, seed, places: self._measure(x, k, seed, fitted, places), x, wanted, maps)
+        every = Estimates(passes, self.manifest.scores, self.detectors)
+        scores = [every.score(each) for each in wanted]
+        measured = passes.of(main)
+        manifest, unknown = self.manifest, np.full(len(x), np.nan)
+        has_bound, is_point = manifest.evidence != "none", manifest.posterior.moments == "point"
+        return Scores(
+            score=scores[0],
+            elbo=estimators.mean(measured.log_w) if has_bound else unknown,
+            log_likelihood=estimators.log_mean_exp(measured.log_w) if has_bound else unknown,
+            rate=(measured.log_q - measured.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
+            distortion=-measured.log_p_x.mean(axis=1) if manifest.tells_distortion else unknown,
+            bits_per_dim=self._bits_per_dim(-scores[0], main),
+            standard_error=every.standard_error(main),
+            k=main.k,
+            map=np.stack([row.sum(axis=0) for row in measured.distortion]).astype(np.float32) if maps else None,
+            also={str(index): values for index, values in enumerate(scores[1:])},
         )
 
     def _bits_per_dim(self, bound: np.ndarray, definition: ScoreDefinition) -> np.ndarray:
         measure = self.manifest.likelihood.measure
         of_levels = measure == "counting" or (measure == "lebesgue" and self.manifest.preprocessing.kind == "image")
-        if definition.estimator == "reconstruction" or not of_levels:
+        if definition.estimator not in ("elbo", "iwae") or not of_levels:
             return np.full(len(bound), np.nan)
         return estimators.bits_per_dim(bound, self._dimensions, measure)
 
@@ -279,17 +301,20 @@ class Model:
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, feeds), strict=True))
 
-    def _weights(self, x: np.ndarray, definition: ScoreDefinition, maps: bool) -> Weights:
-        """log p(x|z), log p(z) and log q(z|x) of a few rows at the definition's k samples; the map only if asked."""
-        distortion_map = np.zeros((len(x), *self._shape[1:]) if maps else (len(x), 0))
+    def _measure(self, x: np.ndarray, k: int, seed: int, mean: bool, places: bool) -> Measured:
+        """A few rows at the seed's k samples; E[x|loc] and the distortion by place only if asked, else empty."""
+        distortion = np.zeros(x.shape if places else (len(x), 0))
         parts: list[tuple[np.ndarray, ...]] = []
-        for encoded in self._encode(x, definition.k, definition.seed):
+        loc = scale = np.empty(0)
+        for encoded in self._encode(x, k, seed):
             log_p_x, log_p_z, log_p_x_map = self._densities(encoded["target"], encoded["z"])
             parts.append((log_p_x, log_p_z, encoded["log_q"]))
-            if maps:
-                distortion_map -= np.stack([row.sum(axis=(0, 1), dtype=np.float64) for row in log_p_x_map])
+            loc, scale = encoded["loc"], encoded["scale"]
+            if places:
+                distortion -= np.stack([row.sum(axis=0, dtype=np.float64) for row in log_p_x_map])
         log_p_x, log_p_z, log_q = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-        return Weights(log_p_x, log_p_z, log_q, distortion_map)
+        decoded = self._decoder.run({"z": loc})["mean"] if mean else np.empty((len(x), 0), np.float32)
+        return Measured(x, decoded, loc, scale, log_p_x, log_p_z, log_q, distortion / k)
 
     def _densities(self, target: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by place, float32 [n,k,C,H,W]."""

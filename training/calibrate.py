@@ -1,4 +1,5 @@
-"""Calibration: scores of held-out inliers, computed as the service computes them, and the rates on the test split."""
+"""Calibration: anomaly scores fitted to the validation split, conformal scores of the calibration split, rates on the
+test split; everything computed as the service computes it."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle import CALIBRATION
+from service.bundle import CALIBRATION, DETECTORS, Bundle, open_bundle
 from service.calibration import Calibrator
+from service.detectors import to_arrays
+from service.fitting import LEAST_ROWS, fit_detectors, fitted_definitions, reference_room, room
 from service.model import Model
 from service.runtime import Runtime
 from training.batches import pixel_batches
@@ -18,7 +21,7 @@ from training.parity import to_npz
 from training.runs import SCORES, Run
 from training.staging import contents, open_staged, replace_bundle
 
-SPLIT = "calibration"
+SPLIT, FIT_SPLIT = "calibration", "validation"
 RATES = (0.001, 0.01, 0.05, 0.1)
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 BATCH = 256
@@ -26,36 +29,41 @@ BATCH = 256
 Progress = Callable[[int], None]
 
 
-def score_split(model: Model, dataset: Dataset, split: str, score: str, progress: Progress | None = None) -> np.ndarray:
-    """Scores, float64 [N] in nats, of a split's images in their order, by one of the bundle's definitions."""
-    indices, definition = dataset.splits[split], model.manifest.scores[score]
-    parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
-    found = []
-    for pixels in pixel_batches(dataset, parts):
-        found.append(model.score(pixels.numpy(), definition).score)
+def score_split(
+    model: Model, dataset: Dataset, split: str, names: list[str], progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """Scores, float64 [N] by name, of a split's images in their order, by some of the bundle's definitions."""
+    definitions = {name: model.manifest.scores[name] for name in names}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for pixels in pixel_batches(dataset, _batches(dataset.splits[split])):
+        found = model.score(pixels.numpy(), definitions[names[0]], also=definitions).also
+        for name in names:
+            parts[name].append(found[name])
         if progress:
             progress(len(pixels))
-    return np.concatenate(found)
+    return {name: np.concatenate(scores) for name, scores in parts.items()}
 
 
 def images_to_score(run: Run) -> int:
-    """How many images ``calibrate`` will score, each definition counted."""
+    """How many images ``calibrate`` will score."""
     splits = run.dataset.splits
-    return len(open_staged(run).manifest.scores) * (len(splits[SPLIT]) + len(splits["test"]))
+    return len(splits[SPLIT]) + len(splits["test"])
 
 
 def calibrate(run: Run, progress: Progress | None = None) -> Path:
-    """Rewrite the run's staged bundle with calibration.npz and the realised rates; leave scores.npz in the run.
+    """Rewrite the run's staged bundle with detectors.npz, calibration.npz and the realised rates; leave scores.npz in
+    the run.
 
     Raises ExportError without a staged bundle, VaeserveError when the new one does not verify.
     """
-    bundle = open_staged(run)
+    bundle = open_bundle(fit_scores(run))
     model = Model.load(bundle, Runtime("cpu"))
     names = list(bundle.manifest.scores)
-    held_out = {name: np.sort(score_split(model, run.dataset, SPLIT, name, progress)) for name in names}
-    test = {name: score_split(model, run.dataset, "test", name, progress) for name in names}
+    held_out = {name: np.sort(s) for name, s in score_split(model, run.dataset, SPLIT, names, progress).items()}
+    test = score_split(model, run.dataset, "test", names, progress)
     manifest, files = contents(bundle)
-    manifest["calibration"] = summary(held_out, test)
+    fitted = {"fitted_on": FIT_SPLIT, "n_fit": len(_held_out(run, bundle))} if DETECTORS in files else {}
+    manifest["calibration"] = summary(held_out, test) | fitted
     files[CALIBRATION] = to_npz(held_out)
     path = replace_bundle(run.folder / "bundle", manifest, files)
     named = {
@@ -65,8 +73,43 @@ def calibrate(run: Run, progress: Progress | None = None) -> Path:
     return path
 
 
+def fit_scores(run: Run) -> Path:
+    """Rewrite the run's staged bundle with the scores that are fitted to held-out images, if there are enough of these.
+
+    The default score is then ``combined``, unless the configuration names another. Raises as ``calibrate``.
+    """
+    bundle = open_staged(run)
+    held_out = _held_out(run, bundle)
+    if len(held_out) < LEAST_ROWS:
+        return bundle.path
+    model = Model.load(bundle, Runtime("cpu"))
+    definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
+    reference = run.dataset.splits["train"][: reference_room(bundle.manifest)]
+    detectors = fit_detectors(model, definitions, _pixels(run.dataset, held_out), _pixels(run.dataset, reference))
+    manifest, files = contents(bundle)
+    manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
+    if run.config.score.default in definitions:
+        manifest["default_score"] = run.config.score.default
+    manifest["calibration"] = None
+    files.pop(CALIBRATION, None)
+    files[DETECTORS] = to_npz(to_arrays(detectors))
+    return replace_bundle(run.folder / "bundle", manifest, files)
+
+
+def _held_out(run: Run, bundle: Bundle) -> np.ndarray:
+    return run.dataset.splits[FIT_SPLIT][: room(bundle.manifest)]
+
+
+def _pixels(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
+    return np.concatenate([pixels.numpy() for pixels in pixel_batches(dataset, _batches(indices))])
+
+
+def _batches(indices: np.ndarray) -> list[np.ndarray]:
+    return [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
+
+
 def summary(held_out: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Content of the manifest's ``calibration``: quantiles in nats, and false-positive rates on the test split."""
+    """Content of the manifest's ``calibration``: quantiles, and false-positive rates on the test split."""
     calibrator = Calibrator(held_out)
     return {
         "split": SPLIT,

@@ -223,8 +223,8 @@ class OptimiserConfig(Section):
     gradient_clip: float = Field(
         default=200.0, gt=0, description="gradients of 784 pixels are scaled down to this norm"
     )
-    skip_above: float = Field(
-        default=2000.0, gt=0, description="larger or non-finite norms (of 784 pixels) are skipped"
+    skip_above: float | None = Field(
+        default=None, gt=0, description="a fixed limit: larger norms (of 784 pixels) are skipped; outliers always are"
     )
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="moving average of the weights: decay a step")
     ema_every: int = Field(default=8, ge=1, description="steps between updates of the moving average, for speed")
@@ -259,9 +259,20 @@ class EvaluateConfig(Section):
     gap_steps: int = Field(default=300, ge=1, description="gradient steps on each image's own posterior")
 
 
-class ScoreConfig(Section):
-    """The calibrated anomaly score."""
+ScoreName = Literal[
+    "combined", "elbo", "iwae", "rate", "reconstruction", "typicality", "complexity", "debiased", "path", "path-copod",
+    "latent", "residual", "statistics",
+]  # fmt: skip
 
+
+class ScoreConfig(Section):
+    """The calibrated anomaly scores: all share ``k`` posterior samples, drawn from ``seed``.
+
+    ``default``: the one that a request without a choice gets. ``estimator``: the one it gets where nothing could be
+    fitted, for want of validation images.
+    """
+
+    default: ScoreName = "combined"
     estimator: Literal["elbo", "iwae"] = "elbo"
     k: int = Field(default=16, ge=1, le=1024)
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle import CALIBRATION, Preprocessing, open_bundle
+from service.bundle import CALIBRATION, DETECTORS, Preprocessing, open_bundle
 from service.calibration import Calibrator
+from service.fitting import LEAST_ROWS, fit_detectors
 from service.images import ImageLimits, decode_image, unit_levels
 from service.model import Model
 from service.runtime import Runtime
@@ -18,6 +19,11 @@ from training.calibrate import calibrate, images_to_score, realised, score_split
 from training.errors import ExportError
 from training.runs import SCORES
 from training.staging import export
+
+EVERY = {
+    "elbo", "iwae", "rate", "reconstruction", "typicality", "complexity", "debiased", "path", "path-copod", "residual",
+    "latent", "statistics", "combined",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,27 @@ def calibrated(run):
     return Model.load(open_bundle(path), Runtime("cpu"))
 
 
+def test_scores_are_fitted_to_images_that_neither_training_nor_calibration_see(run, calibrated):
+    """Fitted anew to the validation images alone they are the same arrays."""
+    calibration = calibrated.manifest.calibration
+    assert (calibration.split, calibration.fitted_on) == ("calibration", "validation")
+    assert calibration.n_fit == len(run.dataset.splits["validation"])
+    held_out, reference = (to_unit(split_pixels(run, split)).numpy() for split in ("validation", "train"))
+    detectors = fit_detectors(calibrated, calibrated.manifest.scores, held_out, reference)
+    for key, array in calibrated.bundle.arrays(DETECTORS).items():
+        name, _, parameter = key.rpartition("/")
+        np.testing.assert_array_equal(detectors[name].arrays[parameter], array)
+
+
+def test_without_enough_validation_images_the_bound_stays_the_score(tmp_path):
+    few = finished_run(tmp_path, (1, 3, 4), {"latent_dim": 2}, images=60)
+    assert len(few.dataset.splits["validation"]) < LEAST_ROWS
+    export(few)
+    manifest = open_bundle(calibrate(few)).manifest
+    assert (set(manifest.scores), manifest.default_score) == ({"elbo", "iwae"}, "elbo")
+    assert manifest.calibration.fitted_on is None
+
+
 def test_a_run_without_a_bundle_is_sent_to_export(tmp_path):
     bare = finished_run(tmp_path, (1, 3, 4), {"latent_dim": 2})
     with pytest.raises(ExportError, match="vaetrain export"):
@@ -45,10 +72,11 @@ def test_a_run_without_a_bundle_is_sent_to_export(tmp_path):
 def test_calibration_holds_the_sorted_scores_of_single_images_as_the_service_sees_them(run, calibrated):
     """One PNG at a time through the service's decoder: what a caller would send."""
     stored = calibrated.bundle.arrays(CALIBRATION)
-    assert set(stored) == {"elbo", "iwae"}
+    assert set(stored) == set(calibrated.manifest.scores) == EVERY
+    assert calibrated.manifest.default_score == "combined"
     for name, scores in stored.items():
         definition = calibrated.manifest.scores[name]
-        assert (definition.estimator, definition.k, definition.seed) == (name, 3, 9)
+        assert (definition.k, definition.seed) == (3, 9)
         single = [calibrated.score(decoded(image), definition).score[0] for image in split_pixels(run, "calibration")]
         np.testing.assert_array_equal(scores, np.sort(single))
         assert scores.dtype == np.float64
@@ -78,7 +106,7 @@ def test_the_realised_rates_can_be_counted_again_from_the_test_scores(run, calib
     assert calibration.n_test == len(run.dataset.splits["test"])
     assert calibration.n == len(run.dataset.splits["calibration"])
     for name, rates in calibration.realised_false_positive_rate.items():
-        scores = score_split(calibrated, run.dataset, "test", name)
+        scores = score_split(calibrated, run.dataset, "test", [name])[name]
         np.testing.assert_array_equal(scores, saved[f"test.{name}"])
         assert set(rates) == {"0.01", "0.05", "0.1"}, "120 held-out images cannot answer 0.1%"
         for rate, share in rates.items():

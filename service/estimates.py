@@ -1,0 +1,95 @@
+"""Score definitions evaluated on a few rows: every forward pass is run once, whatever is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from service import estimators
+from service.bundle import ScoreDefinition
+from service.detectors import Combination, Debiased, Detector, stretched
+from service.errors import BundleGraphError, InvalidInput
+from service.measured import Measured
+
+Measure = Callable[[np.ndarray, int, int, bool], Measured]
+"""x, k, seed, and whether the distortion is wanted by place."""
+
+
+class Passes:
+    """The forward passes that some definitions need of x, each made at most once: one a seed, of as many samples as the
+    longest definition takes, and one more of contrast-stretched images if a definition looks at these."""
+
+    def __init__(self, measure: Measure, x: np.ndarray, wanted: Sequence[ScoreDefinition], maps: bool) -> None:
+        self._measure, self._x, self._maps = measure, x, maps
+        self._samples: dict[int, int] = {}
+        for definition in wanted:
+            self._samples[definition.seed] = max(definition.k, self._samples.get(definition.seed, 0))
+        self._made: dict[tuple[int, int, bool], Measured] = {}
+
+    def of(self, definition: ScoreDefinition, stretch: bool = False) -> Measured:
+        """The pass that the definition reads, at its own first k samples. Raises BundleGraphError for NaN."""
+        # A map is the mean over all samples of its pass: with one, the pass is of the definition's own k.
+        k = definition.k if self._maps else max(definition.k, self._samples.get(definition.seed, 0))
+        key = (definition.seed, k, stretch)
+        if key not in self._made:
+            x = stretched(self._x) if stretch else self._x
+            self._made[key] = self._measure(x, k, definition.seed, self._maps)
+        return self._made[key].first(definition.k)
+
+
+class Estimates:
+    """Scores by definition, float64 [N], higher is more anomalous."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        definitions: Mapping[str, ScoreDefinition],
+        detectors: Mapping[str, Detector | Combination],
+    ) -> None:
+        self._passes, self._definitions, self._detectors = passes, definitions, detectors
+        self._known: dict[str, np.ndarray] = {}
+
+    def score(self, definition: ScoreDefinition) -> np.ndarray:
+        """Raises InvalidInput for a fitted definition that is not the manifest's, BundleGraphError for NaN."""
+        if definition.estimator in ("elbo", "iwae", "reconstruction", "rate"):
+            return self._of_weights(definition)
+        name = next((name for name, known in self._definitions.items() if known == definition), None)
+        if name is None:
+            raise InvalidInput(
+                f"{definition.estimator} with k={definition.k} and seed={definition.seed}: this score was fitted with "
+                "the k and the seed of its definition, and has no other"
+            )
+        return self._fitted(name)
+
+    def standard_error(self, definition: ScoreDefinition) -> np.ndarray:
+        """Monte-Carlo standard error of the score, NaN where it is no mean over samples."""
+        measured = self._passes.of(definition)
+        if definition.estimator not in ("elbo", "iwae", "reconstruction"):
+            return np.full(len(measured.x), np.nan)
+        return estimators.standard_error(_terms(measured, definition), definition.estimator)
+
+    def _of_weights(self, definition: ScoreDefinition) -> np.ndarray:
+        measured = self._passes.of(definition)
+        if definition.estimator == "rate":
+            return estimators.mean(measured.log_q - measured.log_p_z)
+        terms = _terms(measured, definition)
+        if np.isnan(terms).any():
+            raise BundleGraphError(f"the model's log w is NaN for row {int(np.argmax(np.isnan(terms).any(axis=1)))}")
+        return -(estimators.log_mean_exp(terms) if definition.estimator == "iwae" else estimators.mean(terms))
+
+    def _fitted(self, name: str) -> np.ndarray:
+        if name not in self._known:
+            definition, detector = self._definitions[name], self._detectors[name]
+            if isinstance(detector, Combination):
+                scores = detector.score([self.score(self._definitions[part]) for part in definition.of])
+            else:
+                scores = detector.score(self._passes.of(definition, isinstance(detector, Debiased)))
+            if np.isnan(scores).any():
+                raise BundleGraphError(f"{name}: the model yields NaN for row {int(np.argmax(np.isnan(scores)))}")
+            self._known[name] = scores
+        return self._known[name]
+
+
+def _terms(measured: Measured, definition: ScoreDefinition) -> np.ndarray:
+    return measured.log_p_x if definition.estimator == "reconstruction" else measured.log_w

@@ -1,0 +1,168 @@
+"""Fitting a bundle's anomaly scores to held-out inliers, torch-free: for vaetrain and ``vaeserve calibrate`` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from service.bundle import FITTED, Manifest, ScoreDefinition
+from service.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent
+from service.errors import InvalidInput
+from service.estimates import Estimates, Passes
+from service.measured import Measured
+from service.model import Model
+from service.verbs import refusals
+
+COMBINED = "combined"
+PARTS = ("residual", "latent", "statistics")
+"""What the default score combines: where x lies off the model, where its code lies off the codes, and all else."""
+LEAST_ROWS = 20  # held-out rows without which nothing is fitted
+MOST_ROWS = 4096  # that are looked at
+MOST_NUMBERS = 2**24  # of their pixels
+BATCH = 64
+DESCRIPTIONS: Mapping[str, str] = {
+    "elbo": "negative ELBO in nats: mean of −log w over k posterior samples",
+    "iwae": "negative IWAE-k bound in nats: −log of the mean of w over k posterior samples",
+    "rate": "rate in nats: mean of log q(z|x) − log p(z)",
+    "reconstruction": "distortion in nats: mean of −log p(x|z)",
+    "typicality": "distance of the negative ELBO from its mean over inliers, nats",
+    "complexity": "negative ELBO beyond what the image's code length explains, nats",
+    "debiased": "negative ELBO of the contrast-stretched image beyond the best that its levels allow, nats",
+    "path": "norms of x − x̂, μ and σ, made Gaussian: log of Mahalanobis' mean square",
+    "path-copod": "norms of x − x̂, μ and σ by COPOD",
+    "latent": "density of the encoded inliers at loc, by its nearest of them; nats up to a constant",
+    "residual": "log of the mean squared residual, in inliers' deviations at each place",
+    "statistics": "log of Mahalanobis' mean square of likelihood, residual, steepness and code length",
+    COMBINED: "sum of −log tail probabilities of residual, latent and statistics among inliers, nats",
+}
+
+Progress = Callable[[int], None]
+
+
+def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
+    """The scores that a model of this kind can be given beside its own, ``combined`` last.
+
+    They take the k and the seed of its default score.
+    """
+    base = manifest.scores[manifest.default_score]
+    is_image = manifest.preprocessing.kind == "image"
+    has_bound = manifest.evidence != "none"
+    refused = refusals(manifest)
+    wanted: dict[str, dict[str, object]] = {}
+    if has_bound and "score.rate" not in refused:
+        wanted["rate"] = {"estimator": "rate"}
+    if has_bound and "score.reconstruction" not in refused:
+        wanted["reconstruction"] = {"estimator": "reconstruction"}
+    if has_bound:
+        wanted["typicality"] = {"estimator": "typicality"}
+    if has_bound and is_image:
+        wanted["complexity"] = {"estimator": "complexity"}
+    if has_bound and is_image and manifest.likelihood.pixelwise:
+        wanted["debiased"] = {"estimator": "debiased"}
+    wanted["path"] = {"estimator": "path", "method": "mahalanobis", "unit": "log"}
+    wanted["path-copod"] = {"estimator": "path", "method": "copod"}
+    if manifest.likelihood.pixelwise:
+        wanted["residual"] = {"estimator": "residual", "unit": "log"}
+    wanted |= {"latent": {"estimator": "latent"}, "statistics": {"estimator": "statistics", "unit": "log"}}
+    wanted[COMBINED] = {"estimator": "combination", "of": [part for part in PARTS if part in wanted]}
+    shared = {"k": base.k, "seed": base.seed}
+    return {
+        name: ScoreDefinition.model_validate({**shared, "description": DESCRIPTIONS[name], **fields})
+        for name, fields in wanted.items()
+        if name not in manifest.scores
+    }
+
+
+def reference_room(manifest: Manifest) -> int:
+    """How many inliers ``latent`` compares with, at most."""
+    return max(LEAST_ROWS, REFERENCE_NUMBERS // manifest.signature.latent_dim)
+
+
+def room(manifest: Manifest) -> int:
+    """How many held-out rows are worth giving to ``fit_detectors``: more would be left out."""
+    shape = manifest.signature.shape
+    return max(LEAST_ROWS, min(MOST_ROWS, MOST_NUMBERS // (shape[0] * shape[1] * shape[2])))
+
+
+def fit_detectors(
+    model: Model,
+    definitions: Mapping[str, ScoreDefinition],
+    held_out: np.ndarray,
+    reference: np.ndarray,
+    progress: Progress | None = None,
+) -> dict[str, Detector | Combination]:
+    """The detectors of the fitted ones among ``definitions``, by name.
+
+    ``held_out``: inliers float32 [n,C,H,W] that neither training nor calibration see; the first half fits the
+    detectors, the second the combination of them. ``reference``: the inliers whose codes ``latent`` compares with,
+    float32 [m,C,H,W]; training images will do. Raises InvalidInput for fewer than LEAST_ROWS held-out rows.
+    """
+    if len(held_out) < LEAST_ROWS:
+        raise InvalidInput(f"{len(held_out)} rows to fit scores on, expected at least {LEAST_ROWS}")
+    half = (len(held_out) + 1) // 2
+    first, second = held_out[:half], held_out[half:]
+    fitted = {name: each for name, each in definitions.items() if each.estimator in FITTED}
+    single = {name: each for name, each in fitted.items() if each.estimator not in ("combination", "latent")}
+    detectors: dict[str, Detector | Combination] = {
+        name: Latent.of(_codes(model, reference, definition.seed), definition, model.manifest)
+        for name, definition in fitted.items()
+        if definition.estimator == "latent"
+    }
+    for stretch in (False, True):
+        here = {n: each for n, each in single.items() if CLASSES[each.estimator].stretched == stretch}
+        for (k, seed), names in _by_pass(here).items():
+            rows = list(_measured(model, first, k, seed, stretch, progress))
+            for name in names:
+                kind = CLASSES[single[name].estimator]
+                detectors[name] = kind.fit(rows, single[name], model.manifest)
+    for name, definition in fitted.items():
+        if definition.estimator == "combination":
+            parts = [definitions[part] for part in definition.of]
+            detectors[name] = Combination.fit(_scores(model, second, parts, definitions, detectors, progress))
+    return detectors
+
+
+def _scores(
+    model: Model,
+    x: np.ndarray,
+    wanted: Sequence[ScoreDefinition],
+    definitions: Mapping[str, ScoreDefinition],
+    detectors: Mapping[str, Detector | Combination],
+    progress: Progress | None,
+) -> np.ndarray:
+    """Scores of x by detectors that no bundle holds yet: float64 [n, definitions]."""
+    found = []
+    for start in range(0, len(x), BATCH):
+        rows = x[start : start + BATCH]
+        passes = Passes(lambda each, k, seed, _places: model.measure(each, k, seed), rows, wanted, maps=False)
+        estimates = Estimates(passes, definitions, detectors)
+        found.append(np.stack([estimates.score(each) for each in wanted], axis=1))
+        _tell(progress, len(rows))
+    return np.concatenate(found)
+
+
+def _measured(
+    model: Model, x: np.ndarray, k: int, seed: int, stretch: bool, progress: Progress | None
+) -> Iterable[Measured]:
+    for start in range(0, len(x), BATCH):
+        yield model.measure(x[start : start + BATCH], k, seed, stretch)
+        _tell(progress, len(x[start : start + BATCH]))
+
+
+def _by_pass(definitions: Mapping[str, ScoreDefinition]) -> dict[tuple[int, int], list[str]]:
+    """(k, seed) -> names of the definitions that want this pass."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for name, definition in definitions.items():
+        found.setdefault((definition.k, definition.seed), []).append(name)
+    return found
+
+
+def _codes(model: Model, x: np.ndarray, seed: int) -> np.ndarray:
+    """loc of each row, float32 [m,L]."""
+    return np.concatenate([model.encode(x[i : i + BATCH], seed=seed).loc for i in range(0, len(x), BATCH)])
+
+
+def _tell(progress: Progress | None, rows: int) -> None:
+    if progress:
+        progress(rows)
