@@ -1,12 +1,20 @@
 """Conformal p-values: how often an inlier scores at least as high (Vovk et al. 2005; Bates et al. 2023, eq. 2).
 
 For a new inlier, exchangeable with the calibration images, P(p ≤ α) ≤ α for every α: flagging p ≤ α has a
-false-positive rate of at most α, whatever the model.
+false-positive rate of at most α, whatever the model. The probability is over the calibration images too. Given n of
+them, scores without ties and l = ⌊α(n + 1)⌋, the rate is a draw from Beta(l, n + 1 − l) (Vovk 2012).
+
+Beside all calibration scores, those of named groups can stand (the class of an image, the camera it comes from). An
+image of a group is compared with that group's alone, so that the promise holds within every group (Mondrian
+conformal: Vovk et al. 2005, section 4.5) and not only on average over them.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,21 +22,39 @@ from service.bundle import CALIBRATION, Bundle
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 
 LEAST_RATE = 1e-9
+SEPARATOR = "@"  # no name of a score may hold it: bundle.Name
+GROUP = re.compile(r"\w(?:[\w .+-]{0,62}[\w+])?")
+
+
+def calibration_key(score_name: str, group: str | None = None) -> str:
+    """Key of calibration.npz: SCORE for all images, SCORE@GROUP for those of a group.
+
+    Raises InvalidInput for a group's name that is not 1 to 64 letters, digits, and _ . + - or spaces within. Letters
+    of any script will do; they are normalised (NFC), since file systems differ in how they write an accent.
+    """
+    if group is None:
+        return score_name
+    name = unicodedata.normalize("NFC", group)
+    if not GROUP.fullmatch(name):
+        raise InvalidInput(f"a group's name is 1 to 64 letters, digits, and _ . + - or spaces within: {group[:80]!r}")
+    return f"{score_name}{SEPARATOR}{name}"
 
 
 class Calibrator:
-    """Held-out inlier scores by score name: sorted float64 [n] each; ``name in calibrator`` tells which are there.
+    """Held-out inlier scores by ``calibration_key``: sorted float64 [n] each; ``name in calibrator`` tells the scores.
 
-    >>> Calibrator({"elbo": np.arange(99.0)}).p_values("elbo", np.array([98.0, -1.0]))
-    array([0.02, 1.  ])
+    >>> calibrator = Calibrator({"elbo": np.arange(99.0), "elbo@dark": np.arange(90.0, 99.0)})
+    >>> calibrator.p_values("elbo", np.array([98.0, -1.0, 98.0]), [None, None, "dark"])
+    array([0.02, 1.  , 0.2 ])
     """
 
     def __init__(self, scores: dict[str, np.ndarray]) -> None:
-        for name, values in scores.items():
+        for key, values in scores.items():
+            _check_key(key, scores)
             if values.dtype != np.float64 or values.ndim != 1 or len(values) == 0:
-                raise BundleFormatError(f"calibration of {name}: expected float64 [n], n ≥ 1")
+                raise BundleFormatError(f"calibration of {key}: expected float64 [n], n ≥ 1")
             if not np.isfinite(values).all() or (np.diff(values) < 0).any():
-                raise BundleFormatError(f"calibration of {name}: expected finite scores in ascending order")
+                raise BundleFormatError(f"calibration of {key}: expected finite scores in ascending order")
         self._scores = scores
 
     @classmethod
@@ -36,56 +62,118 @@ class Calibrator:
         """The bundle's calibration, empty where it has none. Raises BundleFormatError when it is no such thing."""
         if bundle.manifest.calibration is None:
             return cls({})
-        scores = bundle.arrays(CALIBRATION)
-        unknown = sorted(set(scores) - set(bundle.manifest.scores))
+        calibrator = cls(bundle.arrays(CALIBRATION))
+        unknown = sorted(set(calibrator.names) - set(bundle.manifest.scores))
         if unknown:
             raise BundleFormatError(f"{CALIBRATION} holds scores that the manifest does not define: {unknown}")
-        return cls(scores)
+        return calibrator
 
     def __contains__(self, score_name: str) -> bool:
-        return score_name in self._scores
+        return score_name in self.names
 
     @property
     def names(self) -> list[str]:
         """Names of the calibrated scores."""
-        return sorted(self._scores)
+        return sorted(key for key in self._scores if SEPARATOR not in key)
 
-    def n(self, score_name: str) -> int:
-        """Number of calibration scores. Raises UnsupportedVerb for a score that is not calibrated."""
-        return len(self._of(score_name))
+    def groups(self, score_name: str) -> list[str]:
+        """Names of the groups that have a calibration of their own for this score."""
+        prefix = score_name + SEPARATOR
+        return sorted(key.removeprefix(prefix) for key in self._scores if key.startswith(prefix))
 
-    def p_values(self, score_name: str, scores: np.ndarray) -> np.ndarray:
+    def n(self, score_name: str, group: str | None = None) -> int:
+        """Number of calibration scores. Raises UnsupportedVerb for a score without any, InvalidInput for a group."""
+        return len(self._of(score_name, group))
+
+    def least_p(self, score_name: str, group: str | None = None) -> float:
+        """The smallest p-value that so many calibration scores can give, 1/(n + 1). Raises as ``n``."""
+        return 1.0 / (self.n(score_name, group) + 1.0)
+
+    def p_values(self, score_name: str, scores: np.ndarray, groups: Sequence[str | None] | None = None) -> np.ndarray:
         """(1 + #{calibration ≥ s}) / (n + 1) of each score s: float64 [N] in (0, 1].
 
-        Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for NaN.
+        ``groups`` names for each score the group whose calibration it is held against; None means all images.
+        Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for NaN or an unknown group.
         """
         calibration, scores = self._of(score_name), np.asarray(scores, np.float64)
         if np.isnan(scores).any():
             raise InvalidInput("a score is NaN, which has no p-value")
-        above = len(calibration) - np.searchsorted(calibration, scores, side="left")
-        return (1.0 + above) / (len(calibration) + 1.0)
+        if groups is None:
+            return p_values(calibration, scores)
+        if len(groups) != len(scores):
+            raise InvalidInput(f"{len(groups)} groups for {len(scores)} scores: expected one, or null, for each")
+        p = np.empty(len(scores))
+        for group in set(groups):
+            members = np.array([of == group for of in groups])
+            p[members] = p_values(self._of(score_name, group), scores[members])
+        return p
 
-    def threshold(self, score_name: str, false_positive_rate: float) -> float:
+    def threshold(self, score_name: str, false_positive_rate: float, group: str | None = None) -> float:
         """The smallest score, in nats, whose p-value is at most the rate: p ≤ rate exactly when score ≥ threshold.
 
-        Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for a rate outside [1e-9, 1) or one so
-        small that no score could reach it with this many calibration scores.
+        Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group, a rate outside
+        [1e-9, 1) or one so small that no score could reach it with this many calibration scores.
         """
-        calibration = self._of(score_name)
+        calibration = self._of(score_name, group)
         n, rate = len(calibration), _checked_rate(false_positive_rate)
-        allowed = _allowed_above(n, rate)
+        allowed = allowed_above(n, rate)
         if allowed < 0:
+            whose = score_name if group is None else f"{score_name} of group {group!r}"
             raise InvalidInput(
                 f"a false-positive rate of {rate:g} needs at least {_needed(rate)} calibration scores, "
-                f"{score_name} has {n}: ask for {1 / (n + 1):.3g} or more"
+                f"{whose} has {n}: ask for {1 / (n + 1):.3g} or more"
             )
         # At most `allowed` calibration scores are ≥ s exactly when s lies above the next one down.
         return float(np.nextafter(calibration[n - 1 - allowed], np.inf))
 
-    def _of(self, score_name: str) -> np.ndarray:
-        if score_name not in self._scores:
+    def thresholds(self, score_name: str, false_positive_rate: float) -> dict[str, float]:
+        """``threshold`` of every group, by name. Raises as ``threshold``, for the first group that is too small."""
+        return {group: self.threshold(score_name, false_positive_rate, group) for group in self.groups(score_name)}
+
+    def _of(self, score_name: str, group: str | None = None) -> np.ndarray:
+        if score_name not in self:
             raise UnsupportedVerb(f"score {score_name!r} has no calibration here; calibrated: {self.names or 'none'}")
-        return self._scores[score_name]
+        key = calibration_key(score_name, group)
+        if key not in self._scores:
+            known = self.groups(score_name)
+            raise InvalidInput(f"{score_name} has no calibration of group {group!r}; known groups: {known or 'none'}")
+        return self._scores[key]
+
+
+def p_values(calibration: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(1 + #{calibration ≥ s}) / (n + 1), float64 [N], against sorted ``calibration`` [n]."""
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    return (1.0 + at_least) / (len(calibration) + 1.0)
+
+
+def smoothed(calibration: np.ndarray, scores: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+    """(#{calibration > s} + U (1 + #{calibration = s})) / (n + 1) with U ~ U(0, 1]: float64 [N] in (0, 1].
+
+    The randomised p-value (Vovk et al. 2005, eq. 2.20): of a new inlier exactly uniform, ties or not, where
+    ``p_values`` is only never too small. For tests of uniformity; verdicts must not depend on a draw. Against one
+    fixed calibration the p-values of many inliers are independent, but follow its law, within O(1/√n) of uniform.
+
+    Args:
+        calibration: sorted, float64 [n].
+        scores: float64 [N], no NaN.
+        random: a stream of the caller's own seed; N draws are taken from it.
+    """
+    above = len(calibration) - np.searchsorted(calibration, scores, side="right")
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    u = 1.0 - random.random_sample(np.shape(scores))
+    return (above + u * (1.0 + at_least - above)) / (len(calibration) + 1.0)
+
+
+def _check_key(key: str, scores: dict[str, np.ndarray]) -> None:
+    score_name, separator, group = key.partition(SEPARATOR)
+    if not separator:
+        return
+    try:
+        well_formed = calibration_key(score_name, group) == key
+    except InvalidInput:
+        well_formed = False
+    if not well_formed or score_name not in scores:
+        raise BundleFormatError(f"calibration of {key[:160]!r}: expected SCORE or SCORE{SEPARATOR}GROUP beside SCORE")
 
 
 def _checked_rate(rate: float) -> float:
@@ -94,7 +182,7 @@ def _checked_rate(rate: float) -> float:
     return float(rate)
 
 
-def _allowed_above(n: int, rate: float) -> int:
+def allowed_above(n: int, rate: float) -> int:
     """The largest m with (1 + m)/(n + 1) ≤ rate as p_values computes it, below 0 when there is none."""
     m = math.floor(rate * (n + 1)) + 1  # rounding can be one off either way; from above, step down to the truth
     while m >= 0 and (1.0 + m) / (n + 1.0) > rate:
