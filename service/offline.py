@@ -37,6 +37,7 @@ FIELDS = [
     "bits_per_dim",
     "standard_error",
     "p_value",
+    "q_value",
     "is_anomaly",
 ]
 

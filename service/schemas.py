@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.bundle import Calibration, Estimator, InputRule, Likelihood, Posterior, Prior, ScoreDefinition, Signature
+from service.bundle import (
+    Calibration,
+    Estimator,
+    InputRule,
+    Likelihood,
+    LikelihoodEstimator,
+    Posterior,
+    Prior,
+    ScoreDefinition,
+    Signature,
+)
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="of every random number: same seed, same bytes")]
 Strict = Annotated[bool, Field(description="refuse images of another size instead of resizing them")]
@@ -70,16 +80,42 @@ class ScoreParameters(Parameters):
     """Of score. Without any of score, estimator, k and seed: the bundle's calibrated default score."""
 
     score: str | None = Field(default=None, max_length=64, description="one of the bundle's score definitions")
-    estimator: Estimator | None = None
+    estimator: LikelihoodEstimator | None = Field(
+        default=None, description="another estimate than the named score's; verdicts only where it is calibrated"
+    )
     k: int | None = Field(default=None, ge=1, description="posterior samples a row")
     seed: Annotated[int | None, Field(ge=0, lt=2**32)] = None
+    also: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="further scores of the bundle, with commas between, or all; they share the forward passes",
+    )
     false_positive_rate: float | None = Field(
         default=None, gt=0, lt=1, description="share of inliers that may be called anomalous; default: a setting"
+    )
+    false_discovery_rate: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="expected share of inliers among the rows of this request that are called anomalous, in place of "
+        "the false-positive rate (Benjamini & Hochberg 1995)",
+    )
+    group: str | None = Field(
+        default=None,
+        max_length=128,
+        description="compare with this group of the calibration images only, where the bundle has groups",
     )
     map: bool = Field(
         default=False, description="also the map −E[log p(x|z)] by pixel (feature, step), summed over channels"
     )
     strict: Strict = False
+
+
+class DriftParameters(Parameters):
+    """Of drift."""
+
+    score: str | None = Field(default=None, max_length=64, description="a calibrated score; default: the bundle's own")
+    group: str | None = Field(default=None, max_length=128, description="rows held against this group; default: none")
 
 
 class Answer(BaseModel):
@@ -111,6 +147,15 @@ class LatentRows(Rows):
     latents: list[list[float]] = Field(description="[N, L]")
 
 
+class FurtherScore(BaseModel):
+    """One of the further scores of a row."""
+
+    score: Nats = Field(description="higher is more anomalous, in its definition's unit")
+    p_value: float | None
+    q_value: float | None
+    is_anomaly: bool | None
+
+
 class ScoredRow(BaseModel):
     """One row. Numbers that are not finite, or that the model does not have, are null."""
 
@@ -130,7 +175,13 @@ class ScoredRow(BaseModel):
     )
     standard_error: Nats = Field(description="Monte-Carlo standard error of score, in its unit; null for k = 1")
     p_value: float | None = Field(description="conformal: (1 + calibration scores at least as high) / (n + 1)")
-    is_anomaly: bool | None = Field(description="p_value ≤ false_positive_rate; null without p_value")
+    q_value: float | None = Field(
+        description="the smallest false_discovery_rate at which this row is a discovery; null where none was asked"
+    )
+    is_anomaly: bool | None = Field(
+        description="p_value ≤ false_positive_rate, or q_value ≤ false_discovery_rate; null without them"
+    )
+    also: dict[str, FurtherScore] | None = Field(default=None, description="the further scores, by name")
     map: list[list[float]] | list[float] | None = Field(
         default=None, description="[H, W] of an image, [D] of a vector, [T] of a signal; sums to distortion"
     )
@@ -144,6 +195,8 @@ class UsedDefinition(BaseModel):
     unit: str = Field(description="of score, distortion and threshold")
     k: int
     seed: int
+    of: list[str] = Field(description="the scores that a combination is of")
+    method: str | None = Field(description="of path only")
 
 
 class UsedCalibration(BaseModel):
@@ -151,8 +204,20 @@ class UsedCalibration(BaseModel):
 
     n: int = Field(description="held-out inliers")
     smallest_p_value: float = Field(description="1 / (n + 1)")
-    false_positive_rate: float
-    threshold: float = Field(description="scores from here on are anomalies")
+    false_positive_rate: float | None = Field(description="null where a false-discovery rate was asked for")
+    false_discovery_rate: float | None
+    threshold: float | None = Field(
+        description="scores from here on are anomalies; null at a false-discovery rate, where it depends on the other "
+        "rows, and where the calibration is too small for the rate"
+    )
+
+
+class FurtherUsed(BaseModel):
+    """Of a further score: what it is and what its verdicts rest on."""
+
+    definition: UsedDefinition
+    calibration: UsedCalibration | None
+    verdict: str | None
 
 
 class Scored(Answer):
@@ -161,7 +226,49 @@ class Scored(Answer):
     definition: UsedDefinition
     calibration: UsedCalibration | None
     verdict: str | None
+    also: dict[str, FurtherUsed] = Field(default={}, description="the further scores that were asked for")
     results: list[ScoredRow]
+
+
+class KolmogorovSmirnov(BaseModel):
+    """Two-sided, two-sample test of the window against the calibration scores."""
+
+    statistic: float = Field(description="largest difference of the two distribution functions")
+    p_value: float = Field(description="of one look, from Kolmogorov's limit: the finite calibration set is in it")
+    alarm: bool = Field(description="p_value ≤ level / 2")
+
+
+class MartingaleValue(BaseModel):
+    """Conformal test martingale over everything seen: the wealth of a gambler who bets against exchangeability."""
+
+    log10: float = Field(description="log10 M, 0 at the start")
+    log10_maximum: float = Field(description="under exchangeability it ever reaches log10(1/α) with probability ≤ α")
+    alarm: bool = Field(description="M ≥ 2 / level now")
+
+
+class PValueShares(BaseModel):
+    """Shares of the window's p-values; of exchangeable rows each is about its rate, or the next smaller k/(n + 1)."""
+
+    up_to_1_percent: float
+    up_to_5_percent: float
+
+
+class DriftAnswer(Answer):
+    """Answer of drift. What the tests say is null before the first scored row."""
+
+    score: str = Field(description="whose p-values these are")
+    group: str | None = Field(description="of the calibration, null: all its images")
+    n: int = Field(description="held-out inliers of the calibration")
+    seen: int = Field(description="p-values since the start of this process, or since this bundle took its place")
+    in_window: int = Field(description="how many of them are compared: the most recent ones")
+    window: int = Field(description="the most that are compared (setting drift_window)")
+    level: float = Field(description="probability of a false alarm at one look (setting drift_level)")
+    drifting: bool | None = Field(description="one of the two tests alarms, each at half the level")
+    verdict: str = Field(description="the same in words")
+    kolmogorov_smirnov: KolmogorovSmirnov | None
+    martingale: MartingaleValue | None
+    shares: PValueShares | None
+    histogram: list[int] = Field(description="p-values of the window in (0, 0.1], (0.1, 0.2], … (0.9, 1]")
 
 
 class ModelSummary(BaseModel):

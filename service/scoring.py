@@ -1,4 +1,4 @@
-"""From images to verdicts: which score is meant, what it is, and what the calibration says of it.
+"""From images to verdicts: which scores are meant, what they are, and what the calibration says of them.
 
 The HTTP route and ``vaeserve score`` both end here.
 """
@@ -6,44 +6,67 @@ The HTTP route and ``vaeserve score`` both end here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from service.bundle import Manifest, ScoreDefinition
-from service.errors import InvalidInput
+from service.errors import InvalidInput, UnsupportedVerb
+from service.false_discovery import benjamini_hochberg, least_discoveries, q_values
 from service.model import Scores
 from service.repository import Served
 from service.schemas import ScoreParameters
+from service.verbs import refusals
+
+EVERY = "all"
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The score to compute; ``name`` is None when it is none of the bundle's definitions."""
+    """A score to compute; ``name`` is None when it is none of the bundle's definitions."""
 
     name: str | None
     definition: ScoreDefinition
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """Scores of N images beside their p-values (float64 [N]), or the reason why there are none."""
+class Judged:
+    """One score's p-values (float64 [N]), its ``threshold`` and the ``n`` they rest on, or the ``reason`` for none.
 
-    chosen: Chosen
-    scores: Scores
+    ``q_values`` and ``discoveries`` are there where a false-discovery rate was asked for.
+    """
+
     rate: float
     p_values: np.ndarray | None
     threshold: float | None
     n: int | None
     reason: str | None
+    q_values: np.ndarray | None = None
+    discoveries: np.ndarray | None = None
+
+    def is_anomaly(self, count: int) -> Sequence[bool | None]:
+        """A discovery at the asked false-discovery rate, else p ≤ the false-positive rate; None without a p-value."""
+        if self.p_values is None or (self.threshold is None and self.discoveries is None):
+            return [None] * count
+        if self.discoveries is not None:
+            return [bool(found) for found in self.discoveries]
+        return [bool(p <= self.rate) for p in self.p_values]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Scores of N images and what the calibration says of them; ``also``: of the further scores, by name."""
+
+    chosen: Chosen
+    scores: Scores
+    judged: Judged
+    also: dict[str, Judged]
 
     @property
     def is_anomaly(self) -> Sequence[bool | None]:
-        """p ≤ the asked false-positive rate, for each image; None without a p-value."""
-        if self.p_values is None:
-            return [None] * len(self.scores.score)
-        return [bool(p <= self.rate) for p in self.p_values]
+        """The verdict on each image, by the chosen score."""
+        return self.judged.is_anomaly(len(self.scores.score))
 
 
 def choose(manifest: Manifest, asked: ScoreParameters) -> Chosen:
@@ -51,51 +74,135 @@ def choose(manifest: Manifest, asked: ScoreParameters) -> Chosen:
 
     Raises:
         InvalidInput: the bundle has no score of the asked name.
+        UnsupportedVerb: nor can a model of its kind have one.
     """
-    base = manifest.scores.get(asked.score or manifest.default_score)
-    if base is None:
-        raise InvalidInput(f"score {asked.score!r} is not defined by this bundle: {', '.join(sorted(manifest.scores))}")
+    base = _defined(manifest, asked.score or manifest.default_score)
     changes = {field: getattr(asked, field) for field in ("estimator", "k", "seed")}
-    wanted = base.model_copy(update={field: value for field, value in changes.items() if value is not None})
+    changes = {field: value for field, value in changes.items() if value is not None}
+    if changes.get("estimator", base.estimator) != base.estimator:
+        changes |= {"of": [], "method": None}
+    wanted = base.model_copy(update=changes)
     names = [name for name, known in manifest.scores.items() if _recipe(known) == _recipe(wanted)]
     preferred = [name for name in names if name == (asked.score or manifest.default_score)]
-    return Chosen(next(iter(preferred + names), None), wanted)
+    name = next(iter(preferred + names), None)
+    return Chosen(name, wanted if name is None else manifest.scores[name])
+
+
+def further(manifest: Manifest, asked: ScoreParameters) -> dict[str, ScoreDefinition]:
+    """The definitions that ``also`` names, in its order. Raises as ``choose``."""
+    if not asked.also:
+        return {}
+    names = list(manifest.scores) if asked.also == EVERY else [name.strip() for name in asked.also.split(",")]
+    return {name: _defined(manifest, name) for name in names}
+
+
+def _defined(manifest: Manifest, name: str) -> ScoreDefinition:
+    if name in manifest.scores:
+        return manifest.scores[name]
+    refused = refusals(manifest)
+    if f"score.{name}" in refused:
+        raise UnsupportedVerb(f"{manifest.name} does not answer score {name!r}: {refused[f'score.{name}']}")
+    raise InvalidInput(f"score {name!r} is not defined by this bundle: {', '.join(sorted(manifest.scores))}")
 
 
 def judge(served: Served, x: np.ndarray, asked: ScoreParameters, default_rate: float) -> Verdicts:
     """Score ``x`` (float32 [N,C,H,W] in [0,1]) and compare with the calibration.
 
     Raises:
-        InvalidInput: unknown score, or too few calibration scores for the asked false-positive rate.
+        InvalidInput: unknown score or group, or too few calibration scores for the asked false-positive rate.
     """
-    chosen = choose(served.manifest, asked)
+    chosen, also = choose(served.manifest, asked), further(served.manifest, asked)
+    # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
+    plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
+    plan = _plan(served, chosen, asked, default_rate)
+    scores = served.model.score(x, chosen.definition, asked.map, also)
+    judged = _judged(served, chosen.name, scores.score, plan, asked)
+    return Verdicts(
+        chosen,
+        scores,
+        judged,
+        {name: _judged(served, name, scores.also[name], plans[name], asked) for name in also},
+    )
+
+
+def _plan(served: Served, chosen: Chosen, asked: ScoreParameters, default_rate: float) -> Judged:
+    """What a verdict will rest on, before there are p-values."""
     rate = default_rate if asked.false_positive_rate is None else asked.false_positive_rate
     reason = _no_verdict(served, chosen)
     if chosen.name is None or reason:
-        return Verdicts(chosen, served.model.score(x, chosen.definition, asked.map), rate, None, None, None, reason)
-    # The threshold comes first: a rate that the calibration cannot answer must not cost a computation.
-    threshold = served.calibrator.threshold(chosen.name, rate)
-    scores = served.model.score(x, chosen.definition, asked.map)
-    p_values = served.calibrator.p_values(chosen.name, scores.score)
-    return Verdicts(chosen, scores, rate, p_values, threshold, served.calibrator.n(chosen.name), None)
+        return Judged(rate, None, None, None, reason)
+    calibrator = served.calibrator
+    n = calibrator.n(chosen.name, asked.group)
+    if asked.false_discovery_rate is not None:
+        return Judged(rate, None, None, n, None)
+    try:
+        return Judged(rate, None, calibrator.threshold(chosen.name, rate, asked.group), n, None)
+    except InvalidInput as error:
+        if asked.false_positive_rate is not None:
+            raise
+        return Judged(rate, None, None, n, f"no is_anomaly: {error}")
+
+
+def _judged(served: Served, name: str | None, scores: np.ndarray, plan: Judged, asked: ScoreParameters) -> Judged:
+    """The plan with the p-values of ``scores``."""
+    if name is None or plan.n is None:
+        return plan
+    p_values = served.calibrator.p_values(name, scores, [asked.group] * len(scores))
+    rate = asked.false_discovery_rate
+    if rate is None:
+        return replace(plan, p_values=p_values)
+    found, least = benjamini_hochberg(p_values, rate), least_discoveries(plan.n, len(scores), rate)
+    reason = (
+        None
+        if least == 1
+        else (
+            f"a single anomaly among {len(scores)} rows cannot be found at a false-discovery rate of {rate:g} with "
+            f"{plan.n} calibration scores: at least {least} rows would have to lie above all of them"
+        )
+    )
+    return replace(plan, p_values=p_values, q_values=q_values(p_values), discoveries=found, reason=reason)
 
 
 def rows(verdicts: Verdicts) -> list[dict[str, Any]]:
     """One dictionary an image, in the field names of the API (maps left out); non-finite numbers are None."""
     scores = verdicts.scores
     columns: dict[str, list[Any]] = {
-        field: [_finite(value) for value in getattr(scores, field)]
+        field: _numbers(getattr(scores, field))
         for field in ("score", "elbo", "log_likelihood", "rate", "distortion", "bits_per_dim", "standard_error")
     }
     n = len(scores.score)
     columns["k"] = [scores.k] * n
-    columns["p_value"] = [None] * n if verdicts.p_values is None else [_finite(p) for p in verdicts.p_values]
-    columns["is_anomaly"] = list(verdicts.is_anomaly)
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    columns |= _verdict_columns(verdicts.judged, n)
+    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if verdicts.also:
+        for index, row in enumerate(found):
+            row["also"] = {name: each[index] for name, each in _further_rows(verdicts).items()}
+    return found
 
 
-def _recipe(definition: ScoreDefinition) -> tuple[str, int, int]:
-    return definition.estimator, definition.k, definition.seed
+def _further_rows(verdicts: Verdicts) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, judged in verdicts.also.items():
+        scores = verdicts.scores.also[name]
+        columns = {"score": _numbers(scores)} | _verdict_columns(judged, len(scores))
+        found[name] = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return found
+
+
+def _verdict_columns(judged: Judged, n: int) -> dict[str, list[Any]]:
+    return {
+        "p_value": [None] * n if judged.p_values is None else _numbers(judged.p_values),
+        "q_value": [None] * n if judged.q_values is None else _numbers(judged.q_values),
+        "is_anomaly": list(judged.is_anomaly(n)),
+    }
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def _recipe(definition: ScoreDefinition) -> tuple[object, ...]:
+    return definition.estimator, definition.k, definition.seed, tuple(definition.of), definition.method
 
 
 def _no_verdict(served: Served, chosen: Chosen) -> str | None:
@@ -110,7 +217,3 @@ def _no_verdict(served: Served, chosen: Chosen) -> str | None:
 
 def _in_words(definition: ScoreDefinition) -> str:
     return f"{definition.estimator} with k={definition.k} and seed={definition.seed}"
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,11 +10,12 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 from service import codecs
+from service.bundle import ScoreDefinition
 from service.routes.documents import DATA_BODY, answers
 from service.routes.house import JSON, NPY, PNG, Call, CallDep, dump
 from service.routes.inputs import data_names, parameters, read_x
 from service.schemas import Scored, ScoreParameters
-from service.scoring import Verdicts, choose, judge, rows
+from service.scoring import Judged, Verdicts, choose, further, judge, rows
 
 router = APIRouter(tags=["scoring"])
 
@@ -32,20 +34,24 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     asked = parameters(call, query, *data_names(call.rule))
     media_type = call.negotiate([JSON, NPY, PNG] if asked.map else [JSON, NPY])
     chosen = choose(call.served.manifest, asked)
-    call.served.model.require(f"score.{chosen.definition.estimator}")
+    also = further(call.served.manifest, asked)
+    for definition in (chosen.definition, *also.values()):
+        call.served.model.require(f"score.{definition.estimator}")
     if asked.map:
         call.served.model.require("score.map")
     call.house.limit("k", chosen.definition.k, "max_k")
     x = read_x(call, asked.strict)
-    work = f"{len(x)} {data_names(call.rule)[0]} × k={chosen.definition.k} × {x[0].size} numbers"
-    call.house.limit(work, x.size * chosen.definition.k, "max_evaluated_pixels")
+    passes = _passes([chosen.definition, *also.values()])
+    work = f"{len(x)} {data_names(call.rule)[0]} × k={passes} × {x[0].size} numbers"
+    call.house.limit(work, x.size * passes, "max_evaluated_pixels")
     if asked.map:
         _, height, width = call.served.manifest.signature.shape
         call.house.limit_numbers_out(len(x), height * width)
     verdicts = judge(call.served, x, asked, call.house.settings.false_positive_rate)
     _count(call, verdicts)
+    _watch(call, verdicts, asked.group)
     if media_type == JSON:
-        return dump(_content(call, verdicts)), JSON
+        return dump(_content(call, verdicts, asked)), JSON
     maps = _maps(call, verdicts)
     if maps is None:
         return codecs.encode_npy(verdicts.scores.score), NPY
@@ -58,7 +64,7 @@ def _maps(call: Call, verdicts: Verdicts) -> np.ndarray | None:
     return maps if maps is None or call.rule.kind == "image" else maps[:, 0]
 
 
-def _content(call: Call, verdicts: Verdicts) -> dict[str, Any]:
+def _content(call: Call, verdicts: Verdicts, asked: ScoreParameters) -> dict[str, Any]:
     results = rows(verdicts)
     maps = _maps(call, verdicts)
     if maps is not None:
@@ -68,26 +74,59 @@ def _content(call: Call, verdicts: Verdicts) -> dict[str, Any]:
         "model": call.served.identity,
         "definition": {
             "name": verdicts.chosen.name,
-            **verdicts.chosen.definition.model_dump(include={"estimator", "k", "seed", "unit"}),
+            **_used(verdicts.chosen.definition),
         },
-        "calibration": _calibration(verdicts),
-        "verdict": verdicts.reason,
+        "calibration": _calibration(verdicts.judged, asked),
+        "verdict": verdicts.judged.reason,
+        "also": {
+            name: {
+                "definition": {"name": name, **_used(call.served.manifest.scores[name])},
+                "calibration": _calibration(judged, asked),
+                "verdict": judged.reason,
+            }
+            for name, judged in verdicts.also.items()
+        },
         "results": results,
     }
 
 
-def _calibration(verdicts: Verdicts) -> dict[str, Any] | None:
-    if verdicts.n is None:
+def _used(definition: ScoreDefinition) -> dict[str, Any]:
+    return definition.model_dump(include={"estimator", "k", "seed", "unit", "of", "method"})
+
+
+def _passes(definitions: Iterable[ScoreDefinition]) -> int:
+    """Posterior samples a row that the definitions need together, the contrast-stretched ones counted."""
+    needed: dict[tuple[int, bool], int] = {}
+    for definition in definitions:
+        key = (definition.seed, definition.estimator == "debiased")
+        needed[key] = max(needed.get(key, 0), definition.k)
+    return sum(needed.values())
+
+
+def _calibration(judged: Judged, asked: ScoreParameters) -> dict[str, Any] | None:
+    if judged.n is None:
         return None
     return {
-        "n": verdicts.n,
-        "smallest_p_value": 1 / (verdicts.n + 1),
-        "false_positive_rate": verdicts.rate,
-        "threshold": verdicts.threshold,
+        "n": judged.n,
+        "smallest_p_value": 1 / (judged.n + 1),
+        "false_positive_rate": judged.rate if asked.false_discovery_rate is None else None,
+        "false_discovery_rate": asked.false_discovery_rate,
+        "threshold": judged.threshold,
     }
 
 
 def _count(call: Call, verdicts: Verdicts) -> None:
+    p_values = verdicts.judged.p_values
     metrics, n = call.house.metrics, len(verdicts.scores.score)
     metrics.batch.labels("score").observe(n)
-    metrics.scored(call.served.manifest.name, [] if verdicts.p_values is None else verdicts.p_values, n)
+    metrics.scored(call.served.manifest.name, [] if p_values is None else p_values, n)
+
+
+def _watch(call: Call, verdicts: Verdicts, group: str | None) -> None:
+    """Hand every score that has a p-value, the chosen one and the further ones, to the drift tests: each once."""
+    found = {name: (judged, verdicts.scores.also[name]) for name, judged in verdicts.also.items()}
+    if verdicts.chosen.name is not None:
+        found[verdicts.chosen.name] = verdicts.judged, verdicts.scores.score
+    for name, (judged, scores) in found.items():
+        if judged.p_values is not None:
+            call.house.drift.record(call.served, name, scores, group)

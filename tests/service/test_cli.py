@@ -147,7 +147,7 @@ def test_score_prints_csv_without_out(folder, ppca_root):
         (["{folder}", "--out", "a.xlsx"], ".parquet"),
         (["{folder}", "--out", "{folder}/missing/a.csv"], "does not exist"),
         (["{folder}", "--out", "{folder}/folder.csv"], "is a folder"),
-        (["{folder}", "--estimator", "mse"], "estimator: Input should be 'elbo', 'iwae' or 'reconstruction'"),
+        (["{folder}", "--estimator", "mse"], "estimator: Input should be 'elbo', 'iwae', 'reconstruction' or 'rate'"),
         (["{folder}", "--k", "0"], "k: Input should be greater"),
         (["{folder}", "--score", "other"], "'other' is not defined by this bundle: elbo, iwae"),
         (["{folder}", "--model", "other"], "no model 'other'"),

@@ -18,6 +18,9 @@ from tests.service.http import assert_problem, npy, serving
 NPY, JSON = "application/x-npy", "application/json"
 
 
+PLAIN = {"unit": "nats", "of": [], "method": None}
+
+
 @pytest.fixture(scope="module")
 def client(ppca_root):
     with serving(ppca_root) as client:
@@ -136,7 +139,7 @@ def test_verdicts_follow_the_calibration(client, ppca_path):
     assert answer["calibration"]["smallest_p_value"] == 1 / (n + 1)
     assert answer["calibration"]["false_positive_rate"] == 0.1
     assert answer["verdict"] is None
-    assert answer["definition"] == {"name": "elbo", "estimator": "elbo", "k": 4, "seed": 0, "unit": "nats"}
+    assert answer["definition"] == {"name": "elbo", "estimator": "elbo", "k": 4, "seed": 0, **PLAIN}
 
 
 @pytest.mark.parametrize("query", [{"k": 5}, {"seed": 3}, {"estimator": "iwae"}])
@@ -151,7 +154,7 @@ def test_an_uncalibrated_estimator_scores_without_a_verdict_and_says_so(client, 
 
 def test_another_defined_score_has_its_own_calibration(client):
     by_name = post(client, "score", X, score="iwae").json()
-    assert by_name["definition"] == {"name": "iwae", "estimator": "iwae", "k": 16, "seed": 1, "unit": "nats"}
+    assert by_name["definition"] == {"name": "iwae", "estimator": "iwae", "k": 16, "seed": 1, **PLAIN}
     assert by_name["results"][0]["p_value"] is not None
     assert (
         post(client, "score", X, estimator="iwae", k=16, seed=1).content
