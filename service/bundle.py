@@ -12,8 +12,11 @@ features, C×1×T for a signal. Graphs are pure functions; every random number i
                       -> log_p_x [N,K], log_p_x_map [N,K,C,H,W], log_p_z [N,K]
     observation.onnx  each of likelihood.parameters [M,C,H,W], noise [M,C,H,W] -> sample [M,C,H,W]
     prior.onnx        noise [M,P], choice [M] (only if prior.choice) -> z [M,L]
+    backbone.onnx     x [N,C,H,W] -> features [N,F] or [N,F,h,w]
 
-The first three are always there. ``x`` holds pixels in [0, 1], or a vector's or signal's numbers in their own units:
+The encoder, the decoder and the density are always there. Where there is a backbone, ``x`` below is an image in it
+alone: the other graphs know its frozen features only, F of an image (C×H×W is then 1×1×F) or F at each of h×w places.
+ ``x`` holds pixels in [0, 1], or a vector's or signal's numbers in their own units:
 what scales them stands inside the graphs, with its log-Jacobian in the density. ``target`` is the point at which the
 density is evaluated (the binarised or dequantised pixels). Noise is standard normal, dither and choice are uniform in
 [0, 1); observation's noise is what likelihood.observation_noise says. log_q, log_p_x and log_p_z are float64 and in
@@ -24,7 +27,8 @@ log_p_x_map. A bijection has no loss to speak of: its decoder is the encoder's i
 log_p_x and log_p_x_map are 0, and log_q is −log|det dz/dx|, so that log p(z) − log q(z|x) is log p(x).
 
 A score beyond the likelihoods needs fitted numbers (a mean, a covariance, latents to compare with): they lie in
-detectors.npz, an array "SCORE/PARAMETER" each (service.detectors).
+detectors.npz, an array "SCORE/PARAMETER" each (service.detectors). A model of tiles of larger images brings the tails
+of its tiles' scores in tiles.npz, by the same keys (service.tiled).
 
 Earlier formats are this one without what the later brought: format 1 knows images, a standard normal prior and a bound
 on the evidence, format 2 the scores elbo, iwae and reconstruction.
@@ -56,6 +60,7 @@ MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 CALIBRATION = "calibration.npz"
 DETECTORS = "detectors.npz"
+TILES = "tiles.npz"
 MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_ARRAYS_BYTES = 2**30  # of one .npz, unpacked: a bound on what a hostile archive can make us allocate
 
@@ -65,7 +70,7 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 FeatureName = Annotated[str, Field(max_length=128, pattern=r"^\S(.*\S)?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?$")]
-Graph = Literal["encoder", "decoder", "density", "observation", "prior"]
+Graph = Literal["encoder", "decoder", "density", "observation", "prior", "backbone"]
 LikelihoodEstimator = Literal["elbo", "iwae", "reconstruction", "rate"]
 FittedEstimator = Literal[
     "typicality", "complexity", "debiased", "path", "latent", "residual", "statistics", "combination"
@@ -82,13 +87,31 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Tiling(Strict):
+    """How an image of any size is scored by a model of tiles; computed by service.tiled.
+
+    An image is never resized. Tiles of preprocessing's height×width lie ``stride`` pixels apart, down and across, from
+    the upper left corner on, and one more at the edge where the last would not reach it: together they cover the
+    image. Each is a row. ``aggregate`` makes the tiles' scores the image's:
+
+    ``maximum``: −log(1 − (1 − p)^m), nats (Šidák 1967), p the tail probability, among held-out tiles, of the tile that
+    scores highest, and m how many tiles fit into the image's area: larger images hold more tiles, and their highest
+    score is higher by chance alone. The tails are in tiles.npz. ``top``: mean of the ``share`` of the tiles that score
+    highest, of one at least.
+    """
+
+    stride: tuple[int, int] = Field(description="pixels between neighbouring tiles: down, across")
+    aggregate: Literal["maximum", "top"] = "maximum"
+    share: float = Field(default=0.05, gt=0, le=1, description="of the tiles that ``top`` looks at; 1: of all")
+
+
 class Preprocessing(Strict):
     """How any image becomes C×H×W pixels; applied by service.images in training and in serving alike.
 
     EXIF orientation is applied, alpha is composited on ``background``, the colour mode is converted, and the image is
     brought to ``height``×``width``: ``cover`` scales the shorter side to fit and crops the centre, ``contain`` scales
     the longer side to fit and pads with ``background``, ``stretch`` ignores the aspect ratio. An image that already
-    has the target size is not resampled.
+    has the target size is not resampled. With ``tiling`` no image is resized: a row is a tile of it.
     """
 
     kind: Literal["image"] = "image"
@@ -98,6 +121,16 @@ class Preprocessing(Strict):
     fit: Literal["cover", "contain", "stretch"] = "cover"
     resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bilinear"
     background: int = Field(default=0, ge=0, le=255)
+    tiling: Tiling | None = Field(default=None, description="of a model of tiles of larger images")
+
+    @model_validator(mode="after")
+    def _tiles_cover(self) -> Preprocessing:
+        if self.tiling is None:
+            return self
+        for stride, side in zip(self.tiling.stride, (self.height, self.width), strict=True):
+            if not 1 <= stride <= side:
+                raise ValueError(f"tiling.stride {stride} of tiles of {side} pixels: expected 1 to {side}")
+        return self
 
     @property
     def channels(self) -> int:
@@ -160,11 +193,39 @@ InputRule = Annotated[
 """What a row is: a manifest's ``preprocessing``."""
 
 
+class Backbone(Strict):
+    """A frozen network that stands before the model: images go in, and all that the other graphs see are its features.
+
+    ``natural``: (F,) of features pooled over the image, (F, h, w) of a map. ``batch``: whether backbone.onnx takes any
+    number of rows, or one at a time. ``output`` and ``sha256`` tell which tensor of which file it was made from, and
+    ``mean`` and ``std``, by channel, what x was normalised with, (x − mean)/std; all of it stands in the graph.
+    """
+
+    kind: Literal["vector", "map"]
+    natural: tuple[Size, ...] = Field(min_length=1, max_length=3)
+    batch: Literal["any", "one"] = "any"
+    output: str = Field(default="", max_length=1024)
+    sha256: Sha256 | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Inside the other graphs: (1, 1, F) of pooled features, (F, h, w) of a map."""
+        return (1, 1, self.natural[0]) if self.kind == "vector" else (self.natural[0], self.natural[1], self.natural[2])
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Backbone:
+        if len(self.natural) != {"vector": 1, "map": 3}[self.kind]:
+            raise ValueError(f"natural is {self.natural}, expected (F,) for a vector, (F, h, w) for a map")
+        return self
+
+
 class Signature(Strict):
     """Sizes of the graphs' tensors. ``dither``: the encoder also wants uniform [0,1) numbers, one for each of x."""
 
     shape: tuple[int, int, int] = Field(
-        description="(C, H, W) of an image, (1, 1, D) of a vector, (C, 1, T) of a signal"
+        description="(C, H, W) of an image, (1, 1, D) of a vector, (C, 1, T) of a signal, or a backbone's features"
     )
     latent_dim: int = Field(ge=1)
     noise_dim: int = Field(ge=1, description="standard normal numbers that one posterior sample takes (E)")
@@ -277,6 +338,7 @@ class Reference(Strict):
     [N·K,C,H,W] (optional). Outputs have their graph's shapes with M = N·K: the decoder's input is ``encoder.z``, the
     density's ``encoder.target``, ``encoder.z`` and the decoder's parameters, the observation's those parameters and
     ``observation_noise``, so each graph is judged by itself. Every output of encoder, decoder and density is there.
+    With a backbone ``x`` are features, and ``backbone_x`` the N images that ``backbone.features`` are of.
     With a prior graph also ``prior_noise`` [M,P] and ``prior_choice`` [M] (if prior.choice), of an M of their own, and
     ``prior.z`` [M,L]. Keys of ``tolerances`` are those output names; ``max_abs_error`` is what was measured at export.
     """
@@ -319,6 +381,7 @@ class Manifest(Strict):
     family: str = Field(description="vae, ppca, …: shown, never branched on")
     description: str = ""
     preprocessing: InputRule
+    backbone: Backbone | None = None
     signature: Signature
     evidence: Literal["bound", "exact", "none"] = "bound"
     prior: Prior = Prior()
@@ -337,12 +400,18 @@ class Manifest(Strict):
         """Whether −log p(x|z) says anything: not where x and z determine each other."""
         return self.posterior.moments != "point" or self.likelihood.pixelwise
 
+    @property
+    def modelled(self) -> InputRule | Backbone:
+        """What the model is of: rows as they come in, or a backbone's features of them."""
+        return self.backbone or self.preprocessing
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        if self.signature.shape != self.preprocessing.shape:
-            raise ValueError(
-                f"signature.shape {self.signature.shape} is not preprocessing's {self.preprocessing.shape}"
-            )
+        if self.backbone and self.preprocessing.kind != "image":
+            raise ValueError(f"backbone stands before {self.preprocessing.kind}s, expected images")
+        if self.signature.shape != self.modelled.shape:
+            whose = "backbone's" if self.backbone else "preprocessing's"
+            raise ValueError(f"signature.shape {self.signature.shape} is not {whose} {self.modelled.shape}")
         self._check_evidence()
         self._check_scores()
         self._check_files()
@@ -376,6 +445,8 @@ class Manifest(Strict):
             missing.add("prior")
         if missing:
             raise ValueError(f"graphs lacks {sorted(missing)}")
+        if ("backbone" in self.graphs) != (self.backbone is not None):
+            raise ValueError("backbone is one of graphs and described beside them, or neither")
         if "prior" in self.graphs and self.prior.noise_dim is None:
             raise ValueError(f"graphs has a prior, family {self.prior.family!r} needs none")
         needed = {*self.graphs.values(), REFERENCE, *([CALIBRATION] if self.calibration else [])}
@@ -406,7 +477,7 @@ class GraphSpec(NamedTuple):
 def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
     """Inputs and outputs of the graph ``role``, as this module's docstring draws them, for the manifest's sizes.
 
-    Raises BundleFormatError for the prior of a family that has no graph.
+    Raises BundleFormatError for the prior of a family that has no graph, or a backbone that there is not.
     """
     image, latent = manifest.signature.shape, manifest.signature.latent_dim
     names = manifest.likelihood.parameters
@@ -441,10 +512,24 @@ def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
     if role == "observation":
         parameters = tuple(floats(name, "M", *image) for name in names)
         return GraphSpec((*parameters, floats("noise", "M", *image)), (floats("sample", "M", *image),))
+    if role == "backbone":
+        return _backbone_spec(manifest)
     if manifest.prior.noise_dim is None:
         raise BundleFormatError(f"family {manifest.prior.family!r} of the prior is not drawn by a graph")
     choice = (floats("choice", "M"),) if manifest.prior.choice else ()
     return GraphSpec((floats("noise", "M", manifest.prior.noise_dim), *choice), (floats("z", "M", latent),))
+
+
+def _backbone_spec(manifest: Manifest) -> GraphSpec:
+    """Of the graph "backbone". Raises BundleFormatError where the manifest has none."""
+    found = manifest.backbone
+    if found is None:
+        raise BundleFormatError("the manifest describes no backbone")
+    rows: int | str = "N" if found.batch == "any" else 1
+    return GraphSpec(
+        (TensorSpec("x", "float32", (rows, *manifest.preprocessing.shape)),),
+        (TensorSpec("features", "float32", (rows, *found.natural)),),
+    )
 
 
 @dataclass(frozen=True)

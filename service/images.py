@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from service.bundle import Preprocessing
 from service.containers import check_container, check_exif
 from service.errors import InvalidInput, PayloadTooLarge
+from service.tiles import check_size
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 RESAMPLE = {
@@ -118,6 +119,22 @@ def read_image(image: Image.Image, preprocessing: Preprocessing, strict: bool = 
     Raises:
         InvalidInput: its pixels are damaged; or another size than the bundle's and ``strict``.
     """
+    return apply(_upright(image), preprocessing, strict)
+
+
+def read_whole(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Decode what ``open_image`` opened -> uint8 [C,h,w] in its own size, for a model of tiles.
+
+    Raises:
+        InvalidInput: its pixels are damaged; or it is smaller than a tile.
+    """
+    found = _planes(_convert(_upright(image), preprocessing))
+    check_size(preprocessing, *found.shape[1:])
+    return found
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decoded and turned as its EXIF says. Raises InvalidInput for damaged pixels."""
     try:
         image.load()
     except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
@@ -125,7 +142,7 @@ def read_image(image: Image.Image, preprocessing: Preprocessing, strict: bool = 
     if image.mode == "P" and image.palette is None:
         raise InvalidInput(f"the {image.format} image is damaged: its palette is missing")
     turn = _turn(image)
-    return apply(image if turn is None else image.transpose(turn), preprocessing, strict)
+    return image if turn is None else image.transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -140,8 +157,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def apply(image: Image.Image, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
     """A Pillow image, upright -> uint8 [C,H,W] by the rule. Raises InvalidInput if strict and of another size."""
     size = (preprocessing.width, preprocessing.height)
-    if strict and image.size != size:
-        raise InvalidInput(f"the image is {image.width}×{image.height}: {size[0]}×{size[1]} expected (strict)")
+    if image.size != size:
+        _refuse_resizing(f"the image is {image.width}×{image.height}", preprocessing, strict)
     return _planes(_fit(_convert(image, preprocessing), preprocessing))
 
 
@@ -159,11 +176,18 @@ def resize_array(x: np.ndarray, preprocessing: Preprocessing, strict: bool = Fal
         raise InvalidInput(f"images have shape {x.shape}: (N, {channels}, {height}, {width}) expected")
     if x.shape[2:] == (height, width):
         return x
-    if strict:
-        raise InvalidInput(f"images are {x.shape[3]}×{x.shape[2]}: {width}×{height} expected (strict)")
+    _refuse_resizing(f"images are {x.shape[3]}×{x.shape[2]}", preprocessing, strict)
     if x.dtype == np.uint8:
         return np.stack([_planes(_fit(_from_planes(image), preprocessing)) for image in x])
     return np.stack([_resize_floats(image, preprocessing) for image in x.astype(np.float32)])
+
+
+def _refuse_resizing(found: str, preprocessing: Preprocessing, strict: bool) -> None:
+    size = f"{preprocessing.width}×{preprocessing.height}"
+    if strict:
+        raise InvalidInput(f"{found}: {size} expected (strict)")
+    if preprocessing.tiling is not None:
+        raise InvalidInput(f"{found}: {size} expected; this model is of tiles, and only score takes larger images")
 
 
 def _resize_floats(planes: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
