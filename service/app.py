@@ -16,12 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
+from service.drift import Drift
 from service.metrics import Metrics
 from service.middleware import BodyGuard, RequestContext
 from service.pool import WorkerPool
 from service.problems import problem
 from service.repository import ModelRepository, load_repository
-from service.routes import health, latents, models, scoring
+from service.routes import drift, health, latents, models, scoring
 from service.routes.house import House, default, latest, versioned
 from service.settings import Settings
 
@@ -89,7 +90,9 @@ def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
         metrics: Metrics = app.state.metrics
         for served in loaded:
             metrics.models.labels(*served.identity.values()).set(1)
-        app.state.house = House(settings, loaded, pool, metrics)
+        watched = Drift(settings.drift_window, settings.drift_level)
+        metrics.watch(watched)
+        app.state.house = House(settings, loaded, pool, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)
 
@@ -99,7 +102,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
 def _include_routes(app: FastAPI) -> None:
     app.include_router(health.router)
     app.include_router(models.router)
-    for router in (latents.router, scoring.router):
+    for router in (latents.router, scoring.router, drift.router):
         for route in router.routes:
             assert isinstance(route, APIRoute)
             for prefix, addressed in ADDRESSES.items():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.drift import Drift, Finding, Name, Seen
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -54,6 +58,60 @@ class Metrics:
             if p is not None:
                 histogram.observe(p)
 
+    def watch(self, drift: Drift) -> None:
+        """Show what ``drift`` has seen, computed when the metrics are asked for."""
+        self.registry.register(_DriftCollector(drift))
+
     def render(self) -> bytes:
         """The exposition format (text, version 0.0.4)."""
         return generate_latest(self.registry)
+
+
+class _DriftCollector(Collector):
+    """What service.drift sees, by model, version, score and group: their number is that of the calibrations."""
+
+    def __init__(self, drift: Drift) -> None:
+        self._drift = drift
+
+    def describe(self) -> Iterable[Metric]:
+        return _drift_families().values()
+
+    def collect(self) -> Iterator[Metric]:
+        families = _drift_families()
+        for name, seen in self._drift:
+            if (finding := seen.judge(self._drift.level)) is not None:
+                _add(families, name, seen, finding)
+        yield from families.values()
+
+
+def _drift_families() -> dict[str, CounterMetricFamily | GaugeMetricFamily]:
+    texts = {
+        "ks_statistic": "Largest distance between the p-values of the window and uniformity",
+        "ks_p_value": "Two-sample Kolmogorov-Smirnov p-value of the window, for one look",
+        "martingale_log10": "log10 of the conformal test martingale",
+        "martingale_log10_maximum": "Largest log10 of the martingale: ever log10(1/a) with probability at most a",
+        "share_up_to_1_percent": "Share of the window's p-values up to 0.01",
+        "share_up_to_5_percent": "Share of the window's p-values up to 0.05",
+        "alarm": "1 while the recent inputs are not like the calibration images, at the setting drift_level",
+    }
+    labels = ["model", "version", "score", "group"]
+    seen = CounterMetricFamily("vaeserve_drift_p_values", "P-values that the drift tests have seen", labels=labels)
+    gauges = {key: GaugeMetricFamily(f"vaeserve_drift_{key}", text, labels=labels) for key, text in texts.items()}
+    return {"p_values": seen, **gauges}
+
+
+def _add(
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily], name: Name, seen: Seen, finding: Finding
+) -> None:
+    values = {
+        "p_values": seen.seen,
+        "ks_statistic": finding.ks_statistic,
+        "ks_p_value": finding.ks_p_value,
+        "martingale_log10": seen.log10_value,
+        "martingale_log10_maximum": seen.log10_maximum,
+        "share_up_to_1_percent": seen.share_up_to(0.01),
+        "share_up_to_5_percent": seen.share_up_to(0.05),
+        "alarm": float(finding.drifting),
+    }
+    for key, value in values.items():
+        families[key].add_metric([name.model, name.version, name.score, name.group], value)

@@ -59,6 +59,8 @@ class Settings(BaseSettings):
     # A float32 takes up to 16 bytes of JSON ("-1.2345678e-10,"): an answer stays below some 100 MB.
     max_numbers_out: int = Field(default=6 * 2**20, ge=1, description="numbers in one answer: pixels, latents, maps")
     false_positive_rate: float = Field(default=0.05, gt=0, lt=1, description="rate of score when none is asked")
+    drift_window: int = Field(default=1000, ge=20, le=1_000_000, description="recent p-values compared with uniformity")
+    drift_level: float = Field(default=0.001, gt=0, lt=1, description="level at which the drift tests alarm")
 
     max_headers: int = Field(default=100, ge=10, description="header lines of a request; more get 431")
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024, description="bytes of a request's line and headers")

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 
 from service.arrays import parse_json
 from service.bundle import InputRule
+from service.drift import Drift
 from service.errors import LimitExceeded
 from service.metrics import Metrics
 from service.negotiation import negotiate
@@ -32,6 +33,7 @@ class House:
     repository: ModelRepository
     pool: WorkerPool
     metrics: Metrics
+    drift: Drift
     draining: bool = field(default=False)
 
     def limit(self, name: str, asked: int, setting: str) -> None:

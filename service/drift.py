@@ -1,0 +1,196 @@
+"""Have the inputs moved away from the calibration set? Recent conformal p-values, compared with uniformity.
+
+Every calibrated score that a request computes leaves its rank among the calibration scores here, whatever
+false-positive rate the request asked for: one ``Watch`` for each served bundle, score and group of the calibration
+that rows are held against. The state is that of one process. Behind several, each sees its own share of the traffic,
+and their answers are not to be added up.
+
+What an alarm means: these rows are not exchangeable with the calibration images. That is a fact about the traffic, and
+the same image sent a thousand times over is such traffic too.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.calibration import SEPARATOR, Calibrator, calibration_key
+from service.exchangeability import Martingale, Urn, ks_two_sample
+from service.repository import Served
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a watch has seen: ranks of the window (int64 [m], oldest first), and the martingale of the whole stream."""
+
+    n: int
+    seen: int
+    ranks: np.ndarray
+    log10_value: float
+    log10_maximum: float
+
+    @property
+    def p_values(self) -> np.ndarray:
+        """Conformal p-values of the window, float64 [m], ties with the calibration broken at random."""
+        return (1.0 + self.ranks) / (self.n + 1.0)
+
+    def share_up_to(self, rate: float) -> float:
+        """Share of the window's p-values ≤ rate, where it holds any."""
+        return float(np.mean(self.p_values <= rate))
+
+    @property
+    def histogram(self) -> list[int]:
+        """How many p-values lie in (0, 0.1], (0.1, 0.2], … (0.9, 1]."""
+        # In integers, since (0.3 − 0) · 10 is not 3: p ≤ j/10 exactly when (1 + r) · 10 ≤ j (n + 1).
+        tenths = ((1 + self.ranks) * BINS - 1) // (self.n + 1)
+        return np.bincount(tenths, minlength=BINS).tolist()
+
+    def judge(self, level: float) -> Finding | None:
+        """Both tests, each at half the level: P(drifting) ≤ level at any one look, while the traffic is exchangeable.
+
+        None where nothing has been seen.
+        """
+        if not self.seen:
+            return None
+        statistic, p_value = ks_two_sample(self.ranks, self.n)
+        return Finding(statistic, p_value, p_value <= level / 2, self.log10_value >= log10_alarm(level))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the tests say of a window that is not empty; ``martingale_alarm`` is about its value now."""
+
+    ks_statistic: float
+    ks_p_value: float
+    ks_alarm: bool
+    martingale_alarm: bool
+
+    @property
+    def drifting(self) -> bool:
+        """One of the tests alarms."""
+        return self.ks_alarm or self.martingale_alarm
+
+
+def log10_alarm(level: float) -> float:
+    """log10 M from which the martingale alarms: by Ville's inequality at half the level."""
+    return -math.log10(level / 2)
+
+
+class Watch:
+    """Ranks of one score of one bundle: the last ``window`` of them, and a martingale over all. Safe between threads.
+
+    Memory is O(n + window). Random numbers (for ties, and for the urn) come from a stream of its own: the same rows in
+    the same order give the same state.
+    """
+
+    def __init__(self, n: int, window: int) -> None:
+        self.n = n
+        self.window = window
+        self._lock = threading.Lock()
+        self._random = np.random.RandomState(0)
+        # A tie is broken by a number of each of the two scores, so that ranks with ties follow the urn as well.
+        self._tie_breakers = self._random.random_sample(n)
+        self._urn = Urn(n)
+        self._martingale = Martingale()
+        self._ring = np.zeros(window, np.int64)
+        self._seen = 0
+
+    def record(self, above: np.ndarray, at_least: np.ndarray) -> None:
+        """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
+        with self._lock:
+            ranks = self._break_ties(above, at_least)
+            u = 1 - self._random.random_sample(len(ranks))
+            pairs = zip(ranks.tolist(), u.tolist(), strict=True)
+            self._martingale.bet(np.array([self._urn.p_value(rank, each) for rank, each in pairs]))
+            kept = ranks[-self.window :]
+            places = (self._seen + len(ranks) - len(kept) + np.arange(len(kept))) % self.window
+            self._ring[places] = kept
+            self._seen += len(ranks)
+
+    def seen(self) -> Seen:
+        """A copy of the state."""
+        with self._lock:
+            start = max(0, self._seen - self.window)
+            ranks = self._ring[np.arange(start, self._seen) % self.window]
+            martingale, nat = self._martingale, math.log(10)
+            return Seen(self.n, self._seen, ranks, martingale.log_value / nat, martingale.log_maximum / nat)
+
+    def _break_ties(self, above: np.ndarray, at_least: np.ndarray) -> np.ndarray:
+        ranks, own = above.copy(), self._random.random_sample(len(above))
+        for row in np.flatnonzero(at_least > above):
+            tied = self._tie_breakers[above[row] : at_least[row]]
+            ranks[row] += np.count_nonzero(tied >= own[row])
+        return ranks
+
+
+@dataclass(frozen=True)
+class Name:
+    """Which score of which model in which version is watched, and against which group ("": all calibration images)."""
+
+    model: str
+    version: str
+    score: str
+    group: str
+
+
+class Drift:
+    """The watches of one process. Each begins with a score's first row, and anew with another bundle in its place."""
+
+    def __init__(self, window: int, level: float) -> None:
+        self.window = window
+        self.level = level
+        self._lock = threading.Lock()
+        self._watches: dict[Name, tuple[str, Watch]] = {}
+
+    def record(self, served: Served, score: str, scores: np.ndarray, group: str | None = None) -> None:
+        """Take note of N rows' scores, float64 [N], of the calibrated score of that name, held against that group.
+
+        Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for NaN or an unknown group.
+        """
+        above, at_least = _counts(served.calibrator, score, group, np.asarray(scores, np.float64))
+        self._watch(served, score, group).record(above, at_least)
+
+    def seen(self, served: Served, score: str, group: str | None = None) -> Seen:
+        """What was seen of that score of this very bundle.
+
+        Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group.
+        """
+        n = served.calibrator.n(score, group)
+        with self._lock:
+            digest, watch = self._watches.get(_name(served, score, group), ("", None))
+        if watch is None or digest != served.model.digest:
+            return Seen(n, 0, np.empty(0, np.int64), 0.0, 0.0)
+        return watch.seen()
+
+    def __iter__(self) -> Iterator[tuple[Name, Seen]]:
+        with self._lock:
+            watches = [(name, watch) for name, (_, watch) in self._watches.items()]
+        yield from ((name, watch.seen()) for name, watch in watches)
+
+    def _watch(self, served: Served, score: str, group: str | None) -> Watch:
+        name = _name(served, score, group)
+        with self._lock:
+            digest, watch = self._watches.get(name, ("", None))
+            if watch is None or digest != served.model.digest:
+                watch = Watch(served.calibrator.n(score, group), self.window)
+                self._watches[name] = served.model.digest, watch
+            return watch
+
+
+def _name(served: Served, score: str, group: str | None) -> Name:
+    written = calibration_key(score, group).removeprefix(score).removeprefix(SEPARATOR)  # one spelling of an accent
+    return Name(served.manifest.name, served.manifest.version, score, written)
+
+
+def _counts(calibrator: Calibrator, score: str, group: str | None, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of calibration scores > and ≥ each score: int64 [N] twice, read off the p-values."""
+    n, groups = calibrator.n(score, group), [group] * len(scores)
+    strict, usual = (calibrator.p_values(score, s, groups) for s in (np.nextafter(scores, np.inf), scores))
+    above, at_least = (np.rint(p * (n + 1)).astype(np.int64) - 1 for p in (strict, usual))
+    return above, at_least
