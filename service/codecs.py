@@ -171,7 +171,7 @@ class Reader:
             raise InvalidInput('"images": a non-empty list of images expected, as nested lists or base64 strings')
         if all(isinstance(image, str) for image in images):
             self._count(len(images))
-            return self._many([_from_base64(image, index) for index, image in enumerate(images)])
+            return self._many([from_base64(image, index) for index, image in enumerate(images)])
         return self._lists(images, dtype)
 
     def _lists(self, images: list[Any], dtype: DType) -> np.ndarray:
@@ -208,7 +208,7 @@ class named:  # noqa: N801  # a context manager reads as a verb
             raise type(error)(f"{self.prefix}{error}") from error
 
 
-def _from_base64(text: str, index: int) -> bytes:
+def from_base64(text: str, index: int) -> bytes:
     """Base64, plain or as a data URL, -> bytes."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
