@@ -14,6 +14,8 @@ from training.errors import CheckpointError
 
 FORMAT = 1
 FILE = "checkpoint.pt"
+EARLIER_LIMITS = (2000.0, 1e5)
+"""``optimiser.skip_above`` of earlier versions: by default, and in the presets of flows."""
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {content.get('format')!r}: expected {FORMAT}")
     if config is not None:
-        changed = _differences(_completed(content["identity"]), identity(config))
+        changed = _differences(_completed(content["identity"], config), identity(config))
         if changed:
             raise CheckpointError(
                 f"{path} was made with another configuration ({', '.join(changed)}): "
@@ -60,12 +62,15 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any
     return content
 
 
-def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+def _completed(stored: dict[str, Any], wanted: Config) -> dict[str, Any]:
     """A stored identity with what later versions added; as it is where this version cannot read it.
 
-    What was added is at its default, or at what it was before it could be chosen.
+    What was added is at its default, or at what it was before it could be chosen. A fixed limit of the gradient's norm
+    that was a default, and is not wanted now, does not count as set: the run goes on without.
     """
     optimiser = {"ema_every": 1} | stored.get("optimiser", {})
+    if wanted.optimiser.skip_above is None and optimiser.get("skip_above") in EARLIER_LIMITS:
+        optimiser["skip_above"] = None
     try:
         return identity(Config.model_validate(stored | {"optimiser": optimiser}))
     except ValidationError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from training.config import Config, OptimiserConfig
 from training.data.dataset import Dataset
 from training.errors import CheckpointError, TrainingDiverged
 from training.evaluate import bounds
+from training.guard import is_sane, remember
 from training.interrupts import Interrupt
 from training.journal import Journal, Row
 from training.models.base import LatentVariableModel, Terms
@@ -56,6 +57,7 @@ class State:
     seconds: float = 0.0
     stopped: bool = False
     finished: bool = False
+    recent_norms: list[float] = field(default_factory=list)
 
 
 def restored_state(stored: dict[str, Any]) -> State:
@@ -206,22 +208,32 @@ class Trainer:
             torch.manual_seed(seed)
 
     def _update(self, gradient_norm: float) -> None:
-        state = self.state
-        allowed = self.config.optimiser.skip_above * self.scale
-        if not math.isfinite(gradient_norm) or gradient_norm > allowed:
-            state.skipped += 1
-            state.skipped_in_a_row += 1
-            if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise TrainingDiverged(
-                    f"{MAX_SKIPPED_IN_A_ROW} updates in a row were skipped: the last gradient's norm is "
-                    f"{gradient_norm:.3g}, at most {allowed:.3g} expected; lower optimiser.learning_rate, or raise "
-                    "optimiser.skip_above if the norm was sane from the start"
-                )
+        state, limit = self.state, self.config.optimiser.skip_above
+        limit = None if limit is None else limit * self.scale
+        sane = is_sane(gradient_norm, state.recent_norms, limit)
+        remember(gradient_norm, state.recent_norms)
+        if not sane:
+            self._skip(gradient_norm, limit)
             return
         state.skipped_in_a_row = 0
         self.optimiser.step()
         if state.step % self.config.optimiser.ema_every == 0:
             self.ema.update_parameters(self._bare)
+
+    def _skip(self, gradient_norm: float, limit: float | None) -> None:
+        """Count an update that is not made. Raises TrainingDiverged: there have been too many in a row."""
+        state = self.state
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+            return
+        told = f"{MAX_SKIPPED_IN_A_ROW} updates in a row were skipped: the last gradient's norm is {gradient_norm:.3g}"
+        if limit is None or not math.isfinite(gradient_norm):
+            raise TrainingDiverged(f"{told}; lower optimiser.learning_rate")
+        raise TrainingDiverged(
+            f"{told}, at most {limit:.3g} expected; lower optimiser.learning_rate, or leave optimiser.skip_above unset "
+            "if the norm was sane from the start"
+        )
 
     def train_epoch(self, journal: Journal) -> Row:
         """The rest of the epoch in which the state stands; its means."""
