@@ -16,7 +16,8 @@ features, C×1×T for a signal. Graphs are pure functions; every random number i
 
 The encoder, the decoder and the density are always there. Where there is a backbone, ``x`` below is an image in it
 alone: the other graphs know its frozen features only, F of an image (C×H×W is then 1×1×F) or F at each of h×w places.
- ``x`` holds pixels in [0, 1], or a vector's or signal's numbers in their own units:
+
+``x`` holds pixels in [0, 1], or a vector's or signal's numbers in their own units:
 what scales them stands inside the graphs, with its log-Jacobian in the density. ``target`` is the point at which the
 density is evaluated (the binarised or dequantised pixels). Noise is standard normal, dither and choice are uniform in
 [0, 1); observation's noise is what likelihood.observation_noise says. log_q, log_p_x and log_p_z are float64 and in

@@ -46,7 +46,7 @@ def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
     They take the k and the seed of its default score.
     """
     base = manifest.scores[manifest.default_score]
-    is_image = manifest.preprocessing.kind == "image"
+    is_image = manifest.modelled.kind == "image"
     has_bound = manifest.evidence != "none"
     refused = refusals(manifest)
     wanted: dict[str, dict[str, object]] = {}

@@ -97,11 +97,11 @@ def statistics(row: Row, manifest: Manifest) -> dict[str, float]:
     residual = row.x - row.mean
     if manifest.likelihood.pixelwise:
         found |= {f"residual_{p:g}": norm for p, norm in zip(ORDERS[1:4], norms(residual)[1:4], strict=True)}
-    if manifest.preprocessing.kind != "vector":
+    if manifest.modelled.kind != "vector":
         found["steepness"] = steepness(row.x)
         if manifest.likelihood.pixelwise:
             found |= {"steepness_mean": steepness(row.mean), "steepness_residual": steepness(residual)}
-    if manifest.preprocessing.kind == "image":
+    if manifest.modelled.kind == "image":
         found["code_length"] = float(np.log(code_length(row.x) + LEAST_CODE))
     return found
 

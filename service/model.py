@@ -12,6 +12,7 @@ MAX_ELEMENTS float32 numbers (64 MB), or of one sample of one row where that is 
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from service.bundle import FITTED, REFERENCE, Bundle, Graph, ScoreDefinition
 from service.detectors import load_detectors, stretched
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
+from service.features import FeatureExtractor
 from service.graphs import check_operators, check_signature
 from service.measured import Measured
 from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
@@ -105,6 +107,12 @@ class Model:
             self._runner("observation", self._density_rows, sizes=(1,)) if "observation" in sessions else None
         )
         self._prior = self._runner("prior", self._prior_rows) if "prior" in sessions else None
+        self._backbone: FeatureExtractor | None = None
+        if self.manifest.backbone is not None:
+            pool = runtime.pool if "backbone" in serial else None
+            self._backbone = FeatureExtractor(
+                sessions["backbone"], self.manifest.backbone, self.manifest.preprocessing.shape, pool
+            )
         self._dimensions = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._dimensions <= MAX_ELEMENTS]
 
@@ -138,8 +146,13 @@ class Model:
     def warm_up(self) -> None:
         """Run every graph once, with the default score and one sample, so that no request pays for first uses."""
         x = self._typical(1)
-        self.score(x)
-        latents = self.encode(x).loc
+        if self._backbone is not None:
+            self.features(random_rows({"x": self._backbone.image}, frozenset({"x"}))(1)["x"])
+        behind = self.without_backbone()
+        behind.score(x)
+        latents = behind.encode(x).loc
+        if "decode" in self.refused:
+            return
         if self._prior is not None:
             self.sample_latents(1)
         if self._observation is not None:
@@ -152,12 +165,28 @@ class Model:
         if verb in self.refused:
             raise UnsupportedVerb(f"{self.manifest.name} does not answer {verb}: {self.refused[verb]}")
 
+    def features(self, x: np.ndarray) -> np.ndarray:
+        """What the model is of: float32 [N, *signature.shape], the backbone's features of images x, or x itself.
+
+        Raises InvalidInput, and BundleGraphError for features that are not finite.
+        """
+        x = self._checked(x)
+        return x if self._backbone is None else self._backbone.run(x)
+
+    def without_backbone(self) -> Model:
+        """The same model of rows whose features are known: its x are ``features``. Itself without a backbone."""
+        if self._backbone is None:
+            return self
+        behind = copy.copy(self)
+        behind._backbone = None
+        return behind
+
     def encode(self, x: np.ndarray, samples: int = 0, seed: int = 0) -> Encoding:
         """q(z|x) of x, float32 [N,C,H,W] (images in [0, 1]), with ``samples`` draws from the seed's noise.
 
         Raises InvalidInput, and UnsupportedVerb for draws from a deterministic encoder.
         """
-        x = self._checked(x)
+        x = self.features(x)
         _check_count("samples", samples, 0)
         if samples:
             self.require("encode.samples")
@@ -168,7 +197,8 @@ class Model:
         return Encoding(chunks[0][0], chunks[0][1], draws)
 
     def decode(self, z: np.ndarray) -> np.ndarray:
-        """E[x|z], float32 [M,C,H,W], of latents z, float32 [M,L]. Raises InvalidInput."""
+        """E[x|z], float32 [M,C,H,W], of latents z, float32 [M,L]. Raises InvalidInput, UnsupportedVerb."""
+        self.require("decode")
         return self._decoder.run({"z": self._latents(z)})["mean"]
 
     def observe(self, z: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
@@ -190,7 +220,11 @@ class Model:
         return self._observation.run(feeds | {"noise": np.stack(draws)})["sample"]
 
     def reconstruct(self, x: np.ndarray, seed: int = 0) -> np.ndarray:
-        """E[x|z] at z = loc of q(z|x), float32 [N,C,H,W]; the seed is that of a dither. Raises InvalidInput."""
+        """E[x|z] at z = loc of q(z|x), float32 [N,C,H,W]; the seed is that of a dither.
+
+        Raises InvalidInput, UnsupportedVerb.
+        """
+        self.require("reconstruct")
         return self.decode(self.encode(x, seed=seed).loc)
 
     def sample_latents(self, n: int, seed: int = 0, temperature: float = 1.0) -> np.ndarray:
@@ -246,7 +280,7 @@ class Model:
             self.require(f"score.{each.estimator}")
         if maps:
             self.require("score.map")
-        x = self._checked(x)
+        x = self.features(x)
         rows = min(ROWS, max(1, MAX_ELEMENTS // (self._chunk(max(each.k for each in wanted)) * self._dimensions)))
         parts = [self._score(x[i : i + rows], main, wanted, maps) for i in range(0, len(x), rows)]
         together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-3]}
@@ -264,7 +298,8 @@ class Model:
         Holds some five arrays of x's size: x in batches. ``stretch``: of the contrast-stretched images. Raises
         InvalidInput.
         """
-        return self._measure(stretched(self._checked(x)) if stretch else self._checked(x), k, seed, True, True)
+        x = self.features(x)
+        return self._measure(stretched(x) if stretch else x, k, seed, True, True)
 
     def _score(self, x: np.ndarray, main: ScoreDefinition, wanted: Sequence[ScoreDefinition], maps: bool) -> Scores:
         """The scores of a few rows."""
@@ -290,7 +325,7 @@ class Model:
 
     def _bits_per_dim(self, bound: np.ndarray, definition: ScoreDefinition) -> np.ndarray:
         measure = self.manifest.likelihood.measure
-        of_levels = measure == "counting" or (measure == "lebesgue" and self.manifest.preprocessing.kind == "image")
+        of_levels = measure == "counting" or (measure == "lebesgue" and self.manifest.modelled.kind == "image")
         if definition.estimator not in ("elbo", "iwae") or not of_levels:
             return np.full(len(bound), np.nan)
         return estimators.bits_per_dim(bound, self._dimensions, measure)
@@ -298,6 +333,8 @@ class Model:
     def run_graph(self, role: Graph, feeds: Arrays) -> Arrays:
         """One graph's outputs for all rows of ``feeds`` in a single run: for verification."""
         session = self._sessions[role]
+        if role == "backbone" and self._backbone is not None:
+            return self._backbone.run_at_once(feeds)
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, feeds), strict=True))
 
@@ -389,7 +426,7 @@ class Model:
         and tell nothing of how it rounds.
         """
         random = np.random.RandomState(0)
-        if self.manifest.preprocessing.kind == "image":
+        if self.manifest.modelled.kind == "image":
             return random.random_sample((count, *self._shape)).astype(np.float32)
         known = self.bundle.arrays(REFERENCE)["x"]
         a, b = (known[random.randint(len(known), size=count)] for _ in range(2))
@@ -399,9 +436,10 @@ class Model:
     def _checked(self, x: np.ndarray) -> np.ndarray:
         """x as float32 [N,C,H,W], after its type, shape and range were checked."""
         x = _floats("x", x)
-        if x.ndim != 4 or x.shape[1:] != self._shape or len(x) == 0:
-            raise InvalidInput(f"x has shape {x.shape}, expected (N, {', '.join(map(str, self._shape))}) with N ≥ 1")
-        is_image = self.manifest.preprocessing.kind == "image"
+        shape = self._shape if self._backbone is None else self._backbone.image
+        if x.ndim != 4 or x.shape[1:] != shape or len(x) == 0:
+            raise InvalidInput(f"x has shape {x.shape}, expected (N, {', '.join(map(str, shape))}) with N ≥ 1")
+        is_image = self._backbone is not None or self.manifest.modelled.kind == "image"
         for index, row in enumerate(x):
             low, high = row.min(), row.max()
             if is_image and not (low >= 0.0 and high <= 1.0):

@@ -6,6 +6,8 @@ from service.bundle import Manifest
 
 DRAWING = ("decode", "interpolate", "sample")
 """The verbs that take ``draw``."""
+SHOWING = ("decode", "reconstruct", "interpolate", "sample")
+"""The verbs that answer in rows as they came in."""
 
 
 def refusals(manifest: Manifest) -> dict[str, str]:
@@ -20,6 +22,12 @@ def refusals(manifest: Manifest) -> dict[str, str]:
         found |= {f"{verb}.draw": reason for verb in DRAWING}
     if not manifest.likelihood.pixelwise:
         found["score.map"] = "the model's log p(x) does not come apart into the places of x"
+    if manifest.backbone is not None:
+        reason = "the model is of a frozen backbone's features, which nothing here turns back into images"
+        found |= dict.fromkeys(SHOWING, reason)
+        found |= {f"{verb}.draw": reason for verb in DRAWING}
+        if manifest.backbone.kind == "vector":
+            found["score.map"] = "the backbone's features are pooled over the image: they have no places"
     if manifest.evidence == "none":
         reason = "the model has no likelihood, and so no bound on log p(x): it scores by reconstruction"
         found |= {"score.elbo": reason, "score.iwae": reason}

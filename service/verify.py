@@ -32,7 +32,7 @@ from service.model import Model
 from service.rows import Arrays
 from service.runtime import Runtime
 
-REPLAYED: tuple[Graph, ...] = ("encoder", "decoder", "density", "prior")
+REPLAYED: tuple[Graph, ...] = ("backbone", "encoder", "decoder", "density", "prior")
 """Graphs whose every output reference.npz must hold, where they are there."""
 BATCH_SIZES = (1, 2, 5)  # and all rows at once
 MOST_TOLERANCE = 0.01
@@ -185,6 +185,8 @@ def _reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Array
     }
     if "observation" in manifest.graphs and "observation.sample" in reference:
         feeds["observation"] = parameters | {"noise": reference["observation_noise"]}
+    if "backbone" in manifest.graphs:
+        feeds["backbone"] = {"x": reference["backbone_x"]}
     if "prior" in manifest.graphs:
         feeds["prior"] = {
             tensor.name: reference[f"prior_{tensor.name}"] for tensor in graph_spec(manifest, "prior").inputs
@@ -227,7 +229,11 @@ def _reference_specs(manifest: Manifest, reference: Arrays) -> dict[str, TensorS
     specs = {tensor.name: tensor for tensor in graph_spec(manifest, "encoder").inputs}
     roles = [role for role in REPLAYED if role in manifest.graphs]
     outputs = [(role, tensor) for role in roles for tensor in graph_spec(manifest, role).outputs]
-    specs |= {f"{role}.{tensor.name}": tensor for role, tensor in outputs if role != "prior"}
+    specs |= {f"{role}.{tensor.name}": tensor for role, tensor in outputs if role not in ("prior", "backbone")}
+    if "backbone" in roles:  # of N rows, whether or not it takes them one at a time
+        (x,), (features,) = graph_spec(manifest, "backbone")
+        named = {"backbone_x": x, "backbone.features": features}
+        specs |= {name: tensor._replace(shape=("N", *tensor.shape[1:])) for name, tensor in named.items()}
     if "observation.sample" in reference:
         spec = graph_spec(manifest, "observation")
         specs |= {"observation_noise": spec.inputs[-1], "observation.sample": spec.outputs[0]}

@@ -85,6 +85,7 @@ def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
 def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query, *LATENTS)
+    call.served.model.require("decode")
     _require_draw(call, "decode", asked.draw)
     z = read_latents(call)
     call.house.limit_numbers_out(len(z), _numbers(call))
@@ -95,6 +96,7 @@ def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
 def _reconstruct(call: Call, query: ReconstructParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query, *data_names(call.rule))
+    call.served.model.require("reconstruct")
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), _numbers(call))
     call.house.metrics.batch.labels("reconstruct").observe(len(x))
@@ -104,6 +106,7 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> tuple[bytes, str]:
 def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
     media_type = call.negotiate([JSON, NPY, PNG, GIF, WEBP])
     asked = parameters(call, query, *data_names(call.rule), *LATENTS)
+    call.served.model.require("interpolate")
     _require_draw(call, "interpolate", asked.draw)
     call.house.limit("steps", asked.steps, "max_steps")
     call.house.limit_numbers_out(asked.steps, _numbers(call) + call.served.manifest.signature.latent_dim)
