@@ -195,15 +195,18 @@ def test_what_a_request_asks_for_does_not_change_what_is_remembered(client):
     ask(422, false_positive_rate=1e-7)
     ask(422, score="none")
     ask(score="iwae")
+    ask(also="elbo,iwae")  # each once, though elbo is the chosen score as well
+    ask(false_discovery_rate=0.5, score="iwae")
+    ask(422, group="unknown")
     ask(k=2, seed=77)  # not calibrated: no p-value
     bad = npy(np.full((2, 1, 8, 8), np.nan, np.float32))
     assert_problem(client.post("/v1/score", content=bad, headers=NPY), 422)
     odd = client.get("/v1/drift").json()
-    assert (odd["seen"], odd["in_window"]) == (6, 6)
-    assert client.get("/v1/drift", params={"score": "iwae"}).json()["seen"] == 3
+    assert (odd["seen"], odd["in_window"]) == (9, 9)
+    assert client.get("/v1/drift", params={"score": "iwae"}).json()["seen"] == 9
     values = client.post("/v1/score", content=x, headers=NPY).json()["results"]
     p = np.array([row["p_value"] for row in values])
-    assert odd["histogram"] == (2 * np.histogram(p - 1e-9, 10, (0, 1))[0]).tolist()
+    assert odd["histogram"] == (3 * np.histogram(p - 1e-9, 10, (0, 1))[0]).tolist()
 
 
 def test_drift_refuses_in_the_one_shape(client, tmp_path):
