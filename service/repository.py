@@ -13,15 +13,20 @@ from service.logs import get_logger
 from service.model import Model
 from service.runtime import Runtime
 from service.settings import Settings
+from service.tiled import TiledModel, is_tiled
 from service.verify import verify_bundle
 
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded, verified and warm model beside its calibration (empty if the bundle has none)."""
+    """A loaded, verified and warm model beside its calibration (empty if the bundle has none).
+
+    ``tiled`` is the same model for whole images of any size, if it is one of tiles.
+    """
 
     model: Model
     calibrator: Calibrator
+    tiled: TiledModel | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -180,7 +185,8 @@ def load_bundle(path: Path, runtime: Runtime) -> Served:
     model = report.model
     _check_place(path, model.manifest)
     model.warm_up()
-    return Served(model, Calibrator.from_bundle(model.bundle))
+    tiled = TiledModel(model) if is_tiled(model.manifest) else None
+    return Served(model, Calibrator.from_bundle(model.bundle), tiled)
 
 
 def _check_place(path: Path, manifest: Manifest) -> None:

@@ -156,6 +156,15 @@ class FurtherScore(BaseModel):
     is_anomaly: bool | None
 
 
+class TilesOfImage(BaseModel):
+    """How an image was cut up by a model of tiles, and where its most anomalous tile lies."""
+
+    n: int = Field(description="tiles")
+    worst_y: int = Field(description="pixels from the upper edge to that tile")
+    worst_x: int = Field(description="pixels from the left edge to that tile")
+    worst_score: Nats = Field(description="of that tile alone, in the definition's unit")
+
+
 class ScoredRow(BaseModel):
     """One row. Numbers that are not finite, or that the model does not have, are null."""
 
@@ -182,6 +191,11 @@ class ScoredRow(BaseModel):
         description="p_value ≤ false_positive_rate, or q_value ≤ false_discovery_rate; null without them"
     )
     also: dict[str, FurtherScore] | None = Field(default=None, description="the further scores, by name")
+    tiles: TilesOfImage | None = Field(
+        default=None,
+        description="of a model of tiles: score is then the aggregate that preprocessing.tiling names, and what is "
+        "said of bounds, rate and distortion is the mean over the tiles",
+    )
     map: list[list[float]] | list[float] | None = Field(
         default=None, description="[H, W] of an image, [D] of a vector, [T] of a signal; sums to distortion"
     )

@@ -5,7 +5,7 @@ The HTTP route and ``vaeserve score`` both end here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,13 @@ from service.false_discovery import benjamini_hochberg, least_discoveries, q_val
 from service.model import Scores
 from service.repository import Served
 from service.schemas import ScoreParameters
+from service.tiled import TiledScores
 from service.verbs import refusals
 
 EVERY = "all"
+
+Rows = np.ndarray | Sequence[np.ndarray]
+"""float32 [N,C,H,W], images in [0, 1]; for a model of tiles images [C,h,w] of any sizes, uint8 or float32."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Verdicts:
     """Scores of N images and what the calibration says of them; ``also``: of the further scores, by name."""
 
     chosen: Chosen
-    scores: Scores
+    scores: Scores | TiledScores
     judged: Judged
     also: dict[str, Judged]
 
@@ -105,8 +109,8 @@ def _defined(manifest: Manifest, name: str) -> ScoreDefinition:
     raise InvalidInput(f"score {name!r} is not defined by this bundle: {', '.join(sorted(manifest.scores))}")
 
 
-def judge(served: Served, x: np.ndarray, asked: ScoreParameters, default_rate: float) -> Verdicts:
-    """Score ``x`` (float32 [N,C,H,W] in [0,1]) and compare with the calibration.
+def judge(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) -> Verdicts:
+    """Score ``x`` and compare with the calibration.
 
     Raises:
         InvalidInput: unknown score or group, or too few calibration scores for the asked false-positive rate.
@@ -115,7 +119,7 @@ def judge(served: Served, x: np.ndarray, asked: ScoreParameters, default_rate: f
     # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
     plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
     plan = _plan(served, chosen, asked, default_rate)
-    scores = served.model.score(x, chosen.definition, asked.map, also)
+    scores = _scores(served, x, chosen.definition, asked.map, also)
     judged = _judged(served, chosen.name, scores.score, plan, asked)
     return Verdicts(
         chosen,
@@ -123,6 +127,15 @@ def judge(served: Served, x: np.ndarray, asked: ScoreParameters, default_rate: f
         judged,
         {name: _judged(served, name, scores.also[name], plans[name], asked) for name in also},
     )
+
+
+def _scores(
+    served: Served, x: Rows, definition: ScoreDefinition, maps: bool, also: Mapping[str, ScoreDefinition]
+) -> Scores | TiledScores:
+    if served.tiled is not None:
+        return served.tiled.score(x, definition, maps, also)
+    assert isinstance(x, np.ndarray)
+    return served.model.score(x, definition, maps, also)
 
 
 def _plan(served: Served, chosen: Chosen, asked: ScoreParameters, default_rate: float) -> Judged:
@@ -173,6 +186,8 @@ def rows(verdicts: Verdicts) -> list[dict[str, Any]]:
     n = len(scores.score)
     columns["k"] = [scores.k] * n
     columns |= _verdict_columns(verdicts.judged, n)
+    if isinstance(scores, TiledScores):
+        columns["tiles"] = [tiles._asdict() for tiles in scores.tiles]
     found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if verdicts.also:
         for index, row in enumerate(found):

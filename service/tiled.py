@@ -84,14 +84,9 @@ class TiledModel:
         """Where the tiles of an image [C,h,w] lie. Raises InvalidInput if it is smaller than a tile."""
         return Plan.of(self.rule, *image.shape[1:])
 
-    def evaluated_numbers(self, images: Sequence[np.ndarray]) -> int:
-        """Tiles × C·H·W of all the images: what goes through the graphs at each posterior sample."""
-        channels, height, width = self.rule.shape
-        return sum(len(self.plan(image)) for image in images) * channels * height * width
-
     def score(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[np.ndarray] | np.ndarray,
         definition: ScoreDefinition | None = None,
         maps: bool = False,
         also: Mapping[str, ScoreDefinition] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -11,11 +12,12 @@ from fastapi.responses import Response
 
 from service import codecs
 from service.bundle import ScoreDefinition
+from service.errors import InvalidInput
 from service.routes.documents import DATA_BODY, answers
 from service.routes.house import JSON, NPY, PNG, Call, CallDep, dump
-from service.routes.inputs import data_names, parameters, read_x
+from service.routes.inputs import data_names, parameters, read_images, read_x
 from service.schemas import Scored, ScoreParameters
-from service.scoring import Judged, Verdicts, choose, further, judge, rows
+from service.scoring import Judged, Rows, Verdicts, choose, further, judge, rows
 
 router = APIRouter(tags=["scoring"])
 
@@ -25,7 +27,7 @@ async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Re
     """Score, bounds on log p(x), conformal p-value and verdict for each image (vector, signal).
 
     As npy: the maps [N, H, W] with map=true ([N, D] of vectors, [N, T] of signals), else the scores [N]. As PNG
-    (map=true): the maps as heat maps, of images.
+    (map=true): the maps as heat maps, of images. A model of tiles takes images of any size that holds a tile.
     """
     return await call.answer(lambda: _score(call, query))
 
@@ -40,13 +42,10 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     if asked.map:
         call.served.model.require("score.map")
     call.house.limit("k", chosen.definition.k, "max_k")
-    x = read_x(call, asked.strict)
-    passes = _passes([chosen.definition, *also.values()])
-    work = f"{len(x)} {data_names(call.rule)[0]} × k={passes} × {x[0].size} numbers"
-    call.house.limit(work, x.size * passes, "max_evaluated_pixels")
-    if asked.map:
-        _, height, width = call.served.manifest.signature.shape
-        call.house.limit_numbers_out(len(x), height * width)
+    x = read_x(call, asked.strict) if call.served.tiled is None else read_images(call)
+    _limit_work(call, x, _passes([chosen.definition, *also.values()]), asked.map)
+    if asked.map and media_type != JSON:
+        _check_one_size(x)
     verdicts = judge(call.served, x, asked, call.house.settings.false_positive_rate)
     _count(call, verdicts)
     _watch(call, verdicts, asked.group)
@@ -55,12 +54,33 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     maps = _maps(call, verdicts)
     if maps is None:
         return codecs.encode_npy(verdicts.scores.score), NPY
-    return (codecs.encode_npy if media_type == NPY else codecs.encode_heat_maps)(maps), media_type
+    return (codecs.encode_npy if media_type == NPY else codecs.encode_heat_maps)(np.stack(list(maps))), media_type
 
 
-def _maps(call: Call, verdicts: Verdicts) -> np.ndarray | None:
-    """[N,H,W], and of vectors and signals, which have no height, [N,W]."""
+def _limit_work(call: Call, x: Rows, passes: int, maps: bool) -> None:
+    """Refuse what takes too long, or too many maps. Raises LimitExceeded."""
+    name, rows, each = data_names(call.rule)[0], len(x), x[0].size
+    pixels = rows * math.prod(call.served.manifest.signature.shape[1:])
+    if call.served.tiled is not None:
+        name, rows, each = "tiles", sum(len(call.served.tiled.plan(image)) for image in x), math.prod(call.rule.shape)
+        pixels = sum(math.prod(image.shape[1:]) for image in x)
+    call.house.limit(f"{rows} {name} × k={passes} × {each} numbers", rows * each * passes, "max_evaluated_pixels")
+    if maps:
+        call.house.limit("the count of numbers in the maps", pixels, "max_numbers_out")
+
+
+def _check_one_size(images: Rows) -> None:
+    """Raise InvalidInput for images of different sizes, whose maps make no one array or picture."""
+    sizes = sorted({image.shape[1:] for image in images})
+    if len(sizes) > 1:
+        raise InvalidInput(f"maps of {sizes[0]} and of {sizes[1]} make no one array: ask for JSON, or one at a time")
+
+
+def _maps(call: Call, verdicts: Verdicts) -> np.ndarray | list[np.ndarray] | None:
+    """[N,H,W], and of vectors and signals, which have no height, [N,W]; of a model of tiles one [h,w] an image."""
     maps = verdicts.scores.map
+    if isinstance(maps, list):
+        return maps
     return maps if maps is None or call.rule.kind == "image" else maps[:, 0]
 
 
