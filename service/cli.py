@@ -1,4 +1,4 @@
-"""The command line: ``vaeserve serve | score | check | models``."""
+"""The command line: ``vaeserve serve | score | calibrate | check | models``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -19,6 +19,9 @@ from rich.table import Table
 from service.errors import ConfigurationError, VaeserveError
 from service.schemas import ScoreParameters
 from service.settings import Settings, check_environment
+
+if TYPE_CHECKING:
+    from service.recalibrate import Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -136,6 +139,79 @@ def score(
         raise typer.Exit(SOME_BAD_FILES)
 
 
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Name of the model: its latest version is taken")],
+    files: Annotated[list[Path], typer.Argument(help="Good images (or tables of good rows), or folders of them")],
+    groups: Annotated[
+        bool, typer.Option("--groups", help="A calibration for each subfolder too: score with group=SUBFOLDER")
+    ] = False,
+    fit_share: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the rows that fits the scores anew; 0: keep the bundle's")
+    ] = 0.3,
+    trim: Annotated[
+        str | None, typer.Option(help="Share of the highest scores to leave out; auto: those that look like outliers")
+    ] = None,
+    false_positive_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fail unless the calibration can answer this rate")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of bundles to write to; default: where the model is")] = None,
+    repository: RepositoryOption = None,
+) -> None:
+    """Write the model's next version, its verdicts calibrated on your own good images. Nothing is trained."""
+    with _errors_in_words():
+        settings = _settings(repository=repository)
+        _calibrate(settings, model, files, groups, _plan(fit_share, trim, false_positive_rate), to)
+
+
+def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None) -> Plan:
+    from service.recalibrate import Plan
+
+    try:
+        share = trim if trim in (None, "auto") else float(trim)
+    except ValueError:
+        raise ConfigurationError(f"--trim is {trim!r}, expected a share such as 0.02, or auto") from None
+    return Plan(fit_share, share, false_positive_rate)
+
+
+def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool, plan: Plan, to: Path | None) -> None:
+    from service.bundle import ArrayPreprocessing
+    from service.images import ImageLimits, unit_levels
+    from service.offline import find_files, group_of, read_images, read_tables
+    from service.recalibrate import recalibrate
+    from service.repository import load_one
+
+    console = Console(stderr=True)
+    bundle = load_one(settings, model).model.bundle
+    rule = bundle.manifest.preprocessing
+    files, names = find_files(paths, rule), None
+    if isinstance(rule, ArrayPreprocessing):
+        if grouped:
+            raise ConfigurationError("--groups: subfolders are groups of images; a table has none")
+        rows, read = read_tables(files, rule), files
+    else:
+        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        rows, read, bad = read_images(files, rule, limits)
+        for file in bad:
+            console.print(f"skipped {file.path}: {file.reason}", markup=False, highlight=False, soft_wrap=True)
+        names = [group_of(path, paths) for path in read] if grouped else None
+    with _progress(console, None, "calibrating") as advance:
+        unit = (lambda x: x) if isinstance(rule, ArrayPreprocessing) else unit_levels
+        done = recalibrate(bundle, rows, unit, names, to or settings.repository, plan, advance)
+    for note in done.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    for index in done.suspects if names is not None or not isinstance(rule, ArrayPreprocessing) else []:
+        console.print(f"look at {read[index]}", markup=False, highlight=False, soft_wrap=True)
+    parts = [
+        f"{done.n} rows calibrate",
+        f"{done.n_fit} fitted the scores",
+        *(f"{g}: {n}" for g, n in done.groups.items()),
+    ]
+    console.print(
+        f"{done.path}: {', '.join(parts)}; smallest p-value {1 / (done.n + 1):.3g}", highlight=False, soft_wrap=True
+    )
+
+
 def _score(settings: Settings, paths: list[Path], out: Path | None, model: str | None, asked: ScoreParameters) -> int:
     """Score, write, show progress on stderr; the number of files that could not be read."""
     from service.images import ImageLimits
@@ -154,7 +230,7 @@ def _score(settings: Settings, paths: list[Path], out: Path | None, model: str |
         for row in score_files(served, files, asked, settings.false_positive_rate, limits):
             if isinstance(row, BadFile):
                 bad += 1
-                console.print(f"skipped {row.path}: {row.reason}", markup=False, highlight=False)
+                console.print(f"skipped {row.path}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
             else:
                 scored += 1
                 write(row)
@@ -164,11 +240,11 @@ def _score(settings: Settings, paths: list[Path], out: Path | None, model: str |
 
 
 @contextmanager
-def _progress(console: Console, total: int | None) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _progress(console: Console, total: int | None, verb: str = "scoring") -> Iterator[Callable[..., None]]:
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("scoring", total=total)
-        yield lambda: progress.advance(task)
+        task = progress.add_task(verb, total=total)
+        yield lambda rows=1: progress.advance(task, rows)
 
 
 def read_settings(flags: list[str]) -> Settings:

@@ -90,13 +90,15 @@ def fit_detectors(
     definitions: Mapping[str, ScoreDefinition],
     held_out: np.ndarray,
     reference: np.ndarray,
+    known_codes: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Detector | Combination]:
     """The detectors of the fitted ones among ``definitions``, by name.
 
     ``held_out``: inliers float32 [n,C,H,W] that neither training nor calibration see; the first half fits the
     detectors, the second the combination of them. ``reference``: the inliers whose codes ``latent`` compares with,
-    float32 [m,C,H,W]; training images will do. Raises InvalidInput for fewer than LEAST_ROWS held-out rows.
+    float32 [m,C,H,W]; training images will do. ``known_codes``: more of these, encoded before, float32 [m',L].
+    Raises InvalidInput for fewer than LEAST_ROWS held-out rows.
     """
     if len(held_out) < LEAST_ROWS:
         raise InvalidInput(f"{len(held_out)} rows to fit scores on, expected at least {LEAST_ROWS}")
@@ -105,7 +107,7 @@ def fit_detectors(
     fitted = {name: each for name, each in definitions.items() if each.estimator in FITTED}
     single = {name: each for name, each in fitted.items() if each.estimator not in ("combination", "latent")}
     detectors: dict[str, Detector | Combination] = {
-        name: Latent.of(_codes(model, reference, definition.seed), definition, model.manifest)
+        name: Latent.of(_codes(model, reference, known_codes, definition.seed), definition, model.manifest)
         for name, definition in fitted.items()
         if definition.estimator == "latent"
     }
@@ -158,9 +160,10 @@ def _by_pass(definitions: Mapping[str, ScoreDefinition]) -> dict[tuple[int, int]
     return found
 
 
-def _codes(model: Model, x: np.ndarray, seed: int) -> np.ndarray:
-    """loc of each row, float32 [m,L]."""
-    return np.concatenate([model.encode(x[i : i + BATCH], seed=seed).loc for i in range(0, len(x), BATCH)])
+def _codes(model: Model, x: np.ndarray, known: np.ndarray | None, seed: int) -> np.ndarray:
+    """loc of each row, float32 [m,L], and the known ones after them, as far as there is room."""
+    found = [model.encode(x[i : i + BATCH], seed=seed).loc for i in range(0, len(x), BATCH)]
+    return np.concatenate([*found, *([] if known is None else [known])])[: reference_room(model.manifest)]
 
 
 def _tell(progress: Progress | None, rows: int) -> None:

@@ -74,6 +74,31 @@ def find_files(paths: Iterable[Path], rule: InputRule) -> list[Path]:
     return found
 
 
+def read_images(
+    files: Sequence[Path], rule: Preprocessing, limits: ImageLimits
+) -> tuple[np.ndarray, list[Path], list[BadFile]]:
+    """Pixels uint8 [n,C,H,W] of the files that are images, which files these are, and the others."""
+    read = [_read_image(path, rule, limits, False) for path in files]
+    bad = [image for image in read if isinstance(image, BadFile)]
+    good = [(path, image) for path, image in zip(files, read, strict=True) if not isinstance(image, BadFile)]
+    pixels = np.stack([image for _, image in good]) if good else np.empty((0, *rule.shape), np.uint8)
+    return pixels, [path for path, _ in good], bad
+
+
+def read_tables(files: Sequence[Path], rule: ArrayPreprocessing) -> np.ndarray:
+    """Rows float32 [n,C,H,W] of all files together. Raises InvalidInput for a file with a bad row."""
+    return np.concatenate([_read_table(path, rule) for path in files])
+
+
+def group_of(path: Path, roots: Sequence[Path]) -> str | None:
+    """The subfolder of one of ``roots`` that the file lies in, None where it lies in no subfolder."""
+    for root in roots:
+        if path.is_relative_to(root):
+            parts = path.relative_to(root).parts
+            return parts[0] if len(parts) > 1 else None
+    return None
+
+
 def fields_of(rule: InputRule) -> list[str]:
     """The columns of a model's rows: only tables have several rows a file."""
     return [field for field in FIELDS if field != "row" or rule.kind != "image"]

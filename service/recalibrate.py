@@ -1,0 +1,210 @@
+"""``vaeserve calibrate``: a bundle's verdicts rest on a user's own good rows, without training anything again.
+
+The rows are put in a seeded order: a share of them fits the scores' detectors anew, the rest calibrates. Neither sees
+the other, so that the false-positive rate is that of rows like these.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from service.bundle import CALIBRATION, DETECTORS, Bundle, ScoreDefinition, next_version, open_bundle, write_bundle
+from service.calibration import Calibrator, calibration_key
+from service.contamination import Contamination, contamination, rate_after_trimming, trimmed
+from service.detectors import Combination, Detector, Latent, to_arrays
+from service.errors import InvalidInput
+from service.fitting import LEAST_ROWS, fit_detectors, fitted_definitions, room
+from service.model import Model
+from service.runtime import Runtime
+from service.verify import verified
+
+SPLIT = "own rows"
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+BATCH = 64
+SEED = 0
+
+Progress = Callable[[int], None]
+ToUnit = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is wanted.
+
+    ``fit_share``: of the rows that fit the scores anew; 0 keeps the bundle's. ``trim``: share of the calibration scores
+    to leave out from the top; None: nothing, "auto": what the tail test suspects. ``false_positive_rate``: one that the
+    calibration must be able to answer.
+    """
+
+    fit_share: float = 0.3
+    trim: float | str | None = None
+    false_positive_rate: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of it: the new bundle's folder, how many rows did what, and what the operator should know."""
+
+    path: Path
+    n: int
+    n_fit: int
+    groups: dict[str, int]
+    suspects: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def recalibrate(
+    bundle: Bundle,
+    rows: np.ndarray,
+    to_unit: ToUnit,
+    groups: Sequence[str | None] | None,
+    root: Path,
+    plan: Plan,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Write the next version of the bundle under ``root``, calibrated on ``rows`` (uint8 or float32 [n,C,H,W]).
+
+    ``to_unit`` brings a batch of rows to the float32 that the model takes; ``groups`` names each row's group, whose
+    calibration is kept beside that of all. Raises InvalidInput for too few rows, and whatever write_bundle raises.
+    """
+    order = np.random.RandomState(SEED).permutation(len(rows))
+    n_fit = _rows_to_fit(len(rows), bundle, plan)
+    fit, held_out = order[:n_fit], np.sort(order[n_fit:])
+    _check_rate(len(held_out), plan)
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
+    notes = []
+    if n_fit:
+        definitions, detectors = _fitted(bundle, to_unit(rows[fit]), progress)
+        manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
+        files[DETECTORS] = _npz(to_arrays(detectors))
+    elif plan.fit_share:
+        notes.append(f"{len(rows)} rows are too few to fit the scores anew: those of the bundle are kept")
+    manifest |= {"format_version": 3, "version": next_version(root, bundle.manifest.name), "calibration": None}
+    files.pop(CALIBRATION, None)
+    with _loaded(manifest, files, root) as model:
+        scores = _scores(model, rows, held_out, to_unit, progress)
+    suspects = contamination(scores[manifest["default_score"]])
+    kept, removed = _trimmed(scores, suspects, plan)
+    notes += _notes(suspects, removed, len(held_out), plan)
+    by_group = _by_group(scores, groups, held_out)
+    stored = {name: np.sort(values) for name, values in kept.items()} | by_group
+    manifest["calibration"] = _summary(kept, by_group, n_fit, removed)
+    files[CALIBRATION] = _npz(stored)
+    path = write_bundle(root, manifest, files, verify=verified)
+    counts = {group: len(stored[calibration_key(manifest["default_score"], group)]) for group in _names(groups)}
+    return Outcome(
+        path, len(next(iter(kept.values()))), n_fit, counts, [int(held_out[i]) for i in suspects.indices], notes
+    )
+
+
+def _rows_to_fit(n: int, bundle: Bundle, plan: Plan) -> int:
+    wanted = min(round(plan.fit_share * n), room(bundle.manifest))
+    if n < 2:
+        raise InvalidInput(f"{n} row to calibrate on: expected at least 2, and 99 for a false-positive rate of 1%")
+    return wanted if wanted >= LEAST_ROWS else 0
+
+
+def _check_rate(n: int, plan: Plan) -> None:
+    """Raises InvalidInput, with the number needed, where n calibration scores cannot answer the asked rate."""
+    if plan.false_positive_rate is not None:
+        Calibrator({"rows": np.arange(float(n))}).threshold("rows", plan.false_positive_rate)
+
+
+def _fitted(
+    bundle: Bundle, x: np.ndarray, progress: Progress | None
+) -> tuple[dict[str, ScoreDefinition], Mapping[str, Detector | Combination]]:
+    """Scores fitted to x; ``latent`` compares with x and with what the bundle compared with before."""
+    model = Model.load(bundle, Runtime("cpu"))
+    definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
+    known = [each.arrays["reference"] for each in model.detectors.values() if isinstance(each, Latent)]
+    # The combination is fitted to the second half of x: codes of that half would find themselves as neighbours.
+    first = x[: (len(x) + 1) // 2]
+    return definitions, fit_detectors(model, definitions, x, first, known[0] if known else None, progress)
+
+
+@contextmanager
+def _loaded(manifest: Mapping[str, object], files: Mapping[str, bytes], root: Path) -> Iterator[Model]:
+    """The model with its new scores and no calibration, in a folder that is gone afterwards."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".calibrate.", dir=root) as scratch:
+        yield Model.load(open_bundle(write_bundle(scratch, manifest, files)), Runtime("cpu"))
+
+
+def _scores(
+    model: Model, rows: np.ndarray, indices: np.ndarray, to_unit: ToUnit, progress: Progress | None
+) -> dict[str, np.ndarray]:
+    """Scores by name, float64 [n], of the rows at ``indices``."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in model.manifest.scores}
+    for start in range(0, len(indices), BATCH):
+        x = to_unit(rows[indices[start : start + BATCH]])
+        for name, values in model.score(x, also=model.manifest.scores).also.items():
+            found[name].append(values)
+        if progress:
+            progress(len(x))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _trimmed(scores: dict[str, np.ndarray], suspects: Contamination, plan: Plan) -> tuple[dict[str, np.ndarray], int]:
+    """The scores without the top share of each, and how many of each are gone."""
+    if plan.trim is None:
+        return scores, 0
+    share = suspects.share if plan.trim == "auto" else float(plan.trim)
+    kept = {name: trimmed(values, share) for name, values in scores.items()}
+    return kept, len(next(iter(scores.values()))) - len(next(iter(kept.values())))
+
+
+def _notes(suspects: Contamination, removed: int, n: int, plan: Plan) -> list[str]:
+    notes = [suspects.message] if suspects.message else []
+    if removed:
+        rate = plan.false_positive_rate or 0.05
+        bound = rate_after_trimming(rate, n, removed)
+        notes.append(
+            f"the {removed} highest of {n} scores were left out: at p ≤ {rate:g} up to {bound:.3g} of good rows may "
+            "now be flagged"
+        )
+    return notes
+
+
+def _names(groups: Sequence[str | None] | None) -> list[str]:
+    return sorted({group for group in groups or [] if group is not None})
+
+
+def _by_group(
+    scores: Mapping[str, np.ndarray], groups: Sequence[str | None] | None, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Sorted scores of each group, by the key of calibration.npz. Raises InvalidInput for a group without rows."""
+    found: dict[str, np.ndarray] = {}
+    for group in _names(groups):
+        assert groups is not None
+        members = np.array([groups[i] == group for i in indices])
+        if not members.any():
+            raise InvalidInput(f"group {group!r} has no row left to calibrate on: give it more, or fit on fewer")
+        found |= {calibration_key(name, group): np.sort(values[members]) for name, values in scores.items()}
+    return found
+
+
+def _summary(
+    kept: Mapping[str, np.ndarray], by_group: Mapping[str, np.ndarray], n_fit: int, removed: int
+) -> dict[str, object]:
+    return {
+        "split": SPLIT,
+        "n": len(next(iter(kept.values()))),
+        "fitted_on": SPLIT if n_fit else None,
+        "n_fit": n_fit,
+        "removed": removed,
+        "quantiles": {name: {f"{q:g}": float(np.quantile(s, q)) for q in QUANTILES} for name, s in kept.items()},
+    }
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
+    return buffer.getvalue()

@@ -1,0 +1,155 @@
+"""``vaeserve calibrate``: a new version whose verdicts rest on the user's own rows, and keep the rate on fresh ones."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from service.bundle import CALIBRATION, DETECTORS, open_bundle
+from service.calibration import Calibrator
+from service.cli import app
+from service.errors import InvalidInput
+from service.images import unit_levels
+from service.model import Model
+from service.recalibrate import Plan, recalibrate
+from service.runtime import Runtime
+from tests.ppca_bundle import images
+from tests.service.fitted import write_fitted
+from tests.service.linear_bundles import draw, linear, write_table
+
+
+def levels(n, seed, mirrored=False):
+    """Images as 8-bit pixels; the mirrored ones are from another camera than those of training."""
+    return np.rint(images(n, seed=seed)[..., :: -1 if mirrored else 1] * 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, ppca_path):
+    root = tmp_path_factory.mktemp("own")
+    write_fitted(root, ppca_path)
+    return root
+
+
+def load(path):
+    return Model.load(open_bundle(path), Runtime("cpu"))
+
+
+@pytest.fixture(scope="module")
+def moved(root):
+    """Calibrated on 600 images that are the mirror images of those of training."""
+    return recalibrate(open_bundle(root / "ppca" / "2"), levels(600, 21, True), unit_levels, None, root, Plan())
+
+
+def test_the_next_version_keeps_the_graphs_and_has_new_detectors_and_scores(root, moved):
+    old, new = open_bundle(root / "ppca" / "2"), open_bundle(moved.path)
+    assert new.manifest.version == "3"
+    for role in old.manifest.graphs:
+        assert new.graph(role) == old.graph(role)
+    assert new.read(DETECTORS) != old.read(DETECTORS)
+    assert (moved.n, moved.n_fit) == (420, 180)
+    assert (new.manifest.calibration.n, new.manifest.calibration.n_fit) == (420, 180)
+
+
+def test_fresh_rows_like_the_users_own_are_flagged_at_the_asked_rate_where_the_old_calibration_flags_many(root, moved):
+    fresh = unit_levels(levels(2000, 22, True))
+    for path, low, high in ((moved.path, 0.02, 0.08), (root / "ppca" / "2", 0.15, 1.0)):
+        model = load(path)
+        p = Calibrator.from_bundle(model.bundle).p_values("combined", model.score(fresh).score)
+        assert low <= np.mean(p <= 0.05) <= high, path
+
+
+def test_what_fits_the_scores_does_not_calibrate_them(moved):
+    """The stored scores are those of the rows outside the fitted share, each scored alone."""
+    model = load(moved.path)
+    order = np.random.RandomState(0).permutation(600)
+    rows = unit_levels(levels(600, 21, True)[np.sort(order[180:])])
+    np.testing.assert_array_equal(np.sort(model.score(rows).score), model.bundle.arrays(CALIBRATION)["combined"])
+
+
+def test_few_rows_keep_the_detectors_and_say_so(root, tmp_path):
+    old = open_bundle(root / "ppca" / "2")
+    done = recalibrate(old, levels(30, 23), unit_levels, None, tmp_path, Plan())
+    assert open_bundle(done.path).read(DETECTORS) == old.read(DETECTORS)
+    assert (done.n, done.n_fit) == (30, 0)
+    assert any("too few" in note for note in done.notes)
+
+
+def test_a_rate_that_so_few_rows_cannot_answer_fails_before_any_work_with_the_number_needed(root, tmp_path):
+    with pytest.raises(InvalidInput, match="at least 99"):
+        recalibrate(
+            open_bundle(root / "ppca" / "2"), levels(60, 1), unit_levels, None, tmp_path, Plan(false_positive_rate=0.01)
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_outliers_among_the_good_rows_are_named_and_can_be_left_out(root, tmp_path):
+    old = open_bundle(root / "ppca" / "2")
+    noise = 255 * np.random.RandomState(0).randint(0, 2, (10, *images(1).shape[1:])).astype(np.uint8)
+    rows = np.concatenate([levels(390, 24), noise])
+    plain = recalibrate(old, rows, unit_levels, None, tmp_path / "plain", Plan(fit_share=0))
+    assert set(range(390, 400)) <= set(plain.suspects)
+    assert plain.notes
+    trimmed = recalibrate(old, rows, unit_levels, None, tmp_path / "trimmed", Plan(fit_share=0, trim="auto"))
+    assert trimmed.n == 400 - len(plain.suspects)
+    assert open_bundle(trimmed.path).manifest.calibration.removed == len(plain.suspects)
+    assert max(open_bundle(trimmed.path).arrays(CALIBRATION)["combined"]) < max(
+        open_bundle(plain.path).arrays(CALIBRATION)["combined"]
+    )
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two subfolders of pictures, and a file that is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for group, count, seed in (("left", 60, 31), ("right", 80, 32)):
+        (folder / group).mkdir()
+        for i, image in enumerate(levels(count, seed)):
+            Image.fromarray(image[0]).save(folder / group / f"{i}.png")
+    (folder / "left" / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_the_command_writes_a_version_with_a_calibration_for_each_subfolder(root, folder, tmp_path):
+    done = run("calibrate", "ppca", folder, "--groups", "--repository", root, "--to", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert "broken.png" in done.stderr
+    bundle = open_bundle(tmp_path / "ppca" / "1")
+    calibrator = Calibrator.from_bundle(bundle)
+    assert calibrator.groups("combined") == ["left", "right"]
+    counts = [calibrator.n("combined", group) for group in ("left", "right")]
+    assert sum(counts) == calibrator.n("combined") == 98
+    scored = run("score", folder / "right" / "0.png", "--repository", tmp_path)
+    assert scored.exit_code == 0, scored.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--trim", "much"], "--trim is 'much'"),
+        (["--trim", "0.9"], "expected a number from 0 to 0.5"),
+        (["--false-positive-rate", "0.001"], "at least 999"),
+    ],
+)
+def test_the_command_refuses_in_one_line(root, folder, tmp_path, arguments, text):
+    done = run("calibrate", "ppca", folder, *arguments, "--repository", root, "--to", tmp_path / "to")
+    assert done.exit_code == 1
+    assert text in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line and "broken.png" not in line]) == 1, done.stderr
+
+
+def test_an_unknown_model_is_refused(root, folder):
+    assert "ppca" in run("calibrate", "nonsense", folder, "--repository", root).stderr
+
+
+def test_tables_calibrate_too(tmp_path):
+    write_table(tmp_path / "from")
+    rows = draw(linear((1, 1, 4), 2, np.array([1.0, 300.0, 0.02, 25.0])), 200, seed=4)
+    np.save(tmp_path / "rows.npy", rows.reshape(200, 4).astype(np.float32))
+    done = run("calibrate", "table", tmp_path / "rows.npy", "--repository", tmp_path / "from", "--to", tmp_path / "to")
+    assert done.exit_code == 0, done.stderr
+    manifest = open_bundle(next((tmp_path / "to" / "table").iterdir())).manifest
+    assert (manifest.calibration.n, manifest.calibration.n_fit) == (140, 60)
