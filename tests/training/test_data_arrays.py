@@ -179,6 +179,7 @@ def test_size_and_mode_are_the_bundle_rule(tmp_path):
         "fit": "stretch",
         "resample": "box",
         "background": 0,
+        "tiling": None,
     }
     pixels = dataset.pixels([0, 1])
     assert pixels.shape == (2, 3, 9, 7)

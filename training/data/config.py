@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from service.bundle import Preprocessing
+from service.bundle import Preprocessing, Tiling
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -34,6 +34,11 @@ class DataConfig(BaseModel):
     Without ``size`` an image set keeps its own size; a folder of images keeps the size that they all share if no side
     of it is over 128 pixels, and becomes 64×64 otherwise. ``mode`` auto is L where the images are grey, else RGB.
 
+    With ``tile`` a folder's images stay as large as they are: training sees ``crops`` of that size from each, at places
+    that the image's content and ``split_seed`` fix, and the splits are of images, so that no two of them hold crops of
+    one image. The bundle scores whole images by tiles that ``overlap``, and their score by ``aggregate``
+    (service.bundle.Tiling).
+
     Data sets that come with a test part keep it whole, and copies of its images elsewhere are left out; ``validation``
     and ``calibration`` are fractions of the rest.
     """
@@ -45,6 +50,13 @@ class DataConfig(BaseModel):
     kind: Literal["auto", "image", "vector", "signal"] = Field(default="auto", description="what a row is")
     mode: Literal["auto", "L", "RGB"] = Field(default="auto", description="grey or colour")
     size: Side | tuple[Side, Side] | None = Field(default=None, description="side of a square, or (height, width)")
+    tile: Side | tuple[Side, Side] | None = Field(
+        default=None, description="a folder's images in crops of this side, or (height, width), at their own resolution"
+    )
+    crops: int = Field(default=64, ge=1, description="tile: crops of each image, fewer of small ones")
+    overlap: float = Field(default=0.5, ge=0, lt=1, description="tile: of neighbouring tiles when images are scored")
+    aggregate: Literal["maximum", "top"] = Field(default="maximum", description="tile: an image's score of its tiles'")
+    top_share: float = Field(default=0.05, gt=0, le=1, description="aggregate top: share of the tiles that counts")
     fit: Literal["cover", "contain", "stretch"] = Field(default="cover", description="how another shape becomes size")
     resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bilinear"
     background: int = Field(default=0, ge=0, le=255, description="colour behind transparency and beside ``contain``")
@@ -74,13 +86,30 @@ class DataConfig(BaseModel):
             raise ValueError(f"validation + calibration + test is {held_out:g}, which leaves nothing to train on")
         return self
 
+    @model_validator(mode="after")
+    def _tiles_are_not_resized(self) -> DataConfig:
+        if self.tile is not None and self.size is not None:
+            raise ValueError("size and tile exclude each other: tiles are cut out of images in their own size")
+        return self
+
     @property
     def shape(self) -> tuple[int, int] | None:
-        """(H, W) as asked for, or None."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+        """(H, W) of a row as asked for, or None."""
+        asked = self.size if self.tile is None else self.tile
+        return (asked, asked) if isinstance(asked, int) else asked
 
     def preprocessing(self, mode: Literal["L", "RGB"], height: int, width: int) -> Preprocessing:
         """The rule that the bundle will carry, with the open parts settled."""
         return Preprocessing(
-            mode=mode, height=height, width=width, fit=self.fit, resample=self.resample, background=self.background
+            mode=mode,
+            height=height,
+            width=width,
+            fit=self.fit,
+            resample=self.resample,
+            background=self.background,
+            tiling=None if self.tile is None else self._tiling(height, width),
         )
+
+    def _tiling(self, height: int, width: int) -> Tiling:
+        down, across = (max(1, round(side * (1 - self.overlap))) for side in (height, width))
+        return Tiling(stride=(down, across), aggregate=self.aggregate, share=self.top_share)

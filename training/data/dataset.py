@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from service.bundle import InputRule
+from service.bundle import Backbone, InputRule
 from training.data.parallel import ordered_map
 from training.errors import DataError
 
@@ -51,17 +51,32 @@ class Streamed:
 
 
 @dataclass(frozen=True)
+class Wholes:
+    """The images that a data set's crops are of: ``splits`` of them, by index into ``kept``, those of their crops."""
+
+    source: Pixels
+    kept: np.ndarray
+    splits: Mapping[str, np.ndarray]
+
+    def read(self, index: int) -> np.ndarray:
+        """Image ``index`` in its own size, uint8 [C,h,w]. Raises DataError."""
+        return self.source.read(int(self.kept[index]))
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """Images, vectors or signals of one shape, and disjoint splits of them; what is said of images holds for all.
+    """Images, vectors, signals or features of one shape, and disjoint splits of them; what is said of images holds for
+    all.
 
     ``splits`` maps train, validation, calibration and test to int64 indices into the pool of N images, in seeded order
     (all of them, but those equal to images of a test part that the data set came with);
     ``labels`` int64 [N] are aligned with the pool; ``skipped`` names each image that could not be used, with the
-    reason; ``fingerprint`` (SHA-256, hex) changes when any pixel, label or split does.
+    reason; ``fingerprint`` (SHA-256, hex) changes when any pixel, label or split does. ``wholes``: of a data set of
+    crops, the images that these are of.
     """
 
     name: str
-    preprocessing: InputRule
+    preprocessing: InputRule | Backbone
     splits: Mapping[str, np.ndarray]
     labels: np.ndarray | None
     label_names: list[str] | None
@@ -70,6 +85,7 @@ class Dataset:
     dtype: np.dtype
     store: np.ndarray | Streamed = field(repr=False)
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    wholes: Wholes | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.store) if isinstance(self.store, np.ndarray) else len(self.store.kept)

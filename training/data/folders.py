@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from service.bundle import Preprocessing
 from service.errors import VaeserveError
-from service.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image
+from service.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, open_image, read_whole
 from training.data.config import DataConfig
 from training.data.source import Source, slug
 from training.errors import DataError, DataFormatError, DataNotFound
@@ -29,14 +29,17 @@ TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 
 @dataclass(frozen=True)
 class FilePixels:
-    """Image files under ``root``, decoded by the same code that serves."""
+    """Image files under ``root``, decoded by the same code that serves; in their own size if the rule is of tiles."""
 
     root: Path
     paths: Sequence[str]
     preprocessing: Preprocessing
 
     def read(self, index: int) -> np.ndarray:
-        """File ``index`` as uint8 [C,H,W]. Raises DataError with the reason if it is no usable image."""
+        """File ``index`` as uint8 [C,H,W], or [C,h,w] in its own size.
+
+        Raises DataError with the reason if it is no usable image.
+        """
         return _decode(self.root / self.paths[index], self.preprocessing)
 
     def name(self, index: int) -> str:
@@ -97,6 +100,8 @@ def _read(path: Path) -> bytes:
 
 def _decode(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     try:
+        if preprocessing.tiling is not None:
+            return read_whole(open_image(_read(path), LIMITS), preprocessing)
         return decode_image(_read(path), preprocessing, LIMITS)
     except VaeserveError as error:
         raise DataFormatError(str(error)) from error

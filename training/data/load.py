@@ -9,6 +9,7 @@ from typing import Literal
 
 from training.data.arrays import array_kind, open_array
 from training.data.config import DataConfig
+from training.data.crops import load_crops
 from training.data.csvs import read_csv
 from training.data.dataset import Dataset
 from training.data.digits import open_digits
@@ -44,7 +45,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     Raises a DataError that says what was expected: nothing there, bytes that are not their format's, rows refused,
     too few of them left.
     """
-    return load_source(_open(config), config)
+    source = _open(config)
+    return load_source(source, config) if config.tile is None else load_crops(source, config)
 
 
 def kind_of(config: DataConfig) -> Literal["image", "vector", "signal"]:
@@ -61,6 +63,10 @@ def _open(config: DataConfig) -> Source:
     path = Path(config.source).expanduser()
     named = config.source in NAMED
     suffix = path.suffix.lower() if path.is_file() and not named else ""
+    if config.tile is not None and (named or suffix):
+        raise DataFormatError(
+            f"{config.source}: data.tile = {config.tile}: expected a folder of images to cut tiles from"
+        )
     if suffix in TABLES:
         return open_table(path, config, TABLES[suffix])
     refuse_options(config, TABLE_OPTIONS, path, "it chooses among the columns of a .csv or .parquet file")

@@ -63,14 +63,14 @@ def slug(text: str) -> str:
 
 def load_source(source: Source, config: DataConfig) -> Dataset:
     """Read, check and split ``source``. Raises BadImages (on_bad = "refuse") and SplitError (too few usable images)."""
-    rows = _drawn(source.count, config)
+    rows = drawn(source.count, config)
     scan = _scan(source, rows, config)
-    _check(source, scan, config)
+    check_usable(source, scan.skipped, len(scan.kept), config)
     kept = np.array(scan.kept, dtype=np.int64)
     digests = np.frombuffer(b"".join(scan.digests), dtype=np.uint8).reshape(len(kept), -1)
     groups = number_groups(digests)
-    splits = _split(source, kept, groups, config)
-    labels = _labels(source, kept)
+    splits = split_rows(source, kept, groups, config)
+    labels = pool_labels(source, kept)
     store = Streamed(source.pixels, kept, digests, source.workers) if scan.pixels is None else scan.pixels
     return Dataset(
         name=source.name,
@@ -91,7 +91,7 @@ def load_source(source: Source, config: DataConfig) -> Dataset:
     )
 
 
-def _drawn(count: int, config: DataConfig) -> np.ndarray:
+def drawn(count: int, config: DataConfig) -> np.ndarray:
     """Indices of the images to use: all, or ``config.limit`` of them drawn by the split's seed; ascending."""
     if config.limit is None or config.limit >= count:
         return np.arange(count)
@@ -133,15 +133,17 @@ def _outcomes(source: Source, rows: np.ndarray) -> Iterator[np.ndarray | DataErr
         yield from ordered_map(outcome, rows.tolist(), source.workers, 4 * source.workers)
 
 
-def _check(source: Source, scan: _Scan, config: DataConfig) -> None:
-    if scan.skipped and config.on_bad == "refuse":
-        raise BadImages(f"{source.name}: {len(scan.skipped)} {source.noun}s cannot be used:\n{_listed(scan.skipped)}")
-    if not scan.kept:
-        bad = f"; all {len(scan.skipped)} found cannot be used:\n{_listed(scan.skipped)}" if scan.skipped else ""
+def check_usable(source: Source, skipped: list[tuple[str, str]], kept: int, config: DataConfig) -> None:
+    """Raises BadImages (on_bad = "refuse") and SplitError (nothing to use)."""
+    if skipped and config.on_bad == "refuse":
+        raise BadImages(f"{source.name}: {len(skipped)} {source.noun}s cannot be used:\n{_listed(skipped)}")
+    if not kept:
+        bad = f"; all {len(skipped)} found cannot be used:\n{_listed(skipped)}" if skipped else ""
         raise SplitError(f"{source.name}: no usable {source.noun}{bad}")
 
 
-def _split(source: Source, kept: np.ndarray, groups: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:
+def split_rows(source: Source, kept: np.ndarray, groups: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:
+    """Indices into ``kept`` by split. Raises SplitError."""
     fractions = {"validation": config.validation, "calibration": config.calibration, "test": config.test}
     try:
         if source.is_test is None:
@@ -153,7 +155,7 @@ def _split(source: Source, kept: np.ndarray, groups: np.ndarray, config: DataCon
         raise SplitError(f"{source.name}: {error}{beside}") from error
 
 
-def _labels(source: Source, kept: np.ndarray) -> np.ndarray | None:
+def pool_labels(source: Source, kept: np.ndarray) -> np.ndarray | None:
     """Labels of the pool, or None where not every image of it has one."""
     if source.labels is None or (source.labels[kept] < 0).any():
         return None
