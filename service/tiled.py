@@ -71,14 +71,17 @@ class _Found(NamedTuple):
 
 
 class TiledModel:
-    """A model whose manifest says ``tiling``. Safe to call from several threads."""
+    """A model whose manifest says ``tiling``. Safe to call from several threads.
 
-    def __init__(self, model: Model) -> None:
+    ``tails``: in place of the bundle's own, while these are being fitted.
+    """
+
+    def __init__(self, model: Model, tails: Tails | None = None) -> None:
         rule = model.manifest.preprocessing
         assert isinstance(rule, Preprocessing)
         assert rule.tiling is not None
         self.model, self.rule, self.tiling = model, rule, rule.tiling
-        self._tails = load_tails(model.bundle)
+        self._tails = load_tails(model.bundle) if tails is None else tails
 
     def plan(self, image: np.ndarray) -> Plan:
         """Where the tiles of an image [C,h,w] lie. Raises InvalidInput if it is smaller than a tile."""

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle import CALIBRATION, DETECTORS, Bundle, open_bundle
+from service.bundle import CALIBRATION, DETECTORS, TILES, Bundle, open_bundle
 from service.calibration import Calibrator
 from service.detectors import to_arrays
 from service.fitting import LEAST_ROWS, fit_detectors, fitted_definitions, reference_room, room
 from service.model import Model
 from service.runtime import Runtime
+from service.tiled import TiledModel, fit_tails
 from training.batches import pixel_batches
 from training.data import Dataset
+from training.data.dataset import Wholes
 from training.parity import to_npz
 from training.runs import SCORES, Run
 from training.staging import contents, open_staged, replace_bundle
@@ -44,9 +46,24 @@ def score_split(
     return {name: np.concatenate(scores) for name, scores in parts.items()}
 
 
+def score_wholes(
+    model: TiledModel, wholes: Wholes, split: str, names: list[str], progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """As score_split, of the whole images that a split's crops are of: by tiles, as the service scores them."""
+    definitions = {name: model.model.manifest.scores[name] for name in names}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for index in wholes.splits[split]:
+        found = model.score([wholes.read(int(index))], definitions[names[0]], also=definitions).also
+        for name in names:
+            parts[name].append(found[name])
+        if progress:
+            progress(1)
+    return {name: np.concatenate(scores) for name, scores in parts.items()}
+
+
 def images_to_score(run: Run) -> int:
     """How many images ``calibrate`` will score."""
-    splits = run.dataset.splits
+    splits = (run.dataset.wholes or run.dataset).splits
     return len(splits[SPLIT]) + len(splits["test"])
 
 
@@ -57,11 +74,17 @@ def calibrate(run: Run, progress: Progress | None = None) -> Path:
     Raises ExportError without a staged bundle, VaeserveError when the new one does not verify.
     """
     bundle = open_bundle(fit_scores(run))
-    model = Model.load(bundle, Runtime("cpu"))
-    names = list(bundle.manifest.scores)
-    held_out = {name: np.sort(s) for name, s in score_split(model, run.dataset, SPLIT, names, progress).items()}
-    test = score_split(model, run.dataset, "test", names, progress)
+    model = Model.load(bundle, Runtime("cpu")).without_backbone()
+    names, wholes = list(bundle.manifest.scores), run.dataset.wholes
     manifest, files = contents(bundle)
+    if wholes is None:
+        found = [score_split(model, run.dataset, split, names, progress) for split in (SPLIT, "test")]
+    else:
+        tails = fit_tails(score_split(model, run.dataset, FIT_SPLIT, names))
+        files[TILES] = to_npz(to_arrays(tails))
+        tiled = TiledModel(Model.load(bundle, Runtime("cpu")), tails)
+        found = [score_wholes(tiled, wholes, split, names, progress) for split in (SPLIT, "test")]
+    held_out, test = {name: np.sort(scores) for name, scores in found[0].items()}, found[1]
     fitted = {"fitted_on": FIT_SPLIT, "n_fit": len(_held_out(run, bundle))} if DETECTORS in files else {}
     manifest["calibration"] = summary(held_out, test) | fitted
     files[CALIBRATION] = to_npz(held_out)
@@ -82,7 +105,7 @@ def fit_scores(run: Run) -> Path:
     held_out = _held_out(run, bundle)
     if len(held_out) < LEAST_ROWS:
         return bundle.path
-    model = Model.load(bundle, Runtime("cpu"))
+    model = Model.load(bundle, Runtime("cpu")).without_backbone()
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
     reference = run.dataset.splits["train"][: reference_room(bundle.manifest)]
     detectors = fit_detectors(model, definitions, _pixels(run.dataset, held_out), _pixels(run.dataset, reference))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from service.bundle import ArrayPreprocessing, Manifest
+from service.bundle import ArrayPreprocessing, Manifest, Preprocessing, Tiling
 
 FIGURES = {
     "reconstructions": "Test {rows} and their reconstructions",
@@ -80,12 +80,28 @@ def card(manifest: Manifest, figures: Mapping[str, str]) -> str:
 def _what(manifest: Manifest) -> str:
     parts = ", ".join((_prior(manifest), _likelihood(manifest), _posterior(manifest)))
     sentences = (EVIDENCE[manifest.evidence], _measure(manifest), BINARISATION[manifest.likelihood.binarisation])
-    return "\n\n".join([
+    return "\n\n".join(filter(None, [
         "## What it is",
         f"A latent variable model of {_shape(manifest)}: {parts} (family: {manifest.family}). "
         f"{' '.join(filter(None, sentences))}",
+        _backbone(manifest),
         f"{_rule(manifest)} `vaeserve serve` serves it, `vaeserve check` verifies it.",
-    ])  # fmt: skip
+    ]))  # fmt: skip
+
+
+def _backbone(manifest: Manifest) -> str:
+    """What stands before the model, if anything does."""
+    found = manifest.backbone
+    if found is None:
+        return ""
+    kind = "pooled features" if found.kind == "vector" else "a map of features"
+    size = "×".join(map(str, found.natural))
+    normalised = f" Pixels in [0, 1] are normalised inside: mean {found.mean}, std {found.std}." if found.std else ""
+    return (
+        f"It does not see the image itself: a frozen network, `{manifest.graphs['backbone']}`, makes {kind} of it "
+        f"({size}; tensor `{found.output}` of the file with SHA-256 `{found.sha256}`), and the model is of these. It "
+        f"encodes and scores; there is no way back from features to images, so that it does not decode.{normalised}"
+    )
 
 
 def _rows(manifest: Manifest) -> str:
@@ -133,13 +149,15 @@ def _measure(manifest: Manifest) -> str:
         return "log p(x) is the logarithm of a probability."
     if manifest.likelihood.measure == "none":
         return ""
-    return DENSITY_OF_PIXELS if manifest.preprocessing.kind == "image" else DENSITY_OF_NUMBERS
+    return DENSITY_OF_PIXELS if manifest.modelled.kind == "image" else DENSITY_OF_NUMBERS
 
 
 def _rule(manifest: Manifest) -> str:
     """How a row from outside becomes the graphs' input."""
     rule = manifest.preprocessing
     if not isinstance(rule, ArrayPreprocessing):
+        if rule.tiling is not None:
+            return _tiles(rule, rule.tiling)
         return (
             f"An image of another size or mode is brought to {rule.mode}, {rule.height}×{rule.width} pixels, by the "
             f"rule `{rule.fit}` with {rule.resample} resampling."
@@ -152,13 +170,31 @@ def _rule(manifest: Manifest) -> str:
     return f"{taken} Features, in this order: {names}{f' and {more} more, in the manifest' if more > 0 else ''}."
 
 
+def _tiles(rule: Preprocessing, tiling: Tiling) -> str:
+    """How an image of any size is scored by its tiles."""
+    aggregates = {
+        "maximum": "its most anomalous tile's tail probability p, for m tiles side by side: −log(1 − (1 − p)^m), nats",
+        "top": f"the mean of the highest {tiling.share:.0%} of its tiles' scores",
+    }
+    return (
+        f"An image is brought to {rule.mode} and stays as large as it is, at least {rule.height}×{rule.width} pixels. "
+        f"It is scored by tiles of that size, {tiling.stride[0]} pixels apart down and {tiling.stride[1]} across; its "
+        f"score is {aggregates[tiling.aggregate]}. The scores below were calibrated by whole images; figures of the "
+        "bound are of crops."
+    )
+
+
 def _data(manifest: Manifest) -> str:
     data, rows = manifest.provenance.data, _rows(manifest)
     hashed = "pixels" if rows == "images" else "numbers"
     splits = ", ".join(f"{name} {count:,}" for name, count in data.get("splits", {}).items())
+    crops = ""
+    if "whole_images" in data:
+        of = ", ".join(f"{name} {count:,}" for name, count in data.get("whole_splits", {}).items())
+        crops = f" They are crops of {data['whole_images']:,} images, which were split whole: {of}."
     return (
         "## Data\n\n"
-        f"`{data.get('name')}`: {data.get(rows, 0):,} {rows}. Disjoint seeded splits: {splits}. "
+        f"`{data.get('name')}`: {data.get(rows, 0):,} {rows}.{crops} Disjoint seeded splits: {splits}. "
         f"Fingerprint over {hashed}, labels and splits (SHA-256): `{data.get('fingerprint')}`."
     )
 
@@ -179,7 +215,7 @@ def _metrics(manifest: Manifest) -> str:
 
 
 def _estimator(manifest: Manifest) -> str:
-    dithered = manifest.evidence == "exact" and manifest.preprocessing.kind == "image"
+    dithered = manifest.evidence == "exact" and manifest.modelled.kind == "image"
     return ESTIMATORS[manifest.evidence] + (AT_ONE_DITHER if dithered else "")
 
 
