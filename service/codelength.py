@@ -1,9 +1,10 @@
-"""How complex a picture is: the ideal length of a lossless code, the same on every machine.
+"""How complex a picture is: the ideal length of a lossless code, which no compressor's version changes.
 
-Serra et al. 2020 (arXiv:1909.11480, eq. 3) subtract an image's complexity L(x), measured by a compressor, from its
-negative log-likelihood. A compressor's length changes with its version; this is the length that an ideal arithmetic
-coder would reach with the predictor of LOCO-I (Weinberger et al. 2000, sec. III-A) and two-sided geometric residuals
-whose scale follows the errors of the causal neighbours (in the spirit of its context modelling).
+Serra et al. 2020 (arXiv:1909.11480) subtract an image's complexity L(x), measured by a compressor, from its negative
+log-likelihood. This is the length that an ideal arithmetic coder would reach with the predictor of LOCO-I (Weinberger
+et al. 2000, sec. III-A) and two-sided geometric residuals whose scale follows the errors of the causal neighbours (in
+the spirit of its context modelling). As LOCO-I bounds the length of a code word, so does an escape here: without it a
+single step from black to white would cost more than the rest of a picture.
 """
 
 from __future__ import annotations
@@ -12,22 +13,30 @@ import numpy as np
 
 LEVELS = 255.0
 LEAST_ERROR = 0.02  # mean error that a context of zeros is taken to promise: no pixel is for free
+ESCAPE = 1 / 256  # probability that an error is none of its context's, and any of the 511 possible ones
 
 
 def code_length(x: np.ndarray) -> float:
     """Nats to code one image [C,H,W] of pixels in [0, 1], rounded to 8 bits.
 
     Each pixel is predicted from its causal neighbours by the median edge detector; its error e is coded with
-    P(e) = (1 − θ)/(1 + θ) θ^|e|, where θ gives |e| the mean that the errors at these neighbours had.
+    P(e) = (1 − ε) (1 − θ)/(1 + θ) θ^|e| + ε/511, where θ gives |e| the mean that the errors at these neighbours had and
+    ε is ESCAPE. A pixel takes 12 nats at most.
     """
     levels = np.rint(x.astype(np.float64) * LEVELS)
     west, north, north_west, _ = _neighbours(levels)
     high, low = np.maximum(west, north), np.minimum(west, north)
     predicted = np.where(north_west >= high, low, np.where(north_west <= low, high, west + north - north_west))
     error = np.abs(levels - predicted)
-    expected = sum(_neighbours(error)) / 4 + LEAST_ERROR
+    expected = np.mean(_neighbours(error), axis=0) + LEAST_ERROR
+    return float(-np.log(probability(error, expected)).sum())
+
+
+def probability(error: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """P(e) of errors of that size where the mean size ``expected`` is, both [C,H,W]: Σ P ≤ 1 over e = −255 … 255."""
     theta = (np.sqrt(1 + expected**2) - 1) / expected  # solves 2θ/(1 − θ²) = E|e|
-    return float(-(np.log((1 - theta) / (1 + theta)) + error * np.log(theta)).sum())
+    geometric = (1 - theta) / (1 + theta) * theta**error
+    return (1 - ESCAPE) * geometric + ESCAPE / (2 * LEVELS + 1)
 
 
 def _neighbours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

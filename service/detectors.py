@@ -3,12 +3,13 @@
 A detector is fitted by ``fit`` from rows that the calibration does not see, kept as arrays in detectors.npz, and gives
 each row of service.measured one number, higher for what is more anomalous. Rows are scored one at a time.
 
-    typicality   |−elbo − its mean|: in a typical set, or not (Nalisnick et al. 2019, arXiv:1906.02994, eq. 5, one row)
-    complexity   −elbo beyond what the code length explains (Serra et al. 2020, eq. 3), the slope fitted to the inliers,
-                 because a length in one code and a likelihood in another are not on one scale
+    typicality   |−elbo − its mean|: in a typical set, or not (Nalisnick et al. 2019, arXiv:1906.02994, for one row)
+    complexity   −elbo beyond what the code length explains (Serra et al. 2020, arXiv:1909.11480), the slope fitted to
+                 the inliers, because a length in one code and a likelihood in another are not on one scale
     debiased     −elbo of the contrast-stretched image without the part that no reconstruction could have saved, by
-                 pixel (Chauhan et al. 2022, arXiv:2108.08760, sec. 3.1–3.3; the best that was reached at each level)
-    path         norms of x − x̂, μ, σ made Gaussian, joined by Mahalanobis distance or by COPOD (Li et al. 2020)
+                 pixel (after Chauhan et al. 2022, arXiv:2108.08760; here the best that was reached at each level)
+    path         norms of x − x̂, μ, σ made Gaussian and joined by Mahalanobis distance, or joined by COPOD (Li et al.
+                 2020, arXiv:2009.09463)
     latent       density of the encoded inliers, by the distance to the nearest (Loftsgaarden & Quesenberry 1965)
     residual     x − x̂ in units of its deviation at each place: log of the mean square
     statistics   Mahalanobis distance of service.measured.statistics, log of the mean square
@@ -28,35 +29,39 @@ import numpy as np
 from service import estimators
 from service.bundle import DETECTORS, FITTED, Bundle, Manifest, ScoreDefinition
 from service.codelength import code_length
+from service.detector_arrays import Arrays, Spec, Specs, check_arrays
 from service.errors import BundleFormatError
-from service.gaussian import Gaussian, normalised, quantiles
-from service.measured import Measured, Row, path_statistics, statistics
+from service.gaussian import QUANTILES, Gaussian, normalised, quantiles
+from service.measured import Measured, Row, path_statistics, statistic_names, statistics
 
-Arrays = dict[str, np.ndarray]
-REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle carries: a megabyte
+REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle is given: a megabyte
+MOST_REFERENCE_NUMBERS = 2**24  # that a bundle may bring: every row that is scored is compared with all of them
 NEIGHBOURS = 5
 TAIL = 0.9  # quantile from which a tail is taken for exponential
 LEVELS = 256
 STRETCH = (5, 95)  # percentiles of an image that contrast stretching sends to 0 and 1
 BEST = 0.95  # quantile of the log-likelihoods at a level that counts as the best that can be reached
+LEAST_RESIDUAL = 1e-3  # by the mean |x|, or by 1 where x is 0: what counts as one deviation at least of a residual
+LEAST_EXCESS = 1e-6  # by 1 + the largest |score|: a mean excess that rounding alone may cause
+SHARED_UNITS: Mapping[str, tuple[int, ...]] = {"image": (0, 1, 2), "signal": (1, 2), "vector": ()}
+"""By kind of input: the axes of [C,H,W] along which the numbers are in one unit (a backbone's features are, all)."""
 
 
 class Detector(ABC):
-    """Fitted numbers of one score; ``parameters`` names the arrays."""
+    """Fitted numbers of one score."""
 
-    parameters: ClassVar[tuple[str, ...]]
     stretched: ClassVar[bool] = False
     """Whether it looks at contrast-stretched images."""
 
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
-        if set(arrays) != set(self.parameters):
-            raise BundleFormatError(
-                f"{DETECTORS}: a {definition.estimator} has {sorted(arrays)}, expected {sorted(self.parameters)}"
-            )
-        for name, array in arrays.items():
-            if array.dtype not in (np.float64, np.float32) or not np.isfinite(array).all():
-                raise BundleFormatError(f"{DETECTORS}: {definition.estimator}.{name} is not finite floating point")
+        """Raises BundleFormatError for arrays that are none of such a detector's."""
+        check_arrays(definition.estimator, arrays, self.specs(manifest))
         self.arrays, self.definition, self.manifest = arrays, definition, manifest
+
+    @classmethod
+    @abstractmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        """The arrays that it has for such a model."""
 
     @classmethod
     @abstractmethod
@@ -75,7 +80,9 @@ class Detector(ABC):
 class Typicality(Detector):
     """|−elbo − E[−elbo]|, nats."""
 
-    parameters = ("mean",)
+    @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        return {"mean": Spec(())}
 
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
@@ -88,14 +95,17 @@ class Typicality(Detector):
 class Complexity(Detector):
     """−elbo − (a L(x) + b), nats: the line fitted by least squares to the inliers."""
 
-    parameters = ("line",)
+    @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        return {"line": Spec((2,))}
 
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
         surprisals = _surprisals(parts)
         lengths = np.array([code_length(x) for part in parts for x in part.x])
         spread = lengths - lengths.mean()
-        slope = float(spread @ surprisals / (spread @ spread)) if spread.any() else 0.0
+        varies = spread.std() > 1e-9 * lengths.mean()  # more than rounding alone may cause
+        slope = float(spread @ (surprisals - surprisals.mean()) / (spread @ spread)) if varies else 0.0
         return cls({"line": np.array([slope, surprisals.mean() - slope * lengths.mean()])}, definition, manifest)
 
     def score_row(self, row: Row) -> float:
@@ -106,8 +116,11 @@ class Complexity(Detector):
 class Debiased(Detector):
     """rate + Σ over pixels of (best log p at the pixel's level − log p), nats, of the stretched image."""
 
-    parameters = ("best",)
     stretched = True
+
+    @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        return {"best": Spec((manifest.signature.shape[0], LEVELS))}
 
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
@@ -130,21 +143,25 @@ class Debiased(Detector):
 class Path(Detector):
     """Norms of the likelihood path, made Gaussian by their quantiles; see service.measured.path_statistics."""
 
-    parameters = ("quantiles", "loc", "scale", "whitening", "skewness")
-
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
         self._gaussian = Gaussian(arrays["loc"], arrays["scale"], arrays["whitening"])
 
     @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        size = len(statistic_names(path_statistics, manifest))
+        grid = Spec((size, range(2, QUANTILES + 1)), order="rising")
+        return {"quantiles": grid, "skewness": Spec((size,)), **_gaussian_specs(size)}
+
+    @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
         rows = np.array([_path(row, manifest) for row in _rows(parts)])
         grid = quantiles(rows)
-        gaussian = Gaussian.fit(np.array([normalised(row, grid) for row in rows]))
+        # What never changes stands at 0 with quantiles that are least drawn apart: a deviation there is one here.
+        gaussian = Gaussian.fit(np.array([normalised(row, grid) for row in rows]), least=1.0)
         centred = rows - rows.mean(axis=0)
         skewness = (centred**3).mean(axis=0) / np.maximum(rows.std(axis=0) ** 3, 1e-12)
-        arrays = {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
-        return cls({"quantiles": grid, "skewness": skewness, **arrays}, definition, manifest)
+        return cls({"quantiles": grid, "skewness": skewness, **_gaussian_arrays(gaussian)}, definition, manifest)
 
     def score_row(self, row: Row) -> float:
         values = _path(row, self.manifest)
@@ -159,7 +176,10 @@ class Latent(Detector):
     The inliers are training images, say; the bundle carries their codes.
     """
 
-    parameters = ("reference",)
+    @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        latent_dim = manifest.signature.latent_dim
+        return {"reference": Spec((range(1, max(2, MOST_REFERENCE_NUMBERS // latent_dim) + 1), latent_dim))}
 
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
@@ -171,31 +191,39 @@ class Latent(Detector):
         return cls({"reference": np.ascontiguousarray(codes, np.float32)}, definition, manifest)
 
     def score_row(self, row: Row) -> float:
-        reference = self.arrays["reference"]
-        squares = ((reference - row.loc) ** 2).sum(axis=1)
+        # float64: a far code's square is beyond float32
+        squares = ((self.arrays["reference"] - row.loc.astype(np.float64)) ** 2).sum(axis=1)
         count = min(NEIGHBOURS, len(squares))
-        nearest = np.sort(np.partition(squares, count - 1)[:count].astype(np.float64))
+        nearest = np.sort(np.partition(squares, count - 1)[:count])
         return len(row.loc) * math.log(float(np.sqrt(nearest).mean()) + 1e-12)
 
 
 class Residual(Detector):
     """log of the mean of ((x − x̂ − m)/s)² over places, m and s the inliers' mean and deviation at each.
 
-    The variance of a place is raised by the mean variance, lest places that never change decide alone.
+    The variance of a place is raised by the mean variance of the places that share its unit, lest places that never
+    change decide alone: all of an image and of its features, a channel of a signal. Each number of a vector has a unit
+    of its own.
     """
 
-    parameters = ("mean", "scale")
+    @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        return {"mean": Spec(manifest.signature.shape), "scale": Spec(manifest.signature.shape, positive=True)}
 
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        total, squares = np.zeros(manifest.signature.shape), np.zeros(manifest.signature.shape)
+        total, squares, size = (np.zeros(manifest.signature.shape) for _ in range(3))
         for part in parts:
             residual = part.x.astype(np.float64) - part.mean
             total, squares = total + residual.sum(axis=0), squares + (residual**2).sum(axis=0)
+            size += np.abs(part.x).sum(axis=0, dtype=np.float64)
         count = sum(len(part.x) for part in parts)
         mean = total / count
         variance = np.maximum(squares / count - mean**2, 0.0)
-        scale = np.sqrt(variance + max(float(variance.mean()), 1e-12))
+        shared = SHARED_UNITS[manifest.preprocessing.kind]
+        size = size.mean(axis=shared, keepdims=True) / count
+        least = (LEAST_RESIDUAL * np.where(size > 0, size, 1.0)) ** 2
+        scale = np.sqrt(variance + np.maximum(variance.mean(axis=shared, keepdims=True), least))
         return cls({"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)}, definition, manifest)
 
     def score_row(self, row: Row) -> float:
@@ -209,17 +237,18 @@ class Residual(Detector):
 class Statistics(Detector):
     """log of Mahalanobis' squared distance over the number of statistics; see service.measured.statistics."""
 
-    parameters = ("loc", "scale", "whitening")
-
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
         self._gaussian = Gaussian(**arrays)
 
     @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        return _gaussian_specs(len(statistic_names(statistics, manifest)))
+
+    @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
         gaussian = Gaussian.fit(np.array([_statistics(row, manifest) for row in _rows(parts)]))
-        arrays = {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
-        return cls(arrays, definition, manifest)
+        return cls(_gaussian_arrays(gaussian), definition, manifest)
 
     def score_row(self, row: Row) -> float:
         values = _statistics(row, self.manifest)
@@ -229,32 +258,32 @@ class Statistics(Detector):
 class Combination:
     """Σ over parts of −log P(part ≥ score) for an inlier, nats; fitted to the parts' scores of held-out inliers.
 
-    Inside the fitted scores the probability is the share of them that are as high; beyond the 90% quantile u it is
-    0.1 exp(−(s − u)/σ), σ the mean excess.
+    Inside the fitted scores the probability is the share of them that are as high; from their 90% quantile u on it
+    falls as exp(−(s − u)/σ), σ the mean excess over u of those beyond.
     """
 
-    parameters = ("knots", "surprisals", "scale")
-
     def __init__(self, arrays: Arrays, parts: int) -> None:
-        if set(arrays) != set(self.parameters) or any(len(array) != parts for array in arrays.values()):
-            raise BundleFormatError(f"{DETECTORS}: a combination of {parts} has {sorted(arrays)}")
+        """Raises BundleFormatError for arrays that are none of a combination of so many."""
+        table = Spec((parts, range(1, LEVELS + 1)), order="not falling")
+        specs = {"knots": table, "surprisals": table, "scale": Spec((parts,), positive=True)}
+        check_arrays("combination", arrays, specs)
+        if arrays["knots"].shape != arrays["surprisals"].shape:
+            raise BundleFormatError(f"{DETECTORS}: a combination has other surprisals than knots")
         self.arrays = arrays
 
     @classmethod
     def fit(cls, scores: np.ndarray) -> Self:
-        """From the parts' scores of inliers that no part was fitted to, float64 [n,P]."""
+        """From the parts' finite scores of inliers that no part was fitted to, float64 [n,P] with n ≥ 2."""
         ordered = np.sort(scores, axis=0)
         n = len(ordered)
-        below = max(1, math.ceil(TAIL * n))
-        share = 1 - np.arange(below) / n  # of the inliers that score at least as high
-        surprisals = -np.log(share)
-        knots = ordered[:below].T
-        end = knots[:, -1:]
-        excess = np.maximum(ordered[below - 1 :].T - end, 0.0).mean(axis=1)
-        scale = np.maximum(excess, 1e-6 * (1e-6 + np.ptp(ordered, axis=0)) + 1e-9)
+        below = min(math.ceil(TAIL * n), n - 1)
         picked = np.unique(np.linspace(0, below - 1, min(below, LEVELS)).astype(int))
-        arrays = {"knots": knots[:, picked], "surprisals": np.tile(surprisals[picked], (len(knots), 1)), "scale": scale}
-        return cls({name: np.ascontiguousarray(array) for name, array in arrays.items()}, scores.shape[1])
+        knots = np.ascontiguousarray(ordered[picked].T)
+        # among equal scores the first tells how many are at least as high
+        first = [np.searchsorted(part, at) for part, at in zip(ordered.T, knots, strict=True)]
+        excess = (ordered[below:] - ordered[below - 1]).mean(axis=0)
+        scale = np.maximum(excess, LEAST_EXCESS * (1 + np.abs(ordered).max(axis=0)))
+        return cls({"knots": knots, "surprisals": -np.log(1 - np.array(first) / n), "scale": scale}, scores.shape[1])
 
     def score(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Σ −log tail probability, float64 [N], of the parts' scores, [N] each."""
@@ -264,6 +293,11 @@ class Combination:
         knots, surprisals = self.arrays["knots"][index], self.arrays["surprisals"][index]
         beyond = np.maximum(scores - knots[-1], 0.0) / self.arrays["scale"][index]
         return np.interp(scores, knots, surprisals) + beyond
+
+
+def is_stretched(definition: ScoreDefinition) -> bool:
+    """Whether the score looks at contrast-stretched images."""
+    return definition.estimator in CLASSES and CLASSES[definition.estimator].stretched
 
 
 CLASSES: Mapping[str, type[Detector]] = {
@@ -278,7 +312,11 @@ CLASSES: Mapping[str, type[Detector]] = {
 
 
 def load_detectors(bundle: Bundle) -> dict[str, Detector | Combination]:
-    """The detectors of the bundle's fitted scores, by score name. Raises BundleFormatError."""
+    """The detectors of the bundle's fitted scores, by score name.
+
+    Raises BundleFormatError for arrays that are not those of the manifest's scores: other names, shapes or dtypes,
+    numbers that are not finite, scales that are not positive, quantiles that do not rise.
+    """
     manifest = bundle.manifest
     fitted = {name: score for name, score in manifest.scores.items() if score.estimator in FITTED}
     if not fitted:
@@ -315,6 +353,14 @@ def stretched(x: np.ndarray) -> np.ndarray:
         scaled = (image - low) / (high - low) if high - low > 1 / LEVELS else image
         result[...] = np.rint(np.clip(scaled, 0, 1) * 255) / 255
     return out
+
+
+def _gaussian_specs(size: int) -> Specs:
+    return {"loc": Spec((size,)), "scale": Spec((size,), positive=True), "whitening": Spec((size, size))}
+
+
+def _gaussian_arrays(gaussian: Gaussian) -> Arrays:
+    return {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
 
 
 def _rows(parts: Iterable[Measured]) -> Iterable[Row]:

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 
 from service import estimators
-from service.bundle import ScoreDefinition
-from service.detectors import Combination, Debiased, Detector, stretched
+from service.bundle import LikelihoodEstimator, ScoreDefinition
+from service.detectors import Combination, Detector, is_stretched, stretched
 from service.errors import BundleGraphError, InvalidInput
 from service.measured import Measured
 
+OF_SAMPLES = get_args(LikelihoodEstimator)
+"""Estimators that are means over posterior samples and need no fitted numbers."""
 Measure = Callable[[np.ndarray, int, int, bool], Measured]
 """x, k, seed, and whether the distortion is wanted by place."""
 
 
 class Passes:
     """The forward passes that some definitions need of x, each made at most once: one a seed, of as many samples as the
-    longest definition takes, and one more of contrast-stretched images if a definition looks at these."""
+    longest definition takes, and another of contrast-stretched images for the definitions that look at these."""
 
     def __init__(self, measure: Measure, x: np.ndarray, wanted: Sequence[ScoreDefinition], maps: bool) -> None:
         self._measure, self._x, self._maps = measure, x, maps
-        self._samples: dict[int, int] = {}
+        self._samples: dict[tuple[int, bool], int] = {}
         for definition in wanted:
-            self._samples[definition.seed] = max(definition.k, self._samples.get(definition.seed, 0))
+            key = (definition.seed, is_stretched(definition))
+            self._samples[key] = max(definition.k, self._samples.get(key, 0))
         self._made: dict[tuple[int, int, bool], Measured] = {}
 
     def of(self, definition: ScoreDefinition, stretch: bool = False) -> Measured:
-        """The pass that the definition reads, at its own first k samples. Raises BundleGraphError for NaN."""
+        """The pass at the definition's seed and first k samples, of x or of the contrast-stretched x."""
         # A map is the mean over all samples of its pass: with one, the pass is of the definition's own k.
-        k = definition.k if self._maps else max(definition.k, self._samples.get(definition.seed, 0))
+        k = definition.k if self._maps else max(definition.k, self._samples.get((definition.seed, stretch), 0))
         key = (definition.seed, k, stretch)
         if key not in self._made:
             x = stretched(self._x) if stretch else self._x
@@ -52,7 +56,7 @@ class Estimates:
 
     def score(self, definition: ScoreDefinition) -> np.ndarray:
         """Raises InvalidInput for a fitted definition that is not the manifest's, BundleGraphError for NaN."""
-        if definition.estimator in ("elbo", "iwae", "reconstruction", "rate"):
+        if definition.estimator in OF_SAMPLES:
             return self._of_weights(definition)
         name = next((name for name, known in self._definitions.items() if known == definition), None)
         if name is None:
@@ -65,17 +69,15 @@ class Estimates:
     def standard_error(self, definition: ScoreDefinition) -> np.ndarray:
         """Monte-Carlo standard error of the score, NaN where it is no mean over samples."""
         measured = self._passes.of(definition)
-        if definition.estimator not in ("elbo", "iwae", "reconstruction"):
+        if definition.estimator not in OF_SAMPLES:
             return np.full(len(measured.x), np.nan)
         return estimators.standard_error(_terms(measured, definition), definition.estimator)
 
     def _of_weights(self, definition: ScoreDefinition) -> np.ndarray:
-        measured = self._passes.of(definition)
-        if definition.estimator == "rate":
-            return estimators.mean(measured.log_q - measured.log_p_z)
-        terms = _terms(measured, definition)
+        terms = _terms(self._passes.of(definition), definition)
         if np.isnan(terms).any():
-            raise BundleGraphError(f"the model's log w is NaN for row {int(np.argmax(np.isnan(terms).any(axis=1)))}")
+            row = int(np.argmax(np.isnan(terms).any(axis=1)))
+            raise BundleGraphError(f"the model's {definition.estimator} is NaN for row {row}")
         return -(estimators.log_mean_exp(terms) if definition.estimator == "iwae" else estimators.mean(terms))
 
     def _fitted(self, name: str) -> np.ndarray:
@@ -84,7 +86,7 @@ class Estimates:
             if isinstance(detector, Combination):
                 scores = detector.score([self.score(self._definitions[part]) for part in definition.of])
             else:
-                scores = detector.score(self._passes.of(definition, isinstance(detector, Debiased)))
+                scores = detector.score(self._passes.of(definition, is_stretched(definition)))
             if np.isnan(scores).any():
                 raise BundleGraphError(f"{name}: the model yields NaN for row {int(np.argmax(np.isnan(scores)))}")
             self._known[name] = scores
@@ -92,4 +94,7 @@ class Estimates:
 
 
 def _terms(measured: Measured, definition: ScoreDefinition) -> np.ndarray:
+    """What the estimator averages over samples, float64 [N,k], higher for what is less anomalous."""
+    if definition.estimator == "rate":
+        return measured.log_p_z - measured.log_q
     return measured.log_p_x if definition.estimator == "reconstruction" else measured.log_w

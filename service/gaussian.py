@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 
 QUANTILES = 257
+CONSTANT = 1e-6  # deviation, by 1 + |mean|, that rounding alone may cause
+LEAST_DEVIATION = 1e-3  # by 1 + |mean|: what counts as one deviation of a statistic that never changes
+LEAST_KNOT = 1e-4  # by 1 + |median|: what counts as one deviation at least of a statistic that is made Gaussian
+FAR = 1e100  # deviations: an infinite statistic is so far away
 
 
 def shrunk_covariance(rows: np.ndarray) -> np.ndarray:
@@ -27,34 +32,49 @@ def shrunk_covariance(rows: np.ndarray) -> np.ndarray:
 
 
 class Gaussian:
-    """Mean, deviation [S] and a whitening [S,S] of standardised statistics; ``distance`` is Mahalanobis' squared."""
+    """Mean, deviation [S] and a whitening [S,S] of standardised statistics; ``distance`` is Mahalanobis' squared.
+
+    Sums here are of a row alone and in a fixed order, never a matrix product's: the same number in any batch.
+    """
 
     def __init__(self, loc: np.ndarray, scale: np.ndarray, whitening: np.ndarray) -> None:
         self.loc, self.scale, self.whitening = loc, scale, whitening
 
     @classmethod
-    def fit(cls, rows: np.ndarray) -> Gaussian:
-        """Of rows float64 [n,S]; a statistic that never changes is judged by an absolute deviation of its own size."""
+    def fit(cls, rows: np.ndarray, least: float = LEAST_DEVIATION) -> Gaussian:
+        """Of rows float64 [n,S]. A statistic that never changes tells of no deviation: it is given ``least`` times
+        1 + |its value|, and is independent of the others."""
         loc, scale = rows.mean(axis=0), rows.std(axis=0)
-        scale = np.where(scale > 1e-9 * (1 + np.abs(loc)), scale, 1e-3 * (1 + np.abs(loc)))
-        covariance = shrunk_covariance((rows - loc) / scale)
+        constant = scale <= CONSTANT * (1 + np.abs(loc))
+        scale = np.where(constant, least * (1 + np.abs(loc)), scale)
+        covariance = np.eye(len(loc))
+        varies = np.flatnonzero(~constant)
+        if len(varies):
+            standardised = (rows[:, varies] - loc[varies]) / scale[varies]
+            covariance[np.ix_(varies, varies)] = shrunk_covariance(standardised)
         return cls(loc, scale, np.linalg.inv(np.linalg.cholesky(covariance)))
 
     def distance(self, row: np.ndarray) -> float:
         """(s − μ)ᵀ Σ⁻¹ (s − μ) of one row [S]."""
-        white = (self.whitening * ((row - self.loc) / self.scale)).sum(axis=1)
+        standardised = np.clip((row - self.loc) / self.scale, -FAR, FAR)
+        white = (self.whitening * standardised).sum(axis=1)
         return float((white**2).sum())
 
 
 def quantiles(rows: np.ndarray) -> np.ndarray:
-    """Quantiles [S, at most QUANTILES] of each statistic of rows [n,S], at Φ's arguments of ``normal_grid``."""
+    """Quantiles [S,Q] of each statistic of rows [n,S], at the levels (i + ½)/Q, Q at most QUANTILES; strictly rising.
+
+    Quantiles that coincide, all of them where a statistic never changes, are drawn apart by LEAST_KNOT a deviation.
+    """
     count = min(QUANTILES, len(rows) + 2)
-    return np.quantile(rows, _levels(count), axis=0).T.copy()
+    grid = np.quantile(rows, _levels(count), axis=0).T
+    least = LEAST_KNOT * (1 + np.abs(np.median(grid, axis=1, keepdims=True)))
+    return np.ascontiguousarray(grid + least * _normal_quantiles(count))
 
 
 def normalised(row: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """Each statistic of one row [S] at its quantile of N(0, 1), by the quantiles [S,Q]; beyond them linearly on."""
-    z = np.array([NormalDist().inv_cdf(level) for level in _levels(grid.shape[1])])
+    z = _normal_quantiles(grid.shape[1])
     return np.array([_mapped(value, knots, z) for value, knots in zip(row, grid, strict=True)])
 
 
@@ -62,11 +82,14 @@ def _levels(count: int) -> np.ndarray:
     return (np.arange(count) + 0.5) / count
 
 
+@lru_cache(maxsize=8)
+def _normal_quantiles(count: int) -> np.ndarray:
+    z = np.array([NormalDist().inv_cdf(level) for level in _levels(count)])
+    z.setflags(write=False)
+    return z
+
+
 def _mapped(value: float, knots: np.ndarray, z: np.ndarray) -> float:
-    inside = float(np.interp(value, knots, z))
-    deviation = max(float(knots[-1] - knots[0]) / float(z[-1] - z[0]), TINY_DEVIATION * (1 + abs(float(knots[0]))))
+    deviation = float(knots[-1] - knots[0]) / float(z[-1] - z[0])
     beyond = max(value - float(knots[-1]), 0.0) + min(value - float(knots[0]), 0.0)
-    return inside + beyond / deviation
-
-
-TINY_DEVIATION = 1e-6
+    return float(np.interp(value, knots, z)) + beyond / deviation

@@ -5,6 +5,7 @@ Every function works on one row at a time, so that a row's numbers do not depend
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,9 @@ class Row(NamedTuple):
     distortion: np.ndarray
 
 
+Statistics = Callable[[Row, Manifest], dict[str, float]]
+
+
 def norms(values: np.ndarray) -> list[float]:
     """log of the power means (1/D Σ|v|^p)^(1/p) of the numbers, for each p of ORDERS; the last is the largest |v|."""
     size = np.abs(values.ravel()).astype(np.float64) + TINY
@@ -70,7 +74,7 @@ def norms(values: np.ndarray) -> list[float]:
 
 
 def path_statistics(row: Row, manifest: Manifest) -> dict[str, float]:
-    """Norms of x − x̂, μ(x) and σ(x): the likelihood path (Huang et al. 2024, arXiv:2401.04933, sec. 3)."""
+    """Norms of x − x̂, μ(x) and σ(x): the likelihood path (Huang et al. 2024, arXiv:2401.04933)."""
     parts = {"mu": row.loc}
     if manifest.likelihood.pixelwise:
         parts["residual"] = row.x - row.mean
@@ -104,6 +108,12 @@ def statistics(row: Row, manifest: Manifest) -> dict[str, float]:
     if manifest.modelled.kind == "image":
         found["code_length"] = float(np.log(code_length(row.x) + LEAST_CODE))
     return found
+
+
+def statistic_names(kind: Statistics, manifest: Manifest) -> tuple[str, ...]:
+    """The names, in order, that ``path_statistics`` or ``statistics`` gives to any row of such a model."""
+    pixel, one = np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32)
+    return tuple(kind(Row(pixel, pixel, one, one, one, one, one, pixel), manifest))
 
 
 def steepness(x: np.ndarray) -> float:

@@ -30,7 +30,9 @@ def refusals(manifest: Manifest) -> dict[str, str]:
             found["score.map"] = "the backbone's features are pooled over the image: they have no places"
     if manifest.evidence == "none":
         reason = "the model has no likelihood, and so no bound on log p(x): it scores by reconstruction"
-        found |= {"score.elbo": reason, "score.iwae": reason}
+        found |= {"score.elbo": reason, "score.iwae": reason, "score.rate": reason}
+    elif manifest.posterior.moments == "point":
+        found["score.rate"] = "the encoder is deterministic: q(z|x) is a point, and has no rate"
     if not manifest.tells_distortion:
         found["score.reconstruction"] = "the decoder inverts the encoder: every x is reconstructed without loss"
     return found
