@@ -15,8 +15,9 @@ from service.model import Model
 from service.verbs import refusals
 
 COMBINED = "combined"
-PARTS = ("residual", "latent", "statistics")
-"""What the default score combines: where x lies off the model, where its code lies off the codes, and all else."""
+PARTS = ("residual", "latent", "statistics", "complexity")
+"""What the default score combines, as far as the model has them: how far x lies off the model, its code off the codes
+and its statistics off the usual ones, and its likelihood below what an image so complex has."""
 LEAST_ROWS = 20  # held-out rows without which nothing is fitted
 MOST_ROWS = 4096  # that are looked at
 MOST_NUMBERS = 2**24  # of their pixels
@@ -34,7 +35,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "latent": "density of the encoded inliers at loc, by its nearest of them; nats up to a constant",
     "residual": "log of the mean squared residual, in inliers' deviations at each place",
     "statistics": "log of Mahalanobis' mean square of likelihood, residual, steepness and code length",
-    COMBINED: "sum of −log tail probabilities of residual, latent and statistics among inliers, nats",
+    COMBINED: "sum of −log tail probabilities among inliers of the scores it combines, nats",
 }
 
 Progress = Callable[[int], None]
