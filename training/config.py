@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -153,6 +153,20 @@ class AutoencoderConfig(Section):
     mixture: MixtureConfig = MixtureConfig()
 
 
+class BackboneConfig(Section):
+    """A frozen ONNX network before the model, which is then of its features (training.backbone)."""
+
+    path: str = Field(min_length=1, description="the .onnx file: float32 images N×C×H×W in, features out")
+    output: str = Field(default="", description="the tensor that is the features; the file's only output if empty")
+    mean: list[float] = Field(default=[], description="by channel, or one: x is (pixel − mean)/std, pixels in [0, 1]")
+    std: list[Annotated[float, Field(gt=0)]] = Field(default=[], description="by channel, or one for all")
+    sha256: str = Field(default="", description="of the file; found by fit, whatever is set here")
+
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+"""What networks trained on ImageNet by torchvision's recipe, and most others, were given: of pixels in [0, 1]."""
+
+
 class ModelConfig(Section):
     """The latent variable model."""
 
@@ -227,7 +241,7 @@ class OptimiserConfig(Section):
         default=None, gt=0, description="a fixed limit: larger norms (of 784 pixels) are skipped; outliers always are"
     )
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="moving average of the weights: decay a step")
-    ema_every: int = Field(default=8, ge=1, description="steps between updates of the moving average, for speed")
+    ema_every: int = Field(default=8, ge=1, description="updates that the moving average takes in one, for speed")
     patience: int = Field(default=50, ge=1, description="stop after this many validations without a better bound")
 
 
@@ -285,6 +299,7 @@ class Config(Section):
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**31)
     data: DataConfig = DataConfig(source="digits")
+    backbone: BackboneConfig | None = None
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimiser: OptimiserConfig = OptimiserConfig()

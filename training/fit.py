@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,12 @@ class State:
     stopped: bool = False
     finished: bool = False
     recent_norms: list[float] = field(default_factory=list)
+    unaveraged: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Steps that moved the weights."""
+        return self.step - self.skipped
 
 
 def restored_state(stored: dict[str, Any]) -> State:
@@ -107,7 +112,7 @@ class Trainer:
             fused=True,
         )
         self.model, self.optimiser = fabric.setup(model, optimiser)
-        self.ema = AveragedModel(self._bare, multi_avg_fn=moving_average(config.optimiser))
+        self.ema = AveragedModel(self._bare, multi_avg_fn=self._blend)
         self.best = _copy(self.averaged.state_dict())
         self.state = State()
         self.sums = Sums(torch.zeros(3, device=fabric.device))
@@ -196,8 +201,8 @@ class Trainer:
         norm = self.fabric.clip_gradients(
             self.model, self.optimiser, max_norm=config.optimiser.gradient_clip * self.scale, error_if_nonfinite=False
         )
-        self._update(float(torch.as_tensor(norm)))
         self.state.step += 1
+        self._update(float(torch.as_tensor(norm)))
         return terms
 
     def _seed(self, seed: int) -> None:
@@ -217,8 +222,20 @@ class Trainer:
             return
         state.skipped_in_a_row = 0
         self.optimiser.step()
-        if state.step % self.config.optimiser.ema_every == 0:
+        state.unaveraged += 1
+        if state.unaveraged >= self.config.optimiser.ema_every:
+            self.average()
+
+    def average(self) -> None:
+        """Bring the moving average up to the weights as they stand."""
+        if self.state.unaveraged:
             self.ema.update_parameters(self._bare)
+            self.state.unaveraged = 0
+
+    @torch.no_grad()
+    def _blend(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
+        decay = average_decay(self.config.optimiser, self.state.updates - 1, self.state.unaveraged)
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def _skip(self, gradient_norm: float, limit: float | None) -> None:
         """Count an update that is not made. Raises TrainingDiverged: there have been too many in a row."""
@@ -316,6 +333,7 @@ class Trainer:
             row = self.train_epoch(journal)
             epoch = int(row["epoch"])
             if epoch % validate_every == 0 or self.state.step == self.total_steps:
+                self.average()
                 row |= self.fabric.broadcast(self.validate())  # one judgement for all ranks, to the last bit
                 self.history.append(row)
                 warmed_up = epoch > self.config.objective.warmup_epochs
@@ -354,19 +372,13 @@ class Fitted:
     history: list[Row]
 
 
-def moving_average(config: OptimiserConfig) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """Exponential moving average, taken every ``ema_every`` steps at the decay that so many steps have together.
+def average_decay(config: OptimiserConfig, t: int, updates: int) -> float:
+    """What the moving average keeps of itself as it takes in the last ``updates`` updates at once, up to the t-th.
 
-    The decay of a step t rises as (1+t)/(10+t) up to ``ema_decay``: short runs are not all start.
+    The decay of an update rises as (1+t)/(10+t) up to ``ema_decay``: short runs are not all start.
     """
-
-    @torch.no_grad()
-    def update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
-        t = int(count) * config.ema_every
-        decay = min(config.ema_decay, (1 + t) / (10 + t)) ** config.ema_every
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    return update
+    decay: float = min(config.ema_decay, (1 + t) / (10 + t)) ** updates
+    return decay
 
 
 def learning_rate(config: OptimiserConfig, step: int, total: int) -> float:
