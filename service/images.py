@@ -77,6 +77,14 @@ def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits,
     return read_image(open_image(data, limits), preprocessing, strict)
 
 
+def decode_whole(data: bytes, preprocessing: Preprocessing, limits: ImageLimits) -> np.ndarray:
+    """The bytes of a PNG, JPEG or WebP -> uint8 [C,h,w] in its own size, for a model of tiles.
+
+    Raises as ``decode_image``; InvalidInput for an image that is smaller than a tile.
+    """
+    return read_whole(open_image(data, limits), preprocessing)
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without Pillow's warnings of bombs and bad EXIF: our limits decide, in words.

@@ -16,7 +16,7 @@ import numpy as np
 
 from service.bundle import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import ConfigurationError, InvalidInput
-from service.images import ImageLimits, decode_image, unit_levels
+from service.images import ImageLimits, decode_image, decode_whole, unit_levels
 from service.repository import Served
 from service.schemas import ScoreParameters
 from service.scoring import judge, rows
@@ -40,6 +40,8 @@ FIELDS = [
     "q_value",
     "is_anomaly",
 ]
+TILE_FIELDS = {"tiles": "n", "worst_y": "worst_y", "worst_x": "worst_x"}
+"""Columns of a model of tiles: what service.tiled.Tiles calls them."""
 
 Row = dict[str, Any]
 
@@ -100,8 +102,13 @@ def group_of(path: Path, roots: Sequence[Path]) -> str | None:
 
 
 def fields_of(rule: InputRule) -> list[str]:
-    """The columns of a model's rows: only tables have several rows a file."""
-    return [field for field in FIELDS if field != "row" or rule.kind != "image"]
+    """The columns of a model's rows: only tables have several rows a file, only images are scored by tiles."""
+    fields = [field for field in FIELDS if field != "row" or rule.kind != "image"]
+    return fields + list(TILE_FIELDS) if _is_tiled(rule) else fields
+
+
+def _is_tiled(rule: InputRule) -> bool:
+    return isinstance(rule, Preprocessing) and rule.tiling is not None
 
 
 def score_files(
@@ -117,6 +124,10 @@ def score_files(
     if isinstance(rule, ArrayPreprocessing):
         for path in files:
             yield from _score_table(served, path, rule, asked, rate)
+        return
+    if served.tiled is not None:
+        for path in files:
+            yield _score_whole(served, path, rule, asked, rate, limits)
         return
     for start in range(0, len(files), BATCH):
         yield from _score_images(served, files[start : start + BATCH], rule, asked, rate, limits)
@@ -137,6 +148,19 @@ def _score_images(
         scored = iter(rows(judge(served, unit_levels(np.stack(good)), asked, rate)))
     for path, image in zip(files, read, strict=True):
         yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
+
+
+def _score_whole(
+    served: Served, path: Path, rule: Preprocessing, asked: ScoreParameters, rate: float, limits: ImageLimits
+) -> Row | BadFile:
+    """One image by its tiles: alone, so that one at a time is in memory."""
+    try:
+        image = decode_whole(path.read_bytes(), rule, limits)
+    except (InvalidInput, OSError) as error:
+        return BadFile(path, str(error))
+    row = rows(judge(served, [image], asked, rate))[0]
+    tiles = row.pop("tiles")
+    return {"file": str(path), **row, **{field: tiles[name] for field, name in TILE_FIELDS.items()}}
 
 
 def _read_image(path: Path, rule: Preprocessing, limits: ImageLimits, strict: bool) -> np.ndarray | BadFile:
@@ -225,6 +249,7 @@ def _parquet_sink(path: Path, fields: Sequence[str]) -> Iterator[Callable[[Row],
         "file": pyarrow.string(),
         "row": pyarrow.int64(),
         "k": pyarrow.int64(),
+        **{field: pyarrow.int64() for field in TILE_FIELDS},
         "is_anomaly": pyarrow.bool_(),
     }
     schema = pyarrow.schema([(field, types.get(field, pyarrow.float64())) for field in fields])

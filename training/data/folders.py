@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from service.bundle import Preprocessing
 from service.errors import VaeserveError
-from service.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, open_image, read_whole
+from service.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, decode_whole
 from training.data.config import DataConfig
 from training.data.source import Source, slug
 from training.errors import DataError, DataFormatError, DataNotFound
@@ -101,7 +101,7 @@ def _read(path: Path) -> bytes:
 def _decode(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     try:
         if preprocessing.tiling is not None:
-            return read_whole(open_image(_read(path), LIMITS), preprocessing)
+            return decode_whole(_read(path), preprocessing, LIMITS)
         return decode_image(_read(path), preprocessing, LIMITS)
     except VaeserveError as error:
         raise DataFormatError(str(error)) from error
