@@ -318,6 +318,7 @@ class Calibration(Strict):
     n: int = Field(ge=1)
     fitted_on: str | None = Field(default=None, description="the split that the scores' detectors were fitted on")
     n_fit: int = Field(default=0, ge=0)
+    groups: dict[str, int] = Field(default={}, description="group -> inliers that it is calibrated on by itself")
     removed: int = Field(default=0, ge=0, description="highest scores that were left out, for fear of contamination")
     quantiles: dict[str, dict[str, float]] = Field(description="score -> quantile -> score, for reading only")
     realised_false_positive_rate: dict[str, dict[str, float]] = Field(

@@ -96,10 +96,11 @@ def recalibrate(
     notes += _notes(suspects, removed, len(held_out), plan)
     by_group = _by_group(scores, groups, held_out)
     stored = {name: np.sort(values) for name, values in kept.items()} | by_group
-    manifest["calibration"] = _summary(kept, by_group, n_fit, removed)
+    default = manifest["default_score"]
+    counts = {group: len(by_group[calibration_key(default, group)]) for group in _names(groups)}
+    manifest["calibration"] = _summary(kept, counts, n_fit, removed)
     files[CALIBRATION] = _npz(stored)
     path = write_bundle(root, manifest, files, verify=verified)
-    counts = {group: len(stored[calibration_key(manifest["default_score"], group)]) for group in _names(groups)}
     return Outcome(
         path, len(next(iter(kept.values()))), n_fit, counts, [int(held_out[i]) for i in suspects.indices], notes
     )
@@ -191,14 +192,13 @@ def _by_group(
     return found
 
 
-def _summary(
-    kept: Mapping[str, np.ndarray], by_group: Mapping[str, np.ndarray], n_fit: int, removed: int
-) -> dict[str, object]:
+def _summary(kept: Mapping[str, np.ndarray], groups: Mapping[str, int], n_fit: int, removed: int) -> dict[str, object]:
     return {
         "split": SPLIT,
         "n": len(next(iter(kept.values()))),
         "fitted_on": SPLIT if n_fit else None,
         "n_fit": n_fit,
+        "groups": groups,
         "removed": removed,
         "quantiles": {name: {f"{q:g}": float(np.quantile(s, q)) for q in QUANTILES} for name, s in kept.items()},
     }

@@ -301,6 +301,9 @@ def check_calibration(bundle: Bundle) -> str:
     for name in calibrator.names:
         if calibrator.n(name) != declared.n:
             raise BundleFormatError(f"calibration.n is {declared.n}, {CALIBRATION} has {calibrator.n(name)} of {name}")
+        groups = {group: calibrator.n(name, group) for group in calibrator.groups(name)}
+        if groups != declared.groups:
+            raise BundleFormatError(f"calibration.groups is {declared.groups}, {CALIBRATION} has {groups} of {name}")
         _check_quantiles(name, declared.quantiles[name], bundle.arrays(CALIBRATION)[name])
     return f"{declared.n} scores of split {declared.split!r} for {', '.join(calibrator.names)}, sorted and finite"
 

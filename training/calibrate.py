@@ -11,6 +11,7 @@ import numpy as np
 
 from service.bundle import CALIBRATION, DETECTORS, TILES, Bundle, open_bundle
 from service.calibration import Calibrator
+from service.contamination import contamination
 from service.detectors import to_arrays
 from service.fitting import LEAST_ROWS, fit_detectors, fitted_definitions, reference_room, room
 from service.model import Model
@@ -94,6 +95,12 @@ def calibrate(run: Run, progress: Progress | None = None) -> Path:
     }
     (run.folder / SCORES).write_bytes(to_npz(named))
     return path
+
+
+def suspects(run: Run) -> str | None:
+    """What the tail of the default score's calibration says of bad images among the good ones; None: nothing."""
+    with np.load(run.folder / SCORES) as archive:
+        return contamination(archive[f"{SPLIT}.{open_staged(run).manifest.default_score}"]).message
 
 
 def fit_scores(run: Run) -> Path:

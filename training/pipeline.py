@@ -16,7 +16,8 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from training.calibrate import calibrate, images_to_score
+from training.backbone import settled
+from training.calibrate import calibrate, images_to_score, suspects
 from training.card import duration
 from training.checkpoint import load_checkpoint
 from training.config import Config
@@ -37,16 +38,20 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
     Under torchrun the first process prepares folder and data before the others look at them.
     """
     fabric = make_fabric(config)
+    config = settled(config)
     run = Run(folder, config)
     with fabric.rank_zero_first():
         if fabric.is_global_zero:
             _prepare(run, restart)
             say(console, f"data: {config.data.source}")
+            if config.backbone:
+                say(console, f"backbone: {config.backbone.path}, sha256 {config.backbone.sha256}")
         dataset = run.dataset
     if fabric.is_global_zero:
         sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in dataset.splits.items())
         kind, shape = dataset.preprocessing.kind, dataset.describe()["shape"]
-        say(console, f"{len(dataset):,} {kind}s {'×'.join(map(str, shape))}: {sizes}")
+        of = " of features" if run.backbone else ""
+        say(console, f"{len(dataset):,} {kind}s{of} {'×'.join(map(str, shape))}: {sizes}")
         for path, reason in dataset.skipped[:10]:
             say(console, f"skipped {path}: {reason}")
     fitted = fit(config, dataset, folder, fabric, console)
@@ -113,6 +118,8 @@ def calibrate_stage(run: Run, console: Console) -> Path:
     with progress_bar(console, "calibrate", images_to_score(run)) as advance:
         path = calibrate(run, advance)
     say(console, f"calibrate: {path}, verified")
+    if warning := suspects(run):
+        say(console, f"calibrate: {warning}")
     return path
 
 

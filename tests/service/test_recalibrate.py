@@ -15,6 +15,7 @@ from service.recalibrate import Plan, recalibrate
 from service.runtime import Runtime
 from tests.ppca_bundle import images
 from tests.service.fitted import write_fitted
+from tests.service.http import serving
 from tests.service.linear_bundles import draw, linear, write_table
 
 
@@ -122,6 +123,12 @@ def test_the_command_writes_a_version_with_a_calibration_for_each_subfolder(root
     assert calibrator.groups("combined") == ["left", "right"]
     counts = [calibrator.n("combined", group) for group in ("left", "right")]
     assert sum(counts) == calibrator.n("combined") == 98
+    assert list(bundle.manifest.calibration.groups.values()) == counts
+    with serving(tmp_path) as client:
+        picture = (folder / "right" / "0.png").read_bytes()
+        for group, n in zip(("left", "right"), counts, strict=True):
+            asked = {"params": {"group": group}, "content": picture, "headers": {"content-type": "image/png"}}
+            assert client.post("/v1/models/ppca/score", **asked).json()["calibration"]["n"] == n
     scored = run("score", folder / "right" / "0.png", "--repository", tmp_path)
     assert scored.exit_code == 0, scored.stderr
 
