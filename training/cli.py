@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -50,6 +50,17 @@ def fit(
             help="digits, mnist, fashion-mnist, a folder of images, an .npy, .npz, .csv, .parquet file; default: digits"
         ),
     ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A frozen ONNX feature extractor before the model, which is of its features"),
+    ] = None,
+    backbone_output: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its tensor that is the features; default: its only output")
+    ] = None,
+    backbone_normalise: Annotated[
+        Literal["imagenet"] | None,
+        typer.Option(help="What its pixels are normalised by; default: nothing, or --set backbone.mean=… and std"),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="A name that `vaetrain presets` lists, or a .toml file; default: by the data")
     ] = None,
@@ -71,15 +82,38 @@ def fit(
         from training.pipeline import all_stages, fit_stage
         from training.runs import default_name
 
-        launch, config = _configure(data, preset, name, overrides or [], data_dir)
+        before = _backbone(backbone, backbone_output, backbone_normalise)
+        launch, config = _configure(data, preset, name, overrides or [], data_dir, before)
         folder = run_dir or Path("runs") / (config.name or default_name(config.data.source))
         run, fabric = fit_stage(config, folder, launch, restart, console)
         if fabric.is_global_zero and not fit_only:
             _show_served(all_stages(run, to, console), to)
 
 
+def _backbone(path: str | None, output: str | None, normalise: str | None) -> dict[str, Any]:
+    """The configuration's ``backbone`` as the flags have it, and the flags; nothing without a file.
+
+    Raises ConfigError: flags without a file.
+    """
+    from training.config import IMAGENET
+    from training.errors import ConfigError
+
+    flags = {"backbone_output": output, "backbone_normalise": normalise}
+    if path is None:
+        if any(flags.values()):
+            raise ConfigError("--backbone-output and --backbone-normalise are about a --backbone: name its file")
+        return {}
+    section = {"path": path} | ({"output": output} if output else {}) | (IMAGENET if normalise else {})
+    return {"section": section, "flags": {"backbone": path, **flags}}
+
+
 def _configure(
-    data: str | None, preset: str | None, name: str | None, overrides: list[str], data_dir: Path | None
+    data: str | None,
+    preset: str | None,
+    name: str | None,
+    overrides: list[str],
+    data_dir: Path | None,
+    backbone: Mapping[str, Any] | None = None,
 ) -> tuple[Launch, Config]:
     """What was asked for, and the configuration that it means. Raises ConfigError."""
     from training.config import load_config
@@ -87,13 +121,16 @@ def _configure(
     from training.runs import Launch
 
     source = data or DataConfig().source
-    chosen = preset or _preset_for(source, overrides)
+    chosen = preset or ("features" if backbone else _preset_for(source, overrides))
     base: dict[str, Any] = {"data": {"source": source}} if data or not preset else {}
     if data_dir:
         base.setdefault("data", {})["directory"] = str(data_dir)
     if name:
         base["name"] = name
-    launch = Launch(data=data, preset=chosen, name=name, overrides=overrides)
+    if backbone:
+        base["backbone"] = backbone["section"]
+    flags = backbone["flags"] if backbone else {}
+    launch = Launch(data=data, preset=chosen, name=name, overrides=overrides, **flags)
     return launch, load_config(chosen, overrides, base)
 
 

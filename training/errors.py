@@ -5,6 +5,7 @@ TrainingError
 ├── CheckpointError       a checkpoint is unreadable or belongs to another configuration
 ├── TrainingDiverged      gradients are no longer sane
 ├── ExportError           a model cannot become a bundle
+├── BackboneError         a user's ONNX feature extractor cannot stand before a model
 └── DataError             the training data cannot be had or used
     ├── DataNotFound      nothing at that path, or no data set of that name
     ├── DownloadError     no mirror gave the archive; lists what was tried
@@ -32,6 +33,10 @@ class TrainingDiverged(TrainingError):
 
 class ExportError(TrainingError):
     """A model cannot become a bundle; the text says at which step."""
+
+
+class BackboneError(TrainingError):
+    """A user's ONNX feature extractor cannot stand before a model; the text says what was expected of it."""
 
 
 class DataError(TrainingError):

@@ -99,9 +99,10 @@ WITHOUT_GRAPH = ("standard_normal", "none")
 
 
 def roles(model: LatentVariableModel) -> tuple[Graph, ...]:
-    """The graphs that the model's bundle holds."""
+    """The graphs that are exported from the model; a bundle may hold a backbone besides."""
     every: tuple[Graph, ...] = get_args(Graph)
-    return tuple(role for role in every if role != "prior" or model.prior.family not in WITHOUT_GRAPH)
+    own = (role for role in every if role in MODULES)
+    return tuple(role for role in own if role != "prior" or model.prior.family not in WITHOUT_GRAPH)
 
 
 def signature(model: LatentVariableModel) -> Signature:

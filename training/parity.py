@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.bundle import Tolerance
+from service.bundle import Backbone, Tolerance
 from training.batches import derived_seed, to_unit
 from training.data import Dataset
 from training.export import roles
@@ -66,6 +66,15 @@ def reference_arrays(model: LatentVariableModel, dataset: Dataset, seed: int = 0
         **_prior_arrays(model, generator),
     }
     return {name: value.contiguous().numpy() for name, value in tensors.items()}
+
+
+def backbone_arrays(images: Dataset, features: Dataset, backbone: Backbone) -> Arrays:
+    """The images of the reference, and their features as the training had them, in the backbone's own shape."""
+    indices = images.splits["test"][:IMAGES]
+    return {
+        "backbone_x": to_unit(images.pixels(indices)).numpy(),
+        "backbone.features": features.pixels(indices).reshape(-1, *backbone.natural),
+    }
 
 
 def _prior_arrays(model: LatentVariableModel, generator: torch.Generator) -> dict[str, Tensor]:

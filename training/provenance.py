@@ -74,6 +74,8 @@ def public_config(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     tree["data"].pop("directory")
     tree["data"]["source"] = public_source(config.data.source)
+    if tree["backbone"]:
+        tree["backbone"]["path"] = Path(tree["backbone"]["path"]).name
     return tree
 
 
@@ -82,13 +84,21 @@ def fit_command(launch: Launch) -> str:
     words = ["vaetrain", "fit"]
     if launch.data:
         words += ["--data", public_source(launch.data)]
-    for flag, value in (("--preset", launch.preset), ("--name", launch.name)):
+    for flag, value in (("--backbone", launch.backbone), ("--preset", launch.preset), ("--name", launch.name)):
         if value:
             words += [flag, Path(value).name]
+    for flag, value in (
+        ("--backbone-output", launch.backbone_output),
+        ("--backbone-normalise", launch.backbone_normalise),
+    ):
+        if value:
+            words += [flag, value]
     for override in launch.overrides:
         key, _, value = override.partition("=")
         if key.strip() == "data.source":
             words += ["--set", f"data.source={public_source(value.strip())}"]
+        elif key.strip() == "backbone.path":
+            words += ["--backbone", Path(value.strip(" '\"")).name]
         elif key.strip() != "data.directory":
             words += ["--set", override]
     return shlex.join(words)
@@ -108,7 +118,7 @@ def provenance(run: Run) -> dict[str, Any]:
     record, state, metrics = run.record, run.checkpoint["state"], run.metrics()
     return {
         "config": public_config(run.config),
-        "data": json.loads(json.dumps(run.dataset.describe())),
+        "data": json.loads(json.dumps(run.images.describe())),
         "commit": record.commit,
         "versions": versions(),
         "seed": run.config.seed,

@@ -65,11 +65,12 @@ def draw(run: Run, manifest: Manifest) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     if run.checkpoint["history"]:
         found["loss"] = figures.loss_curves(run.checkpoint["history"], _panels(manifest), _unit(manifest))
-    if manifest.tells_distortion:
+    shows = manifest.backbone is None  # of features there is nothing to look at
+    if manifest.tells_distortion and shows:
         x = to_unit(run.dataset.pixels(test[:SHOWN]))
         target, loc, _ = posterior(model, x, seed)
         found["reconstructions"] = pen.reconstructions(x, target, loc)
-    if model.prior.family != "none":
+    if model.prior.family != "none" and shows:
         found["samples"] = pen.samples()
     if manifest.tells_distortion:
         parts = [test[i : i + BATCH] for i in range(0, min(ENCODED, len(test)), BATCH)]
@@ -86,12 +87,13 @@ def _of_latents(pen: Pen, loc: Tensor, scale: Tensor, labels: np.ndarray | None,
     mean, variance = moments(loc, scale)
     carried, kind = information(model, loc, scale)
     order = np.argsort(-carried, kind="stable")
-    found = {"traversal": pen.traversal(order[:TRAVERSED], carried, kind, mean, variance)}
+    shows = pen.manifest.backbone is None
+    found = {"traversal": pen.traversal(order[:TRAVERSED], carried, kind, mean, variance)} if shows else {}
     if model.moments == "exact":
         found["rate"] = figures.rate_by_dimension(carried, *RATES[kind])
         centre, spread = (value.numpy() for value in prior_moments(model))
         found["aggregate"] = figures.aggregate(mean.numpy(), variance.numpy(), centre, spread, order)
-    if model.latent_dim == 2:
+    if model.latent_dim == 2 and shows:
         found["latent"] = pen.plane(loc.numpy(), labels, names)
     return found
 

@@ -4,6 +4,7 @@ runs/NAME/config.json      the whole configuration
           fit.json         what was asked for, on which machine, how long it took
           checkpoint.pt    weights and optimiser; content["best"] are the averaged weights
           history.csv      one row a validation
+          backbone/        the frozen backbone, if there is one, and the images' features (training.features)
           metrics.json     evaluate
           bundle/          export and calibrate: NAME/1, a bundle that is not published yet
           scores.npz       calibrate: scores of the calibration and test splits
@@ -23,6 +24,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from service.bundle import Backbone, InputRule
+from training.backbone import Imported
 from training.checkpoint import FILE as CHECKPOINT
 from training.checkpoint import load_checkpoint
 from training.config import Config
@@ -30,11 +33,13 @@ from training.data import Dataset, load_dataset
 from training.data.load import ARRAY_SUFFIXES
 from training.data.source import slug
 from training.errors import CheckpointError, ConfigError, DataError
+from training.features import FOLDER as BACKBONE
+from training.features import feature_dataset, stored_backbone
 from training.models.base import LatentVariableModel
 from training.models.build import build_model
 
 CONFIG, FIT, METRICS, HISTORY, SCORES = "config.json", "fit.json", "metrics.json", "history.csv", "scores.npz"
-LEFTOVERS = (CHECKPOINT, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard")
+LEFTOVERS = (CHECKPOINT, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard", BACKBONE)
 
 
 class Launch(BaseModel):
@@ -43,6 +48,9 @@ class Launch(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str | None = None
+    backbone: str | None = None
+    backbone_output: str | None = None
+    backbone_normalise: str | None = None
     preset: str | None = None
     name: str | None = None
     overrides: list[str] = []
@@ -91,14 +99,37 @@ class Run:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The data of the run. Raises DataError if they are not those that it was trained on."""
-        dataset = load_dataset(self.config.data)
+        """What the model is of: the data of the run, or a backbone's features of them.
+
+        Raises DataError if they are not those that it was trained on, BackboneError.
+        """
+        dataset = self.images
+        if self.backbone is not None:
+            dataset = feature_dataset(self.images, self.backbone, self.folder)
         if self.has_record and dataset.fingerprint != self.record.fingerprint:
             raise DataError(
                 f"{self.config.data.source} has changed since the run was trained (fingerprint "
                 f"{dataset.fingerprint[:12]}, trained on {self.record.fingerprint[:12]}): train again"
             )
         return dataset
+
+    @cached_property
+    def images(self) -> Dataset:
+        """The rows as they come in: a backbone's images, or ``dataset``. Raises DataError."""
+        return load_dataset(self.config.data)
+
+    @cached_property
+    def backbone(self) -> Imported | None:
+        """The frozen backbone before the model, if there is one. Raises BackboneError."""
+        config = self.config.backbone
+        return None if config is None else stored_backbone(self.folder, config, self.input_rule)
+
+    @property
+    def input_rule(self) -> InputRule:
+        """How a row from outside becomes pixels, or numbers."""
+        rule = self.images.preprocessing
+        assert not isinstance(rule, Backbone)
+        return rule
 
     @cached_property
     def checkpoint(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from service.bundle import (
     CALIBRATION,
     REFERENCE,
     ArrayPreprocessing,
+    Backbone,
     Bundle,
     ScoreDefinition,
     open_bundle,
@@ -25,7 +26,7 @@ from training.config import ScoreConfig
 from training.errors import ExportError
 from training.export import export_graphs, likelihood, posterior, prior, signature
 from training.models.base import LatentVariableModel
-from training.parity import reference_arrays, rounds, to_npz, tolerances
+from training.parity import backbone_arrays, reference_arrays, rounds, to_npz, tolerances
 from training.provenance import provenance
 from training.runs import Run
 
@@ -81,7 +82,10 @@ def describe(run: Run) -> str:
     if run.config.description:
         return run.config.description
     model, preprocessing = run.model, run.dataset.preprocessing
-    if isinstance(preprocessing, ArrayPreprocessing):
+    if isinstance(preprocessing, Backbone):
+        kind = "pooled" if preprocessing.kind == "vector" else "a map"
+        size = f"a frozen backbone's features, {kind}, {'×'.join(map(str, preprocessing.natural))}"
+    elif isinstance(preprocessing, ArrayPreprocessing):
         size = f"{preprocessing.kind}s of {'×'.join(map(str, preprocessing.natural))}"
     else:
         size = f"{'×'.join(map(str, model.shape))} pixels"
@@ -102,8 +106,11 @@ def describe(run: Run) -> str:
 
 def export(run: Run) -> Path:
     """Write runs/NAME/bundle/NAME/1, uncalibrated, in place of one that is there. Raises ExportError, VaeserveError."""
-    graphs = export_graphs(run.model, run.dataset.preprocessing)
+    graphs = export_graphs(run.model, run.input_rule)
     reference = reference_arrays(run.model, run.dataset, run.config.seed)
+    if run.backbone is not None:
+        graphs["backbone"] = run.backbone.graph
+        reference |= backbone_arrays(run.images, run.dataset, run.backbone.backbone)
     files = {f"{role}.onnx": graph for role, graph in graphs.items()} | {REFERENCE: to_npz(reference)}
     allowed = tolerances(reference, rounds(run.model.likelihood))
     scores = score_definitions(run.model, run.config.score)
@@ -112,7 +119,8 @@ def export(run: Run) -> Path:
         "version": VERSION,
         "family": run.model.family,
         "description": describe(run),
-        "preprocessing": run.dataset.preprocessing.model_dump(mode="json"),
+        "preprocessing": run.input_rule.model_dump(mode="json"),
+        "backbone": run.backbone and run.backbone.backbone.model_dump(mode="json"),
         "evidence": run.model.evidence,
         "signature": signature(run.model).model_dump(mode="json"),
         "likelihood": likelihood(run.model).model_dump(mode="json"),

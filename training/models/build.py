@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from service.bundle import InputRule
+from service.bundle import Backbone, InputRule
 from training.config import ModelConfig
 from training.errors import ConfigError
 from training.models.autoencoder import Autoencoder
@@ -42,8 +42,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build_model(rule: InputRule, config: ModelConfig) -> LatentVariableModel:
+def build_model(rule: InputRule | Backbone, config: ModelConfig) -> LatentVariableModel:
     """An untrained model of the configured family for rows of that rule: pixels of images, or numbers as they are.
+
+    Numbers are a vector's, a signal's, or a backbone's features.
 
     Raises ConfigError: the family or its likelihood is not for such rows.
     """
