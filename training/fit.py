@@ -25,6 +25,7 @@ from training.batches import StaticallyBinarised, derived_seed, epoch_batches, s
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Config, OptimiserConfig
 from training.data.dataset import Dataset
+from training.dimensions import check_dimension
 from training.errors import CheckpointError, TrainingDiverged
 from training.evaluate import bounds
 from training.guard import is_sane, remember
@@ -449,7 +450,10 @@ def finished_weights(
 
 
 def solve(config: Config, dataset: Dataset, folder: Path, fabric: Fabric, console: Console | None = None) -> Fitted:
-    """Fit a model of closed form, or load it; the first rank does it for all. Raises CheckpointError, DataError."""
+    """Fit a model of closed form, or load it; the first rank does it for all.
+
+    Raises CheckpointError, DataError, ConfigError.
+    """
     first = fabric.is_global_zero
     content: dict[str, Any] = fabric.broadcast(_solved(config, dataset, folder, console) if first else {})
     return Fitted(fitted_model(config, dataset, content["best"]), restored_state(content["state"]), [])
@@ -460,6 +464,7 @@ def _solved(config: Config, dataset: Dataset, folder: Path, console: Console | N
     content = load_checkpoint(folder, config)
     if content is not None and content["fingerprint"] == dataset.fingerprint:
         return content
+    check_dimension(config, dataset)
     started = time.perf_counter()
     with Journal(folder, 1, 0, True, console) as journal:
         weights = finished_weights(config, dataset, None, journal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from training.backbone import settled
 from training.calibrate import calibrate, images_to_score, suspects
 from training.card import duration
+from training.checkpoint import FILE as CHECKPOINT
 from training.checkpoint import load_checkpoint
-from training.config import Config
+from training.config import Config, parse_override
+from training.dimensions import FAMILIES as TRUNCATED
+from training.dimensions import adapted
+from training.errors import TrainingError
 from training.evaluate import evaluate, summary
 from training.fit import fit, make_fabric
 from training.provenance import commit, machine, versions
@@ -38,23 +43,19 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
     Under torchrun the first process prepares folder and data before the others look at them.
     """
     fabric = make_fabric(config)
-    config = settled(config)
-    run = Run(folder, config)
-    with fabric.rank_zero_first():
-        if fabric.is_global_zero:
-            _prepare(run, restart)
-            say(console, f"data: {config.data.source}")
-            if config.backbone:
-                say(console, f"backbone: {config.backbone.path}, sha256 {config.backbone.sha256}")
-        dataset = run.dataset
-    if fabric.is_global_zero:
-        sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in dataset.splits.items())
-        kind, shape = dataset.preprocessing.kind, dataset.describe()["shape"]
-        of = " of features" if run.backbone else ""
-        say(console, f"{len(dataset):,} {kind}s{of} {'×'.join(map(str, shape))}: {sizes}")
-        for path, reason in dataset.skipped[:10]:
-            say(console, f"skipped {path}: {reason}")
-    fitted = fit(config, dataset, folder, fabric, console)
+    run, first = Run(folder, settled(config)), fabric.is_global_zero
+    with _leaving_no_trace(folder, first):
+        with fabric.rank_zero_first():
+            if first and restart:
+                run.discard()
+            run = _adapted(run, launch)
+            if first:
+                _prepare(run)
+                _announce(run, config, console)
+            dataset = run.dataset
+        if first:
+            _describe(run, console)
+        fitted = fit(run.config, dataset, folder, fabric, console)
     if fabric.is_global_zero and not run.has_record:
         record = FitRecord(
             launch=launch,
@@ -72,13 +73,52 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
     return run, fabric
 
 
-def _prepare(run: Run, restart: bool) -> None:
-    """A folder that fits the configuration: emptied on restart, refused if its checkpoint is of another one."""
-    if restart:
-        run.discard()
+@contextmanager
+def _leaving_no_trace(folder: Path, first: bool) -> Iterator[None]:
+    """A training that is refused before its first checkpoint leaves no folder that was not there before."""
+    existed = folder.exists()
+    try:
+        yield
+    except (TrainingError, OSError):
+        if first and not existed and not (folder / CHECKPOINT).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _adapted(run: Run, launch: Launch) -> Run:
+    """The run with a dimension that its data can have, where that was nobody's choice: see training.dimensions."""
+    chosen = any(parse_override(text)[0] == ["model", "latent_dim"] for text in launch.overrides)
+    if chosen or run.config.backbone or run.config.model.family not in TRUNCATED:
+        return run
+    return run.configured(adapted(run.config, run.dataset))
+
+
+def _prepare(run: Run) -> None:
+    """A folder that fits the configuration, refused if its checkpoint is of another one."""
     load_checkpoint(run.folder, run.config)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.save_config()
+
+
+def _announce(run: Run, asked: Config, console: Console) -> None:
+    """What is about to be read, and what was made of the configuration."""
+    say(console, f"data: {run.config.data.source}")
+    if run.config.backbone:
+        say(console, f"backbone: {run.config.backbone.path}, sha256 {run.config.backbone.sha256}")
+    before, now = asked.model.latent_dim, run.config.model.latent_dim
+    if now != before:
+        say(console, f"model.latent_dim: {now} instead of the preset's {before}, half of the axes of these data")
+
+
+def _describe(run: Run, console: Console) -> None:
+    """What was read: rows, splits, and files that were left out."""
+    dataset = run.dataset
+    sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in dataset.splits.items())
+    kind, shape = dataset.preprocessing.kind, dataset.describe()["shape"]
+    of = " of features" if run.backbone else ""
+    say(console, f"{len(dataset):,} {kind}s{of} {'×'.join(map(str, shape))}: {sizes}")
+    for path, reason in dataset.skipped[:10]:
+        say(console, f"skipped {path}: {reason}")
 
 
 def evaluate_stage(run: Run, console: Console, **asked: int | str | None) -> dict[str, float]:

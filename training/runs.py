@@ -87,6 +87,12 @@ class Run:
         except ValidationError as error:
             raise ConfigError(f"{path} is not a configuration of this version: {error}") from error
 
+    def configured(self, config: Config) -> Run:
+        """The run with another configuration of the same data, which are not read again."""
+        other = Run(self.folder, config)
+        vars(other).update({name: vars(self)[name] for name in ("images", "dataset") if name in vars(self)})
+        return other
+
     @property
     def name(self) -> str:
         """Name of the bundle: the configured one, else the data's."""
