@@ -5,7 +5,8 @@
     python -m bench.anomaly --limit 64 --seeds 0 --set optimiser.epochs=1         # a smoke test
 
 What is measured goes to DIR/results.json at once, and is not measured again by the next command unless ``--again``.
-The Markdown tables of all that the file holds are printed, and written to DIR/report.md, the figure to DIR/auroc.png.
+The Markdown tables of all that the file holds at the same --limit are printed, and written to DIR/report.md, the figure
+to DIR/auroc.png.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, BundleMissing, TrainingError, VaeserveError) as error:
         raise SystemExit(f"bench.anomaly: {error}") from error
     finally:
-        write_report(options.to, list(results))
+        write_report(options.to, [record for record in results if record.limit == options.limit])
 
 
 def run(options: argparse.Namespace, results: Results) -> None:
