@@ -66,7 +66,7 @@ lock: $(LOCK_VENV)/bin/pip-compile ## write deploy/constraints.txt from pyprojec
 image: ## build the container image (BUILD="podman build" or "buildah bud" where there is no docker)
 	$(BUILD) --tag $(IMAGE) --target $(RUNTIME) .
 
-image-check: ## run the built image read-only, score a picture, look for what must not be in it (ENGINE=podman|buildah)
+image-check: ## run the built image read-only, score with each model, look for what must not be in it (ENGINE=podman|buildah)
 	$(PYTHON) deploy/check_image.py --engine $(ENGINE) $(ARGS) $(IMAGE)
 
 clean: ## remove caches and build products, not the environments

@@ -4,9 +4,9 @@
     python deploy/check_image.py vaeserve:cpu --engine buildah     # as root, where no container engine runs
 
 It looks for what must not be in the image (torch, compilers, pip's cache, files of its user), starts the service, waits
-for the HEALTHCHECK, scores a picture with every model over HTTP, and stops it with SIGTERM. The buildah engine has no
-container to run: it enters the image's file system, remounted read-only, in a mount namespace of its own and shares the
-host's network. Standard library only; exit code 1 if any check fails.
+for the HEALTHCHECK, scores a picture, or a row of numbers, with every model over HTTP, and stops it with SIGTERM. The
+buildah engine has no container to run: it enters the image's file system, remounted read-only, in a mount namespace of
+its own and shares the host's network. Standard library only; exit code 1 if any check fails.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 LIMIT_MB = 450
 START_SECONDS = 120
 STOP_SECONDS = 30
+Body = tuple[bytes, str]
+"""What is posted, and its Content-Type."""
 FORBIDDEN_MODULES = ("torch", "lightning", "onnx", "sklearn", "matplotlib", "pip")
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "make", "ld")
 
@@ -223,7 +225,7 @@ def png(height: int, width: int, seed: int = 0) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def multipart(image: bytes) -> tuple[bytes, str]:
+def multipart(image: bytes) -> Body:
     """A form with one file in the field ``images``, and its Content-Type."""
     head = (
         b'--edge\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
@@ -299,15 +301,32 @@ def check_service(engine: ContainerEngine | BuildahEngine, check: Checks) -> Non
 
 
 def check_scores(url: str, model: str, check: Checks) -> None:
-    """The same picture, small and large, raw and as a form: a finite score, the same each time."""
-    for height, width in ((28, 28), (1500, 1500)):  # the second is larger than the megabyte that a form keeps in memory
-        image = png(height, width)
-        form, form_type = multipart(image)
-        raw = fetch(f"{url}/v1/models/{model}/score", image)
-        posted = fetch(f"{url}/v1/models/{model}/score", form, form_type)
-        scores = [answer["results"][0]["score"] for answer in (raw, posted)]
-        same = math.isfinite(scores[0]) and scores[0] == scores[1]
-        check(f"{model} scores {width}x{height}, {len(image)} bytes, raw and as a form", same, scores)
+    """One row in two forms, of what the model is of: a finite score, the same both times."""
+    facts = fetch(f"{url}/v1/models/{model}")
+    for what, bodies in pictures() if facts["kind"] == "image" else rows(facts["shape"]):
+        answers = [fetch(f"{url}/v1/models/{model}/score", body, media_type) for body, media_type in bodies]
+        scores = [answer["results"][0]["score"] for answer in answers]
+        check(f"{model} scores {what}", math.isfinite(scores[0]) and scores[0] == scores[1], scores)
+
+
+def pictures() -> Iterator[tuple[str, list[Body]]]:
+    """Pictures, raw and as a form; the second is larger than the megabyte that a form keeps in memory."""
+    for side in (28, 1500):
+        image = png(side, side)
+        yield (
+            f"a picture {side}x{side}, {len(image)} bytes, raw and as a form",
+            [(image, "image/png"), multipart(image)],
+        )
+
+
+def rows(shape: list[int]) -> Iterator[tuple[str, list[Body]]]:
+    """A vector [D] or a signal [C,T] of standard normal numbers, as JSON and as CSV, channel after channel."""
+    draw, width = random.Random(0), shape[-1]
+    numbers = [round(draw.gauss(0, 1), 3) for _ in range(math.prod(shape))]
+    row = numbers if len(shape) == 1 else [numbers[i : i + width] for i in range(0, len(numbers), width)]
+    line, document = ",".join(map(str, numbers)), json.dumps({"rows": [row]})
+    bodies = [(document.encode(), "application/json"), (line.encode(), "text/csv")]
+    yield f"{'x'.join(map(str, shape))} numbers, as JSON and as CSV", bodies
 
 
 def main() -> int:
