@@ -95,9 +95,10 @@ class Tiling(Strict):
     the upper left corner on, and one more at the edge where the last would not reach it: together they cover the
     image. Each is a row. ``aggregate`` makes the tiles' scores the image's:
 
-    ``maximum``: −log(1 − (1 − p)^m), nats (Šidák 1967), p the tail probability, among held-out tiles, of the tile that
-    scores highest, and m how many tiles fit into the image's area: larger images hold more tiles, and their highest
-    score is higher by chance alone. The tails are in tiles.npz. ``top``: mean of the ``share`` of the tiles that score
+    ``maximum``: −log(−m log(1 − p)), nats, p the tail probability, among held-out tiles, of the tile that scores
+    highest, and m how many tiles fit into the image's area: larger images hold more tiles, and their highest score is
+    higher by chance alone (Šidák 1967: of m independent tiles one is as extreme with probability 1 − (1 − p)^m, which
+    falls as this score rises). The tails are in tiles.npz. ``top``: mean of the ``share`` of the tiles that score
     highest, of one at least.
     """
 

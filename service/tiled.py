@@ -26,7 +26,8 @@ from service.tiles import Plan, Stitcher
 
 AT_ONCE = 64  # tiles that are cut out and given to the model together
 MEANS = ("elbo", "log_likelihood", "rate", "distortion", "bits_per_dim")
-SURE = 600.0  # nats: beyond, (1 − (1 − p)^m) is m p to the last bit, and p itself would underflow
+SURE = 600.0  # nats: from far below, −log(1 − p) is p to the last bit; from above, p would underflow
+LEAST = 1e-9  # nats: a tile that scores below every held-out one has p = 1, whose logarithm would be infinite
 
 Tails = Mapping[str, Combination]
 """Score -> the tail probabilities of one tile's score, as of a combination of that score alone."""
@@ -167,15 +168,18 @@ def aggregate(scores: np.ndarray, plan: Plan, tiling: Tiling, tail: Combination 
     if tiling.aggregate == "top":
         return float(ordered[: max(1, round(tiling.share * len(ordered)))].mean())
     assert tail is not None
-    return sidak(float(tail.score([ordered[:1]])[0]), plan.places)
+    return surprisal_of_maximum(float(tail.score([ordered[:1]])[0]), plan.places)
 
 
-def sidak(surprisal: float, m: float) -> float:
-    """−log(1 − (1 − p)^m) with p = exp(−surprisal): nats, of the least of m independent p-values (Šidák 1967)."""
-    sure = min(surprisal, SURE)
-    with np.errstate(divide="ignore"):  # p = 1: log(1 − p) is −∞, and the answer 0
-        none_as_low = m * np.log1p(-np.exp(-sure))
-    return float(-np.log(-np.expm1(none_as_low))) + surprisal - sure
+def surprisal_of_maximum(surprisal: float, m: float) -> float:
+    """−log(−m log(1 − p)) with p = exp(−surprisal), nats: strictly rising in p's surprisal, and finite.
+
+    The chance that the least of m independent p-values is at most p is 1 − (1 − p)^m (Šidák 1967), which is 1 − exp(−λ)
+    with λ = −m log(1 − p): about the number of tiles that score as high in so large an image. This is −log λ, of m
+    independent inliers a draw of the standard Gumbel distribution.
+    """
+    known = min(max(surprisal, LEAST), SURE)
+    return float(-np.log(m) - np.log(-np.log1p(-np.exp(-known)))) + max(surprisal - SURE, 0.0)
 
 
 def fit_tails(scores: Mapping[str, np.ndarray]) -> dict[str, Combination]:

@@ -86,13 +86,17 @@ def write_ppca_bundle(
     calibration_n: int = 199,
     change: Callable[[dict[str, Any], dict[str, bytes]], None] | None = None,
     verify: Callable[[Path], object] | None = None,
+    training: np.ndarray | None = None,
 ) -> tuple[Path, Ppca]:
-    """Fit, build and write the bundle root/name/version; ``change`` may damage manifest and files before they are."""
-    ppca = fit_ppca(images(400, shape), latent_dim)
+    """Fit, build and write the bundle root/name/version; ``change`` may damage manifest and files before they are.
+
+    ``training``: what to fit, in place of ``images``.
+    """
+    ppca = fit_ppca(images(400, shape) if training is None else training, latent_dim)
     calibration = {score: np.sort(-ppca.log_likelihood(images(calibration_n, shape, seed=1))) for score in SCORES}
     files = {f"{role}.onnx": model for role, model in graphs(ppca).items()}
-    files["reference.npz"] = _npz(reference(ppca))
-    files["calibration.npz"] = _npz(calibration)
+    files["reference.npz"] = npz(reference(ppca))
+    files["calibration.npz"] = npz(calibration)
     files["README.md"] = f"# {name}\n\nProbabilistic PCA in closed form: a test fixture.\n".encode()
     manifest = _manifest(name, version, ppca, calibration)
     if change is not None:
@@ -279,7 +283,7 @@ def _observation(ppca: Ppca) -> bytes:
     return g.build(inputs, {"sample": (["M", *image], TensorProto.FLOAT)})
 
 
-def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+def npz(arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()

@@ -173,7 +173,7 @@ def _rule(manifest: Manifest) -> str:
 def _tiles(rule: Preprocessing, tiling: Tiling) -> str:
     """How an image of any size is scored by its tiles."""
     aggregates = {
-        "maximum": "its most anomalous tile's tail probability p, for m tiles side by side: −log(1 − (1 − p)^m), nats",
+        "maximum": "−log(−m log(1 − p)) nats, p its most anomalous tile's tail probability and m its area in tiles",
         "top": f"the mean of the highest {tiling.share:.0%} of its tiles' scores",
     }
     return (
