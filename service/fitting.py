@@ -10,6 +10,7 @@ from service.bundle import FITTED, Manifest, ScoreDefinition
 from service.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent
 from service.errors import InvalidInput
 from service.estimates import Estimates, Passes
+from service.maps import AnomalyMap, Sight
 from service.measured import Measured
 from service.model import Model
 from service.verbs import refusals
@@ -103,6 +104,8 @@ def fit_detectors(
     """
     if len(held_out) < LEAST_ROWS:
         raise InvalidInput(f"{len(held_out)} rows to fit scores on, expected at least {LEAST_ROWS}")
+    if not len(reference) and (known_codes is None or not len(known_codes)):
+        raise InvalidInput("no rows to compare codes with, expected at least one")
     half = (len(held_out) + 1) // 2
     first, second = held_out[:half], held_out[half:]
     fitted = {name: each for name, each in definitions.items() if each.estimator in FITTED}
@@ -124,6 +127,26 @@ def fit_detectors(
             parts = [definitions[part] for part in definition.of]
             detectors[name] = Combination.fit(_scores(model, second, parts, definitions, detectors, progress))
     return detectors
+
+
+def fit_map(model: Model, held_out: np.ndarray, progress: Progress | None = None) -> AnomalyMap | None:
+    """The anomaly map (service.maps) from rows as ``fit_detectors`` takes them; None of a model without maps.
+
+    Raises InvalidInput for fewer than LEAST_ROWS rows.
+    """
+    if "score.map" in model.refused:
+        return None
+    if len(held_out) < LEAST_ROWS:
+        raise InvalidInput(f"{len(held_out)} rows to fit a map on, expected at least {LEAST_ROWS}")
+    half = (len(held_out) + 1) // 2
+    first, second = (_sights(model, rows, progress) for rows in (held_out[:half], held_out[half:]))
+    return AnomalyMap.fit(first, second, model.manifest)
+
+
+def _sights(model: Model, x: np.ndarray, progress: Progress | None) -> Iterable[Sight]:
+    for start in range(0, len(x), BATCH):
+        yield model.sight(x[start : start + BATCH])
+        _tell(progress, len(x[start : start + BATCH]))
 
 
 def _scores(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_blur_shortens_and_noise_lengthens():
         np.array([code_length(row) for row in rows])
         for rows in (blurred(blurred(x)), blurred(x), x, np.clip(x + 0.2 * random.standard_normal(x.shape), 0, 1))
     ]
-    for shorter, longer in zip(lengths, lengths[1:], strict=False):
+    for shorter, longer in itertools.pairwise(lengths):
         assert (shorter < longer).all()
 
 

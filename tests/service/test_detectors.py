@@ -360,7 +360,9 @@ def test_the_tail_is_exponential_beyond_the_90_percent_quantile():
     assert exact.score([probes]) == pytest.approx(probes / 2, rel=0.01)
 
 
-@given(hnp.arrays(np.float64, st.tuples(st.integers(2, 60), st.just(2)), elements=st.sampled_from([0.0, 1.0, 2.5, -9.0])))
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(2, 60), st.just(2)), elements=st.sampled_from([0.0, 1.0, 2.5, -9.0]))
+)
 def test_tied_scores_count_all_that_are_as_high(scores):
     n = len(scores)
     combination = Combination.fit(scores)
