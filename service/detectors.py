@@ -39,6 +39,7 @@ MOST_REFERENCE_NUMBERS = 2**24  # that a bundle may bring: every row that is sco
 NEIGHBOURS = 5
 TAIL = 0.9  # quantile from which a tail is taken for exponential
 LEVELS = 256
+RESERVED = "@"  # before the keys of detectors.npz that are of no score (service.maps): no score's name holds it
 STRETCH = (5, 95)  # percentiles of an image that contrast stretching sends to 0 and 1
 BEST = 0.95  # quantile of the log-likelihoods at a level that counts as the best that can be reached
 LEAST_RESIDUAL = 1e-3  # by the mean |x|, or by 1 where x is 0: what counts as one deviation at least of a residual
@@ -212,19 +213,7 @@ class Residual(Detector):
 
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        total, squares, size = (np.zeros(manifest.signature.shape) for _ in range(3))
-        for part in parts:
-            residual = part.x.astype(np.float64) - part.mean
-            total, squares = total + residual.sum(axis=0), squares + (residual**2).sum(axis=0)
-            size += np.abs(part.x).sum(axis=0, dtype=np.float64)
-        count = sum(len(part.x) for part in parts)
-        mean = total / count
-        variance = np.maximum(squares / count - mean**2, 0.0)
-        shared = SHARED_UNITS[manifest.preprocessing.kind]
-        size = size.mean(axis=shared, keepdims=True) / count
-        least = (LEAST_RESIDUAL * np.where(size > 0, size, 1.0)) ** 2
-        scale = np.sqrt(variance + np.maximum(variance.mean(axis=shared, keepdims=True), least))
-        return cls({"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)}, definition, manifest)
+        return cls(residual_moments(((part.x, part.mean) for part in parts), manifest), definition, manifest)
 
     def score_row(self, row: Row) -> float:
         return math.log(float((self.deviations(row.x, row.mean) ** 2).mean()) + 1e-12)
@@ -323,6 +312,8 @@ def load_detectors(bundle: Bundle) -> dict[str, Detector | Combination]:
         return {}
     found: dict[str, Arrays] = {name: {} for name in fitted}
     for key, array in bundle.arrays(DETECTORS).items():
+        if key.startswith(RESERVED):
+            continue
         name, _, parameter = key.rpartition("/")
         if name not in found:
             raise BundleFormatError(f"{DETECTORS} holds {key}, of no fitted score of the manifest")
@@ -340,6 +331,24 @@ def to_arrays(detectors: Mapping[str, Detector | Combination]) -> Arrays:
     return {
         f"{name}/{parameter}": array for name, found in detectors.items() for parameter, array in found.arrays.items()
     }
+
+
+def residual_moments(parts: Iterable[tuple[np.ndarray, np.ndarray]], manifest: Manifest) -> Arrays:
+    """``mean`` and ``scale`` of x − x̂ by place, float32 [C,H,W], as Residual raises it; from x and x̂ [n,C,H,W]."""
+    total, squares, size = (np.zeros(manifest.signature.shape) for _ in range(3))
+    count = 0
+    for x, decoded in parts:
+        residual = x.astype(np.float64) - decoded
+        total, squares = total + residual.sum(axis=0), squares + (residual**2).sum(axis=0)
+        size += np.abs(x).sum(axis=0, dtype=np.float64)
+        count += len(x)
+    mean = total / count
+    variance = np.maximum(squares / count - mean**2, 0.0)
+    shared = SHARED_UNITS[manifest.preprocessing.kind]
+    size = size.mean(axis=shared, keepdims=True) / count
+    least = (LEAST_RESIDUAL * np.where(size > 0, size, 1.0)) ** 2
+    scale = np.sqrt(variance + np.maximum(variance.mean(axis=shared, keepdims=True), least))
+    return {"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)}
 
 
 def stretched(x: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
 from service.features import FeatureExtractor
 from service.graphs import check_operators, check_signature
+from service.maps import AnomalyMap, Look, MapKind, Sight, load_map
 from service.measured import Measured
 from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
 from service.runtime import Runtime
@@ -36,6 +37,7 @@ from service.verbs import refusals
 SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of a row that go through the graphs at once
 MAX_ELEMENTS = 2**21  # of one decoder output: rows × samples × C·H·W that go through the graphs at once
 MAX_TEMPERATURE = 1000
+NO_MAP = "nothing was fitted for it: `vaeserve calibrate` or `vaetrain calibrate` write a bundle that has it"
 ROWS = 32  # rows that go through the graphs at once, at most
 
 
@@ -56,7 +58,8 @@ class Scores(NamedTuple):
     ``score``: minus the estimate of the definition's estimator, higher is more anomalous. ``elbo``: (1/k) Σ log w.
     ``log_likelihood``: log (1/k) Σ w. ``rate``: mean of log q(z|x) − log p(z). ``distortion``: mean of −log p(x|z).
     ``bits_per_dim``: of the estimator's bound. ``standard_error``: Monte-Carlo error of ``score``, NaN when k = 1.
-    ``map``: distortion by place, summed over channels, float32 [N,H,W], or None. ``also``: further scores by name.
+    ``map``: by place, float32 [N,H,W], or None: the anomaly map (service.maps) or the distortion, summed over channels.
+    ``also``: further scores by name.
 
     What a model does not have is NaN: of these elbo, log_likelihood and rate without a likelihood (score and distortion
     are then in the definition's unit); rate where the encoder is deterministic, distortion where it is a bijection
@@ -92,6 +95,9 @@ class Model:
         self.bundle, self.manifest, self.digest, self.runtime = bundle, bundle.manifest, bundle.digest, runtime
         self.refused = refusals(self.manifest)
         self.detectors = load_detectors(bundle)
+        self.anomaly_map: AnomalyMap | None = load_map(bundle)
+        if self.anomaly_map is None:
+            self.refused.setdefault("score.map.anomaly", NO_MAP)
         signature = self.manifest.signature
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
         self._parameters = self.manifest.likelihood.parameters
@@ -265,8 +271,11 @@ class Model:
         definition: ScoreDefinition | None = None,
         maps: bool = False,
         also: Mapping[str, ScoreDefinition] | None = None,
+        map_kind: MapKind | None = None,
     ) -> Scores:
         """Scores of x, float32 [N,C,H,W] (images in [0, 1]), by ``definition`` or the bundle's default one.
+
+        ``maps``: also a map of each row, of ``map_kind`` or of what ``default_map`` is.
 
         ``also``: further definitions, whose scores are in the answer's ``also``; all share the forward passes. A
         ``definition`` or one of ``also`` that was fitted must be the manifest's own.
@@ -278,11 +287,14 @@ class Model:
         wanted = [main, *(also or {}).values()]
         for each in wanted:
             self.require(f"score.{each.estimator}")
+        kind = map_kind or self.default_map
         if maps:
             self.require("score.map")
+            self.require(f"score.map.{kind}")
         x = self.features(x)
         rows = min(ROWS, max(1, MAX_ELEMENTS // (self._chunk(max(each.k for each in wanted)) * self._dimensions)))
-        parts = [self._score(x[i : i + rows], main, wanted, maps) for i in range(0, len(x), rows)]
+        shown = kind if maps else None
+        parts = [self._score(x[i : i + rows], main, wanted, shown) for i in range(0, len(x), rows)]
         together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-3]}
         others = zip(*(part.also.values() for part in parts), strict=True)
         return Scores(
@@ -301,8 +313,32 @@ class Model:
         x = self.features(x)
         return self._measure(stretched(x) if stretch else x, k, seed, True, True)
 
-    def _score(self, x: np.ndarray, main: ScoreDefinition, wanted: Sequence[ScoreDefinition], maps: bool) -> Scores:
-        """The scores of a few rows."""
+    @property
+    def default_map(self) -> MapKind:
+        """The kind of map that is given where none is asked for: ``anomaly`` if the bundle has it."""
+        return "distortion" if self.anomaly_map is None else "anomaly"
+
+    def sight(self, x: np.ndarray) -> Sight:
+        """What service.maps looks at: rows as ``score`` takes them, in batches. Raises InvalidInput."""
+        x = self.features(x)
+        return Sight(x, self._look(x))
+
+    def _look(self, x: np.ndarray) -> Look:
+        """Of rows in place of x: E[x|loc] and −log p(x|loc) by place, both [N,C,H,W], loc the code of these rows."""
+        target = next(self._encode(x, 1, 0))["target"]
+
+        def look(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            loc = next(self._encode(rows, 1, 0))["loc"]
+            decoded = self._decoder.run({"z": loc})
+            return decoded["mean"], -self._densities(target, loc[:, None], decoded)[2][:, 0]
+
+        return look
+
+    def _score(
+        self, x: np.ndarray, main: ScoreDefinition, wanted: Sequence[ScoreDefinition], shown: MapKind | None
+    ) -> Scores:
+        """The scores of a few rows, and the map that is to be shown."""
+        maps = shown == "distortion"
         fitted = any(each.estimator in FITTED for each in wanted)
         passes = Passes(lambda x, k, seed, places: self._measure(x, k, seed, fitted, places), x, wanted, maps)
         every = Estimates(passes, self.manifest.scores, self.detectors)
@@ -319,9 +355,16 @@ class Model:
             bits_per_dim=self._bits_per_dim(-scores[0], main),
             standard_error=every.standard_error(main),
             k=main.k,
-            map=np.stack([row.sum(axis=0) for row in measured.distortion]).astype(np.float32) if maps else None,
+            map=self._map(x, measured, shown),
             also={str(index): values for index, values in enumerate(scores[1:])},
         )
+
+    def _map(self, x: np.ndarray, measured: Measured, shown: MapKind | None) -> np.ndarray | None:
+        if shown == "anomaly" and self.anomaly_map is not None:
+            return self.anomaly_map.values(Sight(x, self._look(x)))
+        if shown is None:
+            return None
+        return np.stack([row.sum(axis=0) for row in measured.distortion]).astype(np.float32)
 
     def _bits_per_dim(self, bound: np.ndarray, definition: ScoreDefinition) -> np.ndarray:
         measure = self.manifest.likelihood.measure
@@ -353,10 +396,16 @@ class Model:
         decoded = self._decoder.run({"z": loc})["mean"] if mean else np.empty((len(x), 0), np.float32)
         return Measured(x, decoded, loc, scale, log_p_x, log_p_z, log_q, distortion / k)
 
-    def _densities(self, target: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by place, float32 [n,k,C,H,W]."""
+    def _densities(
+        self, target: np.ndarray, z: np.ndarray, decoded: Arrays | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by place, float32 [n,k,C,H,W].
+
+        ``decoded``: the decoder's outputs for z, where these are known.
+        """
         n, k, latent_dim = z.shape
-        decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)})
+        if decoded is None:
+            decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)})
         parameters = {name: decoded[name] for name in self._parameters}
         if self._density.sizes == (1,):
             parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}

@@ -18,9 +18,10 @@ import numpy as np
 from service.bundle import CALIBRATION, DETECTORS, Bundle, ScoreDefinition, next_version, open_bundle, write_bundle
 from service.calibration import Calibrator, calibration_key
 from service.contamination import Contamination, contamination, rate_after_trimming, trimmed
-from service.detectors import Combination, Detector, Latent, to_arrays
+from service.detectors import Latent, to_arrays
 from service.errors import InvalidInput
-from service.fitting import LEAST_ROWS, fit_detectors, fitted_definitions, room
+from service.fitting import LEAST_ROWS, fit_detectors, fit_map, fitted_definitions, room
+from service.maps import map_arrays
 from service.model import Model
 from service.runtime import Runtime
 from service.verify import verified
@@ -82,9 +83,9 @@ def recalibrate(
     manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
     notes = []
     if n_fit:
-        definitions, detectors = _fitted(bundle, to_unit(rows[fit]), progress)
+        definitions, arrays = _fitted(bundle, to_unit(rows[fit]), progress)
         manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
-        files[DETECTORS] = _npz(to_arrays(detectors))
+        files[DETECTORS] = _npz(arrays)
     elif plan.fit_share:
         notes.append(f"{len(rows)} rows are too few to fit the scores anew: those of the bundle are kept")
     manifest |= {"format_version": 3, "version": next_version(root, bundle.manifest.name), "calibration": None}
@@ -121,14 +122,15 @@ def _check_rate(n: int, plan: Plan) -> None:
 
 def _fitted(
     bundle: Bundle, x: np.ndarray, progress: Progress | None
-) -> tuple[dict[str, ScoreDefinition], Mapping[str, Detector | Combination]]:
-    """Scores fitted to x; ``latent`` compares with x and with what the bundle compared with before."""
+) -> tuple[dict[str, ScoreDefinition], dict[str, np.ndarray]]:
+    """Scores and the map fitted to x, these as arrays; ``latent`` compares with x and what the bundle compared with."""
     model = Model.load(bundle, Runtime("cpu"))
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
     known = [each.arrays["reference"] for each in model.detectors.values() if isinstance(each, Latent)]
     # The combination is fitted to the second half of x: codes of that half would find themselves as neighbours.
     first = x[: (len(x) + 1) // 2]
-    return definitions, fit_detectors(model, definitions, x, first, known[0] if known else None, progress)
+    detectors = fit_detectors(model, definitions, x, first, known[0] if known else None, progress)
+    return definitions, to_arrays(detectors) | map_arrays(fit_map(model, x, progress))
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import numpy as np
 
 from service.bundle import CALIBRATION, DETECTORS, open_bundle, write_bundle
 from service.detectors import to_arrays
-from service.fitting import fit_detectors, fitted_definitions
+from service.fitting import fit_detectors, fit_map, fitted_definitions
+from service.maps import map_arrays
 from service.model import Model
 from service.runtime import Runtime
 from tests.ppca_bundle import images
@@ -30,7 +31,8 @@ def write_fitted(root: Path, source: Path, extra: dict[str, np.ndarray] | None =
         "scores": {name: definition.model_dump(mode="json") for name, definition in definitions.items()},
         "default_score": "combined",
     }
-    files[DETECTORS] = npz(to_arrays(detectors))
+    arrays = to_arrays(detectors) | map_arrays(fit_map(model, images(N_FIT, seed=1)))
+    files[DETECTORS] = npz(arrays)
     fitted = Model.load(open_bundle(write_bundle(root / "uncalibrated", manifest | {"calibration": None}, files)),
                         Runtime("cpu"))  # fmt: skip
     held_out = fitted.score(images(N_CALIBRATION, seed=3), also=definitions).also

@@ -8,8 +8,10 @@ from PIL import Image
 
 from service.bundle import CALIBRATION, DETECTORS, Preprocessing, open_bundle
 from service.calibration import Calibrator
-from service.fitting import LEAST_ROWS, fit_detectors
+from service.detectors import to_arrays
+from service.fitting import LEAST_ROWS, fit_detectors, fit_map
 from service.images import ImageLimits, decode_image, unit_levels
+from service.maps import map_arrays
 from service.model import Model
 from service.runtime import Runtime
 from service.verify import verify_bundle
@@ -49,9 +51,11 @@ def test_scores_are_fitted_to_images_that_neither_training_nor_calibration_see(r
     assert calibration.n_fit == len(run.dataset.splits["validation"])
     held_out, reference = (to_unit(split_pixels(run, split)).numpy() for split in ("validation", "train"))
     detectors = fit_detectors(calibrated, calibrated.manifest.scores, held_out, reference)
-    for key, array in calibrated.bundle.arrays(DETECTORS).items():
-        name, _, parameter = key.rpartition("/")
-        np.testing.assert_array_equal(detectors[name].arrays[parameter], array)
+    expected = to_arrays(detectors) | map_arrays(fit_map(calibrated, held_out))
+    found = calibrated.bundle.arrays(DETECTORS)
+    assert set(found) == set(expected)
+    for key, array in found.items():
+        np.testing.assert_array_equal(expected[key], array)
 
 
 def test_without_enough_validation_images_the_bound_stays_the_score(tmp_path):
