@@ -332,7 +332,7 @@ def test_statistics_are_judged_by_mahalanobis(manifest, inliers):
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_combination_of_independent_parts_is_fisher_s(parts):
-    """−log of a uniform probability is exponential, the sum of P of them gamma: on inliers that nothing was fitted to."""
+    """−log of a uniform probability is exponential, the sum of P of them gamma: on rows that nothing was fitted to."""
     random = np.random.RandomState(0)
     combination = Combination.fit(random.standard_normal((5000, parts)))
     fresh = random.standard_normal((2000, parts))

@@ -171,7 +171,7 @@ def test_the_latent_score_compares_with_the_codes_of_the_reference(model):
 
 
 def test_progress_counts_rows(model):
-    definitions = {name: each for name, each in fitted_definitions(model.manifest).items()}
+    definitions = fitted_definitions(model.manifest)
     seen: list[int] = []
     fit_detectors(model, definitions, images(150), images(5), progress=seen.append)
     # the first half through plain and stretched images, the second through the combination

@@ -1,0 +1,77 @@
+"""A run of crops becomes a bundle that scores whole images, calibrated by whole images under the same tiles."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from service.bundle import CALIBRATION, TILES, open_bundle
+from service.repository import load_bundle
+from service.runtime import Runtime
+from service.tiled import fit_tails
+from tests.tiled_bundle import surface, with_scratch
+from training.calibrate import images_to_score, score_split
+from training.config import load_config
+from training.pipeline import all_stages, fit_stage
+from training.runs import SCORES, Launch
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The run of PPCA on 60 woven surfaces, and the bundle it became."""
+    folder = tmp_path_factory.mktemp("weave")
+    for number in range(60):
+        Image.fromarray(surface(48, 56 + 8 * (number % 2), number)[0]).save(folder / f"{number}.png")
+    data = {"source": str(folder), "tile": 16, "crops": 30, "validation": 0.1, "calibration": 0.4, "test": 0.2}
+    config = load_config("ppca", [], {"data": data, "model": {"latent_dim": 8}, "evaluate": {"k": 1}})
+    console = Console(file=io.StringIO())
+    run, _ = fit_stage(config, folder.parent / "run", Launch(data=str(folder)), False, console)
+    return run, all_stages(run, folder.parent / "exported", console)
+
+
+@pytest.fixture(scope="module")
+def served(published):
+    return load_bundle(published[1], Runtime("cpu"))
+
+
+def test_the_calibration_is_of_whole_images_and_can_be_counted_again(published, served):
+    run, path = published
+    wholes, calibration = run.dataset.wholes, served.manifest.calibration
+    assert (calibration.n, calibration.n_test) == (24, 12)
+    assert images_to_score(run) == 36
+    images = [wholes.read(int(index)) for index in wholes.splits["calibration"]]
+    scores = served.tiled.score(images, also=served.manifest.scores).also
+    stored = open_bundle(path).arrays(CALIBRATION)
+    for name in served.manifest.scores:
+        np.testing.assert_array_equal(np.sort(scores[name]), stored[name])
+    with np.load(run.folder / SCORES) as kept:
+        for name in served.manifest.scores:
+            np.testing.assert_array_equal(kept[f"calibration.{name}"], np.sort(scores[name]))
+
+
+def test_tails_are_those_of_held_out_tiles(published, served):
+    run, path = published
+    found = fit_tails(score_split(served.model, run.dataset, "validation", list(served.manifest.scores)))
+    stored = open_bundle(path).arrays(TILES)
+    for name, tail in found.items():
+        for parameter, array in tail.arrays.items():
+            np.testing.assert_array_equal(stored[f"{name}/{parameter}"], array)
+
+
+def test_a_scratch_is_found_by_the_default_score_at_its_place(served):
+    clean = served.tiled.score([surface(100, 120, 7000 + index) for index in range(8)])
+    places = [(20, 90), (70, 30), (0, 0), (86, 116)]
+    bad = served.tiled.score([with_scratch(surface(100, 120, 8000 + i), *p)[0] for i, p in enumerate(places)])
+    assert bad.score.min() > clean.score.max()
+    for tiles, (y, x) in zip(bad.tiles, places, strict=True):
+        assert tiles.worst_y - 12 < y < tiles.worst_y + 16
+        assert tiles.worst_x - 2 < x < tiles.worst_x + 16
+
+
+def test_the_card_tells_of_tiles_and_of_whole_images(published):
+    text = (published[1] / "README.md").read_text()
+    assert "tiles of that size, 8 pixels apart down and 8 across" in text
+    assert "crops of 60 images" in text
+    assert "24 held-out images" in text
