@@ -32,6 +32,7 @@ from service.codelength import code_length
 from service.detector_arrays import Arrays, Spec, Specs, check_arrays
 from service.errors import BundleFormatError
 from service.gaussian import QUANTILES, Gaussian, normalised, quantiles
+from service.images import unit_levels
 from service.measured import Measured, Row, path_statistics, statistic_names, statistics
 
 REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle is given: a megabyte
@@ -360,7 +361,7 @@ def stretched(x: np.ndarray) -> np.ndarray:
     for image, result in zip(x, out, strict=True):
         low, high = np.percentile(image, STRETCH)
         scaled = (image - low) / (high - low) if high - low > 1 / LEVELS else image
-        result[...] = np.rint(np.clip(scaled, 0, 1) * 255) / 255
+        result[...] = unit_levels(np.rint(np.clip(scaled, 0, 1) * (LEVELS - 1)))
     return out
 
 

@@ -48,7 +48,7 @@ def test_the_distance_of_many_gaussian_rows_is_chi_squared():
     assert kstest(distances, chi2(6).cdf).pvalue > 0.01
 
 
-@given(st.floats(1e-6, 1e6), st.floats(-1e6, 1e6))
+@given(st.floats(1e-6, 1e6), st.floats(-1e3, 1e3))
 def test_units_and_origins_do_not_matter(unit, origin):
     drawn, row = rows(50, 3), rows(1, 3, seed=4)[0]
     scales, shifts = np.array([unit, 1.0, 3.0]), np.array([origin * unit, -2.0, 0.0])

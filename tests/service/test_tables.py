@@ -185,6 +185,8 @@ def test_a_model_without_a_likelihood_scores_by_its_reconstruction_error(client)
         "k": 1,
         "seed": 0,
         "unit": "squared error",
+        "method": None,
+        "of": [],
     }
     for result, error in zip(answer["results"], errors, strict=True):
         assert result["score"] == result["distortion"] == pytest.approx(error.sum(), abs=1e-4)
@@ -280,12 +282,24 @@ def test_a_draw_of_x_is_in_raw_units(client):
 
 
 REFUSED = {
-    "table": set(),
-    "mixture": set(),
-    "pca": {"sample", "encode.samples", "score.elbo", "score.iwae", "decode.draw", "interpolate.draw", "sample.draw"},
+    "table": {"score.map.anomaly"},
+    "mixture": {"score.map.anomaly"},
+    "pca": {
+        "sample",
+        "encode.samples",
+        "score.elbo",
+        "score.iwae",
+        "score.rate",
+        "score.map.anomaly",
+        "decode.draw",
+        "interpolate.draw",
+        "sample.draw",
+    },
     "whitening": {
         "encode.samples",
         "score.map",
+        "score.map.anomaly",
+        "score.rate",
         "score.reconstruction",
         "decode.draw",
         "interpolate.draw",
@@ -338,7 +352,8 @@ def test_a_model_tells_its_kind_evidence_prior_and_posterior(client):
     assert listed["pca"]["posterior"] == {"family": "point", "moments": "point"}
     card = client.get("/v1/models/table").json()
     assert card["preprocessing"]["features"] == linear.FEATURES
-    assert card["refused"] == listed["table"]["refused"] == {}
+    assert card["refused"] == listed["table"]["refused"]
+    assert card["refused"].keys() == {"score.map.anomaly"}
 
 
 @pytest.mark.parametrize(
