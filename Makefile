@@ -13,6 +13,7 @@ IMAGE ?= vaeserve:$(RUNTIME)
 BUILD ?= docker build
 ENGINE ?= docker
 ARGS ?=
+TEST_WORKERS ?= logical
 DATA ?= digits
 
 CONSTRAINTS := deploy/constraints.txt
@@ -32,8 +33,8 @@ help: ## list these commands
 serve: $(SERVE_READY) ## serve the bundles of exported/ on port 8000 (no torch is installed)
 	$(SERVE_VENV)/bin/vaeserve serve $(ARGS)
 
-test: check ## check, then every test but the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+test: check ## check, then every test but the slow ones, on TEST_WORKERS processes
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(DEV_READY) ## the long tests only
 	$(BIN)/python -m pytest -m slow $(ARGS)
