@@ -5,6 +5,7 @@ Imports of torch wait inside the commands, so that ``vaetrain --help`` answers a
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,8 @@ ToOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of bundles, 
 
 
 def main() -> None:
-    """Entry point of ``vaetrain``."""
+    """Entry point of ``vaetrain``. OpenMP reads how its threads wait when torch is loaded: asleep, not spinning."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

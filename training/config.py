@@ -162,6 +162,11 @@ class BackboneConfig(Section):
     std: list[Annotated[float, Field(gt=0)]] = Field(default=[], description="by channel, or one for all")
     sha256: str = Field(default="", description="of the file; found by fit, whatever is set here")
 
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _one_number_is_for_all_channels(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int | float) else value
+
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 """What networks trained on ImageNet by torchvision's recipe, and most others, were given: of pixels in [0, 1]."""
@@ -255,7 +260,7 @@ class RunConfig(Section):
     accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: one, or half of the cores (training.threads)")
     validate_every: int = Field(default=1, ge=1, description="epochs between validations")
     checkpoint_seconds: float = Field(default=60.0, ge=0, description="seconds between checkpoints")
 

@@ -34,6 +34,7 @@ from training.journal import Journal, Row
 from training.models.base import LatentVariableModel, Terms
 from training.models.build import FAMILIES, build_model
 from training.objectives import annealed_beta, objective
+from training.threads import set_threads
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 REFERENCE_PIXELS = 784
@@ -412,8 +413,7 @@ def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def make_fabric(config: Config) -> Fabric:
     """Fabric for the configured devices and precision; under torchrun it joins the processes that torchrun started."""
     run = config.run
-    if run.threads:
-        torch.set_num_threads(run.threads)
+    set_threads(config)
     precision: dict[str, Any] = {"precision": "32-true"}
     if run.precision == "bf16-mixed":
         gpu = run.accelerator == "cuda" or (run.accelerator == "auto" and torch.cuda.is_available())

@@ -24,7 +24,7 @@ from training.checkpoint import FILE as CHECKPOINT
 from training.checkpoint import load_checkpoint
 from training.config import Config, parse_override
 from training.dimensions import FAMILIES as TRUNCATED
-from training.dimensions import adapted
+from training.dimensions import adapted, with_latent_dim
 from training.errors import TrainingError
 from training.evaluate import evaluate, summary
 from training.fit import fit, make_fabric
@@ -33,6 +33,7 @@ from training.publish import publish
 from training.report import report
 from training.runs import FIT, METRICS, FitRecord, Launch, Run, write_text
 from training.staging import export
+from training.threads import set_threads
 
 SPLIT = "test"
 
@@ -88,8 +89,10 @@ def _leaving_no_trace(folder: Path, first: bool) -> Iterator[None]:
 def _adapted(run: Run, launch: Launch) -> Run:
     """The run with a dimension that its data can have, where that was nobody's choice: see training.dimensions."""
     chosen = any(parse_override(text)[0] == ["model", "latent_dim"] for text in launch.overrides)
-    if chosen or run.config.backbone or run.config.model.family not in TRUNCATED:
+    if chosen or run.config.model.family not in TRUNCATED:
         return run
+    if stored := load_checkpoint(run.folder):  # another run's features are not replaced before it is refused
+        load_checkpoint(run.folder, with_latent_dim(run.config, stored["identity"]["model"]["latent_dim"]))
     return run.configured(adapted(run.config, run.dataset))
 
 
@@ -123,6 +126,7 @@ def _describe(run: Run, console: Console) -> None:
 
 def evaluate_stage(run: Run, console: Console, **asked: int | str | None) -> dict[str, float]:
     """Metrics of the test split, also as metrics.json; ``asked`` replaces fields of the run's EvaluateConfig."""
+    set_threads(run.config)
     options = run.config.evaluate.model_copy(update={name: value for name, value in asked.items() if value})
     total = min(len(run.dataset.splits[SPLIT]), options.images or len(run.dataset.splits[SPLIT]))
     device = "cuda" if run.config.run.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
