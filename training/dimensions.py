@@ -59,4 +59,9 @@ def adapted(config: Config, dataset: Dataset) -> Config:
     half = most_axes(dataset) // 2
     if config.model.latent_dim <= half:
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"latent_dim": half})})
+    return with_latent_dim(config, half)
+
+
+def with_latent_dim(config: Config, latent_dim: int) -> Config:
+    """``config`` with that ``model.latent_dim``."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"latent_dim": latent_dim})})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -68,9 +69,42 @@ def target_moments(dataset: Dataset, likelihood: Likelihood) -> Moments:
     return Moments(found.count, found.mean, found.covariance + DITHER_VARIANCE * torch.eye(len(found.mean)))
 
 
+@dataclass(frozen=True)
+class Axes:
+    """Mean [D] of ``count`` rows, the variances [D] along their principal axes, largest first, and these, [D,R] in
+    columns with the largest entry of each positive. Beyond the R axes the rows do not vary but for their dither."""
+
+    count: int
+    mean: Tensor
+    variances: Tensor
+    axes: Tensor
+
+
+def target_axes(dataset: Dataset, likelihood: Likelihood) -> Axes:
+    """Principal axes of the training split's targets; the dither enters as in ``target_moments``.
+
+    Of N rows of more than N numbers they come from the rows themselves, in N·D memory: the covariance of a backbone's
+    map is D×D, 20 GB of float64 where D is 50,000.
+    """
+    indices = dataset.splits["train"]
+    if len(indices) >= math.prod(dataset.preprocessing.shape):
+        found = target_moments(dataset, likelihood)
+        return Axes(found.count, found.mean, *principal_axes(found.covariance))
+    rows = torch.cat(list(target_batches(dataset, likelihood, indices))).double()
+    mean = rows.mean(0)
+    _, lengths, axes = torch.linalg.svd(rows - mean, full_matrices=False)
+    variances = torch.zeros_like(mean)
+    variances[: len(lengths)] = lengths**2 / len(rows)
+    return Axes(len(rows), mean, variances + DITHER_VARIANCE * likelihood.dither, _oriented(axes.T))
+
+
 def principal_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Variances [D], largest first, and axes [D,D] in columns, the largest entry of each positive."""
     values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    return values.flip(0).clamp(min=0), _oriented(vectors.flip(1))
+
+
+def _oriented(vectors: Tensor) -> Tensor:
+    """Columns with the largest entry of each positive."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return values, vectors * torch.where(largest < 0, -1.0, 1.0)
+    return vectors * torch.where(largest < 0, -1.0, 1.0)

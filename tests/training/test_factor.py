@@ -7,6 +7,7 @@ from sklearn import decomposition
 
 from service.bundle import ArrayPreprocessing, Preprocessing
 from tests.training.solved import digits, factor_rows, log_weights, solved, targets
+from training import linear_algebra
 from training.config import ModelConfig
 from training.errors import ConfigError
 from training.linear_algebra import moments_of
@@ -50,6 +51,20 @@ def test_ppca_of_vectors_is_scikit_learns():
     n = len(target)
     # scikit-learn divides the covariance by n − 1, maximum likelihood by n
     np.testing.assert_allclose(covariance_of(model), oracle.get_covariance() * (n - 1) / n, atol=2e-6)
+
+
+def test_rows_of_more_numbers_than_there_are_rows_need_no_covariance(monkeypatch):
+    """As a backbone's maps are: the same PPCA and PCA, in N·D memory."""
+    rows = factor_rows(count=30, numbers=90, factors=5)
+    monkeypatch.setattr(linear_algebra, "target_moments", None)
+    model, dataset = solved(rows, "ppca", **PPCA | {"latent_dim": 5})
+    target = targets(model, dataset).flatten(1).double().numpy()
+    values, vectors = np.linalg.eigh(np.cov(target.T, bias=True))
+    variance = values[:-5].mean()
+    expected = variance * np.eye(90) + (vectors[:, -5:] * (values[-5:] - variance)) @ vectors[:, -5:].T
+    np.testing.assert_allclose(covariance_of(model), expected, atol=2e-6 * values[-1])
+    pca, _ = solved(rows, "pca", latent_dim=5, likelihood={"family": "squared_error"})
+    np.testing.assert_allclose(pca.axes.detach().abs(), np.abs(vectors[:, :-6:-1]), atol=1e-5)
 
 
 def test_ppca_of_images_has_the_dithers_expectation_in_its_covariance():

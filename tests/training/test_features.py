@@ -243,6 +243,21 @@ def test_features_are_computed_once_and_the_stages_go_on_without_the_users_file(
     assert features.stat().st_mtime_ns == before
 
 
+def test_a_presets_dimension_adapts_to_the_features(workplace):
+    """The preset's 32 would be more than the pooled features have."""
+    words = ["--backbone-output", "pooled", "--set", "backbone.mean=0.5", "--fit-only"]
+    done = fit(workplace, "adapted", words)
+    assert done.exit_code == 0, done.stderr
+    run = Run.open(workplace / "runs" / "adapted")
+    assert run.config.model.latent_dim <= 12
+    assert run.config.backbone.mean == [0.5]
+    features = run.folder / FOLDER / FEATURES
+    before = features.read_bytes()
+    refused = fit(workplace, "adapted", [*words[:2], "--fit-only"])
+    assert "made with another configuration (backbone.mean" in refused.output
+    assert features.read_bytes() == before
+
+
 def test_a_run_does_not_go_on_with_another_backbone(pooled, workplace, digits):
     exported(trained(digits[0], digits[1], steps=3), workplace / "other.onnx")
     result = fit(workplace, "ppca", CASES["ppca"], "other.onnx")

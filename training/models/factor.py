@@ -12,7 +12,7 @@ from training.config import ModelConfig
 from training.data.dataset import Dataset
 from training.errors import ConfigError
 from training.likelihoods import Gaussian, Parameters
-from training.linear_algebra import Moments, principal_axes, target_moments
+from training.linear_algebra import Axes, principal_axes, target_axes, target_moments
 from training.models.base import Density, Encoded, LatentVariableModel, Statistics, Terms
 from training.networks import Shape
 from training.posteriors import HALF_LOG_2PI
@@ -127,20 +127,19 @@ class LinearGaussian(LatentVariableModel):
         self.inverse_factor.copy_(torch.linalg.inv(self.factor))
 
 
-def ppca(found: Moments, latent_dim: int, narrowest: float) -> tuple[Tensor, float]:
+def ppca(found: Axes, latent_dim: int, narrowest: float) -> tuple[Tensor, float]:
     """W [D,L] and σ of maximum likelihood among σ ≥ ``narrowest`` (Tipping & Bishop 1999, eqs. 7 and 8, R = I).
 
     σ² is the mean of the variances that are left out, W the axes kept, each √(λ − σ²) long: given σ, that W is the best
     one, and the likelihood falls on either side of the mean, so that a floor above it is where the maximum lies.
     """
-    variances, axes = principal_axes(found.covariance)
-    variance = max(float(variances[latent_dim:].mean()), narrowest**2)
-    lengths = torch.sqrt((variances[:latent_dim] - variance).clamp(min=0))
-    return axes[:, :latent_dim] * lengths, math.sqrt(variance)
+    variance = max(float(found.variances[latent_dim:].mean()), narrowest**2)
+    lengths = torch.sqrt((found.variances[:latent_dim] - variance).clamp(min=0))
+    return found.axes[:, :latent_dim] * lengths, math.sqrt(variance)
 
 
 class PPCA(LinearGaussian):
-    """Probabilistic PCA, ε ~ N(0, σ² I), solved by the eigenvectors of the training covariance.
+    """Probabilistic PCA, ε ~ N(0, σ² I), solved by the principal axes of the training split.
 
     The dither of dequantised pixels enters the covariance as its expectation, 1/(12·256²) on the diagonal. z are the
     principal components, whitened and shrunk. Raises ConfigError: another likelihood than the Gaussian of one shared
@@ -157,10 +156,10 @@ class PPCA(LinearGaussian):
 
     @torch.no_grad()
     def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
-        found = target_moments(dataset, self.likelihood)
+        found = target_axes(dataset, self.likelihood)
         weight, sigma = ppca(found, self.latent_dim, self.narrowest)
         self.set_values(weight, found.mean, torch.tensor(sigma, dtype=torch.float64))
-        explained = float(weight.pow(2).sum() + sigma**2 * self.latent_dim) / float(found.covariance.trace())
+        explained = float(weight.pow(2).sum() + sigma**2 * self.latent_dim) / float(found.variances.sum())
         say(f"{self.latent_dim} axes hold {explained:.1%} of the variance of {found.count} rows, σ = {sigma:.4g}")
 
 
@@ -209,7 +208,8 @@ class FactorAnalysis(LinearGaussian):
     @torch.no_grad()
     def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
         found = target_moments(dataset, self.likelihood)
-        weight, sigma = ppca(found, self.latent_dim, self.narrowest)
+        axes = Axes(found.count, found.mean, *principal_axes(found.covariance))
+        weight, sigma = ppca(axes, self.latent_dim, self.narrowest)
         variance = torch.full_like(found.mean, sigma**2)
         iterations, log_p, gain = 0, -math.inf, math.inf
         while gain >= self.options.tolerance and iterations < self.options.iterations:

@@ -13,7 +13,7 @@ from training.config import ModelConfig
 from training.data.dataset import Dataset
 from training.errors import ConfigError
 from training.likelihoods import Parameters
-from training.linear_algebra import moments_of, principal_axes, target_batches, target_moments
+from training.linear_algebra import moments_of, target_axes, target_batches
 from training.models.base import Statistics
 from training.models.reconstruction import Reconstruction
 from training.networks import Shape
@@ -117,10 +117,10 @@ class PCA(LinearReconstruction):
 
     @torch.no_grad()
     def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
-        found = target_moments(dataset, self.likelihood)
-        variances, axes = principal_axes(found.covariance)
+        found = target_axes(dataset, self.likelihood)
+        variances = found.variances
         self.loc.copy_(found.mean)
-        self.axes.copy_(axes[:, : self.latent_dim])
+        self.axes.copy_(found.axes[:, : self.latent_dim])
         kept = variances[: self.latent_dim]
         if isinstance(self.prior, GaussianPrior):
             self.prior.set_moments(torch.zeros_like(kept), torch.diag(kept))
