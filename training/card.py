@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from service.bundle import ArrayPreprocessing, Manifest, Preprocessing, Tiling
+from service.bundle import ArrayPreprocessing, Manifest, Preprocessing, ScoreDefinition, Tiling
 
 FIGURES = {
     "reconstructions": "Test {rows} and their reconstructions",
@@ -233,22 +233,32 @@ def _calibration(manifest: Manifest) -> str:
     calibration = manifest.calibration
     if calibration is None:
         return ""
-    rows, noun = [], _rows(manifest)
-    for name, rates in calibration.realised_false_positive_rate.items():
-        for asked, found in rates.items():
-            error = math.sqrt(float(asked) * (1 - float(asked)) * (1 / calibration.n_test + 1 / calibration.n))
-            rows.append([name, f"{float(asked):.1%}", f"{found:.2%}", f"± {error:.2%}"])
-    definitions = "; ".join(
-        f"`{name}`: {d.description} (k = {d.k}, seed {d.seed})" for name, d in manifest.scores.items()
-    )
+    noun, rates = _rows(manifest), calibration.realised_false_positive_rate
+    names = sorted(rates, key=lambda name: name != manifest.default_score)  # the default first
+    asked = list(rates[names[0]]) if names else []
+    rows = [
+        [f"**{name}**" if name == manifest.default_score else name, _defined(manifest.scores[name])]
+        + [f"{rates[name][rate]:.2%}" for rate in asked]
+        for name in names
+    ]
+    chance = [f"± {_chance(float(rate), calibration.n, calibration.n_test):.2%}" for rate in asked]
     return "\n\n".join([
         "## Scores and calibration",
-        f"Higher is more anomalous. {definitions}. The default is `{manifest.default_score}`.",
-        f"Conformal p-values from {calibration.n:,} held-out {noun} of the {calibration.split} split. Realised on the "
-        f"{calibration.n_test:,} {noun} of the test split, by `vaetrain calibrate runs/{manifest.name}`; beside it one "
-        "standard deviation of chance, from the finite size of both splits:",
-        _table(["score", "asked false-positive rate", "realised", "chance"], rows),
+        f"Higher is more anomalous; the default is `{manifest.default_score}`. Conformal p-values from "
+        f"{calibration.n:,} held-out {noun} of the {calibration.split} split. Columns: the false-positive rate asked "
+        f"for; below it what it was on the {calibration.n_test:,} {noun} of the test split, by `vaetrain "
+        f"calibrate runs/{manifest.name}`; last, one standard deviation of chance from the finite size of both splits.",
+        _table(["score", "what it is", *(f"{float(rate):.1%}" for rate in asked)], [*rows, ["chance", "", *chance]]),
     ])  # fmt: skip
+
+
+def _defined(definition: ScoreDefinition) -> str:
+    drawn = "" if definition.of else f"; k = {definition.k}, seed {definition.seed}"
+    return f"{definition.description}{drawn}{': ' if definition.of else ''}{', '.join(definition.of)}"
+
+
+def _chance(rate: float, n: int, n_test: int) -> float:
+    return math.sqrt(rate * (1 - rate) * (1 / n_test + 1 / n))
 
 
 def _parity(manifest: Manifest) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.bundle import Manifest, Provenance, open_bundle
+from service.bundle import Calibration, Manifest, Provenance, open_bundle
 from tests.service.linear_bundles import FEATURES, write_all
 from training.card import card
 
@@ -74,3 +74,26 @@ def test_the_card_says_what_kind_of_model_it_is(manifests, name, says, never):
 def test_features_stand_in_their_order(manifests):
     text = written(manifests, "table")
     assert ", ".join(f"`{name}`" for name in FEATURES) in text
+
+
+def test_every_score_has_its_rates_the_default_first(manifests):
+    manifest = manifests["table"]
+    extra = manifest.scores[manifest.default_score].model_copy(update={"description": "log q(z|x)", "k": 3, "seed": 9})
+    calibration = Calibration(
+        split="calibration",
+        n=300,
+        n_test=100,
+        quantiles={},
+        realised_false_positive_rate={
+            "other": {"0.01": 0.03, "0.1": 0.2},
+            manifest.default_score: {"0.01": 0.0, "0.1": 0.08},
+        },
+    )
+    scores = {"other": extra, **manifest.scores}
+    text = written({"table": manifest.model_copy(update={"scores": scores, "calibration": calibration})}, "table")
+    lines = text.splitlines()
+    at = lines.index("| score | what it is | 1.0% | 10.0% |")
+    assert lines[at + 2].startswith(f"| **{manifest.default_score}** |")
+    assert lines[at + 2].endswith("| 0.00% | 8.00% |")
+    assert r"| other | log q(z\|x); k = 3, seed 9 | 3.00% | 20.00% |" in lines
+    assert "| chance |  | ± 1.15% | ± 3.46% |" in lines
