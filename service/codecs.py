@@ -28,13 +28,12 @@ from service.bundle import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.forms import FIELD, read_multipart
 from service.images import ImageLimits, open_image, read_image, resize_array
-from service.pictures import encode_gif, encode_heat_maps, encode_png, encode_webp
+from service.pictures import encode_gif, encode_png, encode_webp
 
 __all__ = [
     "Limits",
     "Reader",
     "encode_gif",
-    "encode_heat_maps",
     "encode_npy",
     "encode_png",
     "encode_webp",

@@ -16,6 +16,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ import onnxruntime as ort
 
 from service import estimators, noise
 from service.bundle import FITTED, REFERENCE, Bundle, Graph, ScoreDefinition
+from service.contributions import DRAWS, Marginals, divergences, is_standard_normal
 from service.detectors import load_detectors, stretched
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
@@ -59,6 +61,7 @@ class Scores(NamedTuple):
     ``log_likelihood``: log (1/k) Σ w. ``rate``: mean of log q(z|x) − log p(z). ``distortion``: mean of −log p(x|z).
     ``bits_per_dim``: of the estimator's bound. ``standard_error``: Monte-Carlo error of ``score``, NaN when k = 1.
     ``map``: by place, float32 [N,H,W], or None: the anomaly map (service.maps) or the distortion, summed over channels.
+    ``latents``: KL divergences by latent dimension that make up the rate (service.contributions), [N,L], or None.
     ``also``: further scores by name.
 
     What a model does not have is NaN: of these elbo, log_likelihood and rate without a likelihood (score and distortion
@@ -75,6 +78,7 @@ class Scores(NamedTuple):
     standard_error: np.ndarray
     k: int
     map: np.ndarray | None
+    latents: np.ndarray | None
     also: dict[str, np.ndarray]
 
 
@@ -243,7 +247,10 @@ class Model:
         _check_count("n", n, 1)
         if not 0 <= temperature <= MAX_TEMPERATURE:
             raise InvalidInput(f"temperature is {temperature}, expected a number from 0 to {MAX_TEMPERATURE}")
-        prior, seed = self.manifest.prior, _checked_seed(seed)
+        return self._prior_draws(n, _checked_seed(seed), temperature)
+
+    def _prior_draws(self, n: int, seed: int, temperature: float) -> np.ndarray:
+        prior = self.manifest.prior
         draws = noise.prior_noise(seed, n, prior.noise_dim or self._latent_dim) * np.float32(temperature)
         if self._prior is None:
             return self._latents(draws)
@@ -272,10 +279,12 @@ class Model:
         maps: bool = False,
         also: Mapping[str, ScoreDefinition] | None = None,
         map_kind: MapKind | None = None,
+        latents: bool = False,
     ) -> Scores:
         """Scores of x, float32 [N,C,H,W] (images in [0, 1]), by ``definition`` or the bundle's default one.
 
-        ``maps``: also a map of each row, of ``map_kind`` or of what ``default_map`` is.
+        ``maps``: also a map of each row, of ``map_kind`` or of what ``default_map`` is. ``latents``: also what each
+        latent dimension adds to the rate.
 
         ``also``: further definitions, whose scores are in the answer's ``also``; all share the forward passes. A
         ``definition`` or one of ``also`` that was fitted must be the manifest's own.
@@ -291,16 +300,19 @@ class Model:
         if maps:
             self.require("score.map")
             self.require(f"score.map.{kind}")
+        if latents:
+            self.require("score.top_latents")
         x = self.features(x)
         rows = min(ROWS, max(1, MAX_ELEMENTS // (self._chunk(max(each.k for each in wanted)) * self._dimensions)))
         shown = kind if maps else None
-        parts = [self._score(x[i : i + rows], main, wanted, shown) for i in range(0, len(x), rows)]
-        together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-3]}
+        parts = [self._score(x[i : i + rows], main, wanted, shown, latents) for i in range(0, len(x), rows)]
+        together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-4]}
         others = zip(*(part.also.values() for part in parts), strict=True)
         return Scores(
             **together,
             k=main.k,
             map=np.concatenate([cast(np.ndarray, part.map) for part in parts]) if maps else None,
+            latents=np.concatenate([cast(np.ndarray, part.latents) for part in parts]) if latents else None,
             also=dict(zip(also or {}, map(np.concatenate, others), strict=True)),
         )
 
@@ -312,6 +324,11 @@ class Model:
         """
         x = self.features(x)
         return self._measure(stretched(x) if stretch else x, k, seed, True, True)
+
+    @cached_property
+    def _marginals(self) -> Marginals | None:
+        """Of the prior by latent dimension; None of N(0, I). Drawn when first asked for."""
+        return None if is_standard_normal(self.manifest) else Marginals(self._prior_draws(DRAWS, 0, 1.0))
 
     @property
     def default_map(self) -> MapKind:
@@ -335,7 +352,12 @@ class Model:
         return look
 
     def _score(
-        self, x: np.ndarray, main: ScoreDefinition, wanted: Sequence[ScoreDefinition], shown: MapKind | None
+        self,
+        x: np.ndarray,
+        main: ScoreDefinition,
+        wanted: Sequence[ScoreDefinition],
+        shown: MapKind | None,
+        latents: bool,
     ) -> Scores:
         """The scores of a few rows, and the map that is to be shown."""
         maps = shown == "distortion"
@@ -356,6 +378,7 @@ class Model:
             standard_error=every.standard_error(main),
             k=main.k,
             map=self._map(x, measured, shown),
+            latents=divergences(measured.loc, measured.scale, self._marginals) if latents else None,
             also={str(index): values for index, values in enumerate(scores[1:])},
         )
 

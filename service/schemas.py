@@ -21,10 +21,12 @@ from service.bundle import (
     ScoreDefinition,
     Signature,
 )
+from service.maps import MapKind
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="of every random number: same seed, same bytes")]
 Strict = Annotated[bool, Field(description="refuse images of another size instead of resizing them")]
 Draw = Annotated[bool, Field(description="a draw x ~ p(x|z) instead of the mean E[x|z]")]
+MapPicture = Literal["heat-map", "overlay"]
 Nats = Annotated[float | None, Field(description="nats")]
 
 
@@ -105,8 +107,18 @@ class ScoreParameters(Parameters):
         max_length=128,
         description="compare with this group of the calibration images only, where the bundle has groups",
     )
-    map: bool = Field(
-        default=False, description="also the map −E[log p(x|z)] by pixel (feature, step), summed over channels"
+    map: bool = Field(default=False, description="also a map: how anomalous is each pixel (feature, step)?")
+    map_kind: MapKind | None = Field(
+        default=None,
+        description="anomaly: how far a place is from what held-out inliers show there, in deviations of inliers' "
+        "places; distortion: −E[log p(x|z)], summed over channels. Default: anomaly where the bundle has it",
+    )
+    map_picture: MapPicture | None = Field(
+        default=None,
+        description="of a PNG answer: the map in colours (the default), or laid over the image as the model saw it",
+    )
+    top_latents: int = Field(
+        default=0, ge=0, le=4096, description="also so many latent dimensions, those that add most to the rate"
     )
     strict: Strict = False
 
@@ -165,6 +177,24 @@ class TilesOfImage(BaseModel):
     worst_score: Nats = Field(description="of that tile alone, in the definition's unit")
 
 
+class LatentDivergence(BaseModel):
+    """What one latent dimension adds to a row's rate."""
+
+    index: int = Field(description="which dimension, from 0")
+    nats: float = Field(description="KL(q(z_j|x) ‖ p(z_j)); under a flow or a mixture p(z_j) is estimated from draws")
+
+
+class TopLatents(BaseModel):
+    """The rate by latent dimension: largest, others and joint add up to it."""
+
+    largest: list[LatentDivergence] = Field(description="falling")
+    others: float = Field(description="sum over all other dimensions, nats")
+    joint: float = Field(
+        description="rate − Σ_j KL, nats: what lies between the dimensions of posterior and prior, of either sign, and "
+        "the rate's sampling error; only the latter where both are factorised"
+    )
+
+
 class ScoredRow(BaseModel):
     """One row. Numbers that are not finite, or that the model does not have, are null."""
 
@@ -196,8 +226,9 @@ class ScoredRow(BaseModel):
         description="of a model of tiles: score is then the aggregate that preprocessing.tiling names, and what is "
         "said of bounds, rate and distortion is the mean over the tiles",
     )
+    latents: TopLatents | None = Field(default=None, description="with top_latents; of a model of tiles, their mean")
     map: list[list[float]] | list[float] | None = Field(
-        default=None, description="[H, W] of an image, [D] of a vector, [T] of a signal; sums to distortion"
+        default=None, description="[H, W] of an image, [D] of a vector, [T] of a signal; what it is, ``map`` above says"
     )
 
 
@@ -234,6 +265,15 @@ class FurtherUsed(BaseModel):
     verdict: str | None
 
 
+class UsedMap(BaseModel):
+    """What the maps are, and the scale of their colours; null where the bundle has none: then least and largest."""
+
+    kind: MapKind
+    unit: str
+    low: float | None = Field(description="the first colour: the median place of held-out inliers")
+    high: float | None = Field(description="the last colour: what 90% of held-out inliers nowhere exceed")
+
+
 class Scored(Answer):
     """Answer of score. ``verdict`` says why p_value and is_anomaly are null, where they are."""
 
@@ -241,6 +281,7 @@ class Scored(Answer):
     calibration: UsedCalibration | None
     verdict: str | None
     also: dict[str, FurtherUsed] = Field(default={}, description="the further scores that were asked for")
+    map: UsedMap | None = Field(default=None, description="with map=true")
     results: list[ScoredRow]
 
 

@@ -14,9 +14,11 @@ import numpy as np
 from service.bundle import Manifest, ScoreDefinition
 from service.errors import InvalidInput, UnsupportedVerb
 from service.false_discovery import benjamini_hochberg, least_discoveries, q_values
-from service.model import Scores
+from service.maps import UNIT, MapKind, Scale
+from service.model import Model, Scores
+from service.pictures import encode_heat_maps, encode_overlays
 from service.repository import Served
-from service.schemas import ScoreParameters
+from service.schemas import MapPicture, ScoreParameters
 from service.tiled import TiledScores
 from service.verbs import refusals
 
@@ -119,7 +121,7 @@ def judge(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) 
     # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
     plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
     plan = _plan(served, chosen, asked, default_rate)
-    scores = _scores(served, x, chosen.definition, asked.map, also)
+    scores = _scores(served, x, chosen.definition, asked, also)
     judged = _judged(served, chosen.name, scores.score, plan, asked)
     return Verdicts(
         chosen,
@@ -130,12 +132,13 @@ def judge(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) 
 
 
 def _scores(
-    served: Served, x: Rows, definition: ScoreDefinition, maps: bool, also: Mapping[str, ScoreDefinition]
+    served: Served, x: Rows, definition: ScoreDefinition, asked: ScoreParameters, also: Mapping[str, ScoreDefinition]
 ) -> Scores | TiledScores:
+    beside = (asked.map, also, asked.map_kind, asked.top_latents > 0)
     if served.tiled is not None:
-        return served.tiled.score(x, definition, maps, also)
+        return served.tiled.score(x, definition, *beside)
     assert isinstance(x, np.ndarray)
-    return served.model.score(x, definition, maps, also)
+    return served.model.score(x, definition, *beside)
 
 
 def _plan(served: Served, chosen: Chosen, asked: ScoreParameters, default_rate: float) -> Judged:
@@ -174,6 +177,53 @@ def _judged(served: Served, name: str | None, scores: np.ndarray, plan: Judged, 
         )
     )
     return replace(plan, p_values=p_values, q_values=q_values(p_values), discoveries=found, reason=reason)
+
+
+@dataclass(frozen=True)
+class UsedMap:
+    """The kind of a map, the unit of its numbers, and its colours' fixed scale, None where none was fitted."""
+
+    kind: MapKind
+    unit: str
+    scale: Scale | None
+
+
+def used_map(model: Model, kind: MapKind | None) -> UsedMap:
+    """What a map of that kind is, or of the kind that ``model`` gives unasked."""
+    kind = kind or model.default_map
+    scale = None if model.anomaly_map is None else model.anomaly_map.scale(kind)
+    return UsedMap(kind, UNIT if kind == "anomaly" else _unit_of_distortion(model.manifest), scale)
+
+
+def draw_maps(verdicts: Verdicts, x: Rows, used: UsedMap, picture: MapPicture) -> bytes:
+    """One PNG of the maps of ``x``, which are of one size; its text entries say ``kind``, ``unit`` and ``scale``."""
+    maps = verdicts.scores.map
+    assert maps is not None
+    text = {"kind": used.kind, "unit": used.unit, "scale": "of these maps" if used.scale is None else "calibration"}
+    if picture == "overlay":
+        return encode_overlays(list(x), list(maps), used.scale, text)
+    return encode_heat_maps(list(maps), used.scale, text)
+
+
+def top_latents(verdicts: Verdicts, count: int) -> list[dict[str, Any]]:
+    """Of each row the ``count`` latent dimensions that add most to the rate, the others' sum, and what is joint."""
+    scores = verdicts.scores
+    assert scores.latents is not None
+    return [_top(row, float(rate), count) for row, rate in zip(scores.latents, scores.rate, strict=True)]
+
+
+def _top(nats: np.ndarray, rate: float, count: int) -> dict[str, Any]:
+    order = np.argsort(-nats, kind="stable")
+    largest = [{"index": int(j), "nats": float(nats[j])} for j in order[:count]]
+    return {"largest": largest, "others": float(nats[order[count:]].sum()), "joint": rate - float(nats[order].sum())}
+
+
+def _unit_of_distortion(manifest: Manifest) -> str:
+    """Nats, or the unit in which a model without a likelihood gives its error."""
+    if manifest.evidence != "none":
+        return "nats"
+    errors = [each.unit for each in manifest.scores.values() if each.estimator == "reconstruction"]
+    return next(iter(errors), "reconstruction error")
 
 
 def rows(verdicts: Verdicts) -> list[dict[str, Any]]:

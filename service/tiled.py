@@ -21,6 +21,7 @@ from service.bundle import TILES, Bundle, Manifest, Preprocessing, ScoreDefiniti
 from service.detectors import Combination
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.images import unit_levels
+from service.maps import MapKind
 from service.model import Model, Scores
 from service.tiles import Plan, Stitcher
 
@@ -46,7 +47,8 @@ class TiledScores(NamedTuple):
     """As service.model.Scores, of N images of any sizes; ``tiles`` tells of each image's tiles.
 
     ``score`` and those of ``also`` are aggregates; elbo, log_likelihood, rate, distortion and bits_per_dim are means
-    over the tiles; standard_error is NaN. ``map``: one of each image, float32 [h,w], blended where tiles overlap.
+    over the tiles, and so are ``latents``; standard_error is NaN. ``map``: one of each image, float32 [h,w], blended
+    where tiles overlap.
     """
 
     score: np.ndarray
@@ -58,16 +60,26 @@ class TiledScores(NamedTuple):
     standard_error: np.ndarray
     k: int
     map: list[np.ndarray] | None
+    latents: np.ndarray | None
     also: dict[str, np.ndarray]
     tiles: list[Tiles]
 
 
+class _Shown(NamedTuple):
+    """What is wanted beside scores, as Model.score has it."""
+
+    maps: bool
+    map_kind: MapKind | None
+    latents: bool
+
+
 class _Found(NamedTuple):
-    """One image's scores, by name, its means, its map and its tiles."""
+    """One image's scores, by name, its means, its map, its latents and its tiles."""
 
     scores: dict[str, float]
     means: dict[str, float]
     map: np.ndarray | None
+    latents: np.ndarray | None
     tiles: Tiles
 
 
@@ -94,6 +106,8 @@ class TiledModel:
         definition: ScoreDefinition | None = None,
         maps: bool = False,
         also: Mapping[str, ScoreDefinition] | None = None,
+        map_kind: MapKind | None = None,
+        latents: bool = False,
     ) -> TiledScores:
         """Scores of whole images [C,h,w], uint8 or float32 in [0, 1], by one of the bundle's definitions.
 
@@ -103,13 +117,15 @@ class TiledModel:
         main = definition or self.model.manifest.scores[self.model.manifest.default_score]
         wanted = {"": main, **(also or {})}
         tails = {name: self._tail(each) for name, each in wanted.items()}
-        found = [self._score(image, main, also or {}, maps, tails) for image in images]
+        shown = _Shown(maps, map_kind, latents)
+        found = [self._score(image, main, also or {}, shown, tails) for image in images]
         return TiledScores(
             score=np.array([each.scores[""] for each in found]),
             **{name: np.array([each.means[name] for each in found]) for name in MEANS},
             standard_error=np.full(len(found), np.nan),
             k=main.k,
             map=[cast(np.ndarray, each.map) for each in found] if maps else None,
+            latents=np.stack([cast(np.ndarray, each.latents) for each in found]) if latents else None,
             also={name: np.array([each.scores[name] for each in found]) for name in also or {}},
             tiles=[each.tiles for each in found],
         )
@@ -125,14 +141,14 @@ class TiledModel:
         image: np.ndarray,
         main: ScoreDefinition,
         also: Mapping[str, ScoreDefinition],
-        maps: bool,
+        shown: _Shown,
         tails: Mapping[str, Combination | None],
     ) -> _Found:
         plan = self.plan(image)
-        stitcher = Stitcher(plan) if maps else None
+        stitcher = Stitcher(plan) if shown.maps else None
         parts: list[Scores] = []
         for tiles in _batches(plan, image):
-            scored = self.model.score(tiles, main, maps, also)
+            scored = self.model.score(tiles, main, shown.maps, also, shown.map_kind, shown.latents)
             if stitcher is not None:
                 stitcher.add(cast(np.ndarray, scored.map))
             parts.append(scored._replace(map=None))
@@ -143,6 +159,7 @@ class TiledModel:
             {name: aggregate(each, plan, self.tiling, tails[name]) for name, each in scores.items()},
             {name: float(np.concatenate([getattr(part, name) for part in parts]).mean()) for name in MEANS},
             stitcher.whole() if stitcher else None,
+            np.concatenate([cast(np.ndarray, part.latents) for part in parts]).mean(axis=0) if shown.latents else None,
             Tiles(len(plan), *plan.corner(worst), float(scores[""][worst])),
         )
 

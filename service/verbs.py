@@ -33,6 +33,12 @@ def refusals(manifest: Manifest) -> dict[str, str]:
         found |= {"score.elbo": reason, "score.iwae": reason, "score.rate": reason}
     elif manifest.posterior.moments == "point":
         found["score.rate"] = "the encoder is deterministic: q(z|x) is a point, and has no rate"
+    if "score.rate" in found:
+        found["score.top_latents"] = found["score.rate"]
+    elif manifest.posterior.moments == "base":
+        found["score.top_latents"] = (
+            "loc and scale are of the posterior's base: by dimension nothing is known of q(z|x)"
+        )
     if not manifest.tells_distortion:
         found["score.reconstruction"] = "the decoder inverts the encoder: every x is reconstructed without loss"
     return found

@@ -13,11 +13,24 @@ from fastapi.responses import Response
 from service import codecs
 from service.bundle import ScoreDefinition
 from service.errors import InvalidInput
+from service.maps import PASSES
 from service.routes.documents import DATA_BODY, answers
 from service.routes.house import JSON, NPY, PNG, Call, CallDep, dump
 from service.routes.inputs import data_names, parameters, read_images, read_x
 from service.schemas import Scored, ScoreParameters
-from service.scoring import Judged, Rows, Verdicts, choose, further, judge, rows
+from service.scoring import (
+    Judged,
+    Rows,
+    UsedMap,
+    Verdicts,
+    choose,
+    draw_maps,
+    further,
+    judge,
+    rows,
+    top_latents,
+    used_map,
+)
 
 router = APIRouter(tags=["scoring"])
 
@@ -27,7 +40,10 @@ async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Re
     """Score, bounds on log p(x), conformal p-value and verdict for each image (vector, signal).
 
     As npy: the maps [N, H, W] with map=true ([N, D] of vectors, [N, T] of signals), else the scores [N]. As PNG
-    (map=true): the maps as heat maps, of images. A model of tiles takes images of any size that holds a tile.
+    (map=true): the maps of images, as heat maps or laid over the images. Their colours are fixed by the calibration and
+    do not depend on the request: from the median place of inliers (black) to what 90% of inliers nowhere exceed (the
+    last, light colour, which all above it has, too); the text entries minimum, maximum, kind, unit and scale say so. A
+    model of tiles takes images of any size that holds a tile.
     """
     return await call.answer(lambda: _score(call, query))
 
@@ -39,25 +55,39 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     also = further(call.served.manifest, asked)
     for definition in (chosen.definition, *also.values()):
         call.served.model.require(f"score.{definition.estimator}")
-    if asked.map:
-        call.served.model.require("score.map")
+    used = _required(call, asked)
     call.house.limit("k", chosen.definition.k, "max_k")
     x = read_x(call, asked.strict) if call.served.tiled is None else read_images(call)
-    _limit_work(call, x, _passes([chosen.definition, *also.values()]), asked.map)
+    passes = _passes([chosen.definition, *also.values()]) + (PASSES if asked.map and used.kind == "anomaly" else 0)
+    _limit_work(call, x, passes, asked)
     if asked.map and media_type != JSON:
         _check_one_size(x)
     verdicts = judge(call.served, x, asked, call.house.settings.false_positive_rate)
     _count(call, verdicts)
     _watch(call, verdicts, asked.group)
     if media_type == JSON:
-        return dump(_content(call, verdicts, asked)), JSON
+        return dump(_content(call, verdicts, asked, used)), JSON
+    if media_type == PNG:
+        return draw_maps(verdicts, x, used, asked.map_picture or "heat-map"), PNG
     maps = _maps(call, verdicts)
-    if maps is None:
-        return codecs.encode_npy(verdicts.scores.score), NPY
-    return (codecs.encode_npy if media_type == NPY else codecs.encode_heat_maps)(np.stack(list(maps))), media_type
+    return codecs.encode_npy(verdicts.scores.score if maps is None else np.stack(list(maps))), NPY
 
 
-def _limit_work(call: Call, x: Rows, passes: int, maps: bool) -> None:
+def _required(call: Call, asked: ScoreParameters) -> UsedMap:
+    """The map that is meant. Raises UnsupportedVerb for what the model lacks, InvalidInput for options without one."""
+    model = call.served.model
+    for name in ("map_kind", "map_picture"):
+        if not asked.map and getattr(asked, name) is not None:
+            raise InvalidInput(f"{name} without map=true")
+    used = used_map(model, asked.map_kind)
+    for verb in ["score.map", f"score.map.{used.kind}"] if asked.map else []:
+        model.require(verb)
+    if asked.top_latents:
+        model.require("score.top_latents")
+    return used
+
+
+def _limit_work(call: Call, x: Rows, passes: int, asked: ScoreParameters) -> None:
     """Refuse what takes too long, or too many maps. Raises LimitExceeded."""
     name, rows, each = data_names(call.rule)[0], len(x), x[0].size
     pixels = rows * math.prod(call.served.manifest.signature.shape[1:])
@@ -65,8 +95,11 @@ def _limit_work(call: Call, x: Rows, passes: int, maps: bool) -> None:
         name, rows, each = "tiles", sum(len(call.served.tiled.plan(image)) for image in x), math.prod(call.rule.shape)
         pixels = sum(math.prod(image.shape[1:]) for image in x)
     call.house.limit(f"{rows} {name} × k={passes} × {each} numbers", rows * each * passes, "max_evaluated_pixels")
-    if maps:
+    if asked.map:
         call.house.limit("the count of numbers in the maps", pixels, "max_numbers_out")
+    if asked.top_latents:
+        each = min(asked.top_latents, call.served.manifest.signature.latent_dim)
+        call.house.limit("the count of latents in the answer", len(x) * each, "max_numbers_out")
 
 
 def _check_one_size(images: Rows) -> None:
@@ -84,8 +117,11 @@ def _maps(call: Call, verdicts: Verdicts) -> np.ndarray | list[np.ndarray] | Non
     return maps if maps is None or call.rule.kind == "image" else maps[:, 0]
 
 
-def _content(call: Call, verdicts: Verdicts, asked: ScoreParameters) -> dict[str, Any]:
+def _content(call: Call, verdicts: Verdicts, asked: ScoreParameters, used: UsedMap) -> dict[str, Any]:
     results = rows(verdicts)
+    if asked.top_latents:
+        for result, latents in zip(results, top_latents(verdicts, asked.top_latents), strict=True):
+            result["latents"] = latents
     maps = _maps(call, verdicts)
     if maps is not None:
         for result, single in zip(results, maps, strict=True):
@@ -106,8 +142,14 @@ def _content(call: Call, verdicts: Verdicts, asked: ScoreParameters) -> dict[str
             }
             for name, judged in verdicts.also.items()
         },
+        "map": _map_in_words(used) if asked.map else None,
         "results": results,
     }
+
+
+def _map_in_words(used: UsedMap) -> dict[str, Any]:
+    low, high = (None, None) if used.scale is None else used.scale
+    return {"kind": used.kind, "unit": used.unit, "low": low, "high": high}
 
 
 def _used(definition: ScoreDefinition) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from service.pictures import (
     FRAME_MILLISECONDS,
     GRID_GAP,
     INFERNO,
+    OPACITY,
     encode_gif,
     encode_heat_maps,
+    encode_overlays,
     encode_png,
     encode_webp,
     grid,
@@ -132,7 +134,7 @@ def lightness(colours: np.ndarray) -> np.ndarray:
 
 def test_heat_grows_lighter_with_every_step():
     ramp = np.arange(256, dtype=np.float32).reshape(1, 1, 256)
-    colours = np.asarray(opened(encode_heat_maps(ramp)))[0]
+    colours = np.asarray(opened(encode_heat_maps(ramp, None)))[0]
     light = lightness(colours.astype(np.float64))
     assert (np.diff(light) > 0).mean() > 0.95
     assert np.diff(light).min() > -0.25, "rounding to 8 bits only"
@@ -143,7 +145,7 @@ def test_heat_grows_lighter_with_every_step():
 def test_heat_maps_share_one_scale_and_carry_it():
     maps = np.zeros((2, 3, 4), np.float32)
     maps[0, 1, 2], maps[1, 0, 0] = 12.5, -2.5
-    picture = opened(encode_heat_maps(maps))
+    picture = opened(encode_heat_maps(maps, None))
     assert (float(picture.text["minimum"]), float(picture.text["maximum"])) == (-2.5, 12.5)
     sheet = np.asarray(picture)
     assert sheet.shape == (3, 4 + GRID_GAP + 4, 3)
@@ -153,8 +155,54 @@ def test_heat_maps_share_one_scale_and_carry_it():
 
 
 def test_a_flat_heat_map_is_one_colour():
-    sheet = np.asarray(opened(encode_heat_maps(np.full((1, 3, 4), 7.0, np.float32))))
+    sheet = np.asarray(opened(encode_heat_maps(np.full((1, 3, 4), 7.0, np.float32), None)))
     np.testing.assert_array_equal(sheet, np.broadcast_to(INFERNO[0], (3, 4, 3)))
+
+
+def test_given_ends_fix_the_colours_whatever_else_is_shown():
+    maps = np.float32([[[-9, 1, 3, 5, 900]]])
+    ends = (1.0, 5.0)
+    sheet = np.asarray(opened(encode_heat_maps(maps, ends)))[0]
+    np.testing.assert_array_equal(sheet[[0, 1]], INFERNO[[0, 0]], "what lies below has the first colour")
+    np.testing.assert_array_equal(sheet[[3, 4]], INFERNO[[-1, -1]], "what lies above has the last")
+    np.testing.assert_allclose(sheet[2], INFERNO[16], atol=2)
+    for one in range(5):
+        alone = opened(encode_heat_maps(maps[:, :, one : one + 1], ends, {"kind": "anomaly"}))
+        np.testing.assert_array_equal(np.asarray(alone)[0, 0], sheet[one])
+        assert alone.text == {"minimum": "1.0", "maximum": "5.0", "kind": "anomaly"}
+
+
+def test_infinite_places_have_the_last_colour_and_leave_the_scale_to_the_others():
+    picture = opened(encode_heat_maps(np.float32([[[0, 2, np.inf]]]), None))
+    assert picture.text == {"minimum": "0.0", "maximum": "2.0"}
+    np.testing.assert_array_equal(np.asarray(picture)[0, 2], INFERNO[-1])
+    assert opened(encode_heat_maps(np.full((1, 2, 2), np.inf, np.float32), None)).size == (2, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("as_levels", [True, False])
+def test_an_overlay_is_the_image_where_quiet_and_heat_where_loud(channels, as_levels):
+    pixels = levels(2, channels)
+    maps = np.zeros((2, 5, 7), np.float32)
+    maps[0, 1, 2], maps[1, 3, 4] = 8, 4
+    sheet = np.asarray(opened(encode_overlays(pixels if as_levels else unit(pixels), maps, (0.0, 8.0)))).astype(float)
+    shown = [sheet[:5, :7], sheet[:5, 7 + GRID_GAP :]]
+    for image, each, heat in zip(pixels, maps, shown, strict=True):
+        rgb = np.broadcast_to(image.transpose(1, 2, 0), (5, 7, 3)).astype(float)
+        np.testing.assert_array_equal(heat[each == 0], rgb[each == 0])
+    loud = (1 - OPACITY) * pixels[0][:, 1, 2] + OPACITY * INFERNO[-1]
+    np.testing.assert_allclose(shown[0][1, 2], loud, atol=0.51)
+    middle = (1 - OPACITY / 2) * pixels[1][:, 3, 4] + OPACITY / 2 * INFERNO[16]
+    np.testing.assert_allclose(shown[1][3, 4], middle, atol=2)
+
+
+def test_a_map_of_features_is_enlarged_to_its_image():
+    image, found = np.zeros((1, 1, 8, 12), np.float32), np.float32([[0, 0, 9], [0, 0, 0]])
+    sheet = np.asarray(opened(encode_overlays(image, found[None], (0.0, 9.0))))
+    assert sheet.shape == (8, 12, 3)
+    light = sheet.sum(axis=-1)
+    assert np.unravel_index(light.argmax(), light.shape)[0] < 4
+    assert np.unravel_index(light.argmax(), light.shape)[1] >= 8
 
 
 def test_the_colours_are_those_of_matplotlib():
@@ -172,5 +220,5 @@ def test_the_colours_are_those_of_matplotlib():
         255: (252, 255, 164),
     }
     ramp = np.arange(256, dtype=np.float32).reshape(1, 1, 256)
-    colours = np.asarray(opened(encode_heat_maps(ramp)))[0].astype(int)
+    colours = np.asarray(opened(encode_heat_maps(ramp, None)))[0].astype(int)
     assert max(np.abs(colours[level] - colour).max() for level, colour in known.items()) <= 2

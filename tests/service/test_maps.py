@@ -1,0 +1,371 @@
+"""Anomaly maps: numbers against scipy's, rows that do not feel each other, defects found, arrays checked; over HTTP."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from service.bundle import DETECTORS, open_bundle
+from service.detectors import Combination
+from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
+from service.fitting import fit_map
+from service.maps import LOUD, PASSES, QUANTILES, SIGMA, UNIT, AnomalyMap, Sight, load_map, map_arrays, smoothed
+from service.model import Model
+from service.pictures import encode_heat_maps, encode_overlays
+from service.schemas import Scored
+from service.tiled import TiledModel
+from tests.ppca_bundle import images, write_ppca_bundle
+from tests.service.fitted import N_FIT, write_fitted
+from tests.service.fitted_bundles import npz, rewrite
+from tests.service.http import assert_problem, npy, serving
+from tests.service.linear_bundles import TABLE, UNITS, draw, write_all
+from tests.tiled_bundle import crops, surface, with_scratch, write_tiled_bundle
+
+X = images(5, seed=31)
+LARGE = (1, 16, 16)
+JSON, NPY, PNG = "application/json", "application/x-npy", "image/png"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, ppca_path, runtime):
+    """ppca/2 has a map, weave/2 of tiles too; plain/1 and the linear models have none."""
+    root = tmp_path_factory.mktemp("repository")
+    write_fitted(root, ppca_path)
+    rewrite(open_bundle(ppca_path), root, {"name": "plain"}, {})
+    write_all(root)
+    cpu = Model.load(open_bundle(write_tiled_bundle(root)), runtime)
+    arrays = map_arrays(fit_map(cpu, crops(10, seed=2)))
+    rewrite(cpu.bundle, root, {"version": "2"}, {DETECTORS: npz(arrays)})
+    return root
+
+
+@pytest.fixture(scope="module")
+def fitted(root, runtime):
+    return Model.load(open_bundle(root / "ppca" / "2"), runtime)
+
+
+@pytest.fixture(scope="module")
+def tiled(root, runtime):
+    return TiledModel(Model.load(open_bundle(root / "weave" / "2"), runtime))
+
+
+@pytest.fixture(scope="module")
+def client(root):
+    with serving(root, default_model="ppca") as client:
+        yield client
+
+
+def post(client, x=X, model="ppca", accept=JSON, **query):
+    headers = {"content-type": NPY, "accept": accept}
+    return client.post(f"/v1/models/{model}/score", content=npy(x), headers=headers, params=query)
+
+
+def with_spot(x, y, column):
+    """The images with a spot of 3×3 pixels, black on what is light there and white on what is dark."""
+    spotted = x.copy()
+    below = x[:, :, y : y + 3, column : column + 3]
+    spotted[:, :, y : y + 3, column : column + 3] = below.mean(axis=(1, 2, 3), keepdims=True) < 0.5
+    return spotted
+
+
+@pytest.mark.parametrize("sigma", [0.8, SIGMA, 4.0])
+@pytest.mark.parametrize("shape", [(8, 8), (3, 40, 33), (12, 1)])
+def test_averages_are_scipys(sigma, shape):
+    values = np.random.RandomState(0).standard_normal(shape)
+    radius = int(np.ceil(3 * sigma))
+    axes = [sigma if at >= len(shape) - 2 and shape[at] > 1 else 0 for at in range(len(shape))]
+    expected = gaussian_filter(values, axes, mode="reflect", radius=[radius if s else 0 for s in axes])
+    np.testing.assert_allclose(smoothed(values, sigma), expected, atol=1e-12)
+
+
+def test_without_a_sigma_values_stay_as_they_are():
+    values = np.random.RandomState(0).standard_normal((1, 5))
+    assert smoothed(values, 0.0) is values
+
+
+def test_the_map_is_the_two_tails_joined(fitted):
+    """By the formulas of the module, with scipy's filter, of a model that sees nothing but a fixed mean."""
+    found, arrays = fitted.anomaly_map, fitted.anomaly_map.arrays
+    random = np.random.RandomState(1)
+    x, mean, distortion = (random.random_sample((2, 1, 8, 8)).astype(np.float32) for _ in range(3))
+    values = found.values(Sight(x, lambda rows: (mean, distortion)))
+
+    def blurred(a):
+        return gaussian_filter(a, SIGMA, mode="reflect", radius=5)
+
+    tail = Combination({k.removeprefix("tail."): v for k, v in arrays.items() if k.startswith("tail.")}, 2)
+    for i in range(2):
+        e = (x[i, 0].astype(float) - mean[i, 0] - arrays["mean"][0]) / arrays["scale"][0]
+        parts = [blurred(blurred(e) ** 2), blurred(distortion[i, 0].astype(float))]
+        expected = (tail.score([part[None] for part in parts])[0] - arrays["location"]) / arrays["deviation"]
+        np.testing.assert_allclose(values[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_x_is_restored_between_itself_and_its_reconstruction_before_the_map_is_taken(fitted):
+    seen = []
+
+    def look(rows):
+        seen.append(rows)
+        return np.full_like(X, 0.5), np.zeros_like(X)
+
+    spotted = with_spot(X, 2, 3)
+    fitted.anomaly_map.values(Sight(spotted, look))
+    assert len(seen) == PASSES
+    assert np.array_equal(seen[0], spotted)
+    for rows in seen[1:]:
+        assert rows.dtype == np.float32
+        assert (rows >= np.minimum(spotted, 0.5)).all()
+        assert (rows <= np.maximum(spotted, 0.5)).all()
+        moved = np.abs(rows - spotted) / np.maximum(np.abs(0.5 - spotted), 1e-6)
+        assert moved[:, 0, 3, 4].mean() > 0.5, "where it deviates, x̂ has taken the place of x"
+
+
+def test_rows_are_independent_bitwise(fitted):
+    x = with_spot(images(70, seed=3), 1, 1)
+    together = fitted.score(x, maps=True).map
+    for i in (0, 31, 32, 69):
+        assert np.array_equal(fitted.score(x[i : i + 1], maps=True).map[0], together[i])
+    assert np.array_equal(fitted.score(x[::-1], maps=True).map[::-1], together)
+
+
+def test_no_k_and_no_seed_moves_it(fitted):
+    definition = fitted.manifest.scores["elbo"].model_copy(update={"k": 7, "seed": 9})
+    assert np.array_equal(fitted.score(X, definition, maps=True).map, fitted.score(X, maps=True).map)
+
+
+def test_over_inliers_it_has_mean_0_and_deviation_1(fitted):
+    maps = fitted.score(images(300, seed=77), maps=True).map
+    assert maps.dtype == np.float32
+    assert abs(maps.mean()) < 0.15
+    assert abs(maps.std() - 1) < 0.2
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, runtime):
+    """A model of all nine waves at 16×16 pixels, which leaves noise over, and its map."""
+    path, _ = write_ppca_bundle(tmp_path_factory.mktemp("large"), shape=LARGE, latent_dim=9)
+    model = Model.load(open_bundle(path), runtime)
+    return model, fit_map(model, images(N_FIT, LARGE, seed=1))
+
+
+@pytest.mark.parametrize(("y", "x"), [(0, 0), (6, 7), (13, 13), (3, 11)])
+def test_a_defect_s_place_is_the_highest_and_has_the_last_colour(large, y, x):
+    model, found = large
+    clean = images(40, LARGE, seed=41)
+    maps = found.values(model.sight(with_spot(clean, y, x)))
+    at = [np.unravel_index(each.argmax(), each.shape) for each in maps]
+    inside = [y <= row < y + 3 and x <= column < x + 3 for row, column in at]
+    assert np.mean(inside) >= 0.9
+    loud = found.scale("anomaly").high
+    assert np.mean(maps.max(axis=(1, 2)) > loud) >= 0.9
+    assert np.mean(found.values(model.sight(clean)).max(axis=(1, 2)) > loud) <= 0.25
+
+
+def test_the_scale_is_the_inliers_and_holds_for_new_ones(fitted):
+    maps = fitted.score(images(400, seed=78), maps=True).map
+    scale = fitted.anomaly_map.scale("anomaly")
+    assert scale.low == fitted.anomaly_map.arrays["quantiles"][QUANTILES.index(0.5)]
+    assert (maps < scale.low).mean() == pytest.approx(0.5, abs=0.12)
+    assert (maps.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LOUD, abs=0.08)
+    distortion = fitted.score(
+        images(400, seed=78), fitted.manifest.scores["elbo"], maps=True, map_kind="distortion"
+    ).map
+    scale = fitted.anomaly_map.scale("distortion")
+    assert (distortion < scale.low).mean() == pytest.approx(0.5, abs=0.12)
+    assert (distortion.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LOUD, abs=0.12)
+
+
+def test_the_distortion_map_sums_to_the_distortion(fitted):
+    found = fitted.score(X, maps=True, map_kind="distortion")
+    np.testing.assert_allclose(found.map.sum(axis=(1, 2), dtype=np.float64), found.distortion, rtol=1e-5)
+    assert not np.array_equal(found.map, fitted.score(X, maps=True).map)
+
+
+@pytest.fixture(scope="module")
+def table(root, runtime):
+    plain = Model.load(open_bundle(root / "table" / "1"), runtime)
+    return plain, fit_map(plain, draw(TABLE, 400, seed=5))
+
+
+@pytest.mark.parametrize("feature", range(4))
+def test_a_vector_s_places_are_no_neighbours_and_have_units_of_their_own(table, feature):
+    plain, found = table
+    x = draw(TABLE, 60, seed=6)
+    shifted = x.copy()
+    shifted[..., feature] += 8 * UNITS[feature]
+    before, after = found.values(plain.sight(x)), found.values(plain.sight(shifted))
+    assert before.shape == (60, 1, 4)
+    assert np.mean(after[:, 0].argmax(axis=1) == feature) > 0.6
+    assert after[:, 0, feature].mean() > before[:, 0, feature].mean() + 3
+    quiet = Sight(x, lambda rows: (np.zeros_like(x), np.zeros_like(x)))
+    changed = Sight(shifted, lambda rows: (np.zeros_like(x), np.zeros_like(x)))
+    others = [at for at in range(4) if at != feature]
+    assert np.array_equal(found.values(quiet)[..., others], found.values(changed)[..., others])
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("mean", np.zeros((1, 8, 7))),
+        ("scale", np.zeros((1, 8, 8))),
+        ("level", np.full((8, 8), np.nan)),
+        ("share", np.array(0.0)),
+        ("deviation", np.array(-1.0)),
+        ("quantiles", np.array([3.0, 2.0, 1.0, 0.0])),
+        ("largest", np.zeros(3)),
+        ("distortion", np.array([1.0, 0.0])),
+        ("location", np.array(np.inf)),
+        ("tail.knots", np.zeros((1, 5))),
+        ("spread", None),
+        ("tail.scale", None),
+        ("further", np.zeros(3)),
+    ],
+)
+def test_bad_arrays_are_refused(fitted, name, array):
+    arrays = {key: value for key, value in fitted.anomaly_map.arrays.items() if key != name}
+    with pytest.raises(BundleFormatError):
+        AnomalyMap(arrays | ({} if array is None else {name: array}), fitted.manifest)
+
+
+def test_reserved_arrays_that_nobody_knows_are_refused(fitted, tmp_path):
+    arrays = fitted.bundle.arrays(DETECTORS) | {"@later/weight": np.zeros(3)}
+    path = rewrite(fitted.bundle, tmp_path, {}, {DETECTORS: npz(arrays)})
+    with pytest.raises(BundleFormatError, match="@later/weight"):
+        load_map(open_bundle(path))
+
+
+def test_it_is_the_same_from_its_arrays(fitted, model):
+    again = fit_map(model, images(N_FIT, seed=1))
+    assert np.array_equal(again.values(model.sight(X)), fitted.anomaly_map.values(fitted.sight(X)))
+
+
+def test_a_fit_to_too_little_is_refused(model):
+    with pytest.raises(InvalidInput, match="at least"):
+        fit_map(model, images(5))
+    with pytest.raises(InvalidInput, match="halves"):
+        AnomalyMap.fit([], [model.sight(X)], model.manifest)
+    with pytest.raises(InvalidInput, match="halves"):
+        AnomalyMap.fit([model.sight(X)], [], model.manifest)
+
+
+def test_an_answer_says_which_map_it_holds(client, fitted):
+    answer = post(client, map=True).json()
+    Scored.model_validate(answer)
+    scale = fitted.anomaly_map.scale("anomaly")
+    assert answer["map"] == {"kind": "anomaly", "unit": UNIT, "low": scale.low, "high": scale.high}
+    expected = fitted.score(X, maps=True).map
+    assert np.array_equal(np.float32([row["map"] for row in answer["results"]]), expected)
+    assert np.array_equal(np.load(io.BytesIO(post(client, accept=NPY, map=True).content)), expected)
+    other = post(client, map=True, map_kind="distortion").json()
+    assert other["map"]["kind"] == "distortion"
+    assert other["map"]["unit"] == "nats"
+    for row in other["results"]:
+        assert np.sum(row["map"]) == pytest.approx(row["distortion"], rel=1e-5)
+
+
+def test_unasked_there_is_no_map(client):
+    answer = post(client).json()
+    assert answer["map"] is None
+    assert all(row.get("map") is None for row in answer["results"])
+
+
+def test_a_bundle_without_one_gives_the_distortion_and_refuses_the_other(client, runtime, root):
+    answer = post(client, model="plain", map=True).json()
+    assert answer["map"] == {"kind": "distortion", "unit": "nats", "low": None, "high": None}
+    refused = assert_problem(post(client, model="plain", map=True, map_kind="anomaly"), 409)["detail"]
+    assert "vaeserve calibrate" in refused
+    with pytest.raises(UnsupportedVerb):
+        Model.load(open_bundle(root / "plain" / "1"), runtime).score(X, maps=True, map_kind="anomaly")
+    unit = post(client, draw_one("pca"), "pca", map=True).json()["map"]["unit"]
+    assert unit == "squared error"
+    assert_problem(post(client, draw_one("whitening"), "whitening", map=True), 409)
+
+
+def draw_one(name):
+    return np.zeros((1, {"pca": 5, "whitening": 3}[name]), np.float32)
+
+
+def test_the_colours_of_a_picture_do_not_depend_on_the_request(client, fitted):
+    """The same image, alone and beside an outlier: the same colours, and the scale written into the file."""
+    alone = opened(post(client, X[:1], accept=PNG, map=True))
+    beside = opened(post(client, np.concatenate([X[:1], with_spot(X[1:2], 2, 2)]), accept=PNG, map=True))
+    assert np.array_equal(np.asarray(beside)[:, :8], np.asarray(alone))
+    scale = fitted.anomaly_map.scale("anomaly")
+    expected = {"minimum": repr(scale.low), "maximum": repr(scale.high), "kind": "anomaly", "unit": UNIT}
+    assert alone.text == beside.text == expected | {"scale": "calibration"}
+    maps = fitted.score(X[:1], maps=True).map
+    assert np.array_equal(np.asarray(alone), np.asarray(Image.open(io.BytesIO(encode_heat_maps(maps, scale)))))
+
+
+def test_an_overlay_shows_the_image_below(client, fitted):
+    x = with_spot(X, 2, 3)
+    found = opened(post(client, x, accept=PNG, map=True, map_picture="overlay"))
+    maps, scale = fitted.score(x, maps=True).map, fitted.anomaly_map.scale("anomaly")
+    assert np.array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(encode_overlays(x, maps, scale)))))
+    quiet = np.argwhere(maps[0] <= scale.low)
+    assert len(quiet)
+    row, column = quiet[0]
+    assert set(np.asarray(found)[row, column]) == {round(float(x[0, 0, row, column]) * 255)}
+
+
+def test_without_a_calibration_the_scale_is_that_of_the_maps_and_says_so(client):
+    picture = opened(post(client, model="plain", accept=PNG, map=True))
+    assert picture.text["scale"] == "of these maps"
+    assert picture.text["kind"] == "distortion"
+
+
+@pytest.mark.parametrize("option", [{"map_kind": "anomaly"}, {"map_picture": "overlay"}])
+def test_options_of_a_map_without_one_are_refused(client, option):
+    assert "without map=true" in assert_problem(post(client, **option), 422)["detail"]
+
+
+@pytest.mark.parametrize("option", [{"map_kind": "heat"}, {"map_picture": "png"}])
+def test_unknown_options_are_refused(client, option):
+    assert_problem(post(client, map=True, **option), 422)
+
+
+def test_the_options_may_stand_in_the_body(client):
+    body = json.dumps({"images": X.tolist(), "map": True, "map_kind": "distortion"})
+    answer = client.post("/v1/score", content=body, headers={"content-type": JSON}).json()
+    assert answer["map"]["kind"] == "distortion"
+
+
+def test_the_passes_of_a_map_count_as_work(root):
+    with serving(root, default_model="ppca", max_evaluated_pixels=5 * 64 * (2 + PASSES)) as client:
+        assert post(client, map=True, score="elbo", k=2).status_code == 200
+        assert "max_evaluated_pixels" in assert_problem(post(client, map=True, score="elbo", k=3), 422)["detail"]
+        assert post(client, map=True, score="elbo", k=5, map_kind="distortion").status_code == 200
+
+
+def test_it_is_in_openapi(client):
+    operation = client.get("/openapi.json").json()["paths"]["/v1/score"]["post"]
+    assert {"map", "map_kind", "map_picture", "top_latents"} <= {each["name"] for each in operation["parameters"]}
+    assert "minimum, maximum, kind, unit and scale" in operation["description"]
+
+
+def test_a_model_of_tiles_stitches_it_and_finds_the_scratch(client, tiled):
+    image, where = with_scratch(surface(70, 90, 61), 30, 50)
+    query = {"map": "true", "score": "elbo"}
+    answer = post(client, image, "weave", **query, top_latents=2).json()
+    assert answer["map"]["kind"] == "anomaly"
+    found = np.float32(answer["results"][0]["map"])
+    assert found.shape == where.shape
+    assert where[np.unravel_index(found.argmax(), found.shape)]
+    distortion = np.float32(post(client, image, "weave", **query, map_kind="distortion").json()["results"][0]["map"])
+    assert not np.array_equal(found, distortion)
+    for picture in ("heat-map", "overlay"):
+        shown = opened(post(client, image, "weave", accept=PNG, **query, map_picture=picture))
+        assert (shown.size, shown.text["scale"]) == ((90, 70), "calibration")
+    row, column = np.argwhere(found <= tiled.model.anomaly_map.scale("anomaly").low)[0]
+    assert set(np.asarray(shown)[row, column]) == {image[0, row, column]}
+    latents = answer["results"][0]["latents"]
+    total = sum(each["nats"] for each in latents["largest"]) + latents["others"] + latents["joint"]
+    assert total == pytest.approx(answer["results"][0]["rate"], abs=1e-9)
+
+
+def opened(response):
+    assert response.headers["content-type"] == PNG, response.text[:300]
+    return Image.open(io.BytesIO(response.content))
