@@ -125,16 +125,26 @@ def score(
     ] = None,
     k: Annotated[int | None, typer.Option(help="Posterior samples a row, instead of the score's own")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random number, instead of the score's own")] = None,
+    maps: Annotated[
+        Path | None, typer.Option(help="Folder for pictures that show where each image is anomalous, as PNG")
+    ] = None,
+    map_kind: Annotated[
+        str | None, typer.Option(help="anomaly or distortion; default: anomaly, where the bundle has it")
+    ] = None,
+    map_picture: Annotated[str | None, typer.Option(help="heat-map (default) or overlay, over the image")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Skip images of another size, do not resize them")] = False,
     repository: RepositoryOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
     parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
+    parameters |= {"map": maps is not None, "map_kind": map_kind, "map_picture": map_picture}
     with _errors_in_words():
         asked = _in_words(lambda: ScoreParameters(false_positive_rate=false_positive_rate, **parameters))  # type: ignore[arg-type]
         settings = _settings(repository=repository, device=device)
-        bad = _score(settings, files, out, model, asked)
+        if maps is None and (map_kind or map_picture):
+            raise ConfigurationError("--map-kind and --map-picture are of --maps FOLDER, which is not given")
+        bad = _score(settings, files, out, model, asked, maps)
     if bad:
         raise typer.Exit(SOME_BAD_FILES)
 
@@ -212,11 +222,18 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
     )
 
 
-def _score(settings: Settings, paths: list[Path], out: Path | None, model: str | None, asked: ScoreParameters) -> int:
+def _score(
+    settings: Settings,
+    paths: list[Path],
+    out: Path | None,
+    model: str | None,
+    asked: ScoreParameters,
+    maps: Path | None,
+) -> int:
     """Score, write, show progress on stderr; the number of files that could not be read."""
     from service.images import ImageLimits
     from service.logs import configure_logs
-    from service.offline import BadFile, fields_of, find_files, open_sink, score_files
+    from service.offline import BadFile, fields_of, find_files, open_sink, plan_pictures, score_files
     from service.repository import load_one
 
     configure_logs("warning", "console")
@@ -224,10 +241,13 @@ def _score(settings: Settings, paths: list[Path], out: Path | None, model: str |
     served = load_one(settings, model)
     rule = served.manifest.preprocessing
     files = find_files(paths, rule)
+    if maps is not None and rule.kind != "image":
+        raise ConfigurationError(f"--maps: {served.manifest.name} is a model of {rule.kind}s, which are no pictures")
+    pictures = None if maps is None else plan_pictures(files, paths, maps)
     total = len(files) if rule.kind == "image" else None  # a table's rows are not known before it is read
     with open_sink(out, sys.stdout, fields_of(rule)) as write, _progress(console, total) as advance:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        for row in score_files(served, files, asked, settings.false_positive_rate, limits):
+        for row in score_files(served, files, asked, settings.false_positive_rate, limits, pictures):
             if isinstance(row, BadFile):
                 bad += 1
                 console.print(f"skipped {row.path}: {row.reason}", markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from service.errors import ConfigurationError, InvalidInput
 from service.images import ImageLimits, decode_image, decode_whole, unit_levels
 from service.repository import Served
 from service.schemas import ScoreParameters
-from service.scoring import judge, rows
+from service.scoring import Rows, Verdicts, draw_maps, judge, rows, used_map
 from service.tables import CSV, NPY, TableReader
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -44,6 +44,8 @@ TILE_FIELDS = {"tiles": "n", "worst_y": "worst_y", "worst_x": "worst_x"}
 """Columns of a model of tiles: what service.tiled.Tiles calls them."""
 
 Row = dict[str, Any]
+Pictures = Mapping[Path, Path]
+"""Image -> where the picture of its map is written."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,24 @@ def group_of(path: Path, roots: Sequence[Path]) -> str | None:
     return None
 
 
+def plan_pictures(files: Sequence[Path], roots: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Where each file's map goes: ``folder``/NAME.png, NAME with its suffix and with the subfolders of its root.
+
+    Raises ConfigurationError where two files would share a picture, or a picture take the place of a file.
+    """
+    found: dict[Path, Path] = {}
+    known = {file.resolve(): file for file in files}
+    for file in dict.fromkeys(files):
+        root = next((root for root in roots if root != file and file.is_relative_to(root)), file.parent)
+        picture = folder / f"{file.relative_to(root)}.png"
+        other = known.get(picture.resolve())
+        if other is not None:
+            raise ConfigurationError(f"--maps {folder}: the maps of {other} and {file} would both be {picture}")
+        found[file] = picture
+        known[picture.resolve()] = file
+    return found
+
+
 def fields_of(rule: InputRule) -> list[str]:
     """The columns of a model's rows: only tables have several rows a file, only images are scored by tiles."""
     fields = [field for field in FIELDS if field != "row" or rule.kind != "image"]
@@ -112,9 +132,16 @@ def _is_tiled(rule: InputRule) -> bool:
 
 
 def score_files(
-    served: Served, files: Sequence[Path], asked: ScoreParameters, rate: float, limits: ImageLimits
+    served: Served,
+    files: Sequence[Path],
+    asked: ScoreParameters,
+    rate: float,
+    limits: ImageLimits,
+    pictures: Pictures | None = None,
 ) -> Iterator[Row | BadFile]:
     """One row (keys ``fields_of``) for each image or line of a table, or one BadFile for a file, in order.
+
+    With ``pictures`` of all files the maps of images, which ``asked`` then asks for, are written beside.
 
     Raises:
         InvalidInput: the calibration cannot answer the asked false-positive rate.
@@ -127,10 +154,10 @@ def score_files(
         return
     if served.tiled is not None:
         for path in files:
-            yield _score_whole(served, path, rule, asked, rate, limits)
+            yield _score_whole(served, path, rule, asked, rate, limits, pictures)
         return
     for start in range(0, len(files), BATCH):
-        yield from _score_images(served, files[start : start + BATCH], rule, asked, rate, limits)
+        yield from _score_images(served, files[start : start + BATCH], rule, asked, rate, limits, pictures)
 
 
 def _score_images(
@@ -140,27 +167,57 @@ def _score_images(
     asked: ScoreParameters,
     rate: float,
     limits: ImageLimits,
+    pictures: Pictures | None,
 ) -> Iterator[Row | BadFile]:
     read = [_read_image(path, rule, limits, asked.strict) for path in files]
     good = [image for image in read if not isinstance(image, BadFile)]
     scored: Iterator[Row] = iter(())
     if good:
-        scored = iter(rows(judge(served, unit_levels(np.stack(good)), asked, rate)))
+        x = unit_levels(np.stack(good))
+        verdicts = judge(served, x, asked, rate)
+        paths = [path for path, image in zip(files, read, strict=True) if not isinstance(image, BadFile)]
+        _write_pictures(served, verdicts, x, paths, asked, pictures)
+        scored = iter(rows(verdicts))
     for path, image in zip(files, read, strict=True):
         yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
 
 
 def _score_whole(
-    served: Served, path: Path, rule: Preprocessing, asked: ScoreParameters, rate: float, limits: ImageLimits
+    served: Served,
+    path: Path,
+    rule: Preprocessing,
+    asked: ScoreParameters,
+    rate: float,
+    limits: ImageLimits,
+    pictures: Pictures | None,
 ) -> Row | BadFile:
     """One image by its tiles: alone, so that one at a time is in memory."""
     try:
         image = decode_whole(path.read_bytes(), rule, limits)
     except (InvalidInput, OSError) as error:
         return BadFile(path, str(error))
-    row = rows(judge(served, [image], asked, rate))[0]
+    verdicts = judge(served, [image], asked, rate)
+    _write_pictures(served, verdicts, [image], [path], asked, pictures)
+    row = rows(verdicts)[0]
     tiles = row.pop("tiles")
     return {"file": str(path), **row, **{field: tiles[name] for field, name in TILE_FIELDS.items()}}
+
+
+def _write_pictures(
+    served: Served,
+    verdicts: Verdicts,
+    x: Rows,
+    paths: Sequence[Path],
+    asked: ScoreParameters,
+    pictures: Pictures | None,
+) -> None:
+    """A PNG of each image's map."""
+    if pictures is None or verdicts.scores.map is None:
+        return
+    used = used_map(served.model, asked.map_kind)
+    for path, image, each in zip(paths, x, verdicts.scores.map, strict=True):
+        pictures[path].parent.mkdir(parents=True, exist_ok=True)
+        pictures[path].write_bytes(draw_maps([image], [each], used, asked.map_picture))
 
 
 def _read_image(path: Path, rule: Preprocessing, limits: ImageLimits, strict: bool) -> np.ndarray | BadFile:

@@ -195,10 +195,11 @@ def used_map(model: Model, kind: MapKind | None) -> UsedMap:
     return UsedMap(kind, UNIT if kind == "anomaly" else _unit_of_distortion(model.manifest), scale)
 
 
-def draw_maps(verdicts: Verdicts, x: Rows, used: UsedMap, picture: MapPicture) -> bytes:
-    """One PNG of the maps of ``x``, which are of one size; its text entries say ``kind``, ``unit`` and ``scale``."""
-    maps = verdicts.scores.map
-    assert maps is not None
+def draw_maps(x: Rows, maps: Sequence[np.ndarray] | np.ndarray, used: UsedMap, picture: MapPicture | None) -> bytes:
+    """One PNG of the maps of ``x``, of one size, as heat maps unless ``picture`` says otherwise.
+
+    Its text entries say ``kind``, ``unit`` and ``scale``.
+    """
     text = {"kind": used.kind, "unit": used.unit, "scale": "of these maps" if used.scale is None else "calibration"}
     if picture == "overlay":
         return encode_overlays(list(x), list(maps), used.scale, text)

@@ -68,7 +68,8 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     if media_type == JSON:
         return dump(_content(call, verdicts, asked, used)), JSON
     if media_type == PNG:
-        return draw_maps(verdicts, x, used, asked.map_picture or "heat-map"), PNG
+        assert verdicts.scores.map is not None
+        return draw_maps(x, verdicts.scores.map, used, asked.map_picture), PNG
     maps = _maps(call, verdicts)
     return codecs.encode_npy(verdicts.scores.score if maps is None else np.stack(list(maps))), NPY
 

@@ -147,3 +147,4 @@ def test_a_model_without_a_rate_refuses_with_the_reason(root, name):
         x = np.zeros((1, *client.get(f"/v1/models/{name}").json()["shape"]), np.float32)
         reason = client.get(f"/v1/models/{name}").json()["refused"]["score.rate"]
         assert reason in assert_problem(post(client, x, name, top_latents=1), 409)["detail"]
+        assert_problem(client.post(f"/v1/models/{name}/score", params={"top_latents": 1}, content=b""), 409)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from typer.testing import CliRunner
 
 from service.bundle import DETECTORS, open_bundle
+from service.cli import app
 from service.detectors import Combination
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.fitting import fit_map
@@ -168,6 +170,7 @@ def test_the_scale_is_the_inliers_and_holds_for_new_ones(fitted):
     maps = fitted.score(images(400, seed=78), maps=True).map
     scale = fitted.anomaly_map.scale("anomaly")
     assert scale.low == fitted.anomaly_map.arrays["quantiles"][QUANTILES.index(0.5)]
+    assert scale.high == fitted.anomaly_map.arrays["largest"][QUANTILES.index(0.9)]
     assert (maps < scale.low).mean() == pytest.approx(0.5, abs=0.12)
     assert (maps.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LOUD, abs=0.08)
     distortion = fitted.score(
@@ -277,6 +280,8 @@ def test_a_bundle_without_one_gives_the_distortion_and_refuses_the_other(client,
     assert answer["map"] == {"kind": "distortion", "unit": "nats", "low": None, "high": None}
     refused = assert_problem(post(client, model="plain", map=True, map_kind="anomaly"), 409)["detail"]
     assert "vaeserve calibrate" in refused
+    early = client.post("/v1/models/plain/score", params={"map": True, "map_kind": "anomaly"}, content=b"")
+    assert_problem(early, 409)
     with pytest.raises(UnsupportedVerb):
         Model.load(open_bundle(root / "plain" / "1"), runtime).score(X, maps=True, map_kind="anomaly")
     unit = post(client, draw_one("pca"), "pca", map=True).json()["map"]["unit"]
@@ -369,3 +374,61 @@ def test_a_model_of_tiles_stitches_it_and_finds_the_scratch(client, tiled):
 def opened(response):
     assert response.headers["content-type"] == PNG, response.text[:300]
     return Image.open(io.BytesIO(response.content))
+
+
+def score(*arguments):
+    return CliRunner().invoke(app, ["score", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """0.png, and deep/0.png with a spot."""
+    root = tmp_path / "pictures"
+    (root / "deep").mkdir(parents=True)
+    for name, image in (("0.png", X[0]), ("deep/0.png", with_spot(X[:1], 2, 2)[0])):
+        Image.fromarray(np.rint(image[0] * 255).astype(np.uint8)).save(root / name)
+    (root / "bad.png").write_text("not a picture")
+    return root
+
+
+@pytest.mark.parametrize("options", [{}, {"map_picture": "overlay"}, {"map_kind": "distortion"}])
+def test_offline_pictures_are_the_services(folder, root, client, tmp_path, options):
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    done = score(folder, "--model", "ppca", "--repository", root, "--maps", tmp_path / "maps", *flags)
+    assert done.exit_code == 3, done.output
+    written = {str(path.relative_to(tmp_path / "maps")) for path in (tmp_path / "maps").rglob("*.png")}
+    assert written == {"0.png.png", "deep/0.png.png"}
+    for name in ("0.png", "deep/0.png"):
+        headers = {"content-type": PNG, "accept": PNG}
+        body = (folder / name).read_bytes()
+        answer = client.post("/v1/models/ppca/score", content=body, headers=headers, params={"map": True, **options})
+        assert (tmp_path / "maps" / f"{name}.png").read_bytes() == answer.content
+
+
+def test_offline_pictures_of_tiles(root, tmp_path):
+    image, _ = with_scratch(surface(40, 50, 62), 10, 20)
+    Image.fromarray(image[0]).save(tmp_path / "a.png")
+    options = ("--score", "elbo", "--maps", tmp_path / "maps")
+    done = score(tmp_path / "a.png", "--model", "weave", "--repository", root, *options)
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "maps/a.png.png") as picture:
+        assert picture.size == (50, 40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{x}/0.png", "--maps", "{x}/out", "--map-kind", "anomaly", "--model", "plain"], "vaeserve calibrate"),
+        (["{x}/0.png", "--maps", "{x}/out", "--map-kind", "heat"], "map_kind"),
+        (["{x}/0.png", "--map-kind", "anomaly"], "--maps FOLDER"),
+        (["{x}/0.png", "{x}/deep/0.png", "--maps", "{x}/out", "--model", "ppca"], "would both be"),
+        (["{x}/rows.npy", "--maps", "{x}/out", "--model", "table"], "no pictures"),
+    ],
+)
+def test_offline_pictures_that_cannot_be_are_refused_in_one_line(folder, root, arguments, says):
+    np.save(folder / "rows.npy", draw(TABLE, 2)[:, 0, 0])
+    done = score(*(part.replace("{x}", str(folder)) for part in arguments), "--repository", root)
+    assert done.exit_code == 1
+    assert says in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert not (folder / "out").exists()
