@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from training.aggregate import collapsed
 from training.batches import StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import FILE, load_checkpoint, save_checkpoint
 from training.config import Config, OptimiserConfig
 from training.data.dataset import Dataset
 from training.dimensions import check_dimension
@@ -168,6 +168,17 @@ class Trainer:
         self.history = content["history"]
         return True
 
+    @property
+    def standing(self) -> str:
+        """Where a resumed run stands, in words."""
+        if self.state.finished:
+            return f"done before, {self.folder / FILE}"
+        if self.state.stopped or self.state.step == self.total_steps:
+            return "goes on after its last epoch"
+        epoch, done = divmod(self.state.step, self.steps_per_epoch)
+        within = f", step {done + 1} of {self.steps_per_epoch}" if done else ""
+        return f"goes on from epoch {epoch + 1} of {self.config.optimiser.epochs}{within}"
+
     def save(self) -> None:
         """Write a checkpoint (first rank only)."""
         self._saved = time.perf_counter()
@@ -272,7 +283,7 @@ class Trainer:
             images += len(pixels) * self.fabric.world_size
             elapsed = time.perf_counter() - started
             self.state.seconds = before + elapsed
-            if self.state.step % 20 == 0:
+            if journal.is_due(self.state.step):
                 journal.step(self.state.step, *self.sums.means(), images / elapsed)
             if self.state.step % self.steps_per_epoch:  # after the last step comes the validation, then the pause
                 self._pause()
@@ -492,8 +503,10 @@ def fit(
     if FAMILIES[config.model.family].closed_form:
         return solve(config, dataset, folder, fabric, console)
     trainer = Trainer(config, dataset, folder, fabric)
-    trainer.resume()
+    resumed = trainer.resume()
     journal = Journal(folder, trainer.total_steps, trainer.state.step, trainer.fabric.is_global_zero, console)
     with journal, trainer.interrupt:
+        if resumed:
+            journal.say(f"fit: {trainer.standing}")
         trainer.run(journal)
     return Fitted(fitted_model(config, dataset, trainer.best), trainer.state, trainer.history)

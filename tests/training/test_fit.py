@@ -122,6 +122,28 @@ def test_a_run_killed_while_it_validates_loses_no_validation(digits, tmp_path, m
     assert [row["train_elbo"] for row in resumed.history] == [row["train_elbo"] for row in whole.history]
 
 
+def test_a_resumed_run_says_where_it_goes_on(digits, tmp_path, monkeypatch, capsys):
+    config, steps = config_with("run.checkpoint_seconds=0"), 0
+    training_step = Trainer.training_step
+
+    def die_in_the_second_epoch(trainer, pixels):
+        nonlocal steps
+        steps += 1
+        if steps > trainer.steps_per_epoch + 2:
+            raise Killed
+        return training_step(trainer, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", die_in_the_second_epoch)
+        with pytest.raises(Killed):
+            fit(config, digits, tmp_path)
+    assert "goes on" not in capsys.readouterr().err
+    fit(config, digits, tmp_path)
+    assert "fit: goes on from epoch 2 of 4, step 3 of 22\n" in capsys.readouterr().err
+    fit(config, digits, tmp_path)
+    assert f"fit: done before, {tmp_path / FILE}\n" in capsys.readouterr().err
+
+
 def test_changed_data_do_not_resume(digits, tmp_path):
     fit(config_with("optimiser.epochs=1"), digits, tmp_path)
     other = dataclasses.replace(digits, fingerprint="0" * 64)
