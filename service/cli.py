@@ -186,6 +186,7 @@ def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None)
 
 def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool, plan: Plan, to: Path | None) -> None:
     from service.bundle import ArrayPreprocessing
+    from service.good_rows import GoodRows, Rows, open_wholes
     from service.images import ImageLimits, unit_levels
     from service.offline import find_files, group_of, read_images, read_tables
     from service.recalibrate import recalibrate
@@ -198,22 +199,26 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
     if isinstance(rule, ArrayPreprocessing):
         if grouped:
             raise ConfigurationError("--groups: subfolders are groups of images; a table has none")
-        rows, read = read_tables(files, rule), files
+        rows: GoodRows = Rows(read_tables(files, rule), lambda x: x)
+        read = files
     else:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        rows, read, bad = read_images(files, rule, limits)
+        if rule.tiling is not None:
+            rows, read, bad = open_wholes(files, rule, limits)
+        else:
+            pixels, read, bad = read_images(files, rule, limits)
+            rows = Rows(pixels, unit_levels, "images")
         for file in bad:
             console.print(f"skipped {file.path}: {file.reason}", markup=False, highlight=False, soft_wrap=True)
         names = [group_of(path, paths) for path in read] if grouped else None
     with _progress(console, None, "calibrating") as advance:
-        unit = (lambda x: x) if isinstance(rule, ArrayPreprocessing) else unit_levels
-        done = recalibrate(bundle, rows, unit, names, to or settings.repository, plan, advance)
+        done = recalibrate(bundle, rows, names, to or settings.repository, plan, advance)
     for note in done.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     for index in done.suspects if names is not None or not isinstance(rule, ArrayPreprocessing) else []:
         console.print(f"look at {read[index]}", markup=False, highlight=False, soft_wrap=True)
     parts = [
-        f"{done.n} rows calibrate",
+        f"{done.n} {rows.noun} calibrate",
         f"{done.n_fit} fitted the scores",
         *(f"{g}: {n}" for g, n in done.groups.items()),
     ]

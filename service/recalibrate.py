@@ -1,26 +1,37 @@
 """``vaeserve calibrate``: a bundle's verdicts rest on a user's own good rows, without training anything again.
 
 The rows are put in a seeded order: a share of them fits the scores' detectors anew, the rest calibrates. Neither sees
-the other, so that the false-positive rate is that of rows like these.
+the other, so that the false-positive rate is that of rows like these. Of a model of tiles the rows are whole images:
+tiles of the first share fit detectors and tails, and each image of the rest calibrates by its one aggregated score.
 """
 
 from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from service.bundle import CALIBRATION, DETECTORS, Bundle, ScoreDefinition, next_version, open_bundle, write_bundle
+from service.bundle import (
+    CALIBRATION,
+    DETECTORS,
+    TILES,
+    Bundle,
+    ScoreDefinition,
+    next_version,
+    open_bundle,
+    write_bundle,
+)
 from service.calibration import Calibrator, calibration_key
 from service.contamination import Contamination, contamination, rate_after_trimming, trimmed
 from service.detectors import Latent, to_arrays
 from service.errors import InvalidInput
-from service.fitting import LEAST_ROWS, fit_detectors, fit_map, fitted_definitions, room
+from service.fitting import fit_detectors, fit_map, fitted_definitions
+from service.good_rows import GoodRows, Progress
 from service.maps import map_arrays
 from service.model import Model
 from service.runtime import Runtime
@@ -28,11 +39,7 @@ from service.verify import verified
 
 SPLIT = "own rows"
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
-BATCH = 64
 SEED = 0
-
-Progress = Callable[[int], None]
-ToUnit = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -63,35 +70,38 @@ class Outcome:
 
 def recalibrate(
     bundle: Bundle,
-    rows: np.ndarray,
-    to_unit: ToUnit,
+    rows: GoodRows,
     groups: Sequence[str | None] | None,
     root: Path,
     plan: Plan,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Write the next version of the bundle under ``root``, calibrated on ``rows`` (uint8 or float32 [n,C,H,W]).
+    """Write the next version of the bundle under ``root``, calibrated on ``rows``.
 
-    ``to_unit`` brings a batch of rows to the float32 that the model takes; ``groups`` names each row's group, whose
-    calibration is kept beside that of all. Raises InvalidInput for too few rows, and whatever write_bundle raises.
+    ``groups`` names each row's group, whose calibration is kept beside that of all. Raises InvalidInput for too few
+    rows, and whatever write_bundle raises.
     """
     order = np.random.RandomState(SEED).permutation(len(rows))
-    n_fit = _rows_to_fit(len(rows), bundle, plan)
+    n_fit = _rows_to_fit(rows, bundle, plan)
     fit, held_out = order[:n_fit], np.sort(order[n_fit:])
     _check_rate(len(held_out), plan)
     files = {name: bundle.read(name) for name in bundle.manifest.files}
     manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
     notes = []
     if n_fit:
-        definitions, arrays = _fitted(bundle, to_unit(rows[fit]), progress)
+        definitions, arrays = _fitted(bundle, rows.sample(bundle.manifest, fit), progress)
         manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
         files[DETECTORS] = _npz(arrays)
+        files.pop(TILES, None)
     elif plan.fit_share:
-        notes.append(f"{len(rows)} rows are too few to fit the scores anew: those of the bundle are kept")
+        notes.append(f"{len(rows)} {rows.noun} are too few to fit the scores anew: those of the bundle are kept")
     manifest |= {"format_version": 3, "version": next_version(root, bundle.manifest.name), "calibration": None}
     files.pop(CALIBRATION, None)
     with _loaded(manifest, files, root) as model:
-        scores = _scores(model, rows, held_out, to_unit, progress)
+        tails = rows.tails(model, fit, progress) if n_fit else None
+        scores = rows.scores(model, tails, held_out, progress)
+    if tails is not None:
+        files[TILES] = _npz(to_arrays(tails))
     suspects = contamination(scores[manifest["default_score"]])
     kept, removed = _trimmed(scores, suspects, plan)
     notes += _notes(suspects, removed, len(held_out), plan)
@@ -107,11 +117,12 @@ def recalibrate(
     )
 
 
-def _rows_to_fit(n: int, bundle: Bundle, plan: Plan) -> int:
-    wanted = min(round(plan.fit_share * n), room(bundle.manifest))
-    if n < 2:
-        raise InvalidInput(f"{n} row to calibrate on: expected at least 2, and 99 for a false-positive rate of 1%")
-    return wanted if wanted >= LEAST_ROWS else 0
+def _rows_to_fit(rows: GoodRows, bundle: Bundle, plan: Plan) -> int:
+    if len(rows) < 2:
+        raise InvalidInput(
+            f"{rows.noun} to calibrate on: {len(rows)}, expected at least 2, and 99 for a false-positive rate of 1%"
+        )
+    return rows.to_fit(bundle.manifest, round(plan.fit_share * len(rows)))
 
 
 def _check_rate(n: int, plan: Plan) -> None:
@@ -139,20 +150,6 @@ def _loaded(manifest: Mapping[str, object], files: Mapping[str, bytes], root: Pa
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".calibrate.", dir=root) as scratch:
         yield Model.load(open_bundle(write_bundle(scratch, manifest, files)), Runtime("cpu"))
-
-
-def _scores(
-    model: Model, rows: np.ndarray, indices: np.ndarray, to_unit: ToUnit, progress: Progress | None
-) -> dict[str, np.ndarray]:
-    """Scores by name, float64 [n], of the rows at ``indices``."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in model.manifest.scores}
-    for start in range(0, len(indices), BATCH):
-        x = to_unit(rows[indices[start : start + BATCH]])
-        for name, values in model.score(x, also=model.manifest.scores).also.items():
-            found[name].append(values)
-        if progress:
-            progress(len(x))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _trimmed(scores: dict[str, np.ndarray], suspects: Contamination, plan: Plan) -> tuple[dict[str, np.ndarray], int]:

@@ -5,23 +5,31 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from service.bundle import CALIBRATION, DETECTORS, open_bundle
+from service.bundle import CALIBRATION, DETECTORS, TILES, open_bundle
 from service.calibration import Calibrator
 from service.cli import app
+from service.detectors import to_arrays
 from service.errors import InvalidInput
+from service.good_rows import Rows
 from service.images import unit_levels
 from service.model import Model
 from service.recalibrate import Plan, recalibrate
 from service.runtime import Runtime
+from service.tiled import TiledModel, fit_tails
 from tests.ppca_bundle import images
 from tests.service.fitted import write_fitted
 from tests.service.http import serving
 from tests.service.linear_bundles import draw, linear, write_table
+from tests.tiled_bundle import surface, with_scratch, write_tiled_bundle
 
 
 def levels(n, seed, mirrored=False):
     """Images as 8-bit pixels; the mirrored ones are from another camera than those of training."""
     return np.rint(images(n, seed=seed)[..., :: -1 if mirrored else 1] * 255).astype(np.uint8)
+
+
+def own(rows):
+    return Rows(rows, unit_levels)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def load(path):
 @pytest.fixture(scope="module")
 def moved(root):
     """Calibrated on 600 images that are the mirror images of those of training."""
-    return recalibrate(open_bundle(root / "ppca" / "2"), levels(600, 21, True), unit_levels, None, root, Plan())
+    return recalibrate(open_bundle(root / "ppca" / "2"), own(levels(600, 21, True)), None, root, Plan())
 
 
 def test_the_next_version_keeps_the_graphs_and_has_new_detectors_and_scores(root, moved):
@@ -69,7 +77,7 @@ def test_what_fits_the_scores_does_not_calibrate_them(moved):
 
 def test_few_rows_keep_the_detectors_and_say_so(root, tmp_path):
     old = open_bundle(root / "ppca" / "2")
-    done = recalibrate(old, levels(30, 23), unit_levels, None, tmp_path, Plan())
+    done = recalibrate(old, own(levels(30, 23)), None, tmp_path, Plan())
     assert open_bundle(done.path).read(DETECTORS) == old.read(DETECTORS)
     assert (done.n, done.n_fit) == (30, 0)
     assert any("too few" in note for note in done.notes)
@@ -78,7 +86,7 @@ def test_few_rows_keep_the_detectors_and_say_so(root, tmp_path):
 def test_a_rate_that_so_few_rows_cannot_answer_fails_before_any_work_with_the_number_needed(root, tmp_path):
     with pytest.raises(InvalidInput, match="at least 99"):
         recalibrate(
-            open_bundle(root / "ppca" / "2"), levels(60, 1), unit_levels, None, tmp_path, Plan(false_positive_rate=0.01)
+            open_bundle(root / "ppca" / "2"), own(levels(60, 1)), None, tmp_path, Plan(false_positive_rate=0.01)
         )
     assert not list(tmp_path.iterdir())
 
@@ -87,10 +95,10 @@ def test_outliers_among_the_good_rows_are_named_and_can_be_left_out(root, tmp_pa
     old = open_bundle(root / "ppca" / "2")
     noise = 255 * np.random.RandomState(0).randint(0, 2, (10, *images(1).shape[1:])).astype(np.uint8)
     rows = np.concatenate([levels(390, 24), noise])
-    plain = recalibrate(old, rows, unit_levels, None, tmp_path / "plain", Plan(fit_share=0))
+    plain = recalibrate(old, own(rows), None, tmp_path / "plain", Plan(fit_share=0))
     assert set(range(390, 400)) <= set(plain.suspects)
     assert plain.notes
-    trimmed = recalibrate(old, rows, unit_levels, None, tmp_path / "trimmed", Plan(fit_share=0, trim="auto"))
+    trimmed = recalibrate(old, own(rows), None, tmp_path / "trimmed", Plan(fit_share=0, trim="auto"))
     assert trimmed.n == 400 - len(plain.suspects)
     assert open_bundle(trimmed.path).manifest.calibration.removed == len(plain.suspects)
     assert max(open_bundle(trimmed.path).arrays(CALIBRATION)["combined"]) < max(
@@ -160,3 +168,83 @@ def test_tables_calibrate_too(tmp_path):
     assert done.exit_code == 0, done.stderr
     manifest = open_bundle(next((tmp_path / "to" / "table").iterdir())).manifest
     assert (manifest.calibration.n, manifest.calibration.n_fit) == (140, 60)
+
+
+@pytest.fixture(scope="module")
+def weave(tmp_path_factory):
+    """A folder with a bundle of tiles, and one of 60 photographs of the surface in harder light, of two sizes."""
+    root, photos = tmp_path_factory.mktemp("weave"), tmp_path_factory.mktemp("photos")
+    write_tiled_bundle(root)
+    for number in range(60):
+        Image.fromarray(harsh(surface(40 + 8 * (number % 2), 56, number))[0]).save(photos / f"{number:02}.png")
+    Image.fromarray(surface(15, 90, 0)[0]).save(photos / "narrow.png")
+    return root, photos
+
+
+def harsh(image):
+    return np.rint(np.clip(1.3 * (image - 128.0) + 128, 0, 255)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def of_wholes(weave, tmp_path_factory):
+    to = tmp_path_factory.mktemp("to")
+    root, photos = weave
+    done = run("calibrate", "weave", photos, "--repository", root, "--to", to)
+    assert done.exit_code == 0, done.stderr
+    return done, open_bundle(to / "weave" / "1")
+
+
+def test_a_model_of_tiles_is_calibrated_by_whole_images(weave, of_wholes):
+    """The stored scores are those of the images outside the fitted share, each scored as the service scores it."""
+    done, bundle = of_wholes
+    assert "narrow.png: the image is 90×15: at least 16×16 expected" in done.stderr
+    assert "42 images calibrate, 18 fitted the scores" in done.stderr
+    files = sorted(weave[1].glob("[0-9]*.png"))
+    order = np.random.RandomState(0).permutation(60)
+    images = [np.asarray(Image.open(files[index]))[None] for index in np.sort(order[18:])]
+    model = TiledModel(Model.load(bundle, Runtime("cpu")))
+    names = bundle.manifest.scores
+    for name, scores in model.score(images, also=names).also.items():
+        np.testing.assert_array_equal(np.sort(scores), bundle.arrays(CALIBRATION)[name])
+
+
+def test_its_tails_are_those_of_the_tiles_of_the_fitted_share(weave, of_wholes):
+    bundle = of_wholes[1]
+    files = sorted(weave[1].glob("[0-9]*.png"))
+    tiled, names = TiledModel(Model.load(bundle, Runtime("cpu"))), bundle.manifest.scores
+    images = [np.asarray(Image.open(files[i]))[None] for i in np.random.RandomState(0).permutation(60)[:18]]
+    scores = [tiled.tile_scores(image, names) for image in images]
+    expected = to_arrays(fit_tails({name: np.concatenate([each[name] for each in scores]) for name in names}))
+    stored = bundle.arrays(TILES)
+    assert stored.keys() == expected.keys()
+    for key, array in expected.items():
+        np.testing.assert_array_equal(stored[key], array)
+
+
+def test_fresh_images_like_the_users_own_keep_the_rate_and_a_scratch_is_found(weave, of_wholes):
+    fresh = [harsh(surface(40 + 8 * (number % 2), 56, 500 + number)) for number in range(150)]
+    scratched = [with_scratch(image, 20, 30)[0] for image in fresh[:20]]
+    flagged = {}
+    for place, bundle in (("old", open_bundle(weave[0] / "weave" / "1")), ("new", of_wholes[1])):
+        model, calibrator = TiledModel(Model.load(bundle, Runtime("cpu"))), Calibrator.from_bundle(bundle)
+        name = bundle.manifest.default_score
+        flagged[place] = np.mean(calibrator.p_values(name, model.score(fresh).score) <= 0.1)
+        found = np.mean(calibrator.p_values(name, model.score(scratched).score) <= 0.1)
+    assert flagged["new"] < 0.2 < flagged["old"]
+    assert found > 0.9
+
+
+def test_too_few_whole_images_keep_detectors_and_tails(weave, tmp_path):
+    root, photos = weave
+    done = run("calibrate", "weave", *sorted(photos.glob("0*.png")), "--repository", root, "--to", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert "10 images are too few to fit the scores anew" in done.stderr
+    old, new = open_bundle(root / "weave" / "1"), open_bundle(tmp_path / "weave" / "1")
+    assert new.read(TILES) == old.read(TILES)
+    assert new.manifest.calibration.n == 10
+
+
+def test_one_whole_image_is_too_few(weave, tmp_path):
+    done = run("calibrate", "weave", weave[1] / "00.png", "--repository", weave[0], "--to", tmp_path)
+    assert done.exit_code == 1
+    assert "vaeserve: images to calibrate on: 1, expected at least 2" in done.stderr
