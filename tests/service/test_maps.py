@@ -14,6 +14,7 @@ from service.cli import app
 from service.detectors import Combination
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.fitting import fit_map
+from service.images import unit_levels
 from service.maps import LOUD, PASSES, QUANTILES, SIGMA, UNIT, AnomalyMap, Sight, load_map, map_arrays, smoothed
 from service.model import Model
 from service.pictures import encode_heat_maps, encode_overlays
@@ -236,7 +237,7 @@ def test_bad_arrays_are_refused(fitted, name, array):
 def test_reserved_arrays_that_nobody_knows_are_refused(fitted, tmp_path):
     arrays = fitted.bundle.arrays(DETECTORS) | {"@later/weight": np.zeros(3)}
     path = rewrite(fitted.bundle, tmp_path, {}, {DETECTORS: npz(arrays)})
-    with pytest.raises(BundleFormatError, match="@later/weight"):
+    with pytest.raises(BundleFormatError, match="@later/weight, which is nothing that this vaeserve knows"):
         load_map(open_bundle(path))
 
 
@@ -369,6 +370,9 @@ def test_a_model_of_tiles_stitches_it_and_finds_the_scratch(client, tiled):
     latents = answer["results"][0]["latents"]
     total = sum(each["nats"] for each in latents["largest"]) + latents["others"] + latents["joint"]
     assert total == pytest.approx(answer["results"][0]["rate"], abs=1e-9)
+    plan = tiled.plan(image)
+    nats = tiled.model.score(unit_levels(plan.cut(image, 0, len(plan))), latents=True).latents.mean(axis=0)
+    assert latents["largest"][0] == {"index": int(nats.argmax()), "nats": pytest.approx(nats.max())}
 
 
 def opened(response):
