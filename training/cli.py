@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -239,17 +240,26 @@ def compare(
 
 @app.command(name="presets")
 def list_presets() -> None:
-    """List the configurations that come with the package."""
-    from training.config import presets
+    """List the configurations that come with the package, each with what it is."""
+    from training.config import presets, summary_of
 
+    width = max(map(len, presets()))
     for name in presets():
-        typer.echo(name)
+        typer.echo(f"{name:{width}}  {summary_of(name)}")
 
 
 def _show_served(bundle: Path, root: Path) -> None:
     repository = [] if root == Path("exported") else ["--repository", str(root)]
     typer.echo(bundle)
-    typer.echo(f"serve it: {shlex.join(['vaeserve', 'serve', *repository])}")
+    typer.echo(f"serve it: {shlex.join([_vaeserve(), 'serve', *repository])}")
+
+
+def _vaeserve() -> str:
+    """``vaeserve`` of this environment, so that it is found from the current folder: by name if the shell knows it."""
+    own, known = Path(sys.executable).with_name("vaeserve"), shutil.which("vaeserve")
+    if not own.exists() or (known and own.samefile(known)):
+        return "vaeserve"
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
 
 
 @contextmanager

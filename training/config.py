@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -371,6 +373,13 @@ def read_preset(name: str) -> dict[str, Any]:
         return tomllib.loads((resources.files("training") / "configs" / f"{name}.toml").read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"preset {name!r} cannot be read: {error}") from error
+
+
+def summary_of(preset: str) -> str:
+    """What a shipped preset is: the first sentence of the comment that it begins with."""
+    text = (resources.files("training") / "configs" / f"{preset}.toml").read_text()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return re.split(r"(?<=\.)\s", " ".join(line.removeprefix("#").strip() for line in comment))[0]
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

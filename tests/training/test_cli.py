@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from service.bundle import open_bundle
 from service.verify import verify_bundle
 from tests.training.finished import finished_run
-from training.cli import _configure, app
-from training.config import presets
+from training.cli import _configure, _vaeserve, app
+from training.config import presets, summary_of
 from training.errors import ConfigError
 from training.runs import Run, default_name
 
@@ -38,7 +38,8 @@ def command(*words):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the environment is activated
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def process(words, cwd):
@@ -212,7 +213,33 @@ def test_help_is_quick_because_torch_is_not_loaded(tmp_path):
 
 def test_presets_are_listed(tmp_path):
     done = vaetrain("presets", cwd=tmp_path)
-    assert done.stdout.split() == presets()
+    assert [line.split()[0] for line in done.stdout.splitlines()] == presets()
+    assert "ladder-gpu          Dynamically binarised MNIST, nine stochastic layers at 14×14, 7×7" in done.stdout
+    assert "one deviation a feature and place from z.\n" in done.stdout, "a sentence of two lines is whole"
+    assert "Two minutes of one CPU core" not in done.stdout, "and is the first one only"
+
+
+def test_every_preset_begins_with_a_sentence():
+    for name in presets():
+        assert re.fullmatch(r"[A-Za-z][^#]{20,}\.", summary_of(name)), name
+
+
+def test_the_command_that_serves_is_found_from_the_current_folder(tmp_path, monkeypatch):
+    own = tmp_path / "env" / "bin" / "vaeserve"
+    own.parent.mkdir(parents=True)
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(own.with_name("python")))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert _vaeserve() == "env/bin/vaeserve"
+    monkeypatch.chdir("/")
+    assert _vaeserve() == str(own.relative_to("/"))
+    monkeypatch.chdir(own.parent)
+    monkeypatch.setenv("PATH", str(own.parent))
+    assert _vaeserve() == "vaeserve"
+    own.unlink()
+    assert _vaeserve() == "vaeserve"
     assert {"digits", "mnist", "fashion-mnist", "images"} <= set(presets())
 
 
