@@ -34,6 +34,7 @@ app = typer.Typer(
 T = TypeVar("T")
 
 ERROR, SOME_BAD_FILES = 1, 3
+UNCUT = 10_000  # columns: a name cut to the terminal's width is no name
 
 RepositoryOption = Annotated[
     Path | None, typer.Option(help="Folder of bundles, NAME/VERSION/ each; default: setting repository (exported)")
@@ -93,7 +94,7 @@ def models(repository: RepositoryOption = None) -> None:
             )
         if not table.row_count:
             raise ConfigurationError(f"no bundle under {root}: expected NAME/VERSION/manifest.json")
-        Console().print(table)
+        Console(width=UNCUT).print(table)
 
 
 @app.command()

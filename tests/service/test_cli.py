@@ -194,6 +194,13 @@ def test_models_lists_the_bundles(ppca_root, tmp_path):
     assert run("models", "--repository", tmp_path).exit_code == 1
 
 
+def test_models_names_bundles_whole_on_a_narrow_screen(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "a-name-of-" + "x" * 50
+    write_ppca_bundle(tmp_path, name)
+    assert name in run("models", "--repository", tmp_path).stdout
+
+
 def test_a_misspelt_variable_is_an_error_everywhere(monkeypatch, ppca_root, folder):
     monkeypatch.setenv("VAESERVE_REPOSITRY", "x")
     for arguments in (["score", folder], ["models"], ["serve"]):
