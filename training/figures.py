@@ -16,8 +16,11 @@ from matplotlib.ticker import MaxNLocator
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 PALETTE = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#A89A00", "#000000", "#8C510A", "#762A83")
 MARKERS = "os^vDP*Xph"
-CELL, GAP = 64, 4  # in a grid: sides of at least so many pixels an image (whole multiples of its own), white between
+CELL, GAP = 64, 4  # in a grid: sides of at least so many pixels an image (whole multiples of its own), grey between
+FRAME = 0.8  # that grey, and what is around a grid: white pictures end somewhere, black ones too
 DPI = 120
+FEW_DIMENSIONS = 6  # a figure over fewer has room at its sides
+GRID_LABELS = 4  # of the pictures of a latent plane, every so many values have a label
 
 History = Sequence[Mapping[str, float]]
 
@@ -116,14 +119,22 @@ def score_histogram(
     return figure
 
 
-def rate_by_dimension(rates: np.ndarray, title: str, label: str) -> Figure:
-    """What each dimension carries [L], in nats, in falling order; ``title`` is given their sum."""
+def _by_dimension(count: int) -> tuple[Figure, Axes]:
+    """A figure whose axis runs over so many latent dimensions, each of them about as wide if there are few."""
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     ax = figure.subplots()
+    empty = max(0, FEW_DIMENSIONS - count) / 2
+    ax.set_xlim(0.4 - empty, count + 0.6 + empty)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, ax
+
+
+def rate_by_dimension(rates: np.ndarray, title: str, label: str) -> Figure:
+    """What each dimension carries [L], in nats, in falling order; ``title`` is given their sum."""
+    figure, ax = _by_dimension(len(rates))
     ordered = np.sort(rates)[::-1]
     ax.bar(np.arange(1, len(ordered) + 1), ordered, color=BLUE, width=0.8)
     ax.set(title=title.format(rates.sum()), xlabel="latent dimension, by rank", ylabel=label)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y", alpha=0.3)
     return figure
 
@@ -132,21 +143,21 @@ def aggregate(
     mean: np.ndarray, variance: np.ndarray, prior_mean: np.ndarray, prior_variance: np.ndarray, order: np.ndarray
 ) -> Figure:
     """Mean and deviation of the aggregate posterior by dimension [L], in ``order``, against the prior's."""
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    ax = figure.subplots()
-    at = np.arange(1, len(mean) + 1)
+    figure, ax = _by_dimension(len(mean))
+    at, size = np.arange(1, len(mean) + 1), 3 if len(mean) > 2 * FEW_DIMENSIONS else 6
     for name, (centre, spread), colour, shift, marker in (
         ("prior p(z)", (prior_mean, prior_variance), GREY, 0.15, "s"),
         ("aggregate posterior q(z)", (mean, variance), BLUE, -0.15, "o"),
     ):
         deviation = np.sqrt(spread[order])
-        ax.errorbar(at + shift, centre[order], deviation, color=colour, fmt=marker, markersize=3, label=name)
+        ax.errorbar(at + shift, centre[order], deviation, color=colour, fmt=marker, markersize=size, label=name)
+    if len(mean) <= 2 * FEW_DIMENSIONS:
+        ax.set_xticks(at, [f"z[{j}]" for j in order])
     ax.set(
         title="The latents of all test rows together, against the prior",
         xlabel="latent dimension, by rank",
         ylabel="mean ± standard deviation",
     )
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y", alpha=0.3)
     figure.legend(frameon=False, fontsize="small", ncols=2, loc="outside lower right")
     return figure
@@ -166,35 +177,50 @@ def latent_plane(
     """
     figure = Figure(figsize=(13.5, 6.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _scatter(left, loc, labels, names)
+    _scatter(left, loc, labels, names, values, GRID_LABELS)
     _show(right, mean[::-1].reshape(-1, *mean.shape[2:]), columns=mean.shape[1])
     first, second = ([f"{value:+.2g}" for value in grid] for grid in values)
-    _ticks(right, second[::-1], first, mean.shape, every=4)
+    _ticks(right, second[::-1], first, mean.shape, every=GRID_LABELS)
     right.set(title=f"E[x|z] over the latent plane, {scale}", xlabel="z[0]", ylabel="z[1]")
     return figure
 
 
-def latent_scatter(loc: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> Figure:
-    """Posterior means [N,2] on the left half of a figure."""
+def latent_scatter(
+    loc: np.ndarray,
+    labels: np.ndarray | None,
+    names: Sequence[str],
+    values: tuple[Sequence[float], Sequence[float]],
+    every: int,
+) -> Figure:
+    """Posterior means [N,2] on the left half of a figure, lines at the grid's ``values`` that are labelled."""
     figure = Figure(figsize=(13.5, 6.2))
-    _scatter(figure.add_axes((0.05, 0.1, 0.38, 0.8)), loc, labels, names)
+    _scatter(figure.add_axes((0.05, 0.1, 0.38, 0.8)), loc, labels, names, values, every)
     return figure
 
 
-def _scatter(ax: Axes, loc: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> None:
-    """Posterior means [N,2], by label where there are labels."""
+def _scatter(
+    ax: Axes,
+    loc: np.ndarray,
+    labels: np.ndarray | None,
+    names: Sequence[str],
+    values: tuple[Sequence[float], Sequence[float]],
+    every: int,
+) -> None:
+    """Posterior means [N,2], by label where there are labels, over lines at every so many of the grid's values."""
     shown = np.zeros(len(loc), dtype=np.int64) if labels is None else labels
+    size = float(np.clip(20_000 / len(loc), 16, 50))
     for label in np.unique(shown):
         rows = shown == label
         name = None if labels is None else (names[label] if 0 <= label < len(names) else str(label))
         colour, marker = PALETTE[label % len(PALETTE)], MARKERS[label % len(MARKERS)]
         first, second = loc[rows].T
-        ax.scatter(first, second, s=14, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
+        ax.scatter(first, second, s=size, color=colour, marker=marker, alpha=0.7, linewidths=0, label=name)
+    for draw, grid in zip((ax.axvline, ax.axhline), values, strict=True):
+        for value in grid[::every]:
+            draw(value, color=GREY, linewidth=0.6, alpha=0.6, zorder=0)
     ax.set(title="Posterior means of test rows", xlabel="z[0]", ylabel="z[1]", aspect="equal")
     if labels is not None:
-        ax.legend(
-            title="label", frameon=False, fontsize="small", markerscale=2, loc="upper left", bbox_to_anchor=(1, 1)
-        )
+        ax.legend(title="label", frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _image_figure(rows: int, columns: int, shape: tuple[int, ...], labels: float = 0.9) -> Figure:
@@ -211,7 +237,7 @@ def _show(ax: Axes, images: np.ndarray, columns: int) -> None:
     ax.imshow(canvas[..., 0] if canvas.shape[-1] == 1 else canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     for side in ax.spines.values():
-        side.set_visible(False)
+        side.set(color=str(FRAME), linewidth=2)
 
 
 def _ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shape: tuple[int, ...], every: int = 1) -> None:
@@ -225,11 +251,11 @@ def _ticks(ax: Axes, rows: Sequence[str], columns: Sequence[str], shape: tuple[i
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images [N,C,H,W] row by row on one canvas [H',W',C], enlarged by a whole factor, white between them."""
+    """Images [N,C,H,W] row by row on one canvas [H',W',C], enlarged by a whole factor, grey between them."""
     zoomed = images.repeat(_zoom(images.shape), axis=2).repeat(_zoom(images.shape), axis=3)
     count, channels, height, width = zoomed.shape
     rows = -(-count // columns)
-    canvas = np.ones((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels))
+    canvas = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), FRAME)
     for i, image in enumerate(zoomed):
         top, left = i // columns * (height + GAP), i % columns * (width + GAP)
         canvas[top : top + height, left : left + width] = np.clip(image, 0, 1).transpose(1, 2, 0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 img { max-width: 100%; height: auto; } figure { margin: 1.5rem 0; } figcaption { color: #555; }
 table { border-collapse: collapse; } th, td { padding: .2rem .8rem .2rem 0; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { border-top: 1px solid #ddd; } .number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
@@ -186,7 +186,8 @@ class Pen:
         values = (first.tolist(), second.tolist())
         if self.is_image:
             return figures.latent_plane(loc, labels, names, self.decode(z), values, scale)
-        return curves.latent_plane(figures.latent_scatter(loc, labels, names), self.decode(z), values, scale)
+        scatter = figures.latent_scatter(loc, labels, names, values, every=2)
+        return curves.latent_plane(scatter, self.decode(z), values, scale)
 
 
 def plane_values(loc: np.ndarray, standard: bool, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -251,7 +252,8 @@ CAPTIONS = {
     "traversal": "The latent dimensions that tell most, one each.",
     "rate": "What a dimension of nearly none tells is not used by the decoder.",
     "aggregate": "Where the aggregate posterior and the prior part, draws of the prior are not what the decoder knows.",
-    "latent": "Left, where test rows lie in the latent plane; right, what the decoder makes of it.",
+    "latent": "Left, where test rows lie in the latent plane, to scale; right, what the decoder makes of a grid of it: "
+    "the lines on the left are the labelled values on the right.",
     "score-elbo": "Scores of inliers that the model was not trained on.",
     "score-iwae": "The same rows by the IWAE bound.",
 }
@@ -288,17 +290,41 @@ def page(manifest: Manifest, images: dict[str, bytes]) -> str:
 def _tables(manifest: Manifest) -> str:
     parts = []
     for split, metrics in manifest.provenance.metrics.items():
-        parts.append(_table(f"Metrics, {split} split ({_unit(manifest)}, mean of a row, unless said)", metrics))
+        title = f"Metrics, {split} split ({_unit(manifest)}, mean of a row, unless said)"
+        parts.append(_table(title, ["metric", "value"], [[_words(n), rounded(v)] for n, v in metrics.items()]))
     if manifest.calibration:
-        for name, rates in manifest.calibration.realised_false_positive_rate.items():
-            parts.append(_table(f"Realised false-positive rate of “{name}” on the test split, by asked rate", rates))
-    parts.append(_table("Largest |Δ| between torch and the served graphs", manifest.reference.max_abs_error))
+        realised = manifest.calibration.realised_false_positive_rate
+        asked = list(dict.fromkeys(rate for rates in realised.values() for rate in rates))
+        header = ["score", *(f"asked {100 * float(rate):.3g}%" for rate in asked)]
+        rows = [[name, *(f"{rates[r]:.2%}" if r in rates else "–" for r in asked)] for name, rates in realised.items()]
+        parts.append(_table("Realised false-positive rates on the test split", header, rows))
+    errors = [
+        [_words(name), f"{error:.1e}" if error else "0"] for name, error in manifest.reference.max_abs_error.items()
+    ]
+    parts.append(_table("Torch against the served graphs", ["output", "largest |Δ|"], errors))
     return "\n".join(parts)
 
 
-def _table(title: str, values: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td class='number'>{value:,.6g}</td></tr>"
-        for name, value in values.items()
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def rounded(value: float) -> str:
+    """A number with the digits that it is good for: whole ones whole, two decimals from 1 on, three digits below."""
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Names in the first column, numbers in the others; nothing without rows."""
+    head = f"<th>{html.escape(header[0])}</th>" + "".join(
+        f"<th class='number'>{html.escape(name)}</th>" for name in header[1:]
     )
-    return f"<h2>{html.escape(title)}</h2><table>{rows}</table>" if values else ""
+    body = "".join(
+        f"<tr><td>{html.escape(row[0])}</td>"
+        + "".join(f"<td class='number'>{html.escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>" if rows else ""
