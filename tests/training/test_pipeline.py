@@ -38,6 +38,7 @@ def test_a_repeated_fit_publishes_what_was_evaluated_before(run, console, tmp_pa
     published = all_stages(Run.open(run.folder), tmp_path / "exported", console)
     assert open_bundle(published).manifest.provenance.metrics["test"]["active_units"] == 77
     assert "evaluate: done before" in console.file.getvalue()
+    assert all(console.file.getvalue().splitlines()), "bars leave nothing in a file"
 
 
 @pytest.mark.parametrize("asked", [{"k": 3}, {"images": 5}, {"precision": "bf16-mixed"}])
