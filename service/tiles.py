@@ -55,6 +55,9 @@ class Plan:
 class Stitcher:
     """Maps of a plan's tiles, float32 [H,W] each, in the plan's order -> one of the image, float32 [h,w].
 
+    Maps of a backbone's places, which are fewer than the tile's pixels, are interpolated linearly between the places'
+    middles.
+
     Beside that it holds one band of H rows of the image, in float64.
     """
 
@@ -72,8 +75,8 @@ class Stitcher:
         self._map = np.empty(plan.size, np.float32)
 
     def add(self, tiles: np.ndarray) -> None:
-        """The maps [n,H,W] of the next tiles."""
-        for tile in tiles:
+        """The maps [n,H,W] of the next tiles, or coarser ones."""
+        for tile in _enlarged(tiles, self._plan.tile):
             y, x = self._plan.corner(self._next)
             self._finish(y)
             self._band[:, x : x + self._plan.tile[1]] += tile * (self._down[:, None] * self._across)
@@ -109,6 +112,25 @@ def check_size(rule: Preprocessing, height: int, width: int) -> None:
 def _starts(length: int, tile: int, stride: int) -> tuple[int, ...]:
     """0, stride, 2 stride, …, and length − tile, where the last tile ends with the image."""
     return (*range(0, length - tile, stride), length - tile)
+
+
+def _enlarged(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Maps [n,h,w] brought to [n,*size]; untouched where they are that large."""
+    if maps.shape[1:] == size:
+        return maps
+    down, across = (_between(places, side) for places, side in zip(maps.shape[1:], size, strict=True))
+    enlarged: np.ndarray = down @ maps.astype(np.float64) @ across.T
+    return enlarged
+
+
+def _between(places: int, side: int) -> np.ndarray:
+    """Weights [side,places] of places spread evenly over ``side`` pixels, at each pixel's middle; rows sum to 1."""
+    at = np.clip((np.arange(side) + 0.5) * places / side - 0.5, 0, places - 1)
+    pixels, low = np.arange(side), np.floor(at).astype(int)
+    weights = np.zeros((side, places))
+    weights[pixels, low] = 1 - (at - low)
+    weights[pixels, np.minimum(low + 1, places - 1)] += at - low
+    return weights
 
 
 def _tent(side: int) -> np.ndarray:

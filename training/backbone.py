@@ -232,8 +232,12 @@ def _opsets(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], path: str) 
     """The operator sets that these nodes are of."""
     domains = {node.domain or "" for node in nodes} - {"ai.onnx"} | {""}
     standard = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
-    if not standard or standard[0] < OLDEST_OPSET:
-        raise BackboneError(f"{path} is of opset {standard or 'none'}: at least {OLDEST_OPSET} expected")
+    newest = onnx.defs.onnx_opset_version()
+    if not standard or not OLDEST_OPSET <= standard[0] <= newest or model.ir_version > onnx.IR_VERSION:
+        raise BackboneError(
+            f"{path} is of opset {standard[0] if standard else 'none'}, IR version {model.ir_version}: opset "
+            f"{OLDEST_OPSET} to {newest}, IR version up to {onnx.IR_VERSION} expected; export with an older opset"
+        )
     return [helper.make_opsetid("", standard[0])] + [
         entry for entry in model.opset_import if entry.domain in domains - {""}
     ]

@@ -90,6 +90,17 @@ def test_where_tiles_overlap_a_place_is_their_mean_weighted_by_the_tent():
     np.testing.assert_allclose(whole[1], [0, 0, 1 / 3, 2 / 3, 1, 1], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("tile", "places"), [((4, 4), (2, 2)), ((6, 9), (3, 2)), ((4, 4), (1, 1)), ((5, 4), (8, 3))])
+def test_a_backbones_places_are_interpolated_between_their_middles(tile, places):
+    plan = Plan.of(rule(tile, tile), *tile)
+    places_map = np.random.RandomState(2).standard_normal((1, *places)).astype(np.float32)
+    pixels = [(np.arange(side) + 0.5) / side for side in tile]
+    middles = [(np.arange(n) + 0.5) / n for n in places]
+    rows = np.stack([np.interp(pixels[1], middles[1], row) for row in places_map[0]])
+    expected = np.stack([np.interp(pixels[0], middles[0], column) for column in rows.T]).T
+    np.testing.assert_allclose(stitched(plan, places_map), expected, atol=1e-6)
+
+
 def test_a_map_is_not_given_before_its_last_tile():
     stitcher = Stitcher(Plan.of(rule(), 8, 8))
     stitcher.add(np.zeros((3, 4, 4), np.float32))

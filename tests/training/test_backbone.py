@@ -76,8 +76,13 @@ EVIL = {
     ),
     "an old opset": (
         '<ir_version: 3, opset_import: ["" : 6]> g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu(x) }',
-        "at least 7 expected",
+        "opset 7 to ",
     ),
+    "an opset to come": (
+        '<ir_version: 8, opset_import: ["" : 99]> g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu(x) }',
+        "is of opset 99, IR version 8: opset 7 to ",
+    ),
+    "a format to come": (HEAD.replace("8", "99", 1) + " g (float[N,3,8,8] x) => (float[N,3] y) { y = Relu(x) }", "99"),
     "two outputs": (TWO_HEADS, "say which with --backbone-output"),
 }
 

@@ -1,9 +1,11 @@
 """A run of crops becomes a bundle that scores whole images, calibrated by whole images under the same tiles."""
 
 import io
+import json
 
 import numpy as np
 import pytest
+from onnx import parser
 from PIL import Image
 from rich.console import Console
 
@@ -13,7 +15,7 @@ from service.runtime import Runtime
 from service.tiled import fit_tails
 from tests.tiled_bundle import surface, with_scratch
 from training.calibrate import images_to_score, score_split
-from training.config import load_config
+from training.config import Config, load_config
 from training.pipeline import all_stages, fit_stage
 from training.runs import SCORES, Launch
 
@@ -34,6 +36,27 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(published):
     return load_bundle(published[1], Runtime("cpu"))
+
+
+NET = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,1,16,16] x) => (float[N,1,4,4] y)
+    { y = AveragePool<kernel_shape=[4,4],strides=[4,4]>(x) }"""
+
+
+def test_a_backbone_may_stand_before_a_model_of_tiles(published, tmp_path):
+    """Its map's places are fewer than the tile's pixels; the image's map has the image's size."""
+    run, _ = published
+    (tmp_path / "net.onnx").write_bytes(parser.parse_model(NET).SerializeToString())
+    changed = run.config.model_dump(mode="json") | {"backbone": {"path": str(tmp_path / "net.onnx")}, "name": "net"}
+    config = Config.model_validate_json(json.dumps(changed))
+    console = Console(file=io.StringIO())
+    run, _ = fit_stage(config, tmp_path / "run", Launch(), False, console)
+    served = load_bundle(all_stages(run, tmp_path / "exported", console), Runtime("cpu"))
+    assert served.manifest.backbone.natural == (1, 4, 4)
+    image, where = with_scratch(surface(56, 72, 901), 20, 30)
+    found = served.tiled.score([image, surface(56, 72, 901)], maps=True)
+    assert found.score[0] > found.score[1]
+    assert found.map[0].shape == (56, 72)
+    assert found.map[0][where].mean() > np.quantile(found.map[0], 0.95)
 
 
 def test_the_calibration_is_of_whole_images_and_can_be_counted_again(published, served):
