@@ -275,9 +275,10 @@ class Combination:
         scale = np.maximum(excess, LEAST_EXCESS * (1 + np.abs(ordered).max(axis=0)))
         return cls({"knots": knots, "surprisals": -np.log(1 - np.array(first) / n), "scale": scale}, scores.shape[1])
 
-    def score(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """Σ −log tail probability, float64 [N], of the parts' scores, [N] each."""
-        return np.sum([self._surprisal(index, scores) for index, scores in enumerate(parts)], axis=0)
+    def score(self, parts: Sequence[np.ndarray], weights: Sequence[float] = ()) -> np.ndarray:
+        """Σ −log tail probability, float64 [N], of the parts' scores, [N] each; weighted, if there are weights."""
+        surprisals = [self._surprisal(index, scores) for index, scores in enumerate(parts)]
+        return np.sum([w * each for w, each in zip(weights or [1.0] * len(parts), surprisals, strict=True)], axis=0)
 
     def _surprisal(self, index: int, scores: np.ndarray) -> np.ndarray:
         knots, surprisals = self.arrays["knots"][index], self.arrays["surprisals"][index]
@@ -308,7 +309,8 @@ def load_detectors(bundle: Bundle) -> dict[str, Detector | Combination]:
     numbers that are not finite, scales that are not positive, quantiles that do not rise.
     """
     manifest = bundle.manifest
-    fitted = {name: score for name, score in manifest.scores.items() if score.estimator in FITTED}
+    own = FITTED - {"peak"}  # whose numbers are the map's
+    fitted = {name: score for name, score in manifest.scores.items() if score.estimator in own}
     if not fitted:
         return {}
     found: dict[str, Arrays] = {name: {} for name in fitted}

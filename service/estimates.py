@@ -11,6 +11,7 @@ from service import estimators
 from service.bundle import LikelihoodEstimator, ScoreDefinition
 from service.detectors import Combination, Detector, is_stretched, stretched
 from service.errors import BundleGraphError, InvalidInput
+from service.maps import AnomalyMap, Sight
 from service.measured import Measured
 
 OF_SAMPLES = get_args(LikelihoodEstimator)
@@ -50,8 +51,10 @@ class Estimates:
         passes: Passes,
         definitions: Mapping[str, ScoreDefinition],
         detectors: Mapping[str, Detector | Combination],
+        anomaly_map: AnomalyMap | None = None,
     ) -> None:
         self._passes, self._definitions, self._detectors = passes, definitions, detectors
+        self._map = anomaly_map
         self._known: dict[str, np.ndarray] = {}
 
     def score(self, definition: ScoreDefinition) -> np.ndarray:
@@ -82,15 +85,23 @@ class Estimates:
 
     def _fitted(self, name: str) -> np.ndarray:
         if name not in self._known:
-            definition, detector = self._definitions[name], self._detectors[name]
-            if isinstance(detector, Combination):
-                scores = detector.score([self.score(self._definitions[part]) for part in definition.of])
-            else:
-                scores = detector.score(self._passes.of(definition, is_stretched(definition)))
+            definition = self._definitions[name]
+            scores = self._peaks(definition) if definition.estimator == "peak" else self._detected(name, definition)
             if np.isnan(scores).any():
                 raise BundleGraphError(f"{name}: the model yields NaN for row {int(np.argmax(np.isnan(scores)))}")
             self._known[name] = scores
         return self._known[name]
+
+    def _detected(self, name: str, definition: ScoreDefinition) -> np.ndarray:
+        detector = self._detectors[name]
+        if isinstance(detector, Combination):
+            return detector.score([self.score(self._definitions[part]) for part in definition.of], definition.weights)
+        return detector.score(self._passes.of(definition, is_stretched(definition)))
+
+    def _peaks(self, definition: ScoreDefinition) -> np.ndarray:
+        assert self._map is not None, "load_map refuses a bundle with peaks of no map"
+        measured = self._passes.of(definition)
+        return self._map.peaks(Sight(measured.x, measured.mean, measured.distortion_at_loc))
 
 
 def _terms(measured: Measured, definition: ScoreDefinition) -> np.ndarray:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from service.bundle import FITTED, Manifest, ScoreDefinition
-from service.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent
+from service.detector_arrays import Arrays
+from service.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent, to_arrays
 from service.errors import InvalidInput
 from service.estimates import Estimates, Passes
-from service.maps import AnomalyMap, Sight
+from service.maps import UNIT, AnomalyMap, Sight, map_arrays
 from service.measured import Measured
 from service.model import Model
 from service.verbs import refusals
 
 COMBINED = "combined"
-PARTS = ("residual", "latent", "statistics", "complexity")
-"""What the default score combines, as far as the model has them: how far x lies off the model, its code off the codes
-and its statistics off the usual ones, and its likelihood below what an image so complex has."""
+PARTS = {"peak": 2.0, "latent": 2.0, "statistics": 1.0, "complexity": 1.0}
+"""What the default score combines, as far as the model has them, and the weight of each: how far x lies off the model
+where it does most, its code off the codes and its statistics off the usual ones, and its likelihood below what an image
+so complex has. What is seen at one place, and what is seen of the whole in its code, count twice."""
 LEAST_ROWS = 20  # held-out rows without which nothing is fitted
 MOST_ROWS = 4096  # that are looked at
 MOST_NUMBERS = 2**24  # of their pixels
@@ -35,11 +38,20 @@ DESCRIPTIONS: Mapping[str, str] = {
     "path-copod": "norms of x − x̂, μ and σ by COPOD",
     "latent": "density of the encoded inliers at loc, by its nearest of them; nats up to a constant",
     "residual": "log of the mean squared residual, in inliers' deviations at each place",
+    "peak": "mean of the highest places of the anomaly map, deviations of inliers' places",
     "statistics": "log of Mahalanobis' mean square of likelihood, residual, steepness and code length",
-    COMBINED: "sum of −log tail probabilities among inliers of the scores it combines, nats",
+    COMBINED: "weighted sum of −log tail probabilities among inliers of the scores it combines, nats",
 }
 
 Progress = Callable[[int], None]
+
+
+class Fitted(NamedTuple):
+    """What scores are computed with that no bundle holds yet."""
+
+    definitions: Mapping[str, ScoreDefinition]
+    detectors: Mapping[str, Detector | Combination]
+    anomaly_map: AnomalyMap | None
 
 
 def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
@@ -66,8 +78,11 @@ def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
     wanted["path-copod"] = {"estimator": "path", "method": "copod"}
     if manifest.likelihood.pixelwise:
         wanted["residual"] = {"estimator": "residual", "unit": "log"}
+    if "score.map" not in refused:
+        wanted["peak"] = {"estimator": "peak", "unit": UNIT}
     wanted |= {"latent": {"estimator": "latent"}, "statistics": {"estimator": "statistics", "unit": "log"}}
-    wanted[COMBINED] = {"estimator": "combination", "of": [part for part in PARTS if part in wanted]}
+    parts = {part: weight for part, weight in PARTS.items() if part in wanted}
+    wanted[COMBINED] = {"estimator": "combination", "of": list(parts), "weights": list(parts.values())}
     shared = {"k": base.k, "seed": base.seed}
     return {
         name: ScoreDefinition.model_validate({**shared, "description": DESCRIPTIONS[name], **fields})
@@ -87,11 +102,26 @@ def room(manifest: Manifest) -> int:
     return max(LEAST_ROWS, min(MOST_ROWS, MOST_NUMBERS // (shape[0] * shape[1] * shape[2])))
 
 
+def fitted_arrays(
+    model: Model,
+    definitions: Mapping[str, ScoreDefinition],
+    held_out: np.ndarray,
+    reference: np.ndarray,
+    known_codes: np.ndarray | None = None,
+    progress: Progress | None = None,
+) -> Arrays:
+    """All that detectors.npz holds: of the map and of the fitted scores. See ``fit_map`` and ``fit_detectors``."""
+    places = fit_map(model, held_out, progress)
+    detectors = fit_detectors(model, definitions, held_out, reference, places, known_codes, progress)
+    return to_arrays(detectors) | map_arrays(places)
+
+
 def fit_detectors(
     model: Model,
     definitions: Mapping[str, ScoreDefinition],
     held_out: np.ndarray,
     reference: np.ndarray,
+    anomaly_map: AnomalyMap | None = None,
     known_codes: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Detector | Combination]:
@@ -99,7 +129,8 @@ def fit_detectors(
 
     ``held_out``: inliers float32 [n,C,H,W] that neither training nor calibration see; the first half fits the
     detectors, the second the combination of them. ``reference``: the inliers whose codes ``latent`` compares with,
-    float32 [m,C,H,W]; training images will do. ``known_codes``: more of these, encoded before, float32 [m',L].
+    float32 [m,C,H,W]; training images will do. ``anomaly_map``: of the same rows, for ``peak``. ``known_codes``:
+    more codes to compare with, encoded before, float32 [m',L].
     Raises InvalidInput for fewer than LEAST_ROWS held-out rows.
     """
     if len(held_out) < LEAST_ROWS:
@@ -109,7 +140,7 @@ def fit_detectors(
     half = (len(held_out) + 1) // 2
     first, second = held_out[:half], held_out[half:]
     fitted = {name: each for name, each in definitions.items() if each.estimator in FITTED}
-    single = {name: each for name, each in fitted.items() if each.estimator not in ("combination", "latent")}
+    single = {name: each for name, each in fitted.items() if each.estimator not in ("combination", "latent", "peak")}
     detectors: dict[str, Detector | Combination] = {
         name: Latent.of(_codes(model, reference, known_codes, definition.seed), definition, model.manifest)
         for name, definition in fitted.items()
@@ -125,7 +156,9 @@ def fit_detectors(
     for name, definition in fitted.items():
         if definition.estimator == "combination":
             parts = [definitions[part] for part in definition.of]
-            detectors[name] = Combination.fit(_scores(model, second, parts, definitions, detectors, progress))
+            detectors[name] = Combination.fit(
+                _scores(model, second, parts, Fitted(definitions, detectors, anomaly_map), progress)
+            )
     return detectors
 
 
@@ -153,8 +186,7 @@ def _scores(
     model: Model,
     x: np.ndarray,
     wanted: Sequence[ScoreDefinition],
-    definitions: Mapping[str, ScoreDefinition],
-    detectors: Mapping[str, Detector | Combination],
+    fitted: Fitted,
     progress: Progress | None,
 ) -> np.ndarray:
     """Scores of x by detectors that no bundle holds yet: float64 [n, definitions]."""
@@ -162,7 +194,7 @@ def _scores(
     for start in range(0, len(x), BATCH):
         rows = x[start : start + BATCH]
         passes = Passes(lambda each, k, seed, _places: model.measure(each, k, seed), rows, wanted, maps=False)
-        estimates = Estimates(passes, definitions, detectors)
+        estimates = Estimates(passes, *fitted)
         found.append(np.stack([estimates.score(each) for each in wanted], axis=1))
         _tell(progress, len(rows))
     return np.concatenate(found)

@@ -25,7 +25,7 @@ class Measured(NamedTuple):
 
     ``x`` and ``mean`` = E[x|z] at z = loc: float32 [N,C,H,W]. ``loc``, ``scale``: float32 [N,L]. ``log_p_x``,
     ``log_p_z``, ``log_q``: float64 [N,K], nats. ``distortion``: −log p(x|z) by place, its mean over the samples,
-    float64 [N,C,H,W].
+    float64 [N,C,H,W]. ``distortion_at_loc``: −log p(x|loc) by place, float32 [N,C,H,W].
     """
 
     x: np.ndarray
@@ -36,6 +36,7 @@ class Measured(NamedTuple):
     log_p_z: np.ndarray
     log_q: np.ndarray
     distortion: np.ndarray
+    distortion_at_loc: np.ndarray
 
     @property
     def log_w(self) -> np.ndarray:
@@ -62,6 +63,7 @@ class Row(NamedTuple):
     log_p_z: np.ndarray
     log_q: np.ndarray
     distortion: np.ndarray
+    distortion_at_loc: np.ndarray
 
 
 Statistics = Callable[[Row, Manifest], dict[str, float]]
@@ -113,7 +115,7 @@ def statistics(row: Row, manifest: Manifest) -> dict[str, float]:
 def statistic_names(kind: Statistics, manifest: Manifest) -> tuple[str, ...]:
     """The names, in order, that ``path_statistics`` or ``statistics`` gives to any row of such a model."""
     pixel, one = np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32)
-    return tuple(kind(Row(pixel, pixel, one, one, one, one, one, pixel), manifest))
+    return tuple(kind(Row(pixel, pixel, one, one, one, one, one, pixel, pixel), manifest))
 
 
 def steepness(x: np.ndarray) -> float:

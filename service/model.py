@@ -30,7 +30,7 @@ from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
 from service.features import FeatureExtractor
 from service.graphs import check_operators, check_signature
-from service.maps import AnomalyMap, Look, MapKind, Sight, load_map
+from service.maps import AnomalyMap, MapKind, Sight, load_map
 from service.measured import Measured
 from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
 from service.runtime import Runtime
@@ -337,19 +337,16 @@ class Model:
 
     def sight(self, x: np.ndarray) -> Sight:
         """What service.maps looks at: rows as ``score`` takes them, in batches. Raises InvalidInput."""
-        x = self.features(x)
-        return Sight(x, self._look(x))
+        return self._sight(self.features(x))
 
-    def _look(self, x: np.ndarray) -> Look:
-        """Of rows in place of x: E[x|loc] and −log p(x|loc) by place, both [N,C,H,W], loc the code of these rows."""
-        target = next(self._encode(x, 1, 0))["target"]
+    def _sight(self, x: np.ndarray) -> Sight:
+        encoded = next(self._encode(x, 1, 0))
+        return Sight(x, *self._at_loc(encoded["target"], encoded["loc"]))
 
-        def look(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            loc = next(self._encode(rows, 1, 0))["loc"]
-            decoded = self._decoder.run({"z": loc})
-            return decoded["mean"], -self._densities(target, loc[:, None], decoded)[2][:, 0]
-
-        return look
+    def _at_loc(self, target: np.ndarray, loc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """E[x|loc] and −log p(x|loc) by place, float32 [n,C,H,W] both."""
+        decoded = self._decoder.run({"z": loc})
+        return decoded["mean"], -self._densities(target, loc[:, None], decoded)[2][:, 0]
 
     def _score(
         self,
@@ -363,7 +360,7 @@ class Model:
         maps = shown == "distortion"
         fitted = any(each.estimator in FITTED for each in wanted)
         passes = Passes(lambda x, k, seed, places: self._measure(x, k, seed, fitted, places), x, wanted, maps)
-        every = Estimates(passes, self.manifest.scores, self.detectors)
+        every = Estimates(passes, self.manifest.scores, self.detectors, self.anomaly_map)
         scores = [every.score(each) for each in wanted]
         measured = passes.of(main)
         manifest, unknown = self.manifest, np.full(len(x), np.nan)
@@ -384,7 +381,7 @@ class Model:
 
     def _map(self, x: np.ndarray, measured: Measured, shown: MapKind | None) -> np.ndarray | None:
         if shown == "anomaly" and self.anomaly_map is not None:
-            return self.anomaly_map.values(Sight(x, self._look(x)))
+            return self.anomaly_map.values(self._sight(x))
         if shown is None:
             return None
         return np.stack([row.sum(axis=0) for row in measured.distortion]).astype(np.float32)
@@ -405,19 +402,21 @@ class Model:
         return dict(zip(names, session.run(names, feeds), strict=True))
 
     def _measure(self, x: np.ndarray, k: int, seed: int, mean: bool, places: bool) -> Measured:
-        """A few rows at the seed's k samples; E[x|loc] and the distortion by place only if asked, else empty."""
+        """A few rows at the seed's k samples; what is at loc (``mean``) and the distortion by place only if asked, else
+        empty."""
         distortion = np.zeros(x.shape if places else (len(x), 0))
         parts: list[tuple[np.ndarray, ...]] = []
-        loc = scale = np.empty(0)
+        loc = scale = target = np.empty(0)
         for encoded in self._encode(x, k, seed):
             log_p_x, log_p_z, log_p_x_map = self._densities(encoded["target"], encoded["z"])
             parts.append((log_p_x, log_p_z, encoded["log_q"]))
-            loc, scale = encoded["loc"], encoded["scale"]
+            loc, scale, target = encoded["loc"], encoded["scale"], encoded["target"]
             if places:
                 distortion -= np.stack([row.sum(axis=0, dtype=np.float64) for row in log_p_x_map])
         log_p_x, log_p_z, log_q = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-        decoded = self._decoder.run({"z": loc})["mean"] if mean else np.empty((len(x), 0), np.float32)
-        return Measured(x, decoded, loc, scale, log_p_x, log_p_z, log_q, distortion / k)
+        nothing = np.empty((len(x), 0), np.float32)
+        decoded, at_loc = self._at_loc(target, loc) if mean else (nothing, nothing)
+        return Measured(x, decoded, loc, scale, log_p_x, log_p_z, log_q, distortion / k, at_loc)
 
     def _densities(
         self, target: np.ndarray, z: np.ndarray, decoded: Arrays | None = None

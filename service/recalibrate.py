@@ -30,9 +30,8 @@ from service.calibration import Calibrator, calibration_key
 from service.contamination import Contamination, contamination, rate_after_trimming, trimmed
 from service.detectors import Latent, to_arrays
 from service.errors import InvalidInput
-from service.fitting import fit_detectors, fit_map, fitted_definitions
+from service.fitting import fitted_arrays, fitted_definitions
 from service.good_rows import GoodRows, Progress
-from service.maps import map_arrays
 from service.model import Model
 from service.runtime import Runtime
 from service.verify import verified
@@ -140,8 +139,7 @@ def _fitted(
     known = [each.arrays["reference"] for each in model.detectors.values() if isinstance(each, Latent)]
     # The combination is fitted to the second half of x: codes of that half would find themselves as neighbours.
     first = x[: (len(x) + 1) // 2]
-    detectors = fit_detectors(model, definitions, x, first, known[0] if known else None, progress)
-    return definitions, to_arrays(detectors) | map_arrays(fit_map(model, x, progress))
+    return definitions, fitted_arrays(model, definitions, x, first, known[0] if known else None, progress)
 
 
 @contextmanager

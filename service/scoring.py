@@ -86,7 +86,7 @@ def choose(manifest: Manifest, asked: ScoreParameters) -> Chosen:
     changes = {field: getattr(asked, field) for field in ("estimator", "k", "seed")}
     changes = {field: value for field, value in changes.items() if value is not None}
     if changes.get("estimator", base.estimator) != base.estimator:
-        changes |= {"of": [], "method": None}
+        changes |= {"of": [], "weights": [], "method": None}
     wanted = base.model_copy(update=changes)
     names = [name for name, known in manifest.scores.items() if _recipe(known) == _recipe(wanted)]
     preferred = [name for name in names if name == (asked.score or manifest.default_score)]
@@ -268,7 +268,14 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 
 
 def _recipe(definition: ScoreDefinition) -> tuple[object, ...]:
-    return definition.estimator, definition.k, definition.seed, tuple(definition.of), definition.method
+    return (
+        definition.estimator,
+        definition.k,
+        definition.seed,
+        tuple(definition.of),
+        tuple(definition.weights),
+        definition.method,
+    )
 
 
 def _no_verdict(served: Served, chosen: Chosen) -> str | None:

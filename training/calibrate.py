@@ -13,8 +13,7 @@ from service.bundle import CALIBRATION, DETECTORS, TILES, Bundle, open_bundle
 from service.calibration import Calibrator
 from service.contamination import contamination
 from service.detectors import to_arrays
-from service.fitting import LEAST_ROWS, fit_detectors, fit_map, fitted_definitions, reference_room, room
-from service.maps import map_arrays
+from service.fitting import LEAST_ROWS, fitted_arrays, fitted_definitions, reference_room, room
 from service.model import Model
 from service.runtime import Runtime
 from service.tiled import TiledModel, fit_tails
@@ -117,14 +116,14 @@ def fit_scores(run: Run) -> Path:
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
     reference = run.dataset.splits["train"][: reference_room(bundle.manifest)]
     x = _pixels(run.dataset, held_out)
-    detectors = fit_detectors(model, definitions, x, _pixels(run.dataset, reference))
+    arrays = fitted_arrays(model, definitions, x, _pixels(run.dataset, reference))
     manifest, files = contents(bundle)
     manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
     if run.config.score.default in definitions:
         manifest["default_score"] = run.config.score.default
     manifest["calibration"] = None
     files.pop(CALIBRATION, None)
-    files[DETECTORS] = to_npz(to_arrays(detectors) | map_arrays(fit_map(model, x)))
+    files[DETECTORS] = to_npz(arrays)
     return replace_bundle(run.folder / "bundle", manifest, files)
 
 

@@ -154,7 +154,7 @@ def _map_in_words(used: UsedMap) -> dict[str, Any]:
 
 
 def _used(definition: ScoreDefinition) -> dict[str, Any]:
-    return definition.model_dump(include={"estimator", "k", "seed", "unit", "of", "method"})
+    return definition.model_dump(include={"estimator", "k", "seed", "unit", "of", "weights", "method"})
 
 
 def _passes(definitions: Iterable[ScoreDefinition]) -> int:

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from service.bundle import CALIBRATION, DETECTORS, open_bundle, write_bundle
-from service.detectors import to_arrays
-from service.fitting import fit_detectors, fit_map, fitted_definitions
-from service.maps import map_arrays
+from service.fitting import fitted_arrays, fitted_definitions
 from service.model import Model
 from service.runtime import Runtime
 from tests.ppca_bundle import images
@@ -25,13 +23,12 @@ def write_fitted(root: Path, source: Path, extra: dict[str, np.ndarray] | None =
     files = {name: bundle.read(name) for name in bundle.manifest.files}
     model = Model.load(bundle, Runtime("cpu"))
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
-    detectors = fit_detectors(model, definitions, images(N_FIT, seed=1), images(N_FIT, seed=2))
     manifest |= {
         "version": "2",
         "scores": {name: definition.model_dump(mode="json") for name, definition in definitions.items()},
         "default_score": "combined",
     }
-    arrays = to_arrays(detectors) | map_arrays(fit_map(model, images(N_FIT, seed=1)))
+    arrays = fitted_arrays(model, definitions, images(N_FIT, seed=1), images(N_FIT, seed=2))
     files[DETECTORS] = npz(arrays)
     fitted = Model.load(open_bundle(write_bundle(root / "uncalibrated", manifest | {"calibration": None}, files)),
                         Runtime("cpu"))  # fmt: skip

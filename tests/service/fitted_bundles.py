@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service.bundle import CALIBRATION, DETECTORS, Bundle, open_bundle, write_bundle
-from service.detectors import to_arrays
-from service.fitting import fit_detectors, fitted_definitions
+from service.fitting import fitted_arrays, fitted_definitions
 from service.model import Model
 from service.runtime import Runtime
 from tests.ppca_bundle import images, write_ppca_bundle
@@ -37,7 +36,7 @@ class Family(NamedTuple):
     scores: tuple[str, ...]
 
 
-EVERY = ("path", "path-copod", "residual", "latent", "statistics", "combined")
+EVERY = ("path", "path-copod", "residual", "peak", "latent", "statistics", "combined")
 OF_A_BOUND = ("rate", "reconstruction", "typicality")
 FAMILIES: Mapping[str, Family] = {
     "pictures": Family(
@@ -49,7 +48,9 @@ FAMILIES: Mapping[str, Family] = {
     "signals": Family(write_mixture, partial(draw, MIXTURE), (*OF_A_BOUND, *EVERY)),
     "pca": Family(write_pca, partial(draw, PCA), EVERY),
     "bijection": Family(
-        write_whitening, partial(draw, WHITENING), ("typicality", *(name for name in EVERY if name != "residual"))
+        write_whitening,
+        partial(draw, WHITENING),
+        ("typicality", *(name for name in EVERY if name not in ("residual", "peak"))),
     ),
 }
 
@@ -58,12 +59,12 @@ def fit(path: Path, root: Path, held_out: np.ndarray, reference: np.ndarray) -> 
     """A copy of the bundle under ``root``, its scores fitted, ``combined`` by default."""
     bundle = open_bundle(path)
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
-    detectors = fit_detectors(Model.load(bundle, Runtime("cpu")), definitions, held_out, reference)
+    arrays = fitted_arrays(Model.load(bundle, Runtime("cpu")), definitions, held_out, reference)
     changes = {
         "scores": {name: each.model_dump(mode="json") for name, each in definitions.items()},
         "default_score": "combined",
     }
-    return rewrite(bundle, root, changes, {DETECTORS: npz(to_arrays(detectors))})
+    return rewrite(bundle, root, changes, {DETECTORS: npz(arrays)})
 
 
 def rewrite(bundle: Bundle, root: Path, changes: dict[str, Any], files: dict[str, bytes]) -> Path:

@@ -59,7 +59,7 @@ def simulated(
     log_p_z, log_q = random.standard_normal((2, n, 2))
     if surprisal is not None:
         log_q = log_p_x + log_p_z + surprisal[:, None]
-    return Measured(x, mean, loc.astype(np.float32), scale.astype(np.float32), log_p_x, log_p_z, log_q, places)
+    return Measured(x, mean, loc.astype(np.float32), scale.astype(np.float32), log_p_x, log_p_z, log_q, places, places)
 
 
 def in_parts(measured: Measured, size: int = 7) -> list[Measured]:
@@ -561,4 +561,4 @@ def test_a_path_of_another_family_is_refused(manifest, inliers):
 
 
 def test_every_fitted_estimator_has_its_class():
-    assert set(CLASSES) | {"combination"} == FITTED
+    assert set(CLASSES) | {"combination", "peak"} == FITTED, "a peak is the map's"

@@ -33,7 +33,7 @@ class Forward:
         self.calls[k, seed, np.array_equal(x, stretched(X))] += 1
         terms = np.random.RandomState(seed).standard_normal((3, k, len(x))).transpose(0, 2, 1)
         nothing = np.zeros((len(x), 1))
-        return Measured(x, x, nothing, nothing, *terms, x)
+        return Measured(x, x, nothing, nothing, *terms, x, x)
 
 
 # Passes.
@@ -216,11 +216,14 @@ def test_what_a_family_has_not_is_refused(served):
 
 
 def test_a_combination_is_of_the_scores_it_names(served):
-    """Σ −log of each part's tail probability, from the parts' own scores."""
+    """The weighted sum of −log of each part's tail probability, from the parts' own scores."""
     name, model = served
     x = FAMILIES[name].inliers(6, 9)
     scores = scores_of(model, x)
     combined = model.detectors["combined"]
-    parts = [scores[part] for part in model.manifest.scores["combined"].of]
-    assert np.array_equal(combined.score(parts), scores["combined"])
+    definition = model.manifest.scores["combined"]
+    parts = [scores[part] for part in definition.of]
+    assert np.array_equal(combined.score(parts, definition.weights), scores["combined"])
+    alone = [combined.score(parts, [float(at == each) for at in range(len(parts))]) for each in range(len(parts))]
+    np.testing.assert_allclose(np.array(definition.weights) @ alone, scores["combined"])
     assert (scores["combined"] >= 0).all()

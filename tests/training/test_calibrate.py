@@ -8,10 +8,8 @@ from PIL import Image
 
 from service.bundle import CALIBRATION, DETECTORS, Preprocessing, open_bundle
 from service.calibration import Calibrator
-from service.detectors import to_arrays
-from service.fitting import LEAST_ROWS, fit_detectors, fit_map
+from service.fitting import LEAST_ROWS, fitted_arrays
 from service.images import ImageLimits, decode_image, unit_levels
-from service.maps import map_arrays
 from service.model import Model
 from service.runtime import Runtime
 from service.verify import verify_bundle
@@ -24,7 +22,7 @@ from training.staging import export
 
 EVERY = {
     "elbo", "iwae", "rate", "reconstruction", "typicality", "complexity", "debiased", "path", "path-copod", "residual",
-    "latent", "statistics", "combined",
+    "peak", "latent", "statistics", "combined",
 }  # fmt: skip
 
 
@@ -50,8 +48,7 @@ def test_scores_are_fitted_to_images_that_neither_training_nor_calibration_see(r
     assert (calibration.split, calibration.fitted_on) == ("calibration", "validation")
     assert calibration.n_fit == len(run.dataset.splits["validation"])
     held_out, reference = (to_unit(split_pixels(run, split)).numpy() for split in ("validation", "train"))
-    detectors = fit_detectors(calibrated, calibrated.manifest.scores, held_out, reference)
-    expected = to_arrays(detectors) | map_arrays(fit_map(calibrated, held_out))
+    expected = fitted_arrays(calibrated, calibrated.manifest.scores, held_out, reference)
     found = calibrated.bundle.arrays(DETECTORS)
     assert set(found) == set(expected)
     for key, array in found.items():
