@@ -178,6 +178,11 @@ class Latent(Detector):
     The inliers are training images, say; the bundle carries their codes.
     """
 
+    def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
+        super().__init__(arrays, definition, manifest)
+        self._reference = arrays["reference"].astype(np.float64)  # a far code's square is beyond float32
+        self._squares = (self._reference**2).sum(axis=1)
+
     @classmethod
     def specs(cls, manifest: Manifest) -> Specs:
         latent_dim = manifest.signature.latent_dim
@@ -193,11 +198,13 @@ class Latent(Detector):
         return cls({"reference": np.ascontiguousarray(codes, np.float32)}, definition, manifest)
 
     def score_row(self, row: Row) -> float:
-        # float64: a far code's square is beyond float32
-        squares = ((self.arrays["reference"] - row.loc.astype(np.float64)) ** 2).sum(axis=1)
+        loc = row.loc.astype(np.float64)
+        squares = self._squares - 2 * (self._reference @ loc) + loc @ loc
         count = min(NEIGHBOURS, len(squares))
-        nearest = np.sort(np.partition(squares, count - 1)[:count])
-        return len(row.loc) * math.log(float(np.sqrt(nearest).mean()) + 1e-12)
+        nearest = np.argpartition(squares, count - 1)[:count]
+        # of the nearest once more without the cancellation, in one order
+        exact = np.sort(((self._reference[nearest] - loc) ** 2).sum(axis=1))
+        return len(loc) * math.log(float(np.sqrt(exact).mean()) + 1e-12)
 
 
 class Residual(Detector):

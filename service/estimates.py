@@ -61,13 +61,18 @@ class Estimates:
         """Raises InvalidInput for a fitted definition that is not the manifest's, BundleGraphError for NaN."""
         if definition.estimator in OF_SAMPLES:
             return self._of_weights(definition)
-        name = next((name for name, known in self._definitions.items() if known == definition), None)
+        name = self._name(definition)
         if name is None:
             raise InvalidInput(
                 f"{definition.estimator} with k={definition.k} and seed={definition.seed}: this score was fitted with "
                 "the k and the seed of its definition, and has no other"
             )
         return self._fitted(name)
+
+    def _name(self, definition: ScoreDefinition) -> str | None:
+        """Which of the manifest's it is; by identity first, as comparing all fields of a dozen takes long."""
+        names = [name for name, known in self._definitions.items() if known is definition]
+        return names[0] if names else next((n for n, known in self._definitions.items() if known == definition), None)
 
     def standard_error(self, definition: ScoreDefinition) -> np.ndarray:
         """Monte-Carlo standard error of the score, NaN where it is no mean over samples."""
