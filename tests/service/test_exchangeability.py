@@ -23,7 +23,8 @@ def test_the_statistic_is_that_of_two_samples(seed, m, n, shift):
     random = np.random.RandomState(seed)
     calibration, scores = random.standard_normal(n), random.standard_normal(m) + shift
     statistic, _ = ks_two_sample(ranks_among(calibration, scores), n)
-    assert statistic == pytest.approx(stats.ks_2samp(scores, calibration).statistic, abs=1e-12)
+    # scipy warns where its exact p-value fails, which is not asked for here
+    assert statistic == pytest.approx(stats.ks_2samp(scores, calibration, method="asymp").statistic, abs=1e-12)
 
 
 def test_kolmogorovs_tail_is_scipys():

@@ -43,7 +43,7 @@ def environment():
 
 
 def process(words, cwd):
-    return subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
+    return subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=280)
 
 
 def vaetrain(*words, cwd):

@@ -66,7 +66,7 @@ def start(folder, *overrides, launcher=(sys.executable,)):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     assert "finished" in out
 
