@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from training.dimensions import FAMILIES as TRUNCATED
 from training.dimensions import adapted, with_latent_dim
 from training.errors import TrainingError
 from training.evaluate import evaluate, summary
-from training.fit import fit, make_fabric
+from training.fit import Fitted, fit, make_fabric
 from training.provenance import commit, machine, versions
 from training.publish import publish
 from training.report import report
@@ -67,11 +68,18 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
             versions=versions(),
         )
         write_text(folder / FIT, record.model_dump_json(indent=2) + "\n")
-        best, epoch, seconds = fitted.state.best_bound, fitted.state.best_epoch, fitted.state.seconds
-        unit = run.model.likelihood.unit_of_error
-        when = f" (epoch {epoch})" if fitted.history else ""
-        say(console, f"fit: best on validation {best:.3f} {unit}{when}, {duration(seconds)}")
+        say(console, f"fit: {_kept(fitted)}, {duration(fitted.state.seconds)}")
     return run, fabric
+
+
+def _kept(fitted: Fitted) -> str:
+    """Which weights a training kept, and their bound on the validation split."""
+    state, unit = fitted.state, fitted.model.likelihood.unit_of_error
+    if math.isfinite(state.best_bound):
+        when = f" (epoch {state.best_epoch})" if fitted.history else ""
+        return f"best on validation {state.best_bound:.3f} {unit}{when}"
+    bound = next(row["bound"] for row in reversed(fitted.history) if row["epoch"] == state.best_epoch)
+    return f"{bound:.3f} {unit} on validation at the last epoch, {state.best_epoch}; the annealing had not ended"
 
 
 @contextmanager

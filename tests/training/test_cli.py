@@ -274,3 +274,11 @@ def test_flags_go_over_the_preset_and_set_goes_over_flags(tmp_path):
 )
 def test_default_names(source, name):
     assert default_name(source) == name
+
+
+def test_a_training_that_ends_while_annealing_tells_the_bound_of_its_last_epoch(tmp_path):
+    """Its bounds are of other objectives and none is the best: minus infinity is nobody's bound."""
+    words = [*QUICK, "--set", "objective.warmup_epochs=10", "--run-dir", "run", "--fit-only"]
+    said = vaetrain("fit", "--data", "digits", *words, cwd=tmp_path).stderr
+    bound = re.search(r"^epoch 2 .* validation bound (-\d+\.\d{3})", said, re.MULTILINE)[1]
+    assert f"fit: {bound} nats on validation at the last epoch, 2; the annealing had not ended" in said
