@@ -22,7 +22,9 @@ from bench.anomaly.report import ROWS, markdown, matches, reduced, unseen
 from bench.anomaly.results import Key, Record, Results, read_records
 from bench.anomaly.rivals import RIVALS, LinearFloor, NearestNeighboursOnPixels, NotInstalled, PyodVAE, flat
 from bench.anomaly.run import Fitted, main, makers_of, measure, parse, run
-from bench.anomaly.tasks import GROUPS, Inliers, Part, Source, Suite, load_sources
+from bench.anomaly.surfaces import FLAWS, SURFACES, flawed, surfaces
+from bench.anomaly.task import Inliers
+from bench.anomaly.tasks import GROUPS, Part, Source, Suite, load_sources
 from bench.anomaly.transforms import TRANSFORMS
 from tests.ppca_bundle import images
 
@@ -153,10 +155,50 @@ def test_every_task_of_the_table_is_there(tasks):
         "one-class": 20,
         "defects": 4,
         "unseen": 2,
+        "elsewhere": 0,
     }
     listed = [record(task.name, group=task.group) for task in tasks.values()]
     for row in ROWS:
         assert sum(matches(each, row.pattern) for each in listed) == row.count
+
+
+@pytest.fixture(scope="module")
+def untuned():
+    return {task.name: task for task in Suite({}).select(["elsewhere"])}
+
+
+def test_no_held_out_image_of_the_untuned_sets_is_one_to_fit_on(untuned):
+    assert len(untuned) == 2 + 4 + 9
+    for task in untuned.values():
+        train = {image.tobytes() for image in task.inliers.train}
+        plain = {image.tobytes() for image in task.inliers.held_out if image.std() > 8}  # not of an empty sky
+        assert plain
+        assert len(plain & train) == 0
+        assert task.outliers().images.shape[1:] == task.inliers.train.shape[1:]
+
+
+def test_flaws_of_surfaces_lie_within_their_masks(untuned):
+    random = np.random.RandomState(0)
+    for kind in SURFACES:
+        good = surfaces(kind, 20, 32, random)
+        for flaw in FLAWS:
+            bad, masks = flawed(good, flaw, random)
+            assert (bad[~masks] == good[~masks]).all()
+            assert masks.any(axis=(1, 2)).all()
+            assert np.abs(bad - good).max(axis=(1, 2)).min() > 0.03
+            assert untuned[f"{kind}/{flaw}"].outliers().masks.shape == (250, 32, 32)
+            if flaw == "worn":
+                np.testing.assert_allclose(
+                    [x[m].mean() for x, m in zip(bad, masks, strict=True)],
+                    [x[m].mean() for x, m in zip(good, masks, strict=True)],
+                )
+
+
+def test_untuned_sets_are_a_function_of_the_seed(untuned):
+    again, other = ({task.name: task for task in Suite({}, seed).select(["woven/*"])} for seed in (0, 1))
+    for name in again:
+        np.testing.assert_array_equal(untuned[name].outliers().images, again[name].outliers().images)
+        assert (untuned[name].outliers().images != other[name].outliers().images).any()
 
 
 def test_tasks_are_a_function_of_the_seed(sources, tasks):

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench.anomaly.measures import SPLITS, Rates, rates, resplit
 from bench.anomaly.rivals import BATCH, Detector
-from bench.anomaly.tasks import Inliers
+from bench.anomaly.task import Inliers
 from service.bundle import CALIBRATION, Bundle, open_bundle
 from service.calibration import Calibrator
 from service.errors import VaeserveError
@@ -60,7 +60,7 @@ class Ours(Detector):
         return self.scores(x)[self.default]
 
     def scores(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """Every score that the bundle defines: x uint8 [N,1,H,W] -> float64 [N] by name."""
+        """Every score that the bundle defines: x uint8 [N,C,H,W] -> float64 [N] by name."""
         definitions = self.model.manifest.scores
         found = [self.model.score(part, also=definitions).also for part in _batches(x)]
         return {name: np.concatenate([scores[name] for scores in found]) for name in definitions}
@@ -140,5 +140,5 @@ def _short(config: Config, data: Path) -> str:
 
 
 def _batches(x: np.ndarray) -> list[np.ndarray]:
-    """uint8 [N,1,H,W] -> float32 in [0, 1], BATCH images each, as service.codecs reads them."""
+    """uint8 [N,C,H,W] -> float32 in [0, 1], BATCH images each, as service.codecs reads them."""
     return [x[i : i + BATCH] / np.float32(255) for i in range(0, len(x), BATCH)]

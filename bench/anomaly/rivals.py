@@ -17,7 +17,7 @@ from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import OneClassSVM
 
-from bench.anomaly.tasks import Inliers
+from bench.anomaly.task import Inliers
 from service.bundle import Preprocessing
 from service.noise import dither
 from training.batches import to_unit
@@ -41,14 +41,14 @@ class Detector(ABC):
 
     @abstractmethod
     def fit(self, inliers: Inliers, seed: int) -> None:
-        """Fit on ``inliers.train``, uint8 [N,1,H,W]."""
+        """Fit on ``inliers.train``, uint8 [N,C,H,W]."""
 
     @abstractmethod
     def score(self, x: np.ndarray) -> np.ndarray:
-        """x uint8 [N,1,H,W] -> float64 [N]."""
+        """x uint8 [N,C,H,W] -> float64 [N]."""
 
     def maps(self, x: np.ndarray) -> Maps | None:
-        """x uint8 [N,1,H,W] -> float [N,H,W], higher is more anomalous; None if the detector has no such thing."""
+        """x uint8 [N,C,H,W] -> float [N,H,W], higher is more anomalous; None if the detector has no such thing."""
         return None
 
 
@@ -105,7 +105,7 @@ class NearestNeighboursOnPixels(Detector):
 
     def _differences(self, x: np.ndarray) -> np.ndarray:
         pixels, near = flat(x), self._index.kneighbors(flat(x))[1]
-        squared: np.ndarray = ((pixels[:, None] - self._train[near]) ** 2).mean(1).reshape(len(x), *x.shape[2:])
+        squared: np.ndarray = ((pixels[:, None] - self._train[near]) ** 2).mean(1).reshape(x.shape).mean(1)
         return squared
 
 
@@ -185,7 +185,7 @@ RIVALS: dict[str, type[Detector]] = {
 
 
 def flat(x: np.ndarray) -> np.ndarray:
-    """uint8 [N,1,H,W] -> float32 [N,H·W] in [0, 1]."""
+    """uint8 [N,C,H,W] -> float32 [N,C·H·W] in [0, 1]."""
     return x.reshape(len(x), -1).astype(np.float32) / np.float32(255)
 
 
@@ -197,7 +197,8 @@ def in_batches(x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> n
 
 def as_dataset(inliers: Inliers) -> Dataset:
     """The training images as training.data's Dataset, all of them in every split."""
-    rule = Preprocessing(mode="L", height=inliers.train.shape[2], width=inliers.train.shape[3])
+    channels, height, width = inliers.train.shape[1:]
+    rule = Preprocessing(mode="L" if channels == 1 else "RGB", height=height, width=width)
     everything = np.arange(len(inliers.train))
     splits = dict.fromkeys(("train", "validation", "calibration", "test"), everything)
     return Dataset(inliers.name, rule, splits, None, None, "0" * 64, [], inliers.train.dtype, inliers.train)

@@ -29,7 +29,8 @@ from bench.anomaly.ours import BundleMissing, Ours
 from bench.anomaly.report import markdown
 from bench.anomaly.results import Key, Record, Results, read_records
 from bench.anomaly.rivals import RIVALS, Detector, NotInstalled
-from bench.anomaly.tasks import GROUPS, Inliers, Suite, Task, load_sources
+from bench.anomaly.task import Inliers, Task
+from bench.anomaly.tasks import GROUPS, Suite, load_sources
 from service.errors import VaeserveError
 from training.errors import TrainingError
 from training.figures import png

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from bench.anomaly.defects import DEFECTS, with_defects
+from bench.anomaly.elsewhere import GROUP as ELSEWHERE
+from bench.anomaly.elsewhere import elsewhere
+from bench.anomaly.task import Inliers, Outliers, Task
 from bench.anomaly.transforms import TRANSFORMS
 from training.data import DataConfig, load_dataset
 
@@ -69,41 +71,7 @@ def load_sources(directory: Path | None = None) -> dict[str, Source]:
     return {name: load_source(name, directory) for name in NAMES}
 
 
-class Outliers(NamedTuple):
-    """Outliers uint8 [M,1,H,W], and where each of them is one, bool [M,H,W], if that is known."""
-
-    images: np.ndarray
-    masks: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Inliers:
-    """What a detector is fitted on, ``train``, and unseen images of the same kind, ``held_out``; uint8 [N,1,H,W].
-
-    ``classes`` are those of the source that it consists of, None for all.
-    """
-
-    name: str
-    source: str
-    classes: tuple[int, ...] | None
-    train: np.ndarray
-    held_out: np.ndarray
-
-
-@dataclass(frozen=True)
-class Task:
-    """Inliers against outliers, which are made when they are asked for; None where there are inliers only.
-
-    ``name`` is INLIERS/OUTLIERS, ``group`` one of GROUPS.
-    """
-
-    name: str
-    group: str
-    inliers: Inliers
-    outliers: Callable[[], Outliers] | None
-
-
-GROUPS = ("pairs", "parity", "one-class", "defects", "unseen")
+GROUPS = ("pairs", "parity", "one-class", "defects", "unseen", ELSEWHERE)
 
 
 class Suite:
@@ -113,7 +81,7 @@ class Suite:
         self._sources, self.seed, self.limit = sources, seed, limit
 
     def __iter__(self) -> Iterator[Task]:
-        """Tasks, those of the same inliers in a row."""
+        """Tasks of the two data sets, those of the same inliers in a row."""
         for name in self._sources:
             yield from self._whole(name)
         for name in self._sources:
@@ -122,6 +90,8 @@ class Suite:
     def select(self, patterns: list[str]) -> list[Task]:
         """Tasks whose group or name matches one of ``patterns``. Raises ValueError for one that matches none."""
         tasks = list(self)
+        if not all(any(_matches(task, pattern) for task in tasks) for pattern in patterns):
+            tasks += elsewhere(self._random, self._limited)
         for pattern in patterns:
             if not any(_matches(task, pattern) for task in tasks):
                 raise ValueError(f"no task matches {pattern!r}; groups: {', '.join(GROUPS)}; names as mnist/rotated")
