@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from service.bundle import Backbone
-from service.errors import BundleGraphError
+from service.errors import InvalidInput
 from service.graphs import check_operators
 from service.rows import TWO_PATHS, Arrays, RowRunner, random_rows
 from service.runtime import Runtime
@@ -43,12 +43,12 @@ class FeatureExtractor:
     def run(self, x: np.ndarray) -> np.ndarray:
         """Features, float32 [N,*backbone.shape], of images x, float32 [N,*image] in [0, 1].
 
-        Raises BundleGraphError for features that are not finite.
+        Raises InvalidInput for a row whose features are not finite.
         """
         features = self._rows.run({"x": x})["features"].reshape(len(x), *self.backbone.shape)
         finite = np.isfinite(features).all(axis=(1, 2, 3))
         if not finite.all():
-            raise BundleGraphError(f"the backbone's features of row {int(np.argmin(finite))} are not finite")
+            raise InvalidInput(f"row {int(np.argmin(finite))}: the backbone's features of it are not finite numbers")
         return features
 
     def run_at_once(self, feeds: Arrays) -> Arrays:

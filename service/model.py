@@ -178,7 +178,7 @@ class Model:
     def features(self, x: np.ndarray) -> np.ndarray:
         """What the model is of: float32 [N, *signature.shape], the backbone's features of images x, or x itself.
 
-        Raises InvalidInput, and BundleGraphError for features that are not finite.
+        Raises InvalidInput, also for a row whose features are not finite.
         """
         x = self._checked(x)
         return x if self._backbone is None else self._backbone.run(x)

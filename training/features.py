@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from service.bundle import Backbone, InputRule
-from service.errors import BundleGraphError
+from service.errors import InvalidInput
 from service.features import FeatureExtractor
 from service.runtime import Runtime
 from training.backbone import Imported, import_backbone
@@ -95,7 +95,7 @@ def _compute(images: Dataset, imported: Imported, features: np.ndarray) -> None:
     for start, pixels in zip(starts, shown, strict=True):
         try:
             features[start : start + len(pixels)] = extractor.run(to_unit(pixels).numpy())
-        except BundleGraphError as error:
+        except InvalidInput as error:
             raise BackboneError(f"images {start} to {start + len(pixels) - 1}: {error}") from error
     if isinstance(features, np.memmap):
         features.flush()

@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from service.bundle import ArrayPreprocessing, Preprocessing
+from service.errors import InvalidInput
 from service.features import FeatureExtractor
 from service.graphs import check_operators
 from service.runtime import Runtime
@@ -228,3 +229,13 @@ def test_a_file_that_changed_is_refused(tmp_path):
     model.graph.node[0].attribute[0].ints[:] = [3, 2]
     with pytest.raises(BackboneError, match="has changed"):
         imported(tmp_path, model, sha256=sha256)
+
+
+def test_an_image_whose_features_are_not_finite_is_refused_by_its_place_and_the_others_are_not(tmp_path):
+    """As where a normalisation divides an image by its own size: that of a black one is 0."""
+    own_size = f"{HEAD} g (float[N,3,8,8] x) => (float[N,3,8,8] y) {{ s = ReduceMax<axes=[1,2,3]>(x) y = Div(x, s) }}"
+    found, x = imported(tmp_path, own_size), pixels(3)
+    assert np.isfinite(features(found, x)).all()
+    x[1] = 0
+    with pytest.raises(InvalidInput, match="row 1: the backbone's features"):
+        features(found, x)
