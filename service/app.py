@@ -86,7 +86,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loaded = await asyncio.to_thread(load_repository, settings) if repository is None else repository
-        pool = WorkerPool(settings.workers, settings.queue, settings.request_timeout)
+        pool = WorkerPool(settings.concurrency, settings.queue, settings.request_timeout)
         metrics: Metrics = app.state.metrics
         for served in loaded:
             metrics.models.labels(*served.identity.values()).set(1)

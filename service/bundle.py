@@ -577,6 +577,11 @@ class Bundle:
             raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
 
 
+def find_bundles(root: Path) -> list[Path]:
+    """Folders NAME/VERSION of ``root`` that hold a manifest."""
+    return [manifest.parent for manifest in root.glob("*/*/manifest.json")]
+
+
 def open_bundle(path: Path | str) -> Bundle:
     """The bundle in that folder, after its manifest and every file's size and sha256 were checked.
 

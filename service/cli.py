@@ -73,8 +73,7 @@ def serve(context: typer.Context) -> None:
 @app.command()
 def models(repository: RepositoryOption = None) -> None:
     """List the bundles of a folder."""
-    from service.bundle import open_bundle
-    from service.repository import find_bundles
+    from service.bundle import find_bundles, open_bundle
 
     with _errors_in_words():
         root = _settings(repository=repository).repository

@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 class WorkerPool:
-    """Runs blocking work of requests on ``workers`` threads; at most ``queue`` more may wait.
+    """Runs blocking work of requests on ``concurrency`` threads; at most ``queue`` more may wait.
 
     A slot is held until the work has really ended, also when its caller has given up: threads cannot be killed, so an
     abandoned computation must keep others out rather than pile up.
     """
 
-    def __init__(self, workers: int, queue: int, timeout: float) -> None:
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="vaeserve")
-        self._capacity = workers + queue
+    def __init__(self, concurrency: int, queue: int, timeout: float) -> None:
+        self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="vaeserve")
+        self._capacity = concurrency + queue
         self._timeout = timeout
         self.pending = 0
 
@@ -29,12 +29,12 @@ class WorkerPool:
         """The result of ``work()``; ``gone()`` returns when the client has left.
 
         Raises:
-            Overloaded: every worker is busy and the queue is full.
+            Overloaded: every thread is busy and the queue is full.
             DeadlineExceeded: no result within the timeout.
             ClientGone: nobody waits any more; work that had not begun never runs.
         """
         if self.pending >= self._capacity:
-            raise Overloaded(f"all workers are busy and {self._capacity} requests are in the house: try again later")
+            raise Overloaded(f"all threads are busy and {self._capacity} requests are in the house: try again later")
         future = self._submit(work)
         result = asyncio.wrap_future(future)
         watcher = asyncio.ensure_future(gone())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.bundle import Manifest
+from service.bundle import Manifest, find_bundles
 from service.calibration import Calibrator
 from service.errors import BundleError, BundleFormatError, BundleNotFound, ConfigurationError, ModelNotFound
 from service.logs import get_logger
@@ -166,11 +166,6 @@ def _bundles_of(root: Path) -> list[Path]:
     if not paths:
         raise BundleNotFound(f"no bundle under {root}: expected NAME/VERSION/manifest.json")
     return paths
-
-
-def find_bundles(root: Path) -> list[Path]:
-    """Folders NAME/VERSION of ``root`` that hold a manifest."""
-    return [manifest.parent for manifest in root.glob("*/*/manifest.json")]
 
 
 def load_bundle(path: Path, runtime: Runtime) -> Served:

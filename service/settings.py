@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.cpus import available_cpus
 from service.errors import ConfigurationError
 
 PREFIX = "VAESERVE_"
@@ -38,12 +39,19 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; no silent fallback")
-    threads: int = Field(default=0, ge=0, le=1024, description="onnxruntime threads; 0: as many as the cgroup allows")
-    workers: int = Field(default=2, ge=1, le=64, description="requests computed at once")
-    queue: int = Field(default=64, ge=0, le=100_000, description="requests that may wait for a worker; more get 429")
+    workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        default=1, description="processes behind the port, each with all models; auto: as many as the CPUs allowed"
+    )
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="onnxruntime threads of a process; 0: the CPUs allowed, over the workers"
+    )
+    concurrency: int = Field(default=2, ge=1, le=64, description="requests computed at once by a process")
+    queue: int = Field(default=64, ge=0, le=100_000, description="requests that may wait in a process; more get 429")
 
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="bytes of a request body")
-    max_buffered_bytes: int = Field(default=512 * 2**20, ge=1024, description="bytes of all bodies held; more get 429")
+    max_buffered_bytes: int = Field(
+        default=512 * 2**20, ge=1024, description="bytes of all bodies held by a process; more get 429"
+    )
     max_image_bytes: int = Field(default=16 * 2**20, ge=64, description="bytes of one encoded image")
     max_image_pixels: int = Field(default=16_777_216, ge=1, description="width × height of one encoded image")
     max_batch: int = Field(default=1024, ge=1, description="images or latents in one request")
@@ -72,6 +80,15 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
     log_format: Literal["json", "console"] = Field(default="json", description="shape of a log line")
+
+    def for_each_worker(self) -> Settings:
+        """The same with ``workers`` as a number, and ``threads`` as each one's share of the CPUs if it was left open.
+
+        One worker's threads stay open: 0 is all of them.
+        """
+        workers = available_cpus() if self.workers == "auto" else self.workers
+        threads = max(1, available_cpus() // workers) if workers > 1 and not self.threads else self.threads
+        return self.model_copy(update={"workers": workers, "threads": threads})
 
 
 def check_environment(environ: Mapping[str, str]) -> None:

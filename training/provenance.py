@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from service.runtime import available_cpus
+from service.cpus import available_cpus
 from training.config import Config
 from training.data.load import NAMED
 from training.runs import FitRecord, Launch, Run

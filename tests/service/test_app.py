@@ -188,7 +188,7 @@ def test_too_many_images_or_bytes(client):
 
 
 def test_a_full_queue_refuses_at_once_and_liveness_does_not_care(ppca_root):
-    with serving(ppca_root, workers=1, queue=0, max_k=5000, max_evaluated_pixels=10**9) as client:
+    with serving(ppca_root, concurrency=1, queue=0, max_k=5000, max_evaluated_pixels=10**9) as client:
         slow = npy(np.zeros((60, 1, 8, 8), np.uint8))
         results: list[httpx.Response] = []
 

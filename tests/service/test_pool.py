@@ -24,7 +24,7 @@ async def until(condition):
 
 def test_queued_work_of_a_client_that_left_never_runs_and_frees_its_slot():
     async def scenario():
-        pool = WorkerPool(workers=1, queue=1, timeout=30)
+        pool = WorkerPool(concurrency=1, queue=1, timeout=30)
         release, ran = threading.Event(), []
         busy = asyncio.create_task(pool.run(release.wait, never))
         await until(lambda: pool.pending == 1)
@@ -49,7 +49,7 @@ def test_queued_work_of_a_client_that_left_never_runs_and_frees_its_slot():
 
 def test_a_deadline_leaves_the_slot_taken_until_the_work_has_ended():
     async def scenario():
-        pool = WorkerPool(workers=1, queue=0, timeout=0.01)
+        pool = WorkerPool(concurrency=1, queue=0, timeout=0.01)
         release = threading.Event()
         with pytest.raises(DeadlineExceeded):
             await pool.run(release.wait, never)
@@ -64,7 +64,7 @@ def test_a_deadline_leaves_the_slot_taken_until_the_work_has_ended():
 
 def test_an_error_of_the_work_is_the_callers():
     async def scenario():
-        pool = WorkerPool(workers=1, queue=0, timeout=30)
+        pool = WorkerPool(concurrency=1, queue=0, timeout=30)
         with pytest.raises(ZeroDivisionError):
             await pool.run(lambda: 1 / 0, never)
         await until(lambda: pool.pending == 0)

@@ -34,10 +34,16 @@ def test_every_setting_is_a_known_variable():
 
 @pytest.mark.parametrize(
     ("flags", "text"),
-    [(["--port", "70000"], "port"), (["--max-k", "0"], "max_k"), (["--header-timeout", "-1"], "header_timeout")],
+    [
+        (["--port", "70000"], "port"),
+        (["--max-k", "0"], "max_k"),
+        (["--header-timeout", "-1"], "header_timeout"),
+        (["--workers", "0"], "workers"),
+        (["--workers", "many"], "workers"),
+    ],
 )
 def test_a_value_out_of_range_names_its_setting(flags, text):
-    with pytest.raises(ConfigurationError, match=f"{text}: "):
+    with pytest.raises(ConfigurationError, match=rf"{text}[\w.-]*: "):
         read_settings(flags)
 
 
@@ -57,3 +63,20 @@ def test_help_shows_every_setting_with_its_default(capsys):
         assert f"--{name.replace('_', '-')}" in text
         assert field.description
     assert "(default: 8000)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "cpus", "workers", "threads"),
+    [
+        ([], 8, 1, 0),
+        (["--workers", "auto"], 8, 8, 1),
+        (["--workers", "auto"], 1, 1, 0),
+        (["--workers", "3"], 8, 3, 2),
+        (["--workers", "16"], 8, 16, 1),
+        (["--workers", "3", "--threads", "4"], 8, 3, 4),
+    ],
+)
+def test_the_cpus_are_shared_out_among_the_workers(monkeypatch, flags, cpus, workers, threads):
+    monkeypatch.setattr("service.settings.available_cpus", lambda: cpus)
+    settings = read_settings(flags).for_each_worker()
+    assert (settings.workers, settings.threads) == (workers, threads)

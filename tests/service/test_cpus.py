@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.cpus import available_cpus, cgroup_quota
+
+
+def files(root: Path, **contents: str) -> Path:
+    for name, text in contents.items():
+        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("contents", "quota"),
+    [
+        ({"cpu_dot_max": "150000 100000\n"}, 1.5),
+        ({"cpu_dot_max": "max 100000\n"}, None),
+        ({"cpu__cpu_dot_cfs_quota_us": "300000\n", "cpu__cpu_dot_cfs_period_us": "100000\n"}, 3.0),
+        ({"cpu__cpu_dot_cfs_quota_us": "-1\n", "cpu__cpu_dot_cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_the_quota_of_both_cgroup_versions_is_read(tmp_path, contents, quota):
+    assert cgroup_quota(files(tmp_path, **contents)) == quota
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("50000 100000", 1), ("100000 100000", 1), ("99900000 100000", None)])
+def test_threads_are_the_smaller_of_affinity_and_quota_and_at_least_one(tmp_path, quota, cpus):
+    affinity = len(os.sched_getaffinity(0))
+    assert available_cpus(files(tmp_path, cpu_dot_max=quota)) == (affinity if cpus is None else cpus)
+
+
+def test_affinity_counts_not_the_host_s_cores():
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        "from service.cpus import available_cpus; print(available_cpus())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "1\n"
