@@ -90,8 +90,9 @@ def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
         metrics: Metrics = app.state.metrics
         for served in loaded:
             metrics.models.labels(*served.identity.values()).set(1)
+        metrics.workers.set(1)
+        metrics.worker_starts.inc()
         watched = Drift(settings.drift_window, settings.drift_level)
-        metrics.watch(watched)
         app.state.house = House(settings, loaded, pool, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)

@@ -2,8 +2,8 @@
 
 Every calibrated score that a request computes leaves its rank among the calibration scores here, whatever
 false-positive rate the request asked for: one ``Watch`` for each served bundle, score and group of the calibration
-that rows are held against. The state is that of one process. Behind several, each sees its own share of the traffic,
-and their answers are not to be added up.
+that rows are held against. One process keeps them itself (``Drift``). Several tell one keeper, the supervisor, since
+shares of the traffic that were tested apart could not be added up: service/shared_drift.py.
 
 What an alarm means: these rows are not exchangeable with the calibration images. That is a fact about the traffic, and
 the same image sent a thousand times over is such traffic too.
@@ -15,12 +15,15 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from service.calibration import SEPARATOR, Calibrator, calibration_key
 from service.exchangeability import Martingale, Urn, ks_two_sample
-from service.repository import Served
+
+if TYPE_CHECKING:
+    from service.repository import Served  # and with it onnxruntime, which the supervisor does without
 
 BINS = 10
 
@@ -60,6 +63,37 @@ class Seen:
             return None
         statistic, p_value = ks_two_sample(self.ranks, self.n)
         return Finding(statistic, p_value, p_value <= level / 2, self.log10_value >= log10_alarm(level))
+
+    def summary(self, level: float) -> Summary:
+        """What an answer tells of it, without the window itself."""
+        some = len(self.ranks) > 0
+        return Summary(
+            self.n,
+            self.seen,
+            len(self.ranks),
+            self.log10_value,
+            self.log10_maximum,
+            self.share_up_to(0.01) if some else 0.0,
+            self.share_up_to(0.05) if some else 0.0,
+            self.histogram,
+            self.judge(level),
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A watch in a few numbers, fit to be sent to another process: the fields of ``Seen``, the shares of p-values up to
+    0.01 and 0.05 (0 of none), the histogram, and what the tests find (None where nothing has been seen)."""
+
+    n: int
+    seen: int
+    in_window: int
+    log10_value: float
+    log10_maximum: float
+    up_to_1_percent: float
+    up_to_5_percent: float
+    histogram: list[int]
+    finding: Finding | None
 
 
 @dataclass(frozen=True)
@@ -139,8 +173,32 @@ class Name:
     group: str
 
 
+class Place(NamedTuple):
+    """Where rows are noted: under which name, of the bundle with which digest, among how many calibration scores."""
+
+    name: Name
+    digest: str
+    n: int
+
+
+class DriftWatch(Protocol):
+    """What routes and metrics ask, whoever keeps the watches."""
+
+    window: int
+    level: float
+
+    def record(self, served: Served, score: str, scores: np.ndarray, group: str | None = None) -> None:
+        """As Drift.record."""
+
+    async def summary(self, served: Served, score: str, group: str | None = None) -> Summary:
+        """What was seen of that score of this very bundle. Raises as Drift.seen does."""
+
+    async def summaries(self) -> list[tuple[Name, Summary]]:
+        """Of every watch that has seen a row."""
+
+
 class Drift:
-    """The watches of one process. Each begins with a score's first row, and anew with another bundle in its place."""
+    """The watches in this process. Each begins with a score's first row, and anew with another bundle in its place."""
 
     def __init__(self, window: int, level: float) -> None:
         self.window = window
@@ -153,43 +211,65 @@ class Drift:
 
         Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for NaN or an unknown group.
         """
-        above, at_least = _counts(served.calibrator, score, group, np.asarray(scores, np.float64))
-        self._watch(served, score, group).record(above, at_least)
+        above, at_least = counts(served.calibrator, score, group, np.asarray(scores, np.float64))
+        self.note(place(served, score, group), above, at_least)
+
+    def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
+        """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
+        self._watch(place).record(above, at_least)
 
     def seen(self, served: Served, score: str, group: str | None = None) -> Seen:
         """What was seen of that score of this very bundle.
 
         Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group.
         """
-        n = served.calibrator.n(score, group)
+        return self.seen_at(place(served, score, group))
+
+    def seen_at(self, place: Place) -> Seen:
+        """What was seen there: nothing, if it was of another bundle."""
         with self._lock:
-            digest, watch = self._watches.get(_name(served, score, group), ("", None))
-        if watch is None or digest != served.model.digest:
-            return Seen(n, 0, np.empty(0, np.int64), 0.0, 0.0)
+            digest, watch = self._watches.get(place.name, ("", None))
+        if watch is None or digest != place.digest:
+            return Seen(place.n, 0, np.empty(0, np.int64), 0.0, 0.0)
         return watch.seen()
+
+    async def summary(self, served: Served, score: str, group: str | None = None) -> Summary:
+        """See DriftWatch."""
+        return self.seen(served, score, group).summary(self.level)
+
+    async def summaries(self) -> list[tuple[Name, Summary]]:
+        """See DriftWatch."""
+        return [(name, seen.summary(self.level)) for name, seen in self]
 
     def __iter__(self) -> Iterator[tuple[Name, Seen]]:
         with self._lock:
             watches = [(name, watch) for name, (_, watch) in self._watches.items()]
         yield from ((name, watch.seen()) for name, watch in watches)
 
-    def _watch(self, served: Served, score: str, group: str | None) -> Watch:
-        name = _name(served, score, group)
+    def _watch(self, place: Place) -> Watch:
         with self._lock:
-            digest, watch = self._watches.get(name, ("", None))
-            if watch is None or digest != served.model.digest:
-                watch = Watch(served.calibrator.n(score, group), self.window)
-                self._watches[name] = served.model.digest, watch
+            digest, watch = self._watches.get(place.name, ("", None))
+            if watch is None or digest != place.digest:
+                watch = Watch(place.n, self.window)
+                self._watches[place.name] = place.digest, watch
             return watch
 
 
-def _name(served: Served, score: str, group: str | None) -> Name:
+def place(served: Served, score: str, group: str | None) -> Place:
+    """Where rows of that score of that bundle are noted.
+
+    Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group.
+    """
+    n = served.calibrator.n(score, group)
     written = calibration_key(score, group).removeprefix(score).removeprefix(SEPARATOR)  # one spelling of an accent
-    return Name(served.manifest.name, served.manifest.version, score, written)
+    return Place(Name(served.manifest.name, served.manifest.version, score, written), served.model.digest, n)
 
 
-def _counts(calibrator: Calibrator, score: str, group: str | None, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of calibration scores > and ≥ each score: int64 [N] twice, read off the p-values."""
+def counts(calibrator: Calibrator, score: str, group: str | None, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of calibration scores > and ≥ each score: int64 [N] twice, read off the p-values.
+
+    Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for NaN or an unknown group.
+    """
     n, groups = calibrator.n(score, group), [group] * len(scores)
     strict, usual = (calibrator.p_values(score, s, groups) for s in (np.nextafter(scores, np.inf), scores))
     above, at_least = (np.rint(p * (n + 1)).astype(np.int64) - 1 for p in (strict, usual))

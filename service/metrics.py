@@ -1,22 +1,32 @@
-"""Prometheus metrics. One registry an app, so that several apps live in one process without sharing counters."""
+"""Prometheus metrics. One registry an app, so that several apps live in one process without sharing counters.
+
+Several processes behind one port write their numbers to files of one folder (prometheus_client's multiprocess mode, which
+it takes from the environment when it is imported: service/supervisor.py), and whichever is asked adds up all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from service.drift import Drift, Finding, Name, Seen
+from service.drift import Finding, Name, Summary
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Metrics:
-    """All metrics of one app. Labels are route templates, methods and statuses: their number is bounded."""
+    """All metrics of one app. Labels are route templates, methods and statuses: their number is bounded.
 
-    def __init__(self) -> None:
+    ``folder`` holds the files of all processes, if there are several.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "vaeserve_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
@@ -24,7 +34,12 @@ class Metrics:
         self.latency = Histogram(
             "vaeserve_request_seconds", "From the headers to the end of the answer", ["route"], registry=self.registry
         )
-        self.in_flight = Gauge("vaeserve_requests_in_flight", "Requests being handled", registry=self.registry)
+        self.in_flight = Gauge(
+            "vaeserve_requests_in_flight",
+            "Requests being handled",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
         self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
         self.images = Counter("vaeserve_images_scored", "Images scored", ["model"], registry=self.registry)
         self.batch = Histogram(
@@ -42,7 +57,27 @@ class Metrics:
             registry=self.registry,
         )
         self.models = Gauge(
-            "vaeserve_model_info", "1 for each model served", ["model", "version", "digest"], registry=self.registry
+            "vaeserve_model_info",
+            "1 for each model served",
+            ["model", "version", "digest"],
+            registry=self.registry,
+            multiprocess_mode="max",
+        )
+        self.workers = Gauge(
+            "vaeserve_workers",
+            "Processes that have loaded their models",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self.worker_starts = Counter(
+            "vaeserve_worker_starts",
+            "Processes that have loaded their models so far, those in place of dead ones too",
+            registry=self.registry,
+        )
+        self.unwatched = Counter(
+            "vaeserve_unwatched_rows",
+            "Scored rows that the drift tests missed, because their keeper was busy or gone",
+            registry=self.registry,
         )
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -58,19 +93,21 @@ class Metrics:
             if p is not None:
                 histogram.observe(p)
 
-    def watch(self, drift: Drift) -> None:
-        """Show what ``drift`` has seen, computed when the metrics are asked for."""
-        self.registry.register(_DriftCollector(drift))
-
-    def render(self) -> bytes:
-        """The exposition format (text, version 0.0.4)."""
-        return generate_latest(self.registry)
+    def render(self, drift: Iterable[tuple[Name, Summary]] = ()) -> bytes:
+        """The exposition format (text, version 0.0.4), with what the drift tests say."""
+        shown = self.registry
+        if self.folder is not None:
+            shown = CollectorRegistry()
+            MultiProcessCollector(shown, str(self.folder))
+        drifts = CollectorRegistry()
+        drifts.register(_DriftCollector(drift))
+        return generate_latest(shown) + generate_latest(drifts)
 
 
 class _DriftCollector(Collector):
     """What service.drift sees, by model, version, score and group: their number is that of the calibrations."""
 
-    def __init__(self, drift: Drift) -> None:
+    def __init__(self, drift: Iterable[tuple[Name, Summary]]) -> None:
         self._drift = drift
 
     def describe(self) -> Iterable[Metric]:
@@ -79,8 +116,8 @@ class _DriftCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         families = _drift_families()
         for name, seen in self._drift:
-            if (finding := seen.judge(self._drift.level)) is not None:
-                _add(families, name, seen, finding)
+            if seen.finding is not None:
+                _add(families, name, seen, seen.finding)
         yield from families.values()
 
 
@@ -101,7 +138,7 @@ def _drift_families() -> dict[str, CounterMetricFamily | GaugeMetricFamily]:
 
 
 def _add(
-    families: dict[str, CounterMetricFamily | GaugeMetricFamily], name: Name, seen: Seen, finding: Finding
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily], name: Name, seen: Summary, finding: Finding
 ) -> None:
     values = {
         "p_values": seen.seen,
@@ -109,8 +146,8 @@ def _add(
         "ks_p_value": finding.ks_p_value,
         "martingale_log10": seen.log10_value,
         "martingale_log10_maximum": seen.log10_maximum,
-        "share_up_to_1_percent": seen.share_up_to(0.01),
-        "share_up_to_5_percent": seen.share_up_to(0.05),
+        "share_up_to_1_percent": seen.up_to_1_percent,
+        "share_up_to_5_percent": seen.up_to_5_percent,
         "alarm": float(finding.drifting),
     }
     for key, value in values.items():

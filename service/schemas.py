@@ -314,7 +314,7 @@ class DriftAnswer(Answer):
     score: str = Field(description="whose p-values these are")
     group: str | None = Field(description="of the calibration, null: all its images")
     n: int = Field(description="held-out inliers of the calibration")
-    seen: int = Field(description="p-values since the start of this process, or since this bundle took its place")
+    seen: int = Field(description="p-values since the start of the service, or since this bundle took its place")
     in_window: int = Field(description="how many of them are compared: the most recent ones")
     window: int = Field(description="the most that are compared (setting drift_window)")
     level: float = Field(description="probability of a false alarm at one look (setting drift_level)")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.drift import Drift, Finding, Seen, log10_alarm
+from service.drift import DriftWatch, Finding, Summary, log10_alarm
 from service.errors import InvalidInput, UnsupportedVerb
 from service.repository import Served
 from service.routes.house import HouseDep
@@ -26,7 +26,7 @@ router = APIRouter(tags=["scoring"])
 async def drift(request: Request, house: HouseDep, query: Annotated[DriftParameters, Query()]) -> DriftAnswer:
     """Recent conformal p-values compared with uniformity, by a Kolmogorov–Smirnov test and a conformal test martingale.
 
-    Of this process alone: where several serve the same model, each sees and answers for its own share of the traffic.
+    Of the whole service: where several processes serve the model, one of them watches the rows of all.
     Rows that were scored with a group are held against that group, and shown where that group is asked for.
     An alarm says that the scored rows are not exchangeable with the calibration images. 409 where the bundle or the
     asked score has no calibration.
@@ -37,19 +37,18 @@ async def drift(request: Request, house: HouseDep, query: Annotated[DriftParamet
         raise InvalidInput(f"score {score!r} is not defined by this bundle: {', '.join(sorted(scores))}")
     if not served.calibrator.names:
         raise UnsupportedVerb("no drift to tell: this bundle carries no calibration, so its scores have no p-values")
-    return _answer(house.drift, served, score, query.group)
+    return _answer(house.drift, served, score, query.group, await house.drift.summary(served, score, query.group))
 
 
-def _answer(drift: Drift, served: Served, score: str, group: str | None) -> DriftAnswer:
-    seen = drift.seen(served, score, group)
-    finding = seen.judge(drift.level)
+def _answer(drift: DriftWatch, served: Served, score: str, group: str | None, seen: Summary) -> DriftAnswer:
+    finding = seen.finding
     return DriftAnswer(
         model=served.identity,
         score=score,
         group=group,
         n=seen.n,
         seen=seen.seen,
-        in_window=len(seen.ranks),
+        in_window=seen.in_window,
         window=drift.window,
         level=drift.level,
         drifting=None if finding is None else finding.drifting,
@@ -65,15 +64,15 @@ def _kolmogorov_smirnov(finding: Finding) -> KolmogorovSmirnov:
     return KolmogorovSmirnov(statistic=finding.ks_statistic, p_value=finding.ks_p_value, alarm=finding.ks_alarm)
 
 
-def _martingale(seen: Seen, finding: Finding) -> MartingaleValue:
+def _martingale(seen: Summary, finding: Finding) -> MartingaleValue:
     return MartingaleValue(log10=seen.log10_value, log10_maximum=seen.log10_maximum, alarm=finding.martingale_alarm)
 
 
-def _shares(seen: Seen) -> PValueShares:
-    return PValueShares(up_to_1_percent=seen.share_up_to(0.01), up_to_5_percent=seen.share_up_to(0.05))
+def _shares(seen: Summary) -> PValueShares:
+    return PValueShares(up_to_1_percent=seen.up_to_1_percent, up_to_5_percent=seen.up_to_5_percent)
 
 
-def _in_words(score: str, seen: Seen, finding: Finding | None, level: float) -> str:
+def _in_words(score: str, seen: Summary, finding: Finding | None, level: float) -> str:
     if finding is None:
         return f"nothing to compare: no row has been scored by {score} here yet"
     if not finding.drifting:

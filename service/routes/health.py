@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from service.errors import DeadlineExceeded
+from service.logs import get_logger
 from service.routes.house import HouseDep
 from service.schemas import Health
 
@@ -31,5 +33,10 @@ async def readyz(house: HouseDep) -> JSONResponse:
 
 @router.get("/metrics", response_class=Response)
 async def metrics(house: HouseDep) -> Response:
-    """Prometheus exposition format."""
-    return Response(house.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    """Prometheus exposition format: of all processes, where several serve."""
+    try:
+        drift = await house.drift.summaries()
+    except DeadlineExceeded as error:
+        get_logger().warning("metrics without drift", reason=str(error))
+        drift = []
+    return Response(house.metrics.render(drift), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from service.arrays import parse_json
 from service.bundle import InputRule
-from service.drift import Drift
+from service.drift import DriftWatch
 from service.errors import LimitExceeded
 from service.metrics import Metrics
 from service.negotiation import negotiate
@@ -33,7 +33,7 @@ class House:
     repository: ModelRepository
     pool: WorkerPool
     metrics: Metrics
-    drift: Drift
+    drift: DriftWatch
     draining: bool = field(default=False)
 
     def limit(self, name: str, asked: int, setting: str) -> None:

@@ -259,7 +259,7 @@ def test_openapi_documents_drift(client):
     for prefix in ("/v1", "/v1/models/{model}", "/v1/models/{model}/versions/{version}"):
         operation = document["paths"][f"{prefix}/drift"]["get"]
         assert "score" in {parameter["name"] for parameter in operation["parameters"]}
-        assert "Of this process alone" in operation["description"]
+        assert "Of the whole service" in operation["description"]
         schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/DriftAnswer"}
     fields = document["components"]["schemas"]["DriftAnswer"]["properties"]
