@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
-from service.drift import Drift
+from service.drift import Drift, DriftWatch
 from service.metrics import Metrics
 from service.middleware import BodyGuard, RequestContext
 from service.pool import WorkerPool
@@ -30,6 +30,7 @@ STATUS: dict[type[Exception], int] = {
     errors.BundleError: 500,
     errors.DeviceUnavailable: 500,
     errors.ConfigurationError: 500,
+    errors.WorkerFailed: 500,
     errors.ModelNotFound: 404,
     errors.UnsupportedVerb: 409,
     errors.InvalidInput: 422,
@@ -53,8 +54,15 @@ ADDRESSES: dict[str, Callable[..., Awaitable[None]]] = {
 """Where the verbs of a model are found, and the dependency that finds the model."""
 
 
-def create_app(settings: Settings, repository: ModelRepository | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    repository: ModelRepository | None = None,
+    metrics: Metrics | None = None,
+    watch: DriftWatch | None = None,
+) -> FastAPI:
     """The ASGI app. Models are loaded at startup, or before if a loaded ``repository`` is given.
+
+    ``metrics`` and ``watch`` are those shared with other processes; by default the app has its own.
 
     Raises (at startup):
         BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
@@ -64,11 +72,11 @@ def create_app(settings: Settings, repository: ModelRepository | None = None) ->
         title="vaeserve",
         version=__version__,
         description="Latents, samples and calibrated anomaly scores of latent variable models.",
-        lifespan=_lifespan(settings, repository),
+        lifespan=_lifespan(settings, repository, watch),
         redirect_slashes=False,  # its Location would be built from the caller's Host header
         responses={"4XX": {"description": "application/problem+json", "model": None}},
     )
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     app.state.metrics = metrics
     app.add_middleware(
         BodyGuard,
@@ -82,7 +90,7 @@ def create_app(settings: Settings, repository: ModelRepository | None = None) ->
     return app
 
 
-def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
+def _lifespan(settings: Settings, repository: ModelRepository | None, watch: DriftWatch | None) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loaded = await asyncio.to_thread(load_repository, settings) if repository is None else repository
@@ -92,7 +100,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
             metrics.models.labels(*served.identity.values()).set(1)
         metrics.workers.set(1)
         metrics.worker_starts.inc()
-        watched = Drift(settings.drift_window, settings.drift_level)
+        watched = watch or Drift(settings.drift_window, settings.drift_level)
         app.state.house = House(settings, loaded, pool, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)

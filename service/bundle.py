@@ -582,6 +582,14 @@ def find_bundles(root: Path) -> list[Path]:
     return [manifest.parent for manifest in root.glob("*/*/manifest.json")]
 
 
+def bundle_digests(root: Path) -> dict[str, str]:
+    """Digest by NAME/VERSION of the bundles of a folder, as their manifests stand there; nothing is verified."""
+    return {
+        f"{path.parent.name}/{path.name}": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        for path in find_bundles(root)
+    }
+
+
 def open_bundle(path: Path | str) -> Bundle:
     """The bundle in that folder, after its manifest and every file's size and sha256 were checked.
 

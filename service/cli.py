@@ -54,20 +54,31 @@ def main() -> None:
 def serve(context: typer.Context) -> None:
     """Read settings from flags and environment, load every bundle, serve until told to stop."""
     with _errors_in_words():
-        settings = read_settings(context.args)
-        from service.app import create_app
-        from service.logs import configure_logs
-        from service.repository import load_repository
-        from service.server import build_server
-
-        configure_logs(settings.log_level, settings.log_format)
-        server = build_server(create_app(settings, load_repository(settings)), settings)
-        try:
-            server.run()
-        except KeyboardInterrupt:
+        settings = read_settings(context.args).for_each_worker()
+        if settings.workers == 1:
+            _serve_alone(settings)
             return
-        if not server.started:
-            raise typer.Exit(ERROR)
+        from service.supervisor import serve_with_workers
+
+        if code := serve_with_workers(settings):
+            raise typer.Exit(code)
+
+
+def _serve_alone(settings: Settings) -> None:
+    from service.app import create_app
+    from service.logs import configure_logs, get_logger
+    from service.repository import load_repository
+    from service.server import build_server
+
+    configure_logs(settings.log_level, settings.log_format)
+    server = build_server(create_app(settings, load_repository(settings)), settings)
+    get_logger().info("starting", host=settings.host, port=settings.port, device=settings.device)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        return
+    if not server.started:
+        raise typer.Exit(ERROR)
 
 
 @app.command()

@@ -9,6 +9,7 @@ VaeserveError
 │   └── BundleParityError       replaying reference.npz leaves the declared tolerance
 ├── DeviceUnavailable           the asked execution provider is not there
 ├── ConfigurationError          a setting is unknown or out of range
+├── WorkerFailed                a process of the service could not start
 ├── ModelNotFound               no model (or version) of that name is served
 ├── UnsupportedVerb             this model cannot answer that verb (with the reason)
 ├── InvalidInput                the caller's data: says what was expected
@@ -57,6 +58,10 @@ class DeviceUnavailable(VaeserveError):
 
 class ConfigurationError(VaeserveError):
     """A setting is unknown or out of range."""
+
+
+class WorkerFailed(VaeserveError):
+    """A worker process could not start; the text is the one that it gave itself."""
 
 
 class ModelNotFound(VaeserveError):

@@ -9,11 +9,19 @@ from typing import Any
 import structlog
 
 
-def configure_logs(level: str, form: str) -> None:
-    """Route structlog and the standard library's loggers to stderr as ``form`` ("json" or "console") lines."""
+def configure_logs(level: str, form: str, **fields: Any) -> None:
+    """Route structlog and the standard library's loggers to stderr as ``form`` ("json" or "console") lines.
+
+    ``fields`` stand in every line, such as the number of a worker.
+    """
+
+    def add_fields(_logger: Any, _method: str, line: Any) -> Any:
+        return {**line, **fields}
+
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
+        *([add_fields] if fields else []),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderer: Any = structlog.processors.JSONRenderer() if form == "json" else structlog.dev.ConsoleRenderer()

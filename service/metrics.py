@@ -1,7 +1,7 @@
 """Prometheus metrics. One registry an app, so that several apps live in one process without sharing counters.
 
-Several processes behind one port write their numbers to files of one folder (prometheus_client's multiprocess mode, which
-it takes from the environment when it is imported: service/supervisor.py), and whichever is asked adds up all of them.
+Several processes behind one port write their numbers to files of one folder, and whichever is asked adds them up:
+prometheus_client's multiprocess mode, which it reads off the environment when imported (set by service/supervisor.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,8 @@ class ModelRepository:
         """True when at least one model is loaded, verified and warm."""
         return bool(self._served)
 
-    def load(self) -> None:
-        """Load every bundle under the root.
+    def load(self, only: Collection[str] | None = None) -> None:
+        """Load every bundle under the root, or of these only those whose NAME/VERSION is in ``only``.
 
         Raises:
             BundleNotFound: there is no bundle at all.
@@ -64,7 +64,8 @@ class ModelRepository:
             ConfigurationError: the configured default model is not among the bundles.
         """
         for path in _bundles_of(self.root):
-            self._load_or_skip(path)
+            if only is None or f"{path.parent.name}/{path.name}" in only:
+                self._load_or_skip(path)
         if self._default_model and self._default_model not in self._served:
             raise ConfigurationError(f"default_model {self._default_model!r} is not served: {self._names()}")
 
@@ -129,15 +130,15 @@ class ModelRepository:
         return ", ".join(sorted(self._served)) or "none"
 
 
-def load_repository(settings: Settings) -> ModelRepository:
-    """A repository with every model of the settings loaded, verified and warm.
+def load_repository(settings: Settings, only: Collection[str] | None = None) -> ModelRepository:
+    """A repository with every model of the settings loaded, verified and warm, or with ``only`` some NAME/VERSION.
 
     Raises:
         BundleError, ConfigurationError, DeviceUnavailable: see load and Runtime.
     """
     runtime = Runtime(settings.device, settings.threads or None)
     repository = ModelRepository(settings.repository, runtime, settings.default_model, settings.skip_broken)
-    repository.load()
+    repository.load(only)
     return repository
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from service.logs import get_logger
 from service.protocol import guarded_protocol
 from service.settings import Settings
 
@@ -20,11 +21,20 @@ class DrainingServer(uvicorn.Server):
     uvicorn alone closes its socket at once, and a load balancer that has not noticed yet loses requests.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, drain_seconds: float, on_listening: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(config)
         self._house_app = app
         self._drain_seconds = drain_seconds
         self._stop_at: float | None = None
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the app, then listen, then say so."""
+        await super().startup(sockets)
+        if self._on_listening is not None:
+            self._on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain on the first SIGTERM; everything else stops at once."""
@@ -45,7 +55,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def build_server(app: FastAPI, settings: Settings) -> DrainingServer:
+def build_server(app: FastAPI, settings: Settings, on_listening: Callable[[], None] | None = None) -> DrainingServer:
     """A server for ``app`` on settings.host:port; ``run()`` it, or ``serve()`` it in a loop of yours."""
     config = uvicorn.Config(
         app,
@@ -59,5 +69,4 @@ def build_server(app: FastAPI, settings: Settings) -> DrainingServer:
         proxy_headers=False,
         timeout_graceful_shutdown=int(settings.request_timeout) + 1,
     )
-    get_logger().info("starting", host=settings.host, port=settings.port, device=settings.device)
-    return DrainingServer(config, app, settings.drain_seconds)
+    return DrainingServer(config, app, settings.drain_seconds, on_listening)

@@ -1,0 +1,92 @@
+"""Drift of the rows of all processes: workers tell ranks to one keeper, the supervisor, and ask it what the tests say.
+
+A row is told before its request is answered, and the keeper reads what all workers have told before it answers: whoever
+has read a score finds it in the next answer, whichever worker gives that. Telling never waits. Where the keeper cannot
+keep up, rows are left out of the tests and counted (vaeserve_unwatched_rows_total).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from service.channel import Message, WorkerLine
+from service.drift import Drift, Finding, Name, Place, Summary, counts, place
+
+if TYPE_CHECKING:
+    from service.repository import Served
+
+ROWS = 2048  # of a message: two numbers of at most some 8 digits each
+
+
+class ToldDrift:
+    """A worker's view: tells rows, asks what the tests say. ``missed(n)`` is called for n rows that were not taken."""
+
+    def __init__(self, line: WorkerLine, window: int, level: float, missed: Callable[[int], None]) -> None:
+        self.window = window
+        self.level = level
+        self._line = line
+        self._missed = missed
+
+    def record(self, served: Served, score: str, scores: np.ndarray, group: str | None = None) -> None:
+        """As Drift.record."""
+        where = place(served, score, group)
+        above, at_least = counts(served.calibrator, score, group, np.asarray(scores, np.float64))
+        for start in range(0, len(scores), ROWS):
+            part = slice(start, start + ROWS)
+            rows = {"above": above[part], "at_least": at_least[part]}
+            if not self._line.tell({"kind": "rows", "place": _written(where), **rows}):
+                self._missed(len(above[part]))
+
+    async def summary(self, served: Served, score: str, group: str | None = None) -> Summary:
+        """See DriftWatch. Raises DeadlineExceeded too, if the keeper does not answer."""
+        where = place(served, score, group)
+        (answer,) = await self._line.ask({"kind": "summary", "place": _written(where)})
+        return _summary(answer)
+
+    async def summaries(self) -> list[tuple[Name, Summary]]:
+        """See DriftWatch. Raises DeadlineExceeded if the keeper does not answer."""
+        answers = await self._line.ask({"kind": "summaries"})
+        return [(Name(*answer["name"]), _summary(answer)) for answer in answers]
+
+
+class DriftKeeper:
+    """The supervisor's part: takes rows, answers questions."""
+
+    def __init__(self, window: int, level: float) -> None:
+        self._drift = Drift(window, level)
+
+    def take(self, message: Message) -> None:
+        """Note the rows of a message of kind "rows"."""
+        above, at_least = (np.array(message[key], np.int64) for key in ("above", "at_least"))
+        self._drift.note(_read(message["place"]), above, at_least)
+
+    def answers(self, question: Message) -> Iterator[Message]:
+        """What to send to who asked; the last one says that it is the last."""
+        number = question["number"]
+        if question["kind"] == "summary":
+            seen = self._drift.seen_at(_read(question["place"]))
+            yield {"number": number, "summary": asdict(seen.summary(self._drift.level))}
+        else:
+            for name, seen in self._drift:
+                summary = asdict(seen.summary(self._drift.level))
+                yield {"number": number, "name": list(asdict(name).values()), "summary": summary}
+        yield {"number": number, "end": True}
+
+
+def _written(where: Place) -> list[object]:
+    return [*asdict(where.name).values(), where.digest, where.n]
+
+
+def _read(written: list) -> Place:
+    *name, digest, n = written
+    return Place(Name(*name), digest, n)
+
+
+def _summary(answer: Message) -> Summary:
+    fields = answer["summary"]
+    finding = fields.pop("finding")
+    return Summary(**fields, finding=None if finding is None else Finding(**finding))

@@ -1,0 +1,252 @@
+"""Several worker processes behind one port, and the process that starts, restarts and stops them.
+
+The supervisor loads no model: it holds the port, the folder of the metrics and the watches of drift. Workers are fresh
+interpreters, not forks, so that no lock or thread of another process comes with them. Each has a listening socket of
+its own (service/listening.py), and listens once its models are loaded and warm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+
+from service.bundle import bundle_digests
+from service.channel import Message, connected_pair, encode, receive_waiting
+from service.errors import ConfigurationError, WorkerFailed
+from service.listening import bind_shared, refuse_taken
+from service.logs import configure_logs, get_logger
+from service.settings import Settings
+from service.shared_drift import DriftKeeper
+
+STARTUP_FAILURE = 3  # uvicorn's exit code where it cannot listen
+FIRST_DELAY, MOST_DELAY = 0.1, 30.0  # seconds before a worker is started again; doubled with each time
+STEADY_SECONDS = 60.0  # a worker that has served so long is started again as the first time
+
+# The path of modules is handed on: workers import this very package, whatever lies in the working directory.
+PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from service.worker import main; main(int(sys.argv[2]))"
+)
+
+
+def serve_with_workers(settings: Settings) -> int:
+    """Serve with settings.workers processes until told to stop; the exit code.
+
+    Raises:
+        ConfigurationError: this system does not spread connections over processes.
+        WorkerFailed: no worker could start; the text says why.
+    """
+    if sys.platform != "linux":
+        raise ConfigurationError("setting workers: only Linux spreads connections over several processes; give 1")
+    configure_logs(settings.log_level, settings.log_format)
+    try:
+        refuse_taken(settings.host, settings.port)
+        held = bind_shared(settings.host, settings.port)
+    except OSError as error:
+        get_logger().error(str(error))
+        return STARTUP_FAILURE
+    with _metrics_folder() as folder:
+        supervisor = Supervisor(settings.model_copy(update={"port": held[0].getsockname()[1]}), folder)
+        asyncio.run(supervisor.run())
+    if supervisor.cut_short is not None:
+        signal.raise_signal(supervisor.cut_short)
+    return 0
+
+
+@contextmanager
+def _metrics_folder() -> Iterator[Path]:
+    """A folder in memory where there is such a place: the numbers change with each request, and none is to be kept."""
+    memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder of its own there, for this user alone
+    folder = tempfile.mkdtemp(prefix="vaeserve-", dir=memory if os.access(memory, os.W_OK) else None)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Process:
+    """A running worker: its number, this end of its line, and what it has said."""
+
+    number: int
+    child: asyncio.subprocess.Process
+    line: socket.socket
+    ready: bool = False
+    failure: str | None = None
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    answering: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Supervisor:
+    """Keeps settings.workers processes alive on settings.port, whose number must be known.
+
+    ``cut_short`` is the signal that asked for an end at once: before all served, or once more while draining.
+    """
+
+    def __init__(self, settings: Settings, metrics: Path) -> None:
+        self.cut_short: signal.Signals | None = None
+        self._settings = settings
+        self._metrics = metrics
+        self._bundles = bundle_digests(settings.repository)
+        self._keeper = DriftKeeper(settings.drift_window, settings.drift_level)
+        self._processes: dict[int, Process] = {}
+        self._questions: list[tuple[Process, Message]] = []
+        self._answers: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+        self._served = False
+
+    async def run(self) -> None:
+        """Start the workers and keep them until a signal says stop.
+
+        Raises:
+            WorkerFailed: a worker could not start, and no other serves.
+        """
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._stop, signum)
+        assert isinstance(self._settings.workers, int)
+        get_logger().info(
+            "starting", host=self._settings.host, port=self._settings.port, workers=self._settings.workers
+        )
+        keepers = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
+        try:
+            await asyncio.gather(*keepers)
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await self._kill()
+
+    async def _keep(self, number: int) -> None:
+        """One worker after another in the same place."""
+        delay, loop = FIRST_DELAY, asyncio.get_running_loop()
+        while not self._stopping.is_set():
+            process, started = await self._start(number), loop.time()
+            await process.gone.wait()
+            code = await process.child.wait()
+            self._forget(process)
+            if self._stopping.is_set():
+                return
+            if not process.ready and not self._others_serve():
+                raise WorkerFailed(process.failure or f"a worker ended before it served, with exit code {code}")
+            delay = FIRST_DELAY if loop.time() - started > STEADY_SECONDS else delay
+            get_logger().error(
+                "worker ended", worker=number, pid=process.child.pid, exit_code=code, reason=process.failure, wait=delay
+            )
+            await self._pause(delay)
+            delay = min(2 * delay, MOST_DELAY)
+
+    async def _start(self, number: int) -> Process:
+        ours, theirs = connected_pair()
+        with theirs:
+            child = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(theirs.fileno())),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
+                process_group=0,  # a terminal's Ctrl-C is for the supervisor, who hands it on
+            )
+        process = Process(number, child, ours)
+        self._processes[number] = process
+        asyncio.get_running_loop().add_reader(ours, self._read, process)
+        if self._stopping.is_set():
+            child.terminate()
+        assert child.stdin is not None
+        child.stdin.write(self._orders(number))
+        child.stdin.close()
+        get_logger().info("worker started", worker=number, pid=child.pid)
+        return process
+
+    def _orders(self, number: int) -> bytes:
+        return orjson.dumps(
+            {
+                "settings": self._settings.model_dump(mode="json"),
+                "worker": number,
+                "metrics": str(self._metrics),
+                "bundles": self._bundles,
+            }
+        )
+
+    def _read(self, process: Process) -> None:
+        messages, gone = receive_waiting(process.line)
+        for message in messages:
+            self._take(process, message)
+        if gone and not process.gone.is_set():
+            asyncio.get_running_loop().remove_reader(process.line)
+            process.gone.set()
+
+    def _take(self, process: Process, message: Message) -> None:
+        if message["kind"] == "rows":
+            self._keeper.take(message)
+        elif message["kind"] == "ready":
+            self._welcome(process)
+        elif message["kind"] == "failed":
+            process.failure = message["text"]
+        else:
+            self._questions.append((process, message))
+            asyncio.get_running_loop().call_soon(self._answer)
+
+    def _welcome(self, process: Process) -> None:
+        process.ready = True
+        if self._served:
+            get_logger().info("worker serves again", worker=process.number, pid=process.child.pid)
+        elif sum(each.ready for each in self._processes.values()) == self._settings.workers:
+            self._served = True
+            get_logger().info(
+                "serving", host=self._settings.host, port=self._settings.port, workers=self._settings.workers
+            )
+
+    def _answer(self) -> None:
+        """Answer the questions, after all that the workers told before they were asked."""
+        questions, self._questions = self._questions, []
+        for each in list(self._processes.values()):
+            self._read(each)
+        for process, question in questions:
+            task = asyncio.create_task(self._send(process, list(self._keeper.answers(question))))
+            self._answers.add(task)
+            task.add_done_callback(self._answers.discard)
+
+    async def _send(self, process: Process, messages: list[Message]) -> None:
+        loop = asyncio.get_running_loop()
+        with suppress(OSError):  # the worker has ended, and with it who asked
+            async with process.answering:
+                for message in messages:
+                    await loop.sock_sendall(process.line, encode(message))
+
+    def _others_serve(self) -> bool:
+        return self._served and any(each.ready for each in self._processes.values())
+
+    def _forget(self, process: Process) -> None:
+        process.line.close()
+        del self._processes[process.number]
+        for file in self._metrics.glob(f"gauge_live*_{process.child.pid}.db"):
+            file.unlink()  # what a dead process has in flight counts no more; its counters still do
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+
+    def _stop(self, signum: signal.Signals) -> None:
+        """Hand the signal on: each worker drains, or stops at once, as a process alone does."""
+        if not self._served or (self._stopping.is_set() and signum == signal.SIGTERM):
+            self.cut_short = signum
+        self._stopping.set()
+        for process in self._processes.values():
+            with suppress(ProcessLookupError):
+                process.child.send_signal(signum if process.ready else signal.SIGTERM)
+
+    async def _kill(self) -> None:
+        for process in self._processes.values():
+            with suppress(ProcessLookupError):
+                process.child.kill()
+            await process.child.wait()

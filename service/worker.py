@@ -1,0 +1,101 @@
+"""A worker: one of several processes that serve the same bundles on the same port. service/supervisor.py starts it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import orjson
+
+from service.app import create_app
+from service.bundle import bundle_digests
+from service.channel import WorkerLine
+from service.errors import BundleIntegrityError, VaeserveError
+from service.listening import bind_shared
+from service.logs import configure_logs
+from service.metrics import Metrics
+from service.repository import load_repository
+from service.server import DrainingServer, build_server
+from service.settings import Settings
+from service.shared_drift import ToldDrift
+
+ORPHAN_SECONDS = 5.0  # for the requests in progress of a worker whose supervisor was killed
+FAILED = 1
+
+
+def main(descriptor: int) -> None:
+    """Serve until told to stop, or until the supervisor is gone.
+
+    ``descriptor`` is this end of the line; the orders come on standard input: settings, number of the worker, folder of
+    the metrics, digests of the bundles by NAME/VERSION.
+    """
+    worker = Worker(orjson.loads(sys.stdin.buffer.read()), socket.socket(fileno=descriptor))
+    try:
+        worker.run()
+    except KeyboardInterrupt:
+        pass  # uvicorn hands on the signal that has ended it
+    except VaeserveError as error:
+        worker.line.tell({"kind": "failed", "text": str(error)})
+        sys.exit(FAILED)
+    except OSError as error:
+        worker.line.tell({"kind": "failed", "text": str(error)})
+        raise
+
+
+class Worker:
+    """What its orders say, its line to the supervisor, and the server once it is built."""
+
+    def __init__(self, orders: dict, end: socket.socket) -> None:
+        self.settings = Settings(**orders["settings"])
+        self.folder = Path(orders["metrics"])
+        self.bundles: dict[str, str] = orders["bundles"]
+        self.line = WorkerLine(end)
+        self.server: DrainingServer | None = None
+        self.orphaned = False
+        configure_logs(self.settings.log_level, self.settings.log_format, worker=orders["worker"])
+
+    def run(self) -> None:
+        """Load the bundles, then listen, then say so; until the end.
+
+        Raises:
+            BundleError, ConfigurationError, DeviceUnavailable: see load_repository.
+            BundleIntegrityError: a bundle is another than when the service started.
+            OSError: the address cannot be had.
+        """
+        self.line.listen(self._end_soon)
+        self._check_bundles()
+        metrics = Metrics(self.folder)
+        settings = self.settings
+        drift = ToldDrift(self.line, settings.drift_window, settings.drift_level, metrics.unwatched.inc)
+        repository = load_repository(settings, self.bundles)
+        self.server = build_server(create_app(settings, repository, metrics, drift), settings, self._ready)
+        self.server.run(bind_shared(settings.host, settings.port))
+        if self.orphaned:
+            self._clean_up()
+
+    def _ready(self) -> None:
+        self.line.tell({"kind": "ready"})
+
+    def _check_bundles(self) -> None:
+        """All workers serve the same: one that is started later must not find other bundles than the first did."""
+        found = bundle_digests(self.settings.repository)
+        for place, digest in self.bundles.items():
+            if found.get(place) != digest:
+                raise BundleIntegrityError(f"{place} has changed since the service was started: start it anew")
+
+    def _end_soon(self) -> None:
+        """The supervisor is gone, and nobody would stop this process any more."""
+        self.orphaned = True
+        if self.server is not None:
+            self.server.should_exit = True
+            time.sleep(ORPHAN_SECONDS)  # on a daemon's thread: the process may end meanwhile
+        self._clean_up()
+        os._exit(FAILED)
+
+    def _clean_up(self) -> None:
+        """What the supervisor would have done."""
+        shutil.rmtree(self.folder, ignore_errors=True)

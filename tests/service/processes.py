@@ -1,0 +1,140 @@
+"""A real ``vaeserve serve`` with several workers, watched through its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.service.http import npy
+
+NPY = {"content-type": "application/x-npy"}
+
+
+def command(repository: Path, *flags: str) -> list[str]:
+    """The command line of a service on a free port."""
+    return [sys.executable, "-m", "service.cli", "serve", "--repository", str(repository), "--port", "0", *flags]
+
+
+def environment() -> dict[str, str]:
+    """This environment without settings."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("VAESERVE_")}
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """The first true value of ``condition()``; fails if there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "never true"
+        time.sleep(0.02)
+    return value
+
+
+def alive(pid: int) -> bool:
+    """Whether that process runs: one that is dead and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+class Service:
+    """The supervisor's process, and the lines that it and the workers have logged."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[dict[str, Any]] = []
+        self.words: list[str] = []  # what is said outside the log
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith("{"):
+                self.lines.append(json.loads(line))
+            else:
+                self.words.append(line)
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The lines of that event so far."""
+        return [line for line in list(self.lines) if line["event"] == event]
+
+    def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
+        """The last of the first ``count`` lines of that event, once they are logged."""
+
+        def found() -> list[dict[str, Any]]:
+            assert self.process.poll() is None or self.logged(event), self.lines
+            return self.logged(event)[count - 1 : count]
+
+        return until(found)[0]
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process of each worker, by number: the one started last."""
+        return {line["worker"]: line["pid"] for line in self.logged("worker started")}
+
+    @property
+    def folder(self) -> Path:
+        """Where the metrics of all workers lie."""
+        variables = Path(f"/proc/{self.pids[0]}/environ").read_text().split("\0")
+        return Path(dict(each.partition("=")[::2] for each in variables)["PROMETHEUS_MULTIPROC_DIR"])
+
+    def client(self) -> httpx.Client:
+        """A client with a connection of its own: the kernel chooses which worker gets it."""
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.logged('starting')[0]['port']}", timeout=60)
+
+    def get(self, path: str) -> httpx.Response:
+        """GET over a new connection."""
+        with self.client() as client:
+            return client.get(path)
+
+    def score(self, x: np.ndarray) -> httpx.Response:
+        """Score images over a new connection."""
+        with self.client() as client:
+            return client.post("/v1/score", content=npy(x), headers=NPY)
+
+    def metrics(self) -> dict[tuple[str, ...], float]:
+        """Values of /metrics by name and values of the labels, in the order of the labels' names."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        return {(s.name, *(s.labels[label] for label in sorted(s.labels))): s.value for s in samples}
+
+    def end(self, signum: int) -> int:
+        """Send the supervisor a signal; its exit code."""
+        self.process.send_signal(signum)
+        code = self.process.wait(60)
+        self._reader.join(60)
+        return code
+
+
+@contextmanager
+def workers(repository: Path, *flags: str) -> Iterator[Service]:
+    """A service that serves with two workers, unless flags say otherwise."""
+    process = subprocess.Popen(
+        command(repository, "--workers", "2", *flags), stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    service = Service(process)
+    try:
+        service.wait_for("serving")
+        yield service
+    finally:
+        if process.poll() is None:
+            service.end(signal.SIGINT)
+        for pid in service.pids.values():
+            until(lambda pid=pid: not alive(pid))
+        assert process.stderr is not None
+        service._reader.join(60)
+        process.stderr.close()

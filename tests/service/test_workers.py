@@ -1,0 +1,210 @@
+"""Several processes behind one port: what they count and watch together, and how they live and die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.listening import bind_shared, refuse_taken
+from tests.ppca_bundle import images, write_ppca_bundle
+from tests.service.processes import alive, command, environment, until, workers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several workers need Linux")
+
+N = 40  # connections: that all go to one of two workers has probability 2⁻³⁹
+
+
+@pytest.fixture(scope="module")
+def service(ppca_root):
+    """Read only: no test kills it or counts what another has sent."""
+    with workers(ppca_root) as service:
+        yield service
+
+
+def counted(service):
+    """Scores answered, and requests in flight: the one that asks. A worker counts only once its answer is sent."""
+    values = service.metrics()
+    answered = values.get(("vaeserve_requests_total", "POST", "/v1/score", "200"))
+    return answered, values["vaeserve_requests_in_flight",]
+
+
+def test_counters_and_drift_are_of_all_workers_whichever_is_asked(service):
+    for i in range(N):
+        assert service.score(images(2, seed=i)).status_code == 200
+    assert {line["worker"] for line in service.logged("request") if line["route"] == "/v1/score"} == {0, 1}
+    until(lambda: counted(service) == (N, 1))
+    for _ in range(10):
+        values = service.metrics()
+        assert values["vaeserve_requests_total", "POST", "/v1/score", "200"] == N
+        assert values["vaeserve_images_scored_total", "ppca"] == 2 * N
+        assert values["vaeserve_batch_size_sum", "score"] == 2 * N
+        assert values["vaeserve_p_value_count", "ppca"] == 2 * N
+        assert (values["vaeserve_workers",], values["vaeserve_worker_starts_total",]) == (2, 2)
+        assert [value for key, value in values.items() if key[0] == "vaeserve_model_info"] == [1]
+        assert values["vaeserve_drift_p_values_total", "", "ppca", "elbo", "1"] == 2 * N
+        assert values["vaeserve_unwatched_rows_total",] == 0
+        drift = service.get("/v1/models/ppca/drift").json()
+        assert (drift["seen"], drift["in_window"], sum(drift["histogram"])) == (2 * N, 2 * N, 2 * N)
+    assert len({line["worker"] for line in service.logged("request") if line["route"] == "/metrics"}) == 2
+
+
+def test_the_ready_line_is_said_once_and_the_supervisor_holds_no_runtime(service):
+    assert len(service.logged("serving")) == 1
+    assert service.logged("serving")[0]["workers"] == 2
+    assert "onnxruntime" not in Path(f"/proc/{service.process.pid}/maps").read_text()
+    for pid in service.pids.values():
+        assert "onnxruntime" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_killed_worker_is_replaced_and_its_counts_stay(tmp_path):
+    write_ppca_bundle(tmp_path)
+    with workers(tmp_path) as service:
+        for i in range(N):
+            service.score(images(1, seed=i))
+        write_ppca_bundle(tmp_path, version="2")  # later than the start: no worker serves it, the new one neither
+        killed = service.pids[0]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: not alive(killed))
+        for i in range(N):
+            assert service.score(images(1, seed=i)).status_code == 200
+        ended = service.wait_for("worker ended")
+        assert (ended["worker"], ended["pid"], ended["exit_code"]) == (0, killed, -signal.SIGKILL)
+        assert service.wait_for("worker serves again")["pid"] == service.pids[0] != killed
+        answered = len(service.logged("request"))
+        for i in range(N):
+            assert service.score(images(1, seed=i)).json()["model"]["version"] == "1"
+        until(lambda: len(service.logged("request")) == answered + N)
+        assert {line["worker"] for line in service.logged("request")[answered:]} == {0, 1}
+        until(lambda: counted(service) == (3 * N, 1))
+        values = service.metrics()
+        assert (values["vaeserve_workers",], values["vaeserve_worker_starts_total",]) == (2, 3)
+        assert service.get("/v1/drift").json()["seen"] == 3 * N
+
+
+def test_a_worker_that_would_serve_other_bundles_does_not_start_and_the_others_go_on(tmp_path):
+    path, _ = write_ppca_bundle(tmp_path)
+    with workers(tmp_path) as service:
+        (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes() + b"\n")
+        os.kill(service.pids[0], signal.SIGKILL)
+        assert "ppca/1 has changed" in service.wait_for("worker ended", 2)["reason"]
+        assert service.score(images(1)).status_code == 200
+        os.kill(service.pids[1], signal.SIGKILL)
+        assert service.process.wait(60) == 1
+    assert len(service.words) == 1
+    assert "ppca/1 has changed" in service.words[0]
+
+
+def test_sigterm_drains_all_workers_and_leaves_nothing(ppca_root):
+    with workers(ppca_root, "--drain-seconds", "2") as service:
+        folder, pids = service.folder, service.pids
+        assert folder.is_dir()
+        service.process.send_signal(signal.SIGTERM)
+        until(lambda: [service.get("/readyz").status_code for _ in range(10)] == [503] * 10, 2)
+        assert service.score(images(1)).status_code == 200
+        assert service.process.wait(60) == 0
+        assert not [pid for pid in pids.values() if alive(pid)]
+        assert not folder.exists()
+        assert service.pids == pids
+
+
+@pytest.mark.parametrize(("signals", "code"), [(["SIGINT"], 0), (["SIGTERM", "SIGTERM"], -signal.SIGTERM)])
+def test_other_signals_end_it_at_once_as_they_end_one_process(ppca_root, signals, code):
+    with workers(ppca_root, "--drain-seconds", "1000") as service:
+        folder, pids = service.folder, service.pids
+        for name in signals:
+            service.process.send_signal(getattr(signal, name))
+            if len(signals) > 1:
+                until(lambda: service.process.poll() is not None or service.get("/readyz").status_code == 503)
+                signals = signals[1:]
+        assert service.process.wait(60) == code
+        assert not [pid for pid in pids.values() if alive(pid)]
+        assert not folder.exists()
+
+
+def test_no_worker_outlives_a_killed_supervisor(ppca_root):
+    with workers(ppca_root) as service:
+        folder, pids = service.folder, service.pids
+        service.process.kill()
+        until(lambda: not any(alive(pid) for pid in pids.values()), 20)
+        until(lambda: not folder.exists(), 5)
+
+
+def run(repository, *flags):
+    return subprocess.run(
+        command(repository, "--log-level", "error", *flags),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+        timeout=120,
+    )
+
+
+def test_a_broken_bundle_ends_it_as_it_ends_one_process(tmp_path):
+    path, _ = write_ppca_bundle(tmp_path)
+    (path / "decoder.onnx").write_bytes(b"no graph")
+    alone, several = (run(tmp_path, "--workers", count) for count in ("1", "3"))
+    assert "decoder.onnx" in alone.stderr
+    assert (several.returncode, several.stderr) == (alone.returncode, alone.stderr) == (1, alone.stderr)
+
+
+def test_a_folder_without_bundles_ends_it_as_it_ends_one_process(tmp_path):
+    alone, several = (run(tmp_path, "--workers", count) for count in ("1", "2"))
+    assert (several.returncode, several.stderr) == (alone.returncode, alone.stderr) == (1, alone.stderr)
+
+
+def test_a_taken_port_ends_it_as_it_ends_one_process(ppca_root):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        alone, several = (run(ppca_root, "--workers", count, "--port", port) for count in ("1", "2"))
+    assert "address already in use" in several.stderr
+    assert (several.returncode, several.stderr.count("\n")) == (alone.returncode, 1) == (3, 1)
+
+
+def test_the_port_of_running_workers_is_not_shared_with_another_service(service, ppca_root):
+    port = str(service.logged("serving")[0]["port"])
+    for count in ("1", "2"):
+        assert run(ppca_root, "--workers", count, "--port", port).returncode == 3
+
+
+def test_nothing_is_accepted_before_its_worker_is_ready(ppca_root):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    def first_answer():
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/readyz")
+        except httpx.ConnectError:
+            return None
+
+    process = subprocess.Popen(
+        command(ppca_root, "--workers", "2", "--port", str(port)), stderr=subprocess.DEVNULL, env=environment()
+    )
+    try:
+        assert until(first_answer).status_code == 200
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_shared_sockets_have_one_port_and_do_not_listen(host):
+    first = bind_shared(host, 0)
+    port = first[0].getsockname()[1]
+    second = bind_shared(host, port)
+    assert {each.getsockname()[1] for each in first + second} == {port}
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    first[0].listen()
+    with pytest.raises(OSError, match=r"error while attempting to bind on address .*: address already in use"):
+        refuse_taken(host, port)
+    for each in first + second:
+        each.close()
+    refuse_taken(host, port)
