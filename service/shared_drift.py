@@ -7,7 +7,7 @@ keep up, rows are left out of the tests and counted (vaeserve_unwatched_rows_tot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -59,10 +59,15 @@ class DriftKeeper:
     def __init__(self, window: int, level: float) -> None:
         self._drift = Drift(window, level)
 
-    def take(self, message: Message) -> None:
-        """Note the rows of a message of kind "rows"."""
-        above, at_least = (np.array(message[key], np.int64) for key in ("above", "at_least"))
-        self._drift.note(_read(message["place"]), above, at_least)
+    def take(self, messages: Iterable[Message]) -> None:
+        """Note the rows of messages of kind "rows". Many at once: the first of a place costs as much as ten more."""
+        rows: dict[Place, tuple[list[int], list[int]]] = {}
+        for message in messages:
+            above, at_least = rows.setdefault(_read(message["place"]), ([], []))
+            above += message["above"]
+            at_least += message["at_least"]
+        for where, (above, at_least) in rows.items():
+            self._drift.note(where, np.array(above, np.int64), np.array(at_least, np.int64))
 
     def answers(self, question: Message) -> Iterator[Message]:
         """What to send to who asked; the last one says that it is the last."""
