@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,8 @@ import pytest
 
 from service.listening import bind_shared, refuse_taken
 from tests.ppca_bundle import images, write_ppca_bundle
-from tests.service.processes import alive, command, environment, until, workers
+from tests.service.http import npy
+from tests.service.processes import NPY, alive, command, environment, until, workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several workers need Linux")
 
@@ -53,6 +55,17 @@ def test_counters_and_drift_are_of_all_workers_whichever_is_asked(service):
         drift = service.get("/v1/models/ppca/drift").json()
         assert (drift["seen"], drift["in_window"], sum(drift["histogram"])) == (2 * N, 2 * N, 2 * N)
     assert len({line["worker"] for line in service.logged("request") if line["route"] == "/metrics"}) == 2
+
+
+def test_whoever_has_read_a_score_finds_it_in_the_next_answer_of_any_worker(service):
+    """A row told by one worker is taken in before another's question is answered, however soon that comes."""
+    x = npy(images(1))
+    with ExitStack() as stack:
+        clients = [stack.enter_context(service.client()) for _ in range(8)]
+        seen = [client.get("/v1/drift").json()["seen"] for client in clients][-1]
+        for i in range(1, N + 1):
+            assert clients[0].post("/v1/score", content=x, headers=NPY).status_code == 200
+            assert clients[i % 8].get("/v1/drift").json()["seen"] == seen + i
 
 
 def test_the_ready_line_is_said_once_and_the_supervisor_holds_no_runtime(service):
