@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,22 @@ class Service:
     def end(self, signum: int) -> int:
         """Send the supervisor a signal; its exit code."""
         self.process.send_signal(signum)
-        code = self.process.wait(60)
+        code = self.process.wait(20)
         self._reader.join(60)
         return code
+
+
+def _end(service: Service) -> None:
+    """Stop what still runs, by force where it must be, and say so by failing."""
+    try:
+        if service.process.poll() is None:
+            service.end(signal.SIGINT)
+        until(lambda: not any(alive(pid) for pid in service.pids.values()), 20)
+    except (subprocess.TimeoutExpired, AssertionError):
+        for pid in (service.process.pid, *service.pids.values()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
 
 
 @contextmanager
@@ -131,10 +144,7 @@ def workers(repository: Path, *flags: str) -> Iterator[Service]:
         service.wait_for("serving")
         yield service
     finally:
-        if process.poll() is None:
-            service.end(signal.SIGINT)
-        for pid in service.pids.values():
-            until(lambda pid=pid: not alive(pid))
+        _end(service)
         assert process.stderr is not None
         service._reader.join(60)
         process.stderr.close()

@@ -203,7 +203,7 @@ def test_nothing_is_accepted_before_its_worker_is_ready(ppca_root):
     try:
         assert until(first_answer).status_code == 200
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         process.wait(60)
 
 
