@@ -16,7 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
+from service.batching import Batcher
 from service.drift import Drift
+from service.express import Express
 from service.metrics import Metrics
 from service.middleware import BodyGuard, RequestContext
 from service.pool import WorkerPool
@@ -70,6 +72,7 @@ def create_app(settings: Settings, repository: ModelRepository | None = None) ->
     )
     metrics = Metrics()
     app.state.metrics = metrics
+    app.add_middleware(Express, fastapi=app, verbs=latents.SHORT + scoring.SHORT, on_error=_known_error)
     app.add_middleware(
         BodyGuard,
         max_bytes=settings.max_body_bytes,
@@ -92,7 +95,8 @@ def _lifespan(settings: Settings, repository: ModelRepository | None) -> Any:
             metrics.models.labels(*served.identity.values()).set(1)
         watched = Drift(settings.drift_window, settings.drift_level)
         metrics.watch(watched)
-        app.state.house = House(settings, loaded, pool, metrics, watched)
+        batcher = Batcher(pool, metrics.run.observe)
+        app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)
 
