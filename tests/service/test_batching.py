@@ -133,19 +133,25 @@ def test_one_bad_job_of_a_batch_fails_alone_and_in_its_own_words():
 
 def test_a_client_that_left_is_not_computed_for_and_holds_up_nobody():
     async def body(batcher, runs, pool):
-        release, left, seen = threading.Event(), asyncio.Event(), []
-        blocker = asyncio.create_task(pool.run(release.wait, never))
-        await until(lambda: pool.pending == 1)
-        gone = asyncio.create_task(batcher.run(job(1, run=lambda rows: seen.append(rows) or rows), left.wait))
-        await until(lambda: pool.pending == 2)
-        waiting = [asyncio.create_task(batcher.run(job(i, run=doubled), never)) for i in (2, 3)]
+        release, begun, left = threading.Event(), threading.Event(), asyncio.Event()
+
+        def slow(rows):
+            begun.set()
+            release.wait()
+            return doubled(rows)
+
+        first = asyncio.create_task(batcher.run(job(0, run=slow), never))
+        await until(begun.is_set)
+        gone = asyncio.create_task(batcher.run(job(1, 1, 1, run=slow), left.wait))
+        waiting = [asyncio.create_task(batcher.run(job(i, run=slow), never)) for i in (2, 3)]
+        await asyncio.sleep(0)
         left.set()
         with pytest.raises(ClientGone):
             await gone
         release.set()
-        await blocker
-        for i, result in zip((2, 3), await asyncio.gather(*waiting), strict=True):
+        for i, result in zip((0, 2, 3), await asyncio.gather(first, *waiting), strict=True):
             assert_doubled(result, i)
+        assert runs == [1, 2]
 
     scenario(body)
 

@@ -14,6 +14,10 @@ import pytest
 from PIL import Image
 
 from service import express
+from service.repository import load_bundle
+from service.runtime import Runtime
+from service.schemas import ScoreParameters
+from service.scoring import judging
 from tests.ppca_bundle import LATENT_DIM, images
 from tests.service.http import assert_problem, npy, serving
 
@@ -176,3 +180,13 @@ def test_queries_are_remembered_within_bounds(client, ways):
         known.add(post(client, "encode", f"seed={seed}", kind, body[: len(body) // 6]).status_code)
     assert known == {200}
     assert set(ways) == {"express"}
+
+
+def test_scores_that_differ_in_anything_are_never_computed_together(ppca_path):
+    served = load_bundle(ppca_path, Runtime("cpu", threads=1))
+    asked = [{}, {"also": "elbo"}, {"also": "iwae"}, {"map": True}, {"map": True, "map_kind": "distortion"}]
+    asked += [{"top_latents": 1}, {"k": 3}, {"seed": 1}, {"estimator": "iwae"}]
+    keys = [next(judging(served, X, ScoreParameters(**each), 0.05)).key for each in asked]
+    assert len(set(keys)) == len(keys)
+    again = next(judging(served, X, ScoreParameters(false_positive_rate=0.2), 0.05)).key
+    assert again == keys[0]  # what is made of a score is each request's own
