@@ -87,7 +87,7 @@ def choose(manifest: Manifest, asked: ScoreParameters) -> Chosen:
     changes = {field: getattr(asked, field) for field in ("estimator", "k", "seed")}
     changes = {field: value for field, value in changes.items() if value is not None}
     if changes.get("estimator", base.estimator) != base.estimator:
-        changes |= {"of": [], "weights": [], "method": None}
+        changes |= {"of": [], "method": None}
     wanted = base.model_copy(update=changes)
     names = [name for name, known in manifest.scores.items() if _recipe(known) == _recipe(wanted)]
     preferred = [name for name in names if name == (asked.score or manifest.default_score)]
@@ -281,7 +281,6 @@ def _recipe(definition: ScoreDefinition) -> tuple[object, ...]:
         definition.k,
         definition.seed,
         tuple(definition.of),
-        tuple(definition.weights),
         definition.method,
     )
 

@@ -155,7 +155,7 @@ def _map_in_words(used: UsedMap) -> dict[str, Any]:
 
 
 def _used(definition: ScoreDefinition) -> dict[str, Any]:
-    return definition.model_dump(include={"estimator", "k", "seed", "unit", "of", "weights", "method"})
+    return definition.model_dump(include={"estimator", "k", "seed", "unit", "of", "method"})
 
 
 def _passes(definitions: Iterable[ScoreDefinition]) -> int:
