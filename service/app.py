@@ -16,7 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
+from service.batching import Batcher
 from service.drift import Drift, DriftWatch
+from service.express import Express
 from service.metrics import Metrics
 from service.middleware import BodyGuard, RequestContext
 from service.pool import WorkerPool
@@ -78,6 +80,7 @@ def create_app(
     )
     metrics = metrics or Metrics()
     app.state.metrics = metrics
+    app.add_middleware(Express, fastapi=app, verbs=latents.SHORT + scoring.SHORT, on_error=_known_error)
     app.add_middleware(
         BodyGuard,
         max_bytes=settings.max_body_bytes,
@@ -101,7 +104,8 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
         metrics.workers.set(1)
         metrics.worker_starts.inc()
         watched = watch or Drift(settings.drift_window, settings.drift_level)
-        app.state.house = House(settings, loaded, pool, metrics, watched)
+        batcher = Batcher(pool, metrics.run.observe)
+        app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)
 

@@ -301,17 +301,12 @@ class ScoreDefinition(Strict):
     unit: str = "nats"
     description: str = ""
     of: list[Name] = Field(default=[], description="the scores that a combination is of")
-    weights: list[float] = Field(default=[], description="of those scores, in the sum; empty: each counts once")
     method: Literal["mahalanobis", "copod"] | None = Field(default=None, description="of path only")
 
     @model_validator(mode="after")
     def _consistent(self) -> ScoreDefinition:
         if (self.estimator == "combination") != bool(self.of):
             raise ValueError(f"of is {self.of} of a {self.estimator}: expected scores of a combination, else none")
-        if self.weights and (len(self.weights) != len(self.of) or min(self.weights) <= 0):
-            raise ValueError(
-                f"weights are {self.weights}: expected a positive number for each of {len(self.of)} scores"
-            )
         if (self.estimator == "path") != (self.method is not None):
             raise ValueError(f"method is {self.method!r} of a {self.estimator}: expected one of a path, else none")
         return self

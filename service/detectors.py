@@ -282,10 +282,9 @@ class Combination:
         scale = np.maximum(excess, LEAST_EXCESS * (1 + np.abs(ordered).max(axis=0)))
         return cls({"knots": knots, "surprisals": -np.log(1 - np.array(first) / n), "scale": scale}, scores.shape[1])
 
-    def score(self, parts: Sequence[np.ndarray], weights: Sequence[float] = ()) -> np.ndarray:
-        """Σ −log tail probability, float64 [N], of the parts' scores, [N] each; weighted, if there are weights."""
-        surprisals = [self._surprisal(index, scores) for index, scores in enumerate(parts)]
-        return np.sum([w * each for w, each in zip(weights or [1.0] * len(parts), surprisals, strict=True)], axis=0)
+    def score(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Σ −log tail probability, float64 [N], of the parts' scores, [N] each."""
+        return np.sum([self._surprisal(index, scores) for index, scores in enumerate(parts)], axis=0)
 
     def _surprisal(self, index: int, scores: np.ndarray) -> np.ndarray:
         knots, surprisals = self.arrays["knots"][index], self.arrays["surprisals"][index]

@@ -100,7 +100,7 @@ class Estimates:
     def _detected(self, name: str, definition: ScoreDefinition) -> np.ndarray:
         detector = self._detectors[name]
         if isinstance(detector, Combination):
-            return detector.score([self.score(self._definitions[part]) for part in definition.of], definition.weights)
+            return detector.score([self.score(self._definitions[part]) for part in definition.of])
         return detector.score(self._passes.of(definition, is_stretched(definition)))
 
     def _peaks(self, definition: ScoreDefinition) -> np.ndarray:

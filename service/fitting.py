@@ -18,10 +18,9 @@ from service.model import Model
 from service.verbs import refusals
 
 COMBINED = "combined"
-PARTS = {"peak": 2.0, "latent": 2.0, "statistics": 1.0, "complexity": 1.0}
-"""What the default score combines, as far as the model has them, and the weight of each: how far x lies off the model
-where it does most, its code off the codes and its statistics off the usual ones, and its likelihood below what an image
-so complex has. What is seen at one place, and what is seen of the whole in its code, count twice."""
+PARTS = ("peak", "latent", "statistics", "complexity")
+"""What the default score combines, as far as the model has them: how far x lies off the model where it does most, its
+code off the codes and its statistics off the usual ones, and its likelihood below what an image so complex has."""
 LEAST_ROWS = 20  # held-out rows without which nothing is fitted
 MOST_ROWS = 4096  # that are looked at
 MOST_NUMBERS = 2**24  # of their pixels
@@ -40,7 +39,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "residual": "log of the mean squared residual, in inliers' deviations at each place",
     "peak": "mean of the highest places of the anomaly map, deviations of inliers' places",
     "statistics": "log of Mahalanobis' mean square of likelihood, residual, steepness and code length",
-    COMBINED: "weighted sum of −log tail probabilities among inliers of the scores it combines, nats",
+    COMBINED: "sum of −log tail probabilities among inliers of the scores it combines, nats",
 }
 
 Progress = Callable[[int], None]
@@ -81,8 +80,7 @@ def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
     if "score.map" not in refused:
         wanted["peak"] = {"estimator": "peak", "unit": UNIT}
     wanted |= {"latent": {"estimator": "latent"}, "statistics": {"estimator": "statistics", "unit": "log"}}
-    parts = {part: weight for part, weight in PARTS.items() if part in wanted}
-    wanted[COMBINED] = {"estimator": "combination", "of": list(parts), "weights": list(parts.values())}
+    wanted[COMBINED] = {"estimator": "combination", "of": [part for part in PARTS if part in wanted]}
     shared = {"k": base.k, "seed": base.seed}
     return {
         name: ScoreDefinition.model_validate({**shared, "description": DESCRIPTIONS[name], **fields})

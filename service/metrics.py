@@ -49,6 +49,12 @@ class Metrics:
             buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
             registry=self.registry,
         )
+        self.run = Histogram(
+            "vaeserve_run_rows",
+            "Images or latents computed in one run, those of several requests together",
+            buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
+            registry=self.registry,
+        )
         self.p_values = Histogram(
             "vaeserve_p_value",
             "Conformal p-values handed out: uniform as long as the traffic is like the calibration data",

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from service.errors import ClientGone, DeadlineExceeded, Overloaded
 
 T = TypeVar("T")
+Gone = Callable[[], Awaitable[None]]
+"""Returns when the client has left."""
 
 
 class WorkerPool:
@@ -21,22 +23,28 @@ class WorkerPool:
 
     def __init__(self, concurrency: int, queue: int, timeout: float) -> None:
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="vaeserve")
-        self._capacity = concurrency + queue
+        self.concurrency, self.capacity = concurrency, concurrency + queue
         self._timeout = timeout
         self.pending = 0
 
-    async def run(self, work: Callable[[], T], gone: Callable[[], Awaitable[None]]) -> T:
+    async def run(self, work: Callable[[], T], gone: Gone) -> T:
         """The result of ``work()``; ``gone()`` returns when the client has left.
 
         Raises:
             Overloaded: every thread is busy and the queue is full.
-            DeadlineExceeded: no result within the timeout.
-            ClientGone: nobody waits any more; work that had not begun never runs.
+            DeadlineExceeded, ClientGone: as ``wait`` does.
         """
-        if self.pending >= self._capacity:
-            raise Overloaded(f"all threads are busy and {self._capacity} requests are in the house: try again later")
-        future = self._submit(work)
-        result = asyncio.wrap_future(future)
+        if self.pending >= self.capacity:
+            raise Overloaded(f"all threads are busy and {self.capacity} requests are in the house: try again later")
+        return await self.wait(asyncio.wrap_future(self.submit(work)), gone)
+
+    async def wait(self, result: asyncio.Future[T], gone: Gone) -> T:
+        """The result, which is cancelled when nobody waits for it any more.
+
+        Raises:
+            DeadlineExceeded: none within the timeout.
+            ClientGone: the client has left; work that had not begun never runs.
+        """
         watcher = asyncio.ensure_future(gone())
         waited: set[asyncio.Future[Any]] = {result, watcher}
         try:
@@ -50,15 +58,16 @@ class WorkerPool:
             watcher.cancel()
             result.cancel()
 
-    def _submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T], requests: int = 1) -> Future[T]:
+        """Have it run for so many requests, whatever waits; each holds a slot until it has ended."""
         loop = asyncio.get_running_loop()
-        self.pending += 1
+        self.pending += requests
         future = self._executor.submit(work)
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release))
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, requests))
         return future
 
-    def _release(self) -> None:
-        self.pending -= 1
+    def _release(self, requests: int) -> None:
+        self.pending -= requests
 
     def close(self) -> None:
         """Wait for work in progress, drop what waits."""

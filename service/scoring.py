@@ -14,6 +14,7 @@ import numpy as np
 from service.bundle import Manifest, ScoreDefinition
 from service.errors import InvalidInput, UnsupportedVerb
 from service.false_discovery import benjamini_hochberg, least_discoveries, q_values
+from service.jobs import Job, Work, finish
 from service.maps import UNIT, MapKind, Scale
 from service.model import Model, Scores
 from service.pictures import encode_heat_maps, encode_overlays
@@ -86,7 +87,7 @@ def choose(manifest: Manifest, asked: ScoreParameters) -> Chosen:
     changes = {field: getattr(asked, field) for field in ("estimator", "k", "seed")}
     changes = {field: value for field, value in changes.items() if value is not None}
     if changes.get("estimator", base.estimator) != base.estimator:
-        changes |= {"of": [], "weights": [], "method": None}
+        changes |= {"of": [], "method": None}
     wanted = base.model_copy(update=changes)
     names = [name for name, known in manifest.scores.items() if _recipe(known) == _recipe(wanted)]
     preferred = [name for name in names if name == (asked.score or manifest.default_score)]
@@ -117,11 +118,16 @@ def judge(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) 
     Raises:
         InvalidInput: unknown score or group, or too few calibration scores for the asked false-positive rate.
     """
+    return finish(judging(served, x, asked, default_rate))
+
+
+def judging(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) -> Work[Verdicts]:
+    """As ``judge``, the scores as a job."""
     chosen, also = choose(served.manifest, asked), further(served.manifest, asked)
     # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
     plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
     plan = _plan(served, chosen, asked, default_rate)
-    scores = _scores(served, x, chosen.definition, asked, also)
+    scores = yield from _scores(served, x, chosen.definition, asked, also)
     judged = _judged(served, chosen.name, scores.score, plan, asked)
     return Verdicts(
         chosen,
@@ -133,12 +139,14 @@ def judge(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) 
 
 def _scores(
     served: Served, x: Rows, definition: ScoreDefinition, asked: ScoreParameters, also: Mapping[str, ScoreDefinition]
-) -> Scores | TiledScores:
+) -> Work[Scores | TiledScores]:
     beside = (asked.map, also, asked.map_kind, asked.top_latents > 0)
     if served.tiled is not None:
         return served.tiled.score(x, definition, *beside)
     assert isinstance(x, np.ndarray)
-    return served.model.score(x, definition, *beside)
+    key = ("score", served.model, _recipe(definition), tuple(also), asked.map, asked.map_kind, asked.top_latents > 0)
+    scores: Scores = yield Job(key, x, lambda rows: served.model.score(rows, definition, *beside))
+    return scores
 
 
 def _plan(served: Served, chosen: Chosen, asked: ScoreParameters, default_rate: float) -> Judged:
@@ -273,7 +281,6 @@ def _recipe(definition: ScoreDefinition) -> tuple[object, ...]:
         definition.k,
         definition.seed,
         tuple(definition.of),
-        tuple(definition.weights),
         definition.method,
     )
 

@@ -12,17 +12,23 @@ from fastapi import Depends, Request
 from fastapi.responses import Response
 
 from service.arrays import parse_json
+from service.batching import Batcher
 from service.bundle import InputRule
 from service.drift import DriftWatch
 from service.errors import LimitExceeded
+from service.jobs import Work
 from service.metrics import Metrics
 from service.negotiation import negotiate
 from service.pool import WorkerPool
 from service.repository import ModelRepository, Served
+from service.schemas import Parameters
 from service.settings import Settings
 
 JSON, NPY, PNG, GIF, WEBP = "application/json", "application/x-npy", "image/png", "image/gif", "image/webp"
 PICTURES = (PNG, GIF, WEBP)
+
+Content = tuple[bytes, str]
+"""An answer's body and media type."""
 
 
 @dataclass
@@ -32,6 +38,7 @@ class House:
     settings: Settings
     repository: ModelRepository
     pool: WorkerPool
+    batcher: Batcher
     metrics: Metrics
     drift: DriftWatch
     draining: bool = field(default=False)
@@ -114,14 +121,28 @@ class Call:
             offers = [offer for offer in offers if offer not in PICTURES]
         return negotiate(self.request.headers.get("accept", ""), offers)
 
-    async def answer(self, work: Callable[[], tuple[bytes, str]]) -> Response:
+    async def answer(self, work: Callable[[], Content]) -> Response:
         """Run ``work`` on a worker thread; it gives the answer's body and media type."""
-        content, media_type = await self.house.pool.run(work, self._gone)
+        content, media_type = await self.answered(work)
         return Response(content, media_type=media_type)
 
-    async def _gone(self) -> None:
+    async def answered(self, work: Callable[[], Content]) -> Content:
+        """What ``work`` gives, from a worker thread. Raises as WorkerPool.run does."""
+        return await self.house.pool.run(work, self.gone)
+
+    async def gone(self) -> None:
+        """Returns when the client has left."""
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What POST …/``name`` does: ``work`` of a call and its ``query``."""
+
+    name: str
+    query: type[Parameters]
+    work: Callable[[Call, Any], Work[Content]]
 
 
 async def get_call(request: Request, house: HouseDep) -> Call:

@@ -11,8 +11,9 @@ from fastapi.responses import Response
 
 from service import codecs
 from service.errors import InvalidInput
+from service.jobs import Job, Work, finish
 from service.routes.documents import DATA_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
-from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, dump
+from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, Content, Verb, dump
 from service.routes.inputs import LATENTS, data_names, parameters, read_latents, read_pair, read_x
 from service.schemas import (
     DecodeParameters,
@@ -31,19 +32,19 @@ router = APIRouter(tags=["latents"])
 @router.post("/encode", openapi_extra=DATA_BODY, responses=answers(Encoded, JSON, NPY))
 async def encode(call: CallDep, query: Annotated[EncodeParameters, Query()]) -> Response:
     """Posterior q(z|x) of each image (vector, signal): loc, scale, and seeded samples if asked for."""
-    return await call.answer(lambda: _encode(call, query))
+    return await call.answer(lambda: finish(_encode(call, query)))
 
 
 @router.post("/decode", openapi_extra=LATENT_BODY, responses=answers(Rows, JSON, NPY, PNG))
 async def decode(call: CallDep, query: Annotated[DecodeParameters, Query()]) -> Response:
     """Images (vectors, signals) of given latents: E[x|z], or a draw from p(x|z)."""
-    return await call.answer(lambda: _decode(call, query))
+    return await call.answer(lambda: finish(_decode(call, query)))
 
 
 @router.post("/reconstruct", openapi_extra=DATA_BODY, responses=answers(Rows, JSON, NPY, PNG))
 async def reconstruct(call: CallDep, query: Annotated[ReconstructParameters, Query()]) -> Response:
     """E[x|z] at the posterior's loc."""
-    return await call.answer(lambda: _reconstruct(call, query))
+    return await call.answer(lambda: finish(_reconstruct(call, query)))
 
 
 @router.post("/interpolate", openapi_extra=PAIR_BODY, responses=answers(LatentRows, JSON, NPY, PNG, GIF, WEBP))
@@ -64,7 +65,7 @@ async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]
     return await call.answer(lambda: _sample(call, query))
 
 
-def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
+def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
     media_type = call.negotiate([JSON, NPY])
     asked = parameters(call, query, *data_names(call.rule))
     call.house.limit("samples", asked.samples, "max_samples")
@@ -73,7 +74,8 @@ def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
     call.house.metrics.batch.labels("encode").observe(len(x))
-    posterior = call.served.model.encode(x, asked.samples, asked.seed)
+    model, samples, seed = call.served.model, asked.samples, asked.seed
+    posterior = yield Job(("encode", model, samples, seed), x, lambda rows: model.encode(rows, samples, seed))
     if media_type == NPY:
         return codecs.encode_npy(getattr(posterior, asked.array)), NPY
     content: dict[str, Any] = {"model": call.served.identity, "loc": posterior.loc, "scale": posterior.scale}
@@ -82,7 +84,7 @@ def _encode(call: Call, query: EncodeParameters) -> tuple[bytes, str]:
     return dump(content), JSON
 
 
-def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
+def _decode(call: Call, query: DecodeParameters) -> Work[Content]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query, *LATENTS)
     call.served.model.require("decode")
@@ -90,17 +92,24 @@ def _decode(call: Call, query: DecodeParameters) -> tuple[bytes, str]:
     z = read_latents(call)
     call.house.limit_numbers_out(len(z), _numbers(call))
     call.house.metrics.batch.labels("decode").observe(len(z))
-    return _show(call, media_type, _decoded(call, z, asked.draw, asked.seed))
+    decoded = yield Job(
+        ("decode", call.served.model, asked.draw, asked.seed),
+        z,
+        lambda rows: _decoded(call, rows, asked.draw, asked.seed),
+    )
+    return _show(call, media_type, decoded)
 
 
-def _reconstruct(call: Call, query: ReconstructParameters) -> tuple[bytes, str]:
+def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
     media_type = call.negotiate([JSON, NPY, PNG])
     asked = parameters(call, query, *data_names(call.rule))
     call.served.model.require("reconstruct")
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), _numbers(call))
     call.house.metrics.batch.labels("reconstruct").observe(len(x))
-    return _show(call, media_type, call.served.model.reconstruct(x, asked.seed))
+    model, seed = call.served.model, asked.seed
+    decoded = yield Job(("reconstruct", model, seed), x, lambda rows: model.reconstruct(rows, seed))
+    return _show(call, media_type, decoded)
 
 
 def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
@@ -155,3 +164,11 @@ def _show(call: Call, media_type: str, x: np.ndarray, latents: np.ndarray | None
         return dump(content if latents is None else {**content, "latents": latents}), JSON
     encoders = {NPY: codecs.encode_npy, PNG: codecs.encode_png, GIF: codecs.encode_gif, WEBP: codecs.encode_webp}
     return encoders[media_type](x), media_type
+
+
+SHORT = (
+    Verb("encode", EncodeParameters, _encode),
+    Verb("decode", DecodeParameters, _decode),
+    Verb("reconstruct", ReconstructParameters, _reconstruct),
+)
+"""Verbs that service.express may answer."""

@@ -13,9 +13,10 @@ from fastapi.responses import Response
 from service import codecs
 from service.bundle import ScoreDefinition
 from service.errors import InvalidInput
+from service.jobs import Work, finish
 from service.maps import PASSES
 from service.routes.documents import DATA_BODY, answers
-from service.routes.house import JSON, NPY, PNG, Call, CallDep, dump
+from service.routes.house import JSON, NPY, PNG, Call, CallDep, Content, Verb, dump
 from service.routes.inputs import data_names, parameters, read_images, read_x
 from service.schemas import Scored, ScoreParameters
 from service.scoring import (
@@ -26,7 +27,7 @@ from service.scoring import (
     choose,
     draw_maps,
     further,
-    judge,
+    judging,
     rows,
     top_latents,
     used_map,
@@ -45,10 +46,10 @@ async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Re
     last, light colour, which all above it has, too); the text entries minimum, maximum, kind, unit and scale say so. A
     model of tiles takes images of any size that holds a tile.
     """
-    return await call.answer(lambda: _score(call, query))
+    return await call.answer(lambda: finish(_score(call, query)))
 
 
-def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
+def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     asked = parameters(call, query, *data_names(call.rule))
     media_type = call.negotiate([JSON, NPY, PNG] if asked.map else [JSON, NPY])
     chosen = choose(call.served.manifest, asked)
@@ -62,7 +63,7 @@ def _score(call: Call, query: ScoreParameters) -> tuple[bytes, str]:
     _limit_work(call, x, passes, asked)
     if asked.map and media_type != JSON:
         _check_one_size(x)
-    verdicts = judge(call.served, x, asked, call.house.settings.false_positive_rate)
+    verdicts = yield from judging(call.served, x, asked, call.house.settings.false_positive_rate)
     _count(call, verdicts)
     _watch(call, verdicts, asked.group)
     if media_type == JSON:
@@ -154,7 +155,7 @@ def _map_in_words(used: UsedMap) -> dict[str, Any]:
 
 
 def _used(definition: ScoreDefinition) -> dict[str, Any]:
-    return definition.model_dump(include={"estimator", "k", "seed", "unit", "of", "weights", "method"})
+    return definition.model_dump(include={"estimator", "k", "seed", "unit", "of", "method"})
 
 
 def _passes(definitions: Iterable[ScoreDefinition]) -> int:
@@ -193,3 +194,7 @@ def _watch(call: Call, verdicts: Verdicts, group: str | None) -> None:
     for name, (judged, scores) in found.items():
         if judged.p_values is not None:
             call.house.drift.record(call.served, name, scores, group)
+
+
+SHORT = (Verb("score", ScoreParameters, _score),)
+"""Verbs that service.express may answer."""

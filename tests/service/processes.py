@@ -101,10 +101,14 @@ class Service:
         with self.client() as client:
             return client.get(path)
 
-    def score(self, x: np.ndarray) -> httpx.Response:
+    def score(self, x: np.ndarray, request_id: str = "") -> httpx.Response:
         """Score images over a new connection."""
         with self.client() as client:
-            return client.post("/v1/score", content=npy(x), headers=NPY)
+            return client.post("/v1/score", content=npy(x), headers={**NPY, "x-request-id": request_id})
+
+    def who_answered(self, request_id: str) -> list[int]:
+        """The worker of each request with that id, as far as they are logged."""
+        return [line["worker"] for line in self.logged("request") if line["request_id"] == request_id]
 
     def metrics(self) -> dict[tuple[str, ...], float]:
         """Values of /metrics by name and values of the labels, in the order of the labels' names."""

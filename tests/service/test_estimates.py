@@ -216,14 +216,14 @@ def test_what_a_family_has_not_is_refused(served):
 
 
 def test_a_combination_is_of_the_scores_it_names(served):
-    """The weighted sum of −log of each part's tail probability, from the parts' own scores."""
+    """The sum of −log of each part's tail probability, from the parts' own scores."""
     name, model = served
     x = FAMILIES[name].inliers(6, 9)
     scores = scores_of(model, x)
     combined = model.detectors["combined"]
     definition = model.manifest.scores["combined"]
     parts = [scores[part] for part in definition.of]
-    assert np.array_equal(combined.score(parts, definition.weights), scores["combined"])
-    alone = [combined.score(parts, [float(at == each) for at in range(len(parts))]) for each in range(len(parts))]
-    np.testing.assert_allclose(np.array(definition.weights) @ alone, scores["combined"])
+    assert np.array_equal(combined.score(parts), scores["combined"])
+    alone = [combined._surprisal(index, part) for index, part in enumerate(parts)]
+    np.testing.assert_allclose(np.sum(alone, axis=0), scores["combined"])
     assert (scores["combined"] >= 0).all()

@@ -18,7 +18,7 @@ from tests.service.http import assert_problem, npy, serving
 NPY, JSON = "application/x-npy", "application/json"
 
 
-PLAIN = {"unit": "nats", "of": [], "weights": [], "method": None}
+PLAIN = {"unit": "nats", "of": [], "method": None}
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,6 @@ def test_the_default_score_is_the_combination_and_finds_the_outliers(client):
     answer = post(client).json()
     assert (answer["definition"]["name"], answer["definition"]["estimator"]) == ("combined", "combination")
     assert answer["definition"]["of"] == ["peak", "latent", "statistics", "complexity"]
-    assert answer["definition"]["weights"] == [2, 2, 1, 1]
     flagged = [result["is_anomaly"] for result in answer["results"]]
     assert flagged[len(GOOD) :] == [True] * len(BAD)
     assert sum(flagged[: len(GOOD)]) <= 1

@@ -187,7 +187,6 @@ def test_a_model_without_a_likelihood_scores_by_its_reconstruction_error(client)
         "unit": "squared error",
         "method": None,
         "of": [],
-        "weights": [],
     }
     for result, error in zip(answer["results"], errors, strict=True):
         assert result["score"] == result["distortion"] == pytest.approx(error.sum(), abs=1e-4)

@@ -1,0 +1,169 @@
+"""Requests that wait at the same time are computed in one run: no timer, and no wait where nothing is under way.
+
+The first job of a key is started as soon as the event loop has read what has arrived with it; jobs that arrive while
+it runs make up the next batch. A batch that is known to be short runs on the event loop itself, since a hop to a thread
+and back costs more; any other runs on the pool. A row's result is bitwise that of the row alone (service.rows), so that
+no caller can tell whose rows were beside its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from service.errors import Overloaded
+from service.jobs import Job, rows_of
+from service.pool import Gone, WorkerPool
+
+MOST_ROWS = 32  # in a batch of several jobs: the largest run of service.rows
+INLINE_SECONDS = 0.003  # what a batch may take on the event loop, where every other connection waits for it
+KNOWN_COSTS = 512
+NEWEST = 0.3  # weight of the newest measurement of a cost
+
+
+@dataclass
+class Ticket:
+    """One caller's job, and where its result is awaited."""
+
+    job: Job
+    result: asyncio.Future[Any]
+
+
+class Queue(NamedTuple):
+    """Jobs that may be computed together: of one key, all of them short or none."""
+
+    key: Hashable
+    short: bool
+
+
+class Computed(NamedTuple):
+    """Each ticket's result, or the exception that is its result; the rows of the run and what it took."""
+
+    results: list[Any]
+    rows: int
+    seconds: float
+
+
+class Batcher:
+    """Runs jobs for the requests of one event loop; only that loop may call it.
+
+    ``observe`` is told the rows of every batch.
+    """
+
+    def __init__(self, pool: WorkerPool, observe: Callable[[int], None] = lambda rows: None) -> None:
+        self._pool, self._observe = pool, observe
+        self._waiting: dict[Queue, deque[Ticket]] = {}
+        self._under_way: Counter[Queue] = Counter()
+        self._seconds: OrderedDict[Hashable, float] = OrderedDict()  # a row, by key
+        self._tickets = 0  # that wait
+
+    async def run(self, job: Job, gone: Gone) -> Any:
+        """The job's result. ``gone()`` returns when the client has left.
+
+        Raises:
+            Overloaded, DeadlineExceeded, ClientGone: as WorkerPool.run does; and what the job itself raises.
+        """
+        if self._pool.pending + self._tickets >= self._pool.capacity:
+            raise Overloaded(f"{self._pool.capacity} requests are in the house: try again later")
+        ticket = Ticket(job, asyncio.get_running_loop().create_future())
+        queue = Queue(job.key, self._seconds_of(job.key) * len(job.rows) <= INLINE_SECONDS)
+        self._enqueue(queue, ticket)
+        return await (ticket.result if queue.short else self._pool.wait(ticket.result, gone))
+
+    def _enqueue(self, queue: Queue, ticket: Ticket) -> None:
+        waiting = self._waiting.setdefault(queue, deque())
+        waiting.append(ticket)
+        self._tickets += 1
+        if len(waiting) == 1:
+            self._go_on(queue)
+
+    def _go_on(self, queue: Queue) -> None:
+        """Start the next batch once the event loop has read what else has arrived."""
+        if self._waiting.get(queue) and self._under_way[queue] < self._pool.concurrency:
+            asyncio.get_running_loop().call_soon(self._start, queue)
+
+    def _start(self, queue: Queue) -> None:
+        if self._under_way[queue] >= self._pool.concurrency:
+            return
+        tickets = self._next(queue)
+        if not tickets:
+            return
+        if queue.short:
+            self._settle(tickets, _computed(tickets))
+        else:
+            self._under_way[queue] += 1
+            future = asyncio.wrap_future(self._pool.submit(lambda: _computed(tickets), len(tickets)))
+            future.add_done_callback(lambda done: self._landed(queue, tickets, done))
+        self._go_on(queue)
+
+    def _next(self, queue: Queue) -> list[Ticket]:
+        """Waiting tickets for one batch, those left out whose callers have gone."""
+        most = min(MOST_ROWS, INLINE_SECONDS / self._seconds_of(queue.key)) if queue.short else MOST_ROWS
+        chosen: list[Ticket] = []
+        waiting, rows = self._waiting.get(queue, deque()), 0
+        while waiting and (not chosen or rows + len(waiting[0].job.rows) <= most):
+            ticket = waiting.popleft()
+            self._tickets -= 1
+            if not ticket.result.done():
+                chosen.append(ticket)
+                rows += len(ticket.job.rows)
+        if not waiting:
+            self._waiting.pop(queue, None)
+        return chosen
+
+    def _landed(self, queue: Queue, tickets: list[Ticket], done: asyncio.Future[Computed]) -> None:
+        self._under_way[queue] -= 1
+        if not self._under_way[queue]:
+            del self._under_way[queue]
+        if done.cancelled():  # the pool is being closed
+            for ticket in tickets:
+                ticket.result.cancel()
+        else:
+            self._settle(tickets, done.result())
+        self._go_on(queue)
+
+    def _settle(self, tickets: list[Ticket], computed: Computed) -> None:
+        """Hand each ticket its result, or raise it where it is awaited."""
+        if computed.rows:
+            self._learn(tickets[0].job.key, computed.seconds / computed.rows)
+            self._observe(computed.rows)
+        for ticket, result in zip(tickets, computed.results, strict=True):
+            if ticket.result.done():
+                continue
+            if isinstance(result, Exception):
+                ticket.result.set_exception(result)
+            else:
+                ticket.result.set_result(result)
+
+    def _seconds_of(self, key: Hashable) -> float:
+        """What a row is known to take; for ever, as long as nothing is known."""
+        return self._seconds.get(key, math.inf)
+
+    def _learn(self, key: Hashable, seconds: float) -> None:
+        known = self._seconds.get(key)
+        self._seconds[key] = seconds if known is None else known + NEWEST * (seconds - known)
+        self._seconds.move_to_end(key)
+        while len(self._seconds) > KNOWN_COSTS:
+            self._seconds.popitem(last=False)
+
+
+def _computed(tickets: list[Ticket]) -> Computed:
+    """On whatever thread this is."""
+    first, rows = tickets[0].job, [ticket.job.rows for ticket in tickets]
+    started = time.perf_counter()
+    try:
+        whole = first.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is for the callers
+        # Of several one may be at fault, and its text may name a row: each alone.
+        return Computed([error] if len(tickets) == 1 else [_computed([each]).results[0] for each in tickets], 0, 0.0)
+    seconds = time.perf_counter() - started
+    ends = np.cumsum([len(each) for each in rows]).tolist()
+    parts = [rows_of(whole, slice(end - len(each), end)) for end, each in zip(ends, rows, strict=True)]
+    return Computed([whole] if len(rows) == 1 else parts, ends[-1], seconds)

@@ -1,0 +1,194 @@
+"""Jobs of several requests in one run: what waits together runs together, and nobody gets another's result."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from service import batching
+from service.batching import MOST_ROWS, Batcher
+from service.errors import ClientGone, DeadlineExceeded, InvalidInput, Overloaded
+from service.jobs import Job, finish, rows_of
+from service.model import Encoding
+from service.pool import WorkerPool
+
+
+async def never():
+    await asyncio.Event().wait()
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def scenario(body, concurrency=1, queue=100, timeout=30):
+    """``body(batcher, runs, pool)`` on a loop; ``runs`` collects the rows of every run."""
+
+    async def whole():
+        pool, runs = WorkerPool(concurrency, queue, timeout), []
+        try:
+            return await body(Batcher(pool, runs.append), runs, pool)
+        finally:
+            pool.close()
+
+    return asyncio.run(asyncio.wait_for(whole(), timeout=30))
+
+
+def doubled(rows):
+    return Encoding(2 * rows, rows + 1, rows[:, None])
+
+
+def job(*numbers, key="double", run=doubled):
+    return Job(key, np.array(numbers, np.float32)[:, None], run)
+
+
+def assert_doubled(result, *numbers):
+    np.testing.assert_array_equal(result.loc[:, 0], 2 * np.array(numbers))
+    np.testing.assert_array_equal(result.samples[:, 0, 0], numbers)
+
+
+def test_what_arrives_together_runs_together_and_each_gets_its_own_rows():
+    async def body(batcher, runs, pool):
+        await batcher.run(job(0), never)  # what it costs is known from here on
+        results = await asyncio.gather(*(batcher.run(job(i, -i), never) for i in range(5)))
+        for i, result in enumerate(results):
+            assert_doubled(result, i, -i)
+        assert runs == [1, 10]
+
+    scenario(body)
+
+
+def test_a_short_job_runs_on_the_event_loop_and_a_long_or_unknown_one_on_the_pool(monkeypatch):
+    async def body(batcher, runs, pool):
+        threads = []
+        here = job(1, run=lambda rows: threads.append(threading.current_thread()) or rows)
+        for _ in range(2):
+            await batcher.run(here, never)
+        monkeypatch.setattr(batching, "INLINE_SECONDS", 0.0)
+        await batcher.run(here, never)
+        assert [thread is threading.main_thread() for thread in threads] == [False, True, False]
+
+    scenario(body)
+
+
+def test_what_arrives_while_a_batch_is_under_way_makes_up_the_next_one():
+    async def body(batcher, runs, pool):
+        release, begun = threading.Event(), threading.Event()
+
+        def slow(rows):
+            begun.set()
+            release.wait()
+            return rows
+
+        first = asyncio.create_task(batcher.run(job(0, run=slow), never))
+        await until(begun.is_set)
+        others = [asyncio.create_task(batcher.run(job(i, run=slow), never)) for i in range(1, 8)]
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(first, *others)
+        assert runs == [1, 7]
+
+    scenario(body)
+
+
+def test_a_batch_has_so_many_rows_at_most_but_a_larger_job_runs_whole():
+    async def body(batcher, runs, pool):
+        sizes = [20, 20, 5, 3 * MOST_ROWS, 1]
+        results = await asyncio.gather(*(batcher.run(job(*range(size)), never) for size in sizes))
+        for size, result in zip(sizes, results, strict=True):
+            assert_doubled(result, *range(size))
+        assert runs == [20, 25, 3 * MOST_ROWS, 1]
+
+    scenario(body)
+
+
+def test_jobs_of_different_keys_never_mix():
+    async def body(batcher, runs, pool):
+        other = [batcher.run(job(i, key="negate", run=lambda rows: -rows), never) for i in range(3)]
+        results = await asyncio.gather(*other, *(batcher.run(job(i), never) for i in range(3)))
+        assert [float(result[0, 0]) for result in results[:3]] == [0, -1, -2]
+        for i, result in enumerate(results[3:]):
+            assert_doubled(result, i)
+
+    scenario(body)
+
+
+def test_one_bad_job_of_a_batch_fails_alone_and_in_its_own_words():
+    def picky(rows):
+        if (rows < 0).any():
+            raise InvalidInput(f"row {int(np.argmax(rows[:, 0] < 0))}")
+        return doubled(rows)
+
+    async def body(batcher, runs, pool):
+        jobs = [job(1, 2, run=picky), job(3, -4, run=picky), job(5, run=picky)]
+        results = await asyncio.gather(*(batcher.run(each, never) for each in jobs), return_exceptions=True)
+        assert_doubled(results[0], 1, 2)
+        assert_doubled(results[2], 5)
+        assert str(results[1]) == "row 1"
+
+    scenario(body)
+
+
+def test_a_client_that_left_is_not_computed_for_and_holds_up_nobody():
+    async def body(batcher, runs, pool):
+        release, begun, left = threading.Event(), threading.Event(), asyncio.Event()
+
+        def slow(rows):
+            begun.set()
+            release.wait()
+            return doubled(rows)
+
+        first = asyncio.create_task(batcher.run(job(0, run=slow), never))
+        await until(begun.is_set)
+        gone = asyncio.create_task(batcher.run(job(1, 1, 1, run=slow), left.wait))
+        waiting = [asyncio.create_task(batcher.run(job(i, run=slow), never)) for i in (2, 3)]
+        await asyncio.sleep(0)
+        left.set()
+        with pytest.raises(ClientGone):
+            await gone
+        release.set()
+        for i, result in zip((0, 2, 3), await asyncio.gather(first, *waiting), strict=True):
+            assert_doubled(result, i)
+        assert runs == [1, 2]
+
+    scenario(body)
+
+
+def test_a_full_house_refuses_and_a_deadline_ends_the_wait():
+    async def body(batcher, runs, pool):
+        release = threading.Event()
+        slow = job(1, run=lambda rows: release.wait() and rows)
+        waiting = [asyncio.create_task(batcher.run(slow, never)) for _ in range(3)]
+        await until(lambda: pool.pending == 3)
+        try:
+            with pytest.raises(Overloaded):
+                await batcher.run(slow, never)
+            for each in waiting:
+                with pytest.raises(DeadlineExceeded):
+                    await each
+            with pytest.raises(Overloaded):  # the slots stay taken until the work has ended
+                await batcher.run(slow, never)
+        finally:
+            release.set()
+        await until(lambda: pool.pending == 0)
+        assert_doubled(await batcher.run(job(1, key="after"), never), 1)
+
+    scenario(body, concurrency=1, queue=2, timeout=0.2)
+
+
+def test_finish_computes_one_job_after_the_other():
+    def work():
+        first = yield job(1, 2)
+        second = yield job(*first.loc[:, 0])
+        return second.loc[:, 0].tolist()
+
+    assert finish(work()) == [4, 8]
+
+
+def test_rows_of_takes_from_what_lies_along_the_rows_alone():
+    result = {"a": (np.arange(4), None), "k": 3}
+    found = rows_of(result, slice(1, 3))
+    np.testing.assert_array_equal(found["a"][0], [1, 2])
+    assert (found["a"][1], found["k"]) == (None, 3)

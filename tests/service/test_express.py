@@ -1,0 +1,192 @@
+"""The short way beside FastAPI's: the same answers, errors, metrics and limits; only the way is another."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from service import express
+from service.repository import load_bundle
+from service.runtime import Runtime
+from service.schemas import ScoreParameters
+from service.scoring import judging
+from tests.ppca_bundle import LATENT_DIM, images
+from tests.service.http import assert_problem, npy, serving
+
+OCTETS, NPY, JSON, PNG = "application/octet-stream", "application/x-npy", "application/json", "image/png"
+FASTAPI = "seed=0&seed=0"  # a name said twice is left to FastAPI, which takes the last
+X = images(6)
+LEVELS = np.round(X * 255).astype(np.uint8)
+
+
+def png(levels):
+    buffer = io.BytesIO()
+    Image.fromarray(levels.squeeze()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+BODIES = {
+    "octets": (OCTETS, LEVELS.tobytes()),
+    "npy uint8": (NPY, npy(LEVELS)),
+    "npy float32": (NPY, npy(X)),
+    "json": (JSON, json.dumps({"images": X.tolist()}).encode()),
+    "png": (PNG, png(LEVELS[0])),
+}
+
+
+@pytest.fixture(scope="module")
+def client(ppca_root):
+    with serving(ppca_root, max_batch=8) as client:
+        yield client
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Names of the ways that requests took."""
+    taken, find = [], express.Express._find
+
+    def told(self, scope):
+        found = find(self, scope)
+        taken.append("fastapi" if found is None else "express")
+        return found
+
+    monkeypatch.setattr(express.Express, "_find", told)
+    return taken
+
+
+def post(client, verb, query, kind, body, accept=JSON, at="/v1/models/ppca"):
+    address = f"{at}/{verb}?{query}" if query else f"{at}/{verb}"
+    return client.post(address, content=body, headers={"content-type": kind, "accept": accept})
+
+
+@pytest.mark.parametrize(
+    "verb", ["encode", "reconstruct", "score", "score?map=true", "score?also=all", "encode?samples=2"]
+)
+@pytest.mark.parametrize("name", BODIES)
+def test_both_ways_lead_to_the_same_bytes(client, ways, verb, name):
+    verb, _, more = verb.partition("?")
+    kind, body = BODIES[name]
+    for accept in (JSON, NPY):
+        short = post(client, verb, f"{more}&seed=0" if more else "seed=0", kind, body, accept)
+        long = post(client, verb, f"{more}&{FASTAPI}" if more else FASTAPI, kind, body, accept)
+        assert short.status_code == long.status_code == 200, short.text
+        assert short.content == long.content
+        assert {*short.headers} == {*long.headers}
+        assert short.headers["content-type"] == long.headers["content-type"]
+    assert ways == ["express", "fastapi"] * 2
+
+
+def test_latents_are_decoded_both_ways_alike(client, ways):
+    body = npy(np.random.RandomState(0).standard_normal((3, LATENT_DIM)).astype(np.float32))
+    short, long = (post(client, "decode", query, NPY, body, NPY) for query in ("draw=false&seed=0", FASTAPI))
+    assert short.content == long.content
+    assert ways == ["express", "fastapi"]
+
+
+@pytest.mark.parametrize("at", ["/v1/models/ppca", "/v1/models/ppca/versions/1", "/v1"])
+def test_every_address_is_known_and_counted_under_its_own_route(client, ways, at):
+    kind, body = BODIES["octets"]
+    route = at.replace("ppca", "{model}").replace("versions/1", "versions/{version}") + "/encode"
+    line = f'vaeserve_requests_total{{method="POST",route="{route}",status="200"}}'
+    before = counted(client, line)
+    assert post(client, "encode", "", kind, body, at=at).status_code == 200
+    assert counted(client, line) == before + 1
+    assert ways[1] == "express"
+
+
+def counted(client, start):
+    lines = client.get("/metrics").text.splitlines()
+    return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start)), 0.0)
+
+
+REFUSED = {
+    "an unknown parameter": ("score", "what=1", *BODIES["octets"], 422),
+    "a parameter out of range": ("score", "k=0", *BODIES["octets"], 422),
+    "an unknown score": ("score", "score=nothing", *BODIES["octets"], 422),
+    "another size": ("encode", "", OCTETS, b"123", 422),
+    "nothing": ("encode", "", OCTETS, b"", 422),
+    "too many": ("encode", "", OCTETS, LEVELS.tobytes() * 2, 422),
+    "no picture": ("encode", "", PNG, b"\x89PNG\r\n\x1a\n", 422),
+    "text": ("encode", "", "text/plain", b"hello", 415),
+    "broken JSON": ("score", "", JSON, b"{", 422),
+    "latents of another width": ("decode", "", NPY, npy(np.zeros((1, LATENT_DIM + 1), np.float32)), 422),
+    "what the model has not": ("encode", "array=what", *BODIES["octets"], 422),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_both_ways_refuse_alike(client, name):
+    verb, query, kind, body, status = REFUSED[name]
+    short, long = (post(client, verb, more, kind, body) for more in (query, f"{query}&{FASTAPI}".strip("&")))
+    problems = [assert_problem(answer, status) for answer in (short, long)]
+    for problem in problems:
+        problem.pop("request_id")
+    assert problems[0] == problems[1]
+
+
+def test_a_model_that_is_not_there_and_an_answer_that_cannot_be(client):
+    kind, body = BODIES["octets"]
+    assert_problem(post(client, "encode", "", kind, body, at="/v1/models/nobody"), 404)
+    assert_problem(post(client, "encode", "", kind, body, at="/v1/models/ppca/versions/9"), 404)
+    assert_problem(post(client, "encode", "", kind, body, accept="image/gif"), 406)
+    assert_problem(client.get("/v1/models/ppca/encode"), 405)
+
+
+def test_requests_at_the_same_time_are_computed_together_and_answered_apart(client):
+    each = [LEVELS[i].tobytes() for i in range(len(LEVELS))] * 10
+    alone = [post(client, "score", "", OCTETS, body).json()["results"] for body in each[: len(LEVELS)]]
+    runs, rows = counted(client, "vaeserve_run_rows_count"), counted(client, "vaeserve_run_rows_sum")
+    limits = httpx.Limits(max_connections=60)
+    with httpx.Client(base_url=client.base_url, limits=limits, timeout=60) as many, ThreadPoolExecutor(30) as threads:
+        found = list(threads.map(lambda body: post(many, "score", "", OCTETS, body).json()["results"], each))
+    assert found == alone * 10
+    rows, runs = counted(client, "vaeserve_run_rows_sum") - rows, counted(client, "vaeserve_run_rows_count") - runs
+    assert rows == 60
+    assert runs < 60
+
+
+def test_a_large_picture_in_few_bytes_is_decoded_away_from_the_event_loop(client, monkeypatch):
+    """The bytes of a PNG tell little of what it takes to decode it."""
+    light, kept = [], express._is_light
+    monkeypatch.setattr(express, "_is_light", lambda call: light.append(kept(call)) or light[-1])
+    row = b"\0" + bytes(3000)
+    body = png_of(3000, 3000, zlib.compress(row * 3000, 9))
+    assert len(body) < express.MOST_BYTES
+    assert post(client, "encode", "", PNG, body).status_code == 200
+    assert post(client, "encode", "", PNG, BODIES["png"][1]).status_code == 200
+    assert light == [False, True]
+
+
+def png_of(width, height, data):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_queries_are_remembered_within_bounds(client, ways):
+    kind, body = BODIES["octets"]
+    known = set()
+    for seed in range(express.KNOWN_QUERIES + 5):
+        known.add(post(client, "encode", f"seed={seed}", kind, body[: len(body) // 6]).status_code)
+    assert known == {200}
+    assert set(ways) == {"express"}
+
+
+def test_scores_that_differ_in_anything_are_never_computed_together(ppca_path):
+    served = load_bundle(ppca_path, Runtime("cpu", threads=1))
+    asked = [{}, {"also": "elbo"}, {"also": "iwae"}, {"map": True}, {"map": True, "map_kind": "distortion"}]
+    asked += [{"top_latents": 1}, {"k": 3}, {"seed": 1}, {"estimator": "iwae"}]
+    keys = [next(judging(served, X, ScoreParameters(**each), 0.05)).key for each in asked]
+    assert len(set(keys)) == len(keys)
+    again = next(judging(served, X, ScoreParameters(false_positive_rate=0.2), 0.05)).key
+    assert again == keys[0]  # what is made of a score is each request's own
