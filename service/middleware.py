@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Overloaded, PayloadTooLarge, ReceiveTimeout, UnsupportedMediaType
@@ -45,7 +44,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        request_id = _request_id(_header(scope, b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
         status, started = 0, time.perf_counter()
 
@@ -113,7 +112,8 @@ class _Body:
     def __init__(self, guard: BodyGuard, scope: Scope, receive: Receive) -> None:
         self.guard = guard
         self.upstream = receive
-        self.headers = Headers(scope=scope)
+        self.encoding = _header(scope, b"content-encoding").strip().lower()
+        self.declared = _header(scope, b"content-length")
         self.size = 0
         self.complete = False
         self.deadline = asyncio.get_running_loop().time() + guard.timeout
@@ -138,10 +138,9 @@ class _Body:
             ) from error
 
     async def _check_declared(self) -> None:
-        if self.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        if self.encoding not in ("", "identity"):
             await self._refuse(UnsupportedMediaType("a Content-Encoding is not read: send the body uncompressed"))
-        declared = self.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared[:20]) > self.guard.max_bytes:
+        if self.declared.isdecimal() and int(self.declared[:20]) > self.guard.max_bytes:
             await self._refuse(self._too_large())
 
     async def _account(self, size: int) -> None:
@@ -174,6 +173,11 @@ class _Body:
 def route_template(scope: Scope) -> str:
     """Path template of the matched route; "unmatched" otherwise, so that labels cannot be made up by callers."""
     return getattr(scope.get("route"), "path", "unmatched")
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    """The first header of that name, "" if there is none."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
 def _request_id(asked: str) -> str:
