@@ -6,13 +6,15 @@ import logging
 import sys
 from typing import Any
 
+import orjson
 import structlog
 
 
 def configure_logs(level: str, form: str, **fields: Any) -> None:
     """Route structlog and the standard library's loggers to stderr as ``form`` ("json" or "console") lines.
 
-    ``fields`` stand in every line, such as the number of a worker.
+    ``fields`` stand in every line, such as the number of a worker. Our own lines, one a request, do not take the
+    standard library's way: it would cost them twice the time.
     """
 
     def add_fields(_logger: Any, _method: str, line: Any) -> Any:
@@ -24,7 +26,9 @@ def configure_logs(level: str, form: str, **fields: Any) -> None:
         *([add_fields] if fields else []),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    renderer: Any = structlog.processors.JSONRenderer() if form == "json" else structlog.dev.ConsoleRenderer()
+    is_json = form == "json"
+    renderer: Any = structlog.processors.JSONRenderer(_as_text) if is_json else structlog.dev.ConsoleRenderer()
+    direct: Any = structlog.processors.JSONRenderer(orjson.dumps) if is_json else renderer
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
         processors=[
@@ -37,13 +41,19 @@ def configure_logs(level: str, form: str, **fields: Any) -> None:
     handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.stdlib.BoundLogger,
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=False,
+        processors=[*shared, structlog.processors.format_exc_info, direct],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer)
+        if is_json
+        else structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
     )
 
 
 def get_logger() -> Any:
-    """The service's logger; keyword arguments become fields of the line."""
-    return structlog.stdlib.get_logger("vaeserve")
+    """The service's logger; keyword arguments become fields of the line. Who logs often keeps it."""
+    return structlog.get_logger()
+
+
+def _as_text(fields: Any, **options: Any) -> str:
+    return orjson.dumps(fields, **options).decode()

@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Overloaded, PayloadTooLarge, ReceiveTimeout, UnsupportedMediaType
@@ -24,6 +23,9 @@ _DOCS_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; frame-ancestors 'none'"
 )
+_SECURITY = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+_API_HEADERS = (*_SECURITY, (b"content-security-policy", _API_POLICY.encode()))
+_DOCS_HEADERS = (*_SECURITY, (b"content-security-policy", _DOCS_POLICY.encode()))
 _LINGER_SECONDS = 0.5
 
 
@@ -36,12 +38,13 @@ class RequestContext:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
+        self.log = get_logger()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        request_id = _request_id(_header(scope, b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
         status, started = 0, time.perf_counter()
 
@@ -49,14 +52,14 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _add_headers(MutableHeaders(scope=message), request_id, scope["path"])
+                _add_headers(message, request_id, scope["path"])
             await send(message)
 
         self.metrics.in_flight.inc()
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception:  # noqa: BLE001 - the last line of defence: logged in full, told to nobody
-            get_logger().exception("unexpected error", request_id=request_id)
+        except Exception:
+            self.log.exception("unexpected error", request_id=request_id)
             if status == 0:
                 text = "an unexpected error, which the log explains under this request id"
                 await problem(500, text, request_id)(scope, receive, send_with_headers)
@@ -67,7 +70,7 @@ class RequestContext:
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
         route = route_template(scope)
         self.metrics.request(scope["method"], route, status, seconds)
-        get_logger().info(
+        self.log.info(
             "request",
             request_id=scope["state"]["request_id"],
             method=scope["method"],
@@ -109,7 +112,8 @@ class _Body:
     def __init__(self, guard: BodyGuard, scope: Scope, receive: Receive) -> None:
         self.guard = guard
         self.upstream = receive
-        self.headers = Headers(scope=scope)
+        self.encoding = _header(scope, b"content-encoding").strip().lower()
+        self.declared = _header(scope, b"content-length")
         self.size = 0
         self.complete = False
         self.deadline = asyncio.get_running_loop().time() + guard.timeout
@@ -134,10 +138,9 @@ class _Body:
             ) from error
 
     async def _check_declared(self) -> None:
-        if self.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        if self.encoding not in ("", "identity"):
             await self._refuse(UnsupportedMediaType("a Content-Encoding is not read: send the body uncompressed"))
-        declared = self.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared[:20]) > self.guard.max_bytes:
+        if self.declared.isdecimal() and int(self.declared[:20]) > self.guard.max_bytes:
             await self._refuse(self._too_large())
 
     async def _account(self, size: int) -> None:
@@ -172,13 +175,20 @@ def route_template(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", "unmatched")
 
 
+def _header(scope: Scope, name: bytes) -> str:
+    """The first header of that name, "" if there is none."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+
+
 def _request_id(asked: str) -> str:
     return asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
 
 
-def _add_headers(headers: MutableHeaders, request_id: str, path: str) -> None:
-    headers["x-request-id"] = request_id
-    headers["x-content-type-options"] = "nosniff"
-    headers["referrer-policy"] = "no-referrer"
-    headers["content-security-policy"] = _DOCS_POLICY if path.startswith("/docs") else _API_POLICY
-    headers.setdefault("cache-control", "no-store")
+def _add_headers(start: Message, request_id: str, path: str) -> None:
+    """To those of the answer, which sets none of these itself but for a cache-control."""
+    headers = list(start.get("headers", ()))
+    headers.append((b"x-request-id", request_id.encode()))
+    headers.extend(_DOCS_HEADERS if path.startswith("/docs") else _API_HEADERS)
+    if all(name != b"cache-control" for name, _ in headers):
+        headers.append((b"cache-control", b"no-store"))
+    start["headers"] = headers

@@ -204,10 +204,10 @@ def test_a_full_queue_refuses_at_once_and_liveness_does_not_care(ppca_root):
         while (refused := client.post("/v1/decode", **probe)).status_code == 200:
             assert thread.is_alive()
         assert_problem(refused, 429)
-        assert refused.elapsed.total_seconds() < 1
         assert int(refused.headers["retry-after"]) >= 1
-        assert client.get("/livez").elapsed.total_seconds() < 1
+        assert client.get("/livez").status_code == 200
         assert client.get("/readyz").status_code == 200
+        assert thread.is_alive()  # nobody waited for the worker
         thread.join()
         assert results[-1].status_code == 200
         assert client.post("/v1/decode", **probe).status_code == 200
