@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -64,17 +66,26 @@ class Server:
             connection.close()
 
     def cpu_seconds(self) -> float:
-        """CPU time of the process so far, by its own clock (clock_getcpuclockid(3))."""
-        return time.clock_gettime((~self._process.pid << 3) | 2)
+        """CPU time of the process and its workers so far, each by its own clock (clock_getcpuclockid(3))."""
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in self._processes())
 
     def memory(self, what: str = "VmRSS") -> int:
-        """Resident bytes now (VmRSS), or the most there ever were (VmHWM)."""
-        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
+        """Resident bytes now (VmRSS), or the most there ever were (VmHWM), summed over the process and its workers."""
+        return sum(_status(pid, what) for pid in self._processes())
+
+    def _processes(self) -> list[int]:
+        """The process and all that descend from it."""
+        found = [self._process.pid]
+        for pid in found:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+        return found
 
     def stop(self) -> None:
-        """End the process: at once, for nothing is under way."""
-        self._process.kill()
+        """End the processes: at once, for nothing is under way."""
+        for pid in reversed(self._processes() if self._process.poll() is None else []):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.wait()
         self._log.close()
 
@@ -94,12 +105,20 @@ def free_port() -> int:
         return port
 
 
-def hello_server() -> Server:
-    """A bare ASGI hello under uvicorn, with the parser and the event loop that the service has."""
+def _status(pid: int, what: str) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
+
+
+def hello_server(workers: int = 1) -> Server:
+    """A bare ASGI hello under uvicorn, with the parser, the event loop and the processes that the service has."""
     command = ["-m", "uvicorn", "bench.hello:app", "--http", "httptools", "--loop", "uvloop", "--ws", "none"]
-    return Server([*command, "--lifespan", "off", "--no-access-log", "--log-level", "warning"], "/")
+    return Server(
+        [*command, "--lifespan", "off", "--no-access-log", "--log-level", "warning", "--workers", str(workers)], "/"
+    )
 
 
-def vae_server(repository: Path) -> Server:
-    """``vaeserve serve`` of that folder; every protection as it is by default."""
-    return Server(["-m", "service.cli", "serve", "--repository", str(repository.resolve())], "/readyz")
+def vae_server(repository: Path, workers: int = 1) -> Server:
+    """``vaeserve serve`` of that folder by so many processes; every protection as it is by default."""
+    command = ["-m", "service.cli", "serve", "--repository", str(repository.resolve()), "--workers", str(workers)]
+    return Server(command, "/readyz")

@@ -218,11 +218,11 @@ def import_seconds() -> float:
     return float(subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parents[1]))
 
 
-def cold_starts(repository: Path, count: int) -> tuple[Server, dict[str, float]]:
+def cold_starts(repository: Path, workers: int, count: int) -> tuple[Server, dict[str, float]]:
     """Start the service so many times, keep the last; medians of the seconds that the starts took."""
     seconds, imports = [], [import_seconds() for _ in range(count)]
     for remaining in reversed(range(count)):
-        server = vae_server(repository)
+        server = vae_server(repository, workers)
         seconds.append(server.seconds_to_ready)
         if remaining:
             server.stop()
@@ -248,9 +248,9 @@ def facts(bundle: Bundle, repository: Path) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start everything, measure, and give the report."""
     bundle, started = find_bundle(arguments.repository, arguments.model), time.perf_counter()
-    server, starts = cold_starts(arguments.repository, arguments.starts)
+    server, starts = cold_starts(arguments.repository, arguments.workers, arguments.starts)
     spawn = multiprocessing.get_context("spawn")
-    with server, hello_server() as hello, ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with server, hello_server(arguments.workers) as hello, ProcessPoolExecutor(1, mp_context=spawn) as pool:
         idle = server.memory()
 
         def client(target: Target, connections: int, seconds: float) -> Load:
@@ -260,7 +260,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         warm_up(bench, track)
         results = run_rounds(bench, arguments.rounds, track)
         memory = {"ready_bytes": idle, "loaded_bytes": server.memory(), "peak_bytes": server.memory("VmHWM")}
-    settings = {"seconds": arguments.seconds, "rounds": arguments.rounds, "took": time.perf_counter() - started}
+    settings = {
+        "workers": arguments.workers,
+        "seconds": arguments.seconds,
+        "rounds": arguments.rounds,
+        "took": time.perf_counter() - started,
+    }
     return {**facts(bundle, arguments.repository), **settings, "start": starts, "memory": memory, "results": results}
 
 
@@ -276,10 +281,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--verbs", nargs="+", default=list(VERBS), choices=list(VERBS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64], help="images a request (1 64)")
     parser.add_argument("--connections", nargs="+", type=int, default=[1, 16], help="kept busy at once (1 16)")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the service, and of bare HTTP (1)")
     parser.add_argument("--starts", type=int, default=3, help="cold starts of the service (3)")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     arguments = parser.parse_args(argv)
-    for name in ("rounds", "starts"):
+    for name in ("rounds", "starts", "workers"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: at least 1 expected")
     return arguments

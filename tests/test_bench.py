@@ -150,7 +150,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
 
 def test_the_command_measures_every_case_and_prints_ratios_first(ppca_root, tmp_path):
     command = [sys.executable, "-m", "bench", "--repository", ppca_root, "--model", "ppca", "--seconds", "0"]
-    tiny = ["--rounds", "1", "--starts", "1", "--batches", "1", "3", "--connections", "1", "2"]
+    tiny = ["--rounds", "1", "--starts", "1", "--batches", "1", "3", "--connections", "1", "2", "--workers", "2"]
     output = subprocess.check_output([*command, *tiny, "--json", tmp_path / "all.json"], cwd=ROOT, text=True)
     report = json.loads((tmp_path / "all.json").read_text())
     found = {tuple(r[key] for key in ("verb", "batch", "connections", "request", "answer")) for r in report["results"]}
