@@ -40,7 +40,8 @@ def _heading(report: dict[str, Any]) -> list[str]:
     return [
         f"{report['model']} (score: {score['estimator']}, k={score['k']}; {report['models_served']} model(s) served), "
         f"{report['date']}",
-        f"{report['cpu']}, {report['cores']} cores; {report['workers']} process(es) each; Python {report['python']}, onnxruntime {report['onnxruntime']}",
+        f"{report['cpu']}, {report['cores']} cores; {report['workers']} process(es) each; Python {report['python']}, "
+        f"onnxruntime {report['onnxruntime']}",
         f"{report['rounds']} rounds of {report['seconds']:g} s a block, {report['took']:.0f} s in all",
         f"start to ready {start['ready_seconds']:.2f} s, of which import {start['import_seconds']:.2f} s; "
         f"memory {_megabytes(memory['ready_bytes'])} when ready, {_megabytes(memory['loaded_bytes'])} after the load, "
