@@ -264,3 +264,20 @@ def test_openapi_documents_drift(client):
         assert schema == {"$ref": "#/components/schemas/DriftAnswer"}
     fields = document["components"]["schemas"]["DriftAnswer"]["properties"]
     assert {"drifting", "martingale", "kolmogorov_smirnov", "histogram", "shares"} <= fields.keys()
+
+
+def test_rows_one_by_one_and_many_at_once_give_the_same_state():
+    random = np.random.RandomState(4)
+    above = random.randint(0, 50, 200)
+    at_least = np.minimum(above + random.randint(0, 3, 200), 50)  # some tied
+    alone, together, looked_at = (Watch(50, 60) for _ in range(3))
+    together.record(above, at_least)
+    for row in range(200):
+        for watch in (alone, looked_at):
+            watch.record(above[row : row + 1], at_least[row : row + 1])
+        assert looked_at.seen().seen == row + 1
+    first, *others = (watch.seen() for watch in (together, alone, looked_at))
+    for each in others:
+        np.testing.assert_array_equal(each.ranks, first.ranks)
+        assert each.log10_value == pytest.approx(first.log10_value, abs=1e-9)
+        assert each.log10_maximum >= first.log10_maximum - 1e-9  # looked at after every batch of bets
