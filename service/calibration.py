@@ -56,6 +56,8 @@ class Calibrator:
             if not np.isfinite(values).all() or (np.diff(values) < 0).any():
                 raise BundleFormatError(f"calibration of {key}: expected finite scores in ascending order")
         self._scores = scores
+        self.names = sorted(key for key in scores if SEPARATOR not in key)
+        """Names of the calibrated scores."""
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Calibrator:
@@ -70,11 +72,6 @@ class Calibrator:
 
     def __contains__(self, score_name: str) -> bool:
         return score_name in self.names
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the calibrated scores."""
-        return sorted(key for key in self._scores if SEPARATOR not in key)
 
     def groups(self, score_name: str) -> list[str]:
         """Names of the groups that have a calibration of their own for this score."""
@@ -102,11 +99,21 @@ class Calibrator:
             return p_values(calibration, scores)
         if len(groups) != len(scores):
             raise InvalidInput(f"{len(groups)} groups for {len(scores)} scores: expected one, or null, for each")
+        if len(set(groups)) == 1:
+            return p_values(self._of(score_name, groups[0]), scores)
         p = np.empty(len(scores))
         for group in set(groups):
             members = np.array([of == group for of in groups])
             p[members] = p_values(self._of(score_name, group), scores[members])
         return p
+
+    def counts(self, score_name: str, scores: np.ndarray, group: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """#{calibration > s} and #{calibration ≥ s} of each score s: int64 [N] twice. Raises as ``p_values``."""
+        calibration, scores = self._of(score_name, group), np.asarray(scores, np.float64)
+        if np.isnan(scores).any():
+            raise InvalidInput("a score is NaN, which has no p-value")
+        above, at_least = (len(calibration) - np.searchsorted(calibration, scores, side) for side in ("right", "left"))
+        return above, at_least
 
     def threshold(self, score_name: str, false_positive_rate: float, group: str | None = None) -> float:
         """The smallest score, in nats, whose p-value is at most the rate: p ≤ rate exactly when score ≥ threshold.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from service.calibration import SEPARATOR, Calibrator, calibration_key
+from service.calibration import SEPARATOR, calibration_key
 from service.exchangeability import Martingale, Urn, ks_two_sample
 
 if TYPE_CHECKING:
@@ -225,8 +225,7 @@ class Drift:
 
         Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for NaN or an unknown group.
         """
-        above, at_least = counts(served.calibrator, score, group, np.asarray(scores, np.float64))
-        self.note(place(served, score, group), above, at_least)
+        self.note(place(served, score, group), *served.calibrator.counts(score, scores, group))
 
     def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
         """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
@@ -277,14 +276,3 @@ def place(served: Served, score: str, group: str | None) -> Place:
     n = served.calibrator.n(score, group)
     written = calibration_key(score, group).removeprefix(score).removeprefix(SEPARATOR)  # one spelling of an accent
     return Place(Name(served.manifest.name, served.manifest.version, score, written), served.model.digest, n)
-
-
-def counts(calibrator: Calibrator, score: str, group: str | None, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of calibration scores > and ≥ each score: int64 [N] twice, read off the p-values.
-
-    Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for NaN or an unknown group.
-    """
-    n, groups = calibrator.n(score, group), [group] * len(scores)
-    strict, usual = (calibrator.p_values(score, s, groups) for s in (np.nextafter(scores, np.inf), scores))
-    above, at_least = (np.rint(p * (n + 1)).astype(np.int64) - 1 for p in (strict, usual))
-    return above, at_least

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from service.channel import Message, WorkerLine
-from service.drift import Drift, Finding, Name, Place, Summary, counts, place
+from service.drift import Drift, Finding, Name, Place, Summary, place
 
 if TYPE_CHECKING:
     from service.repository import Served
@@ -34,7 +34,7 @@ class ToldDrift:
     def record(self, served: Served, score: str, scores: np.ndarray, group: str | None = None) -> None:
         """As Drift.record."""
         where = place(served, score, group)
-        above, at_least = counts(served.calibrator, score, group, np.asarray(scores, np.float64))
+        above, at_least = served.calibrator.counts(score, scores, group)
         for start in range(0, len(scores), ROWS):
             part = slice(start, start + ROWS)
             rows = {"above": above[part], "at_least": at_least[part]}

@@ -248,3 +248,19 @@ def test_a_group_without_the_score_of_all_images_is_refused():
         Calibrator({"s@a": np.zeros(1)})
     with pytest.raises(BundleFormatError, match="calibration of s@a: expected finite"):
         Calibrator({"s": np.zeros(1), "s@a": np.array([1.0, 0.0])})
+
+
+def test_counts_are_those_that_p_values_are_made_of():
+    random = np.random.RandomState(0)
+    scores = np.sort(random.randint(0, 30, 99).astype(np.float64))
+    calibrator = Calibrator({"elbo": scores, "elbo@dark": scores[50:]})
+    new = random.randint(-2, 33, 40).astype(np.float64)
+    for group, known in ((None, scores), ("dark", scores[50:])):
+        above, at_least = calibrator.counts("elbo", new, group)
+        assert above.tolist() == [(known > s).sum() for s in new]
+        assert at_least.tolist() == [(known >= s).sum() for s in new]
+        np.testing.assert_array_equal((1 + at_least) / (len(known) + 1), calibrator.p_values("elbo", new, [group] * 40))
+    with pytest.raises(InvalidInput, match="NaN"):
+        calibrator.counts("elbo", np.array([np.nan]))
+    with pytest.raises(InvalidInput, match="no calibration of group"):
+        calibrator.counts("elbo", new, "light")
