@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.bundle import Manifest, find_bundles
 from service.calibration import Calibrator
+from service.cpus import available_cpus
 from service.errors import BundleError, BundleFormatError, BundleNotFound, ConfigurationError, ModelNotFound
 from service.logs import get_logger
 from service.model import Model
@@ -63,15 +65,17 @@ class ModelRepository:
             BundleError: a bundle fails its verification (unless broken ones are skipped).
             ConfigurationError: the configured default model is not among the bundles.
         """
-        for path in _bundles_of(self.root):
-            if only is None or f"{path.parent.name}/{path.name}" in only:
-                self._load_or_skip(path)
+        paths = [p for p in _bundles_of(self.root) if only is None or f"{p.parent.name}/{p.name}" in only]
+        with ThreadPoolExecutor(available_cpus(), thread_name_prefix="load") as pool:
+            for path, loading in [(path, pool.submit(load_bundle, path, self.runtime)) for path in paths]:
+                self._take(path, loading)
         if self._default_model and self._default_model not in self._served:
             raise ConfigurationError(f"default_model {self._default_model!r} is not served: {self._names()}")
 
-    def _load_or_skip(self, path: Path) -> None:
+    def _take(self, path: Path, loading: Future[Served]) -> None:
+        """Serve what has been loaded, or skip it."""
         try:
-            served = load_bundle(path, self.runtime)
+            served = loading.result()
         except BundleError as error:
             if not self._skip_broken:
                 raise
