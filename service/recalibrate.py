@@ -21,6 +21,7 @@ from service.bundle import (
     DETECTORS,
     TILES,
     Bundle,
+    Manifest,
     ScoreDefinition,
     next_version,
     open_bundle,
@@ -30,7 +31,7 @@ from service.calibration import Calibrator, calibration_key
 from service.contamination import Contamination, contamination, rate_after_trimming, trimmed
 from service.detectors import Latent, to_arrays
 from service.errors import InvalidInput
-from service.fitting import fitted_arrays, fitted_definitions
+from service.fitting import COMBINED, fitted_arrays, fitted_definitions
 from service.good_rows import GoodRows, Progress
 from service.model import Model
 from service.runtime import Runtime
@@ -90,6 +91,12 @@ def recalibrate(
     if n_fit:
         definitions, arrays = _fitted(bundle, rows.sample(bundle.manifest, fit), progress)
         manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
+        manifest["default_score"] = _default_score(bundle.manifest, definitions)
+        if manifest["default_score"] != bundle.manifest.default_score:
+            notes.append(
+                f"the default score is {manifest['default_score']} now, fitted here for the first time; it was "
+                f"{bundle.manifest.default_score}"
+            )
         files[DETECTORS] = _npz(arrays)
         files.pop(TILES, None)
     elif plan.fit_share:
@@ -128,6 +135,11 @@ def _check_rate(n: int, plan: Plan) -> None:
     """Raises InvalidInput, with the number needed, where n calibration scores cannot answer the asked rate."""
     if plan.false_positive_rate is not None:
         Calibrator({"rows": np.arange(float(n))}).threshold("rows", plan.false_positive_rate)
+
+
+def _default_score(manifest: Manifest, definitions: Mapping[str, ScoreDefinition]) -> str:
+    """The bundle's own; ``combined`` where the bundle did not have it, so that its default was nobody's choice."""
+    return COMBINED if COMBINED in definitions.keys() - manifest.scores.keys() else manifest.default_score
 
 
 def _fitted(

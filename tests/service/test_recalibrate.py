@@ -18,6 +18,7 @@ from service.runtime import Runtime
 from service.tiled import TiledModel, fit_tails
 from tests.ppca_bundle import images
 from tests.service.fitted import write_fitted
+from tests.service.fitted_bundles import rewrite
 from tests.service.http import serving
 from tests.service.linear_bundles import draw, linear, write_table
 from tests.tiled_bundle import surface, with_scratch, write_tiled_bundle
@@ -73,6 +74,23 @@ def test_what_fits_the_scores_does_not_calibrate_them(moved):
     order = np.random.RandomState(0).permutation(600)
     rows = unit_levels(levels(600, 21, True)[np.sort(order[180:])])
     np.testing.assert_array_equal(np.sort(model.score(rows).score), model.bundle.arrays(CALIBRATION)["combined"])
+
+
+def test_a_bundle_that_had_too_few_rows_to_fit_gets_the_combination_as_its_default_and_it_is_said(ppca_path, tmp_path):
+    old = open_bundle(ppca_path)
+    assert "combined" not in old.manifest.scores
+    done = recalibrate(old, own(levels(100, 23)), None, tmp_path, Plan())
+    assert open_bundle(done.path).manifest.default_score == "combined"
+    assert f"the default score is combined now, fitted here for the first time; it was {old.manifest.default_score}" in (
+        done.notes
+    )
+
+
+def test_a_default_that_was_chosen_beside_the_combination_stays(root, tmp_path):
+    old = open_bundle(root / "ppca" / "2")
+    chosen = rewrite(old, tmp_path / "chosen", {"default_score": "elbo"}, {})
+    done = recalibrate(open_bundle(chosen), own(levels(100, 23)), None, tmp_path, Plan())
+    assert open_bundle(done.path).manifest.default_score == "elbo"
 
 
 def test_few_rows_keep_the_detectors_and_say_so(root, tmp_path):
