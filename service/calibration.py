@@ -120,7 +120,7 @@ class Calibrator:
         if allowed < 0:
             whose = score_name if group is None else f"{score_name} of group {group!r}"
             raise InvalidInput(
-                f"a false-positive rate of {rate:g} needs at least {_needed(rate)} calibration scores, "
+                f"a false-positive rate of {rate:g} needs at least {needed(rate)} calibration scores, "
                 f"{whose} has {n}: ask for {1 / (n + 1):.3g} or more"
             )
         # At most `allowed` calibration scores are ≥ s exactly when s lies above the next one down.
@@ -190,8 +190,8 @@ def allowed_above(n: int, rate: float) -> int:
     return min(m, n - 1)
 
 
-def _needed(rate: float) -> int:
-    """The smallest n with 1/(n + 1) ≤ rate."""
+def needed(rate: float) -> int:
+    """The smallest n with 1/(n + 1) ≤ rate: so many calibration scores can answer it."""
     n = max(1, math.ceil(1 / rate) - 2)
     while 1.0 / (n + 1.0) > rate:
         n += 1

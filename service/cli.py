@@ -21,7 +21,7 @@ from service.schemas import ScoreParameters
 from service.settings import Settings, check_environment
 
 if TYPE_CHECKING:
-    from service.recalibrate import Plan
+    from service.recalibrate import Outcome, Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -212,20 +212,33 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
         for file in bad:
             console.print(f"skipped {file.path}: {file.reason}", markup=False, highlight=False, soft_wrap=True)
         names = [group_of(path, paths) for path in read] if grouped else None
+        if names is not None and not any(names):
+            raise ConfigurationError(
+                f"--groups: no image lies in a subfolder of {', '.join(map(str, paths))}: expected a subfolder for "
+                "each group"
+            )
     with _progress(console, None, "calibrating") as advance:
         done = recalibrate(bundle, rows, names, to or settings.repository, plan, advance)
     for note in done.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     for index in done.suspects if names is not None or not isinstance(rule, ArrayPreprocessing) else []:
         console.print(f"look at {read[index]}", markup=False, highlight=False, soft_wrap=True)
-    parts = [
-        f"{done.n} {rows.noun} calibrate",
-        f"{done.n_fit} fitted the scores",
-        *(f"{g}: {n}" for g, n in done.groups.items()),
-    ]
-    console.print(
-        f"{done.path}: {', '.join(parts)}; smallest p-value {1 / (done.n + 1):.3g}", highlight=False, soft_wrap=True
-    )
+    for line in _calibrated(done, rows.noun, settings.false_positive_rate):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _calibrated(done: Outcome, noun: str, rate: float) -> Iterator[str]:
+    """What a calibration rests on, all and by group, and which of them cannot answer the default rate."""
+    from service.calibration import needed
+
+    def answers(n: int) -> str:
+        few = f"; too few for the default false-positive rate, {rate:g}, which needs {needed(rate)}"
+        return f"smallest p-value {1 / (n + 1):.3g}{few if n < needed(rate) else ''}"
+
+    yield f"{done.path}: {done.n} {noun} calibrate, {done.n_fit} fitted the scores; {answers(done.n)}"
+    for group, n in done.groups.items():
+        yield f"group {group}: {n} {noun}; {answers(n)}"
+    yield "a running server loads new versions when it is started again"
 
 
 def _score(
