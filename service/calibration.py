@@ -23,7 +23,8 @@ from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 
 LEAST_RATE = 1e-9
 SEPARATOR = "@"  # no name of a score may hold it: bundle.Name
-GROUP = re.compile(r"\w(?:[\w .+-]{0,62}[\w+])?")
+GROUP = re.compile(r"\w(?:[\w .+-]*[\w+])?")
+GROUP_LENGTH = 64  # of its name as ``composed``
 
 
 def calibration_key(score_name: str, group: str | None = None) -> str:
@@ -34,10 +35,17 @@ def calibration_key(score_name: str, group: str | None = None) -> str:
     """
     if group is None:
         return score_name
-    name = unicodedata.normalize("NFC", group)
-    if not GROUP.fullmatch(name):
-        raise InvalidInput(f"a group's name is 1 to 64 letters, digits, and _ . + - or spaces within: {group[:80]!r}")
+    name = composed(group)
+    if len(name) > GROUP_LENGTH or not GROUP.fullmatch(name):
+        raise InvalidInput(
+            f"a group's name is 1 to {GROUP_LENGTH} letters, digits, and _ . + - or spaces within: {group[:80]!r}"
+        )
     return f"{score_name}{SEPARATOR}{name}"
+
+
+def composed(group: str) -> str:
+    """A group's name with every accent part of its letter (NFC): one name, however it was typed."""
+    return unicodedata.normalize("NFC", group)
 
 
 class Calibrator:
