@@ -126,6 +126,13 @@ def score(
     ] = None,
     k: Annotated[int | None, typer.Option(help="Posterior samples a row, instead of the score's own")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random number, instead of the score's own")] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Further scores, commas between, or all: columns NAME_score …"),
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Compare with this group of the calibration images only")
+    ] = None,
     maps: Annotated[
         Path | None, typer.Option(help="Folder for pictures that show where each image is anomalous, as PNG")
     ] = None,
@@ -139,6 +146,7 @@ def score(
 ) -> None:
     """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
     parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
+    parameters |= {"also": also, "group": group}
     parameters |= {"map": maps is not None, "map_kind": map_kind, "map_picture": map_picture}
     with _errors_in_words():
         asked = _in_words(lambda: ScoreParameters(false_positive_rate=false_positive_rate, **parameters))  # type: ignore[arg-type]
@@ -254,6 +262,7 @@ def _score(
     from service.logs import configure_logs
     from service.offline import BadFile, fields_of, find_files, open_sink, plan_pictures, score_files
     from service.repository import load_one
+    from service.scoring import further, no_verdicts
 
     configure_logs("warning", "console")
     console, scored, bad = Console(stderr=True), 0, 0
@@ -263,8 +272,10 @@ def _score(
     if maps is not None and rule.kind != "image":
         raise ConfigurationError(f"--maps: {served.manifest.name} is a model of {rule.kind}s, which are no pictures")
     pictures = None if maps is None else plan_pictures(files, paths, maps)
+    reasons = no_verdicts(served, asked, settings.false_positive_rate)
+    fields = fields_of(rule, further(served.manifest, asked))
     total = len(files) if rule.kind == "image" else None  # a table's rows are not known before it is read
-    with open_sink(out, sys.stdout, fields_of(rule)) as write, _progress(console, total) as advance:
+    with open_sink(out, sys.stdout, fields) as write, _progress(console, total) as advance:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         for row in score_files(served, files, asked, settings.false_positive_rate, limits, pictures):
             if isinstance(row, BadFile):
@@ -275,6 +286,8 @@ def _score(
                 write(row)
             advance()
     console.print(f"{scored} scored, {bad} skipped", highlight=False)
+    for reason in reasons if scored else []:
+        console.print(f"note: {reason}", markup=False, highlight=False, soft_wrap=True)
     return bad
 
 

@@ -27,7 +27,7 @@ DISORDER = {"rising": "does not rise", "not falling": "falls"}
 
 
 def check_arrays(kind: str, arrays: Arrays, specs: Specs, file: str = DETECTORS) -> None:
-    """Raise BundleFormatError unless ``arrays`` are what ``specs`` say, by name; ``kind``: whose they are, in ``file``."""
+    """Raise BundleFormatError unless ``arrays`` are what ``specs`` say, by name; ``kind``: whose, in ``file``."""
     if set(arrays) != set(specs):
         raise BundleFormatError(f"{file}: a {kind} has {sorted(arrays)}, expected {sorted(specs)}")
     for name, spec in specs.items():

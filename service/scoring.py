@@ -144,6 +144,15 @@ def judging(served: Served, x: Rows, asked: ScoreParameters, default_rate: float
     )
 
 
+def no_verdicts(served: Served, asked: ScoreParameters, default_rate: float) -> list[str]:
+    """Why the chosen score will have no verdict, or a further one no p-value, whatever is scored. Raises as judge."""
+    also = further(served.manifest, asked)
+    plans = [_plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()]
+    plan = _plan(served, choose(served.manifest, asked), asked, default_rate)
+    reasons = [plan.reason, *(each.reason for each in plans if each.n is None)]
+    return list(dict.fromkeys(reason for reason in reasons if reason))
+
+
 def _scores(
     served: Served, x: Rows, definition: ScoreDefinition, asked: ScoreParameters, also: Mapping[str, ScoreDefinition]
 ) -> Work[Scores | TiledScores]:
