@@ -656,7 +656,7 @@ def write_bundle(
         if verify is not None:
             verify(folder)
         _refuse_existing(target)
-        folder.rename(target)
+        _rename(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -719,6 +719,14 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _rename(folder: Path, target: Path) -> None:
+    try:
+        folder.rename(target)
+    except OSError:
+        _refuse_existing(target)  # which another process wrote just now
+        raise
 
 
 def _refuse_existing(target: Path) -> None:

@@ -23,7 +23,8 @@ from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 
 LEAST_RATE = 1e-9
 SEPARATOR = "@"  # no name of a score may hold it: bundle.Name
-GROUP = re.compile(r"\w(?:[\w .+-]{0,62}[\w+])?")
+GROUP = re.compile(r"\w(?:[\w .+-]*[\w+])?")
+GROUP_LENGTH = 64  # of its name as ``composed``
 
 
 def calibration_key(score_name: str, group: str | None = None) -> str:
@@ -34,10 +35,17 @@ def calibration_key(score_name: str, group: str | None = None) -> str:
     """
     if group is None:
         return score_name
-    name = unicodedata.normalize("NFC", group)
-    if not GROUP.fullmatch(name):
-        raise InvalidInput(f"a group's name is 1 to 64 letters, digits, and _ . + - or spaces within: {group[:80]!r}")
+    name = composed(group)
+    if len(name) > GROUP_LENGTH or not GROUP.fullmatch(name):
+        raise InvalidInput(
+            f"a group's name is 1 to {GROUP_LENGTH} letters, digits, and _ . + - or spaces within: {group[:80]!r}"
+        )
     return f"{score_name}{SEPARATOR}{name}"
+
+
+def composed(group: str) -> str:
+    """A group's name with every accent part of its letter (NFC): one name, however it was typed."""
+    return unicodedata.normalize("NFC", group)
 
 
 class Calibrator:
@@ -127,7 +135,7 @@ class Calibrator:
         if allowed < 0:
             whose = score_name if group is None else f"{score_name} of group {group!r}"
             raise InvalidInput(
-                f"a false-positive rate of {rate:g} needs at least {_needed(rate)} calibration scores, "
+                f"a false-positive rate of {rate:g} needs at least {needed(rate)} calibration scores, "
                 f"{whose} has {n}: ask for {1 / (n + 1):.3g} or more"
             )
         # At most `allowed` calibration scores are ≥ s exactly when s lies above the next one down.
@@ -197,8 +205,8 @@ def allowed_above(n: int, rate: float) -> int:
     return min(m, n - 1)
 
 
-def _needed(rate: float) -> int:
-    """The smallest n with 1/(n + 1) ≤ rate."""
+def needed(rate: float) -> int:
+    """The smallest n with 1/(n + 1) ≤ rate: so many calibration scores can answer it."""
     n = max(1, math.ceil(1 / rate) - 2)
     while 1.0 / (n + 1.0) > rate:
         n += 1

@@ -21,7 +21,7 @@ from service.schemas import ScoreParameters
 from service.settings import Settings, check_environment
 
 if TYPE_CHECKING:
-    from service.recalibrate import Plan
+    from service.recalibrate import Outcome, Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -136,6 +136,13 @@ def score(
     ] = None,
     k: Annotated[int | None, typer.Option(help="Posterior samples a row, instead of the score's own")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random number, instead of the score's own")] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Further scores, commas between, or all: columns NAME_score …"),
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Compare with this group of the calibration images only")
+    ] = None,
     maps: Annotated[
         Path | None, typer.Option(help="Folder for pictures that show where each image is anomalous, as PNG")
     ] = None,
@@ -149,6 +156,7 @@ def score(
 ) -> None:
     """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
     parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
+    parameters |= {"also": also, "group": group}
     parameters |= {"map": maps is not None, "map_kind": map_kind, "map_picture": map_picture}
     with _errors_in_words():
         asked = _in_words(lambda: ScoreParameters(false_positive_rate=false_positive_rate, **parameters))  # type: ignore[arg-type]
@@ -222,20 +230,33 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
         for file in bad:
             console.print(f"skipped {file.path}: {file.reason}", markup=False, highlight=False, soft_wrap=True)
         names = [group_of(path, paths) for path in read] if grouped else None
+        if names is not None and not any(names):
+            raise ConfigurationError(
+                f"--groups: no image lies in a subfolder of {', '.join(map(str, paths))}: expected a subfolder for "
+                "each group"
+            )
     with _progress(console, None, "calibrating") as advance:
         done = recalibrate(bundle, rows, names, to or settings.repository, plan, advance)
     for note in done.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     for index in done.suspects if names is not None or not isinstance(rule, ArrayPreprocessing) else []:
         console.print(f"look at {read[index]}", markup=False, highlight=False, soft_wrap=True)
-    parts = [
-        f"{done.n} {rows.noun} calibrate",
-        f"{done.n_fit} fitted the scores",
-        *(f"{g}: {n}" for g, n in done.groups.items()),
-    ]
-    console.print(
-        f"{done.path}: {', '.join(parts)}; smallest p-value {1 / (done.n + 1):.3g}", highlight=False, soft_wrap=True
-    )
+    for line in _calibrated(done, rows.noun, settings.false_positive_rate):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _calibrated(done: Outcome, noun: str, rate: float) -> Iterator[str]:
+    """What a calibration rests on, all and by group, and which of them cannot answer the default rate."""
+    from service.calibration import needed
+
+    def answers(n: int) -> str:
+        few = f"; too few for the default false-positive rate, {rate:g}, which needs {needed(rate)}"
+        return f"smallest p-value {1 / (n + 1):.3g}{few if n < needed(rate) else ''}"
+
+    yield f"{done.path}: {done.n} {noun} calibrate, {done.n_fit} fitted the scores; {answers(done.n)}"
+    for group, n in done.groups.items():
+        yield f"group {group}: {n} {noun}; {answers(n)}"
+    yield "a running server loads new versions when it is started again"
 
 
 def _score(
@@ -251,6 +272,7 @@ def _score(
     from service.logs import configure_logs
     from service.offline import BadFile, fields_of, find_files, open_sink, plan_pictures, score_files
     from service.repository import load_one
+    from service.scoring import further, no_verdicts
 
     configure_logs("warning", "console")
     console, scored, bad = Console(stderr=True), 0, 0
@@ -260,8 +282,10 @@ def _score(
     if maps is not None and rule.kind != "image":
         raise ConfigurationError(f"--maps: {served.manifest.name} is a model of {rule.kind}s, which are no pictures")
     pictures = None if maps is None else plan_pictures(files, paths, maps)
+    reasons = no_verdicts(served, asked, settings.false_positive_rate)
+    fields = fields_of(rule, further(served.manifest, asked))
     total = len(files) if rule.kind == "image" else None  # a table's rows are not known before it is read
-    with open_sink(out, sys.stdout, fields_of(rule)) as write, _progress(console, total) as advance:
+    with open_sink(out, sys.stdout, fields) as write, _progress(console, total) as advance:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         for row in score_files(served, files, asked, settings.false_positive_rate, limits, pictures):
             if isinstance(row, BadFile):
@@ -272,6 +296,8 @@ def _score(
                 write(row)
             advance()
     console.print(f"{scored} scored, {bad} skipped", highlight=False)
+    for reason in reasons if scored else []:
+        console.print(f"note: {reason}", markup=False, highlight=False, soft_wrap=True)
     return bad
 
 

@@ -23,16 +23,17 @@ class Spec(NamedTuple):
 
 
 Specs = Mapping[str, Spec]
+DISORDER = {"rising": "does not rise", "not falling": "falls"}
 
 
-def check_arrays(kind: str, arrays: Arrays, specs: Specs) -> None:
-    """Raise BundleFormatError unless ``arrays`` are what ``specs`` say, by name; ``kind``: whose they are."""
+def check_arrays(kind: str, arrays: Arrays, specs: Specs, file: str = DETECTORS) -> None:
+    """Raise BundleFormatError unless ``arrays`` are what ``specs`` say, by name; ``kind``: whose, in ``file``."""
     if set(arrays) != set(specs):
-        raise BundleFormatError(f"{DETECTORS}: a {kind} has {sorted(arrays)}, expected {sorted(specs)}")
+        raise BundleFormatError(f"{file}: a {kind} has {sorted(arrays)}, expected {sorted(specs)}")
     for name, spec in specs.items():
         fault = _fault(arrays[name], spec)
         if fault:
-            raise BundleFormatError(f"{DETECTORS}: {name} of a {kind} {fault}")
+            raise BundleFormatError(f"{file}: {name} of a {kind} {fault}")
 
 
 def _fault(array: object, spec: Spec) -> str | None:
@@ -45,7 +46,7 @@ def _fault(array: object, spec: Spec) -> str | None:
     if spec.positive and not (array > 0).all():
         return "holds numbers that are not positive"
     if spec.order and not _in_order(array, spec.order):
-        return f"is not {spec.order} along its last axis"
+        return f"{DISORDER[spec.order]} along its last axis"
     return None
 
 

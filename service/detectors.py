@@ -259,13 +259,13 @@ class Combination:
     falls as exp(−(s − u)/σ), σ the mean excess over u of those beyond.
     """
 
-    def __init__(self, arrays: Arrays, parts: int) -> None:
-        """Raises BundleFormatError for arrays that are none of a combination of so many."""
+    def __init__(self, arrays: Arrays, parts: int, file: str = DETECTORS) -> None:
+        """Raises BundleFormatError, which names ``file``, for arrays that are none of a combination of so many."""
         table = Spec((parts, range(1, LEVELS + 1)), order="not falling")
         specs = {"knots": table, "surprisals": table, "scale": Spec((parts,), positive=True)}
-        check_arrays("combination", arrays, specs)
+        check_arrays("combination", arrays, specs, file)
         if arrays["knots"].shape != arrays["surprisals"].shape:
-            raise BundleFormatError(f"{DETECTORS}: a combination has other surprisals than knots")
+            raise BundleFormatError(f"{file}: a combination has other surprisals than knots")
         self.arrays = arrays
 
     @classmethod

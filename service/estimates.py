@@ -58,7 +58,8 @@ class Estimates:
         self._known: dict[str, np.ndarray] = {}
 
     def score(self, definition: ScoreDefinition) -> np.ndarray:
-        """Raises InvalidInput for a fitted definition that is not the manifest's, BundleGraphError for NaN."""
+        """Raises InvalidInput for a fitted definition that is not the manifest's, BundleGraphError for NaN, and for
+        infinity that the model did not yield."""
         if definition.estimator in OF_SAMPLES:
             return self._of_weights(definition)
         name = self._name(definition)
@@ -92,10 +93,31 @@ class Estimates:
         if name not in self._known:
             definition = self._definitions[name]
             scores = self._peaks(definition) if definition.estimator == "peak" else self._detected(name, definition)
-            if np.isnan(scores).any():
-                raise BundleGraphError(f"{name}: the model yields NaN for row {int(np.argmax(np.isnan(scores)))}")
+            self._check(name, definition, scores)
             self._known[name] = scores
         return self._known[name]
+
+    def _check(self, name: str, definition: ScoreDefinition, scores: np.ndarray) -> None:
+        """Refuse NaN, and infinity where all that the score is computed from is finite: then what was fitted is off.
+
+        Of a row so far away that the graphs overflow infinity is the answer.
+        """
+        if np.isnan(scores).any():
+            raise BundleGraphError(f"{name}: the model yields NaN for row {int(np.argmax(np.isnan(scores)))}")
+        if np.isfinite(scores).all():
+            return
+        broken = ~np.isfinite(scores) & np.logical_and.reduce([_finite(part) for part in self._basis(definition)])
+        if broken.any():
+            raise BundleGraphError(
+                f"{name}: the fitted numbers yield {scores[broken][0]} for row {int(np.argmax(broken))}, of which the "
+                "model tells finite ones"
+            )
+
+    def _basis(self, definition: ScoreDefinition) -> Sequence[np.ndarray]:
+        """What a fitted score is computed from, [N, …] each."""
+        if definition.estimator == "combination":
+            return [self.score(self._definitions[part]) for part in definition.of]
+        return self._passes.of(definition, is_stretched(definition))
 
     def _detected(self, name: str, definition: ScoreDefinition) -> np.ndarray:
         detector = self._detectors[name]
@@ -107,6 +129,12 @@ class Estimates:
         assert self._map is not None, "load_map refuses a bundle with peaks of no map"
         measured = self._passes.of(definition)
         return self._map.peaks(Sight(measured.x, measured.mean, measured.distortion_at_loc))
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Whether all numbers of a row are finite: bool [N], of [N, …]."""
+    found: np.ndarray = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    return found
 
 
 def _terms(measured: Measured, definition: ScoreDefinition) -> np.ndarray:

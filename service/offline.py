@@ -43,6 +43,9 @@ FIELDS = [
 TILE_FIELDS = {"tiles": "n", "worst_y": "worst_y", "worst_x": "worst_x"}
 """Columns of a model of tiles: what service.tiled.Tiles calls them."""
 
+FURTHER = ("score", "p_value")
+"""Of each further score, as columns NAME_score and NAME_p_value."""
+
 Row = dict[str, Any]
 Pictures = Mapping[Path, Path]
 """Image -> where the picture of its map is written."""
@@ -104,15 +107,19 @@ def group_of(path: Path, roots: Sequence[Path]) -> str | None:
 
 
 def plan_pictures(files: Sequence[Path], roots: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Where each file's map goes: ``folder``/NAME.png, NAME with its suffix and with the subfolders of its root.
+    """Where each file's map goes: ``folder``/NAME with its root's subfolders, x.png for x.png, x.jpg.png for x.jpg.
 
     Raises ConfigurationError where two files would share a picture, or a picture take the place of a file.
     """
     found: dict[Path, Path] = {}
     known = {file.resolve(): file for file in files}
+    sources = known.copy()
     for file in dict.fromkeys(files):
         root = next((root for root in roots if root != file and file.is_relative_to(root)), file.parent)
-        picture = folder / f"{file.relative_to(root)}.png"
+        name = file.relative_to(root)
+        picture = folder / (name.with_suffix(".png") if name.suffix.lower() == ".png" else f"{name}.png")
+        if picture.resolve() in sources:
+            raise ConfigurationError(f"--maps {folder}: the map of {file} would take the place of {picture}")
         other = known.get(picture.resolve())
         if other is not None:
             raise ConfigurationError(f"--maps {folder}: the maps of {other} and {file} would both be {picture}")
@@ -121,10 +128,14 @@ def plan_pictures(files: Sequence[Path], roots: Sequence[Path], folder: Path) ->
     return found
 
 
-def fields_of(rule: InputRule) -> list[str]:
-    """The columns of a model's rows: only tables have several rows a file, only images are scored by tiles."""
+def fields_of(rule: InputRule, also: Iterable[str] = ()) -> list[str]:
+    """The columns of a model's rows: only tables have several rows a file, only images are scored by tiles.
+
+    ``also``: names of further scores.
+    """
     fields = [field for field in FIELDS if field != "row" or rule.kind != "image"]
-    return fields + list(TILE_FIELDS) if _is_tiled(rule) else fields
+    further = [f"{name}_{field}" for name in also for field in FURTHER]
+    return fields + (list(TILE_FIELDS) if _is_tiled(rule) else []) + further
 
 
 def _is_tiled(rule: InputRule) -> bool:
@@ -177,7 +188,7 @@ def _score_images(
         verdicts = judge(served, x, asked, rate)
         paths = [path for path, image in zip(files, read, strict=True) if not isinstance(image, BadFile)]
         _write_pictures(served, verdicts, x, paths, asked, pictures)
-        scored = iter(rows(verdicts))
+        scored = _flat(verdicts)
     for path, image in zip(files, read, strict=True):
         yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
 
@@ -198,9 +209,16 @@ def _score_whole(
         return BadFile(path, str(error))
     verdicts = judge(served, [image], asked, rate)
     _write_pictures(served, verdicts, [image], [path], asked, pictures)
-    row = rows(verdicts)[0]
+    row = next(_flat(verdicts))
     tiles = row.pop("tiles")
     return {"file": str(path), **row, **{field: tiles[name] for field, name in TILE_FIELDS.items()}}
+
+
+def _flat(verdicts: Verdicts) -> Iterator[Row]:
+    """The API's rows, further scores as columns of their own."""
+    for row in rows(verdicts):
+        also = row.pop("also", {})
+        yield row | {f"{name}_{field}": each[field] for name, each in also.items() for field in FURTHER}
 
 
 def _write_pictures(
@@ -237,7 +255,7 @@ def _score_table(
         yield BadFile(path, str(error))
         return
     for start in range(0, len(x), BATCH):
-        for row, scored in enumerate(rows(judge(served, x[start : start + BATCH], asked, rate)), start):
+        for row, scored in enumerate(_flat(judge(served, x[start : start + BATCH], asked, rate)), start):
             yield {"file": str(path), "row": row, **scored}
 
 

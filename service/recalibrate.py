@@ -21,6 +21,7 @@ from service.bundle import (
     DETECTORS,
     TILES,
     Bundle,
+    Manifest,
     ScoreDefinition,
     next_version,
     open_bundle,
@@ -29,8 +30,8 @@ from service.bundle import (
 from service.calibration import Calibrator, calibration_key
 from service.contamination import Contamination, contamination, rate_after_trimming, trimmed
 from service.detectors import Latent, to_arrays
-from service.errors import InvalidInput
-from service.fitting import fitted_arrays, fitted_definitions
+from service.errors import BundleError, InvalidInput
+from service.fitting import COMBINED, fitted_arrays, fitted_definitions
 from service.good_rows import GoodRows, Progress
 from service.model import Model
 from service.runtime import Runtime
@@ -84,17 +85,24 @@ def recalibrate(
     n_fit = _rows_to_fit(rows, bundle, plan)
     fit, held_out = order[:n_fit], np.sort(order[n_fit:])
     _check_rate(len(held_out), plan)
+    _check_groups(bundle.manifest, groups, held_out)
     files = {name: bundle.read(name) for name in bundle.manifest.files}
     manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
-    notes = []
+    notes = _notes_on_groups(bundle.manifest, groups)
     if n_fit:
         definitions, arrays = _fitted(bundle, rows.sample(bundle.manifest, fit), progress)
         manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
+        manifest["default_score"] = _default_score(bundle.manifest, definitions)
+        if manifest["default_score"] != bundle.manifest.default_score:
+            notes.append(
+                f"the default score is {manifest['default_score']} now, fitted here for the first time; it was "
+                f"{bundle.manifest.default_score}"
+            )
         files[DETECTORS] = _npz(arrays)
         files.pop(TILES, None)
     elif plan.fit_share:
         notes.append(f"{len(rows)} {rows.noun} are too few to fit the scores anew: those of the bundle are kept")
-    manifest |= {"format_version": 3, "version": next_version(root, bundle.manifest.name), "calibration": None}
+    manifest |= {"format_version": 3, "calibration": None}
     files.pop(CALIBRATION, None)
     with _loaded(manifest, files, root) as model:
         tails = rows.tails(model, fit, progress) if n_fit else None
@@ -110,7 +118,7 @@ def recalibrate(
     counts = {group: len(by_group[calibration_key(default, group)]) for group in _names(groups)}
     manifest["calibration"] = _summary(kept, counts, n_fit, removed)
     files[CALIBRATION] = _npz(stored)
-    path = write_bundle(root, manifest, files, verify=verified)
+    path = _written(root, manifest, files)
     return Outcome(
         path, len(next(iter(kept.values()))), n_fit, counts, [int(held_out[i]) for i in suspects.indices], notes
     )
@@ -128,6 +136,40 @@ def _check_rate(n: int, plan: Plan) -> None:
     """Raises InvalidInput, with the number needed, where n calibration scores cannot answer the asked rate."""
     if plan.false_positive_rate is not None:
         Calibrator({"rows": np.arange(float(n))}).threshold("rows", plan.false_positive_rate)
+
+
+def _default_score(manifest: Manifest, definitions: Mapping[str, ScoreDefinition]) -> str:
+    """The bundle's own; ``combined`` where the bundle did not have it, so that its default was nobody's choice."""
+    return COMBINED if COMBINED in definitions.keys() - manifest.scores.keys() else manifest.default_score
+
+
+def _check_groups(manifest: Manifest, groups: Sequence[str | None] | None, indices: np.ndarray) -> None:
+    """Raises InvalidInput for a name that no group can have, and for a group without rows to calibrate on."""
+    for group in _names(groups):
+        assert groups is not None
+        calibration_key(manifest.default_score, group)
+        if not any(groups[i] == group for i in indices):
+            raise InvalidInput(f"group {group!r} has no row left to calibrate on: give it more, or fit on fewer")
+
+
+def _notes_on_groups(manifest: Manifest, groups: Sequence[str | None] | None) -> list[str]:
+    """That the bundle has groups, and its next version has none."""
+    old = sorted(manifest.calibration.groups) if manifest.calibration else []
+    if groups is not None or not old:
+        return []
+    return [f"this version has no groups, the bundle had {', '.join(old)}: --groups makes them anew, of subfolders"]
+
+
+def _written(root: Path, manifest: Mapping[str, object], files: Mapping[str, bytes]) -> Path:
+    """The bundle in the next free version, and the one after that where another process takes it meanwhile."""
+    name = str(manifest["name"])
+    while True:
+        version = next_version(root, name)
+        try:
+            return write_bundle(root, {**manifest, "version": version}, files, verify=verified)
+        except BundleError:
+            if not (root / name / version).exists():
+                raise
 
 
 def _fitted(
@@ -178,13 +220,11 @@ def _names(groups: Sequence[str | None] | None) -> list[str]:
 def _by_group(
     scores: Mapping[str, np.ndarray], groups: Sequence[str | None] | None, indices: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Sorted scores of each group, by the key of calibration.npz. Raises InvalidInput for a group without rows."""
+    """Sorted scores of each group, by the key of calibration.npz."""
     found: dict[str, np.ndarray] = {}
     for group in _names(groups):
         assert groups is not None
         members = np.array([groups[i] == group for i in indices])
-        if not members.any():
-            raise InvalidInput(f"group {group!r} has no row left to calibrate on: give it more, or fit on fewer")
         found |= {calibration_key(name, group): np.sort(values[members]) for name, values in scores.items()}
     return found
 

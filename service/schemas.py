@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from service.bundle import (
     Calibration,
@@ -21,11 +21,13 @@ from service.bundle import (
     ScoreDefinition,
     Signature,
 )
+from service.calibration import GROUP_LENGTH, composed
 from service.maps import MapKind
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="of every random number: same seed, same bytes")]
 Strict = Annotated[bool, Field(description="refuse images of another size instead of resizing them")]
 Draw = Annotated[bool, Field(description="a draw x ~ p(x|z) instead of the mean E[x|z]")]
+Group = Annotated[str | None, BeforeValidator(lambda group: composed(group) if isinstance(group, str) else group)]
 MapPicture = Literal["heat-map", "overlay"]
 Nats = Annotated[float | None, Field(description="nats")]
 
@@ -93,7 +95,11 @@ class ScoreParameters(Parameters):
         description="further scores of the bundle, with commas between, or all; they share the forward passes",
     )
     false_positive_rate: float | None = Field(
-        default=None, gt=0, lt=1, description="share of inliers that may be called anomalous; default: a setting"
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of inliers that may be called anomalous; default: a setting. Not beside a "
+        "false-discovery rate",
     )
     false_discovery_rate: float | None = Field(
         default=None,
@@ -102,9 +108,9 @@ class ScoreParameters(Parameters):
         description="expected share of inliers among the rows of this request that are called anomalous, in place of "
         "the false-positive rate (Benjamini & Hochberg 1995)",
     )
-    group: str | None = Field(
+    group: Group = Field(
         default=None,
-        max_length=128,
+        max_length=GROUP_LENGTH,
         description="compare with this group of the calibration images only, where the bundle has groups",
     )
     map: bool = Field(default=False, description="also a map: how anomalous is each pixel (feature, step)?")
@@ -127,7 +133,9 @@ class DriftParameters(Parameters):
     """Of drift."""
 
     score: str | None = Field(default=None, max_length=64, description="a calibrated score; default: the bundle's own")
-    group: str | None = Field(default=None, max_length=128, description="rows held against this group; default: none")
+    group: Group = Field(
+        default=None, max_length=GROUP_LENGTH, description="rows held against this group; default: none"
+    )
 
 
 class Answer(BaseModel):

@@ -99,7 +99,9 @@ def further(manifest: Manifest, asked: ScoreParameters) -> dict[str, ScoreDefini
     """The definitions that ``also`` names, in its order. Raises as ``choose``."""
     if not asked.also:
         return {}
-    names = list(manifest.scores) if asked.also == EVERY else [name.strip() for name in asked.also.split(",")]
+    names = [name.strip() for name in asked.also.split(",")]
+    if EVERY in names:
+        names = [*manifest.scores, *(name for name in names if name != EVERY)]
     return {name: _defined(manifest, name) for name in names}
 
 
@@ -116,13 +118,18 @@ def judge(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) 
     """Score ``x`` and compare with the calibration.
 
     Raises:
-        InvalidInput: unknown score or group, or too few calibration scores for the asked false-positive rate.
+        InvalidInput: unknown score or group, both rates at once, or too few calibration scores for the asked
+            false-positive rate.
     """
     return finish(judging(served, x, asked, default_rate))
 
 
 def judging(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) -> Work[Verdicts]:
     """As ``judge``, the scores as a job."""
+    if asked.false_positive_rate is not None and asked.false_discovery_rate is not None:
+        raise InvalidInput(
+            "false_positive_rate and false_discovery_rate: a verdict is by one or the other, ask for one"
+        )
     chosen, also = choose(served.manifest, asked), further(served.manifest, asked)
     # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
     plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
@@ -135,6 +142,15 @@ def judging(served: Served, x: Rows, asked: ScoreParameters, default_rate: float
         judged,
         {name: _judged(served, name, scores.also[name], plans[name], asked) for name in also},
     )
+
+
+def no_verdicts(served: Served, asked: ScoreParameters, default_rate: float) -> list[str]:
+    """Why the chosen score will have no verdict, or a further one no p-value, whatever is scored. Raises as judge."""
+    also = further(served.manifest, asked)
+    plans = [_plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()]
+    plan = _plan(served, choose(served.manifest, asked), asked, default_rate)
+    reasons = [plan.reason, *(each.reason for each in plans if each.n is None)]
+    return list(dict.fromkeys(reason for reason in reasons if reason))
 
 
 def _scores(

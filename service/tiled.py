@@ -216,7 +216,7 @@ def load_tails(bundle: Bundle) -> dict[str, Combination]:
         found.setdefault(name, {})[parameter] = array
     if unknown := sorted(set(found) - set(bundle.manifest.scores)):
         raise BundleFormatError(f"{TILES} holds tails of scores that the manifest does not define: {unknown}")
-    return {name: Combination(arrays, 1) for name, arrays in found.items()}
+    return {name: Combination(arrays, 1, TILES) for name, arrays in found.items()}
 
 
 def is_tiled(manifest: Manifest) -> bool:

@@ -8,6 +8,7 @@ ok    files        6 files, sizes and sha256 as the manifest says, nothing else 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,15 @@ from service.bundle import (
     open_bundle,
 )
 from service.calibration import Calibrator
-from service.errors import BundleFormatError, BundleGraphError, BundleParityError, VaeserveError
+from service.errors import (
+    BundleFormatError,
+    BundleGraphError,
+    BundleIntegrityError,
+    BundleNotFound,
+    BundleParityError,
+    DeviceUnavailable,
+    VaeserveError,
+)
 from service.graphs import check_operators
 from service.model import Model
 from service.rows import Arrays
@@ -40,6 +49,17 @@ MOST_TOLERANCE = 0.01
 differ by some 1e-6 of it, a draw that is rounded by one level of 255."""
 MOST_SPREAD = 1e-4
 """Of log p(x|z)'s size: how far log w may spread over the samples of one row where the evidence is said to be exact."""
+
+
+FAILED: Mapping[type[VaeserveError], str] = {
+    BundleNotFound: "files",
+    BundleIntegrityError: "files",
+    BundleFormatError: "format",
+    BundleGraphError: "graphs",
+    BundleParityError: "parity",
+    DeviceUnavailable: "device",
+}
+"""What to call a check that failed, by its error."""
 
 
 class Check(NamedTuple):
@@ -96,7 +116,7 @@ def verify_bundle(path: Path | str, runtime: Runtime | None = None) -> Report:
     try:
         _check(report, runtime)
     except VaeserveError as error:
-        name = type(error).__name__.removeprefix("Bundle").lower()
+        name = next((name for kind, name in FAILED.items() if isinstance(error, kind)), "bundle")
         report.checks.append(Check(name, False, str(error)))
         report.error = error
     return report

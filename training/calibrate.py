@@ -28,6 +28,8 @@ SPLIT, FIT_SPLIT = "calibration", "validation"
 RATES = (0.001, 0.01, 0.05, 0.1)
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 BATCH = 256
+ORDER = "order"
+"""In scores.npz: places in the calibration split, by rising default score."""
 
 Progress = Callable[[int], None]
 
@@ -93,14 +95,20 @@ def calibrate(run: Run, progress: Progress | None = None) -> Path:
     named = {
         f"{split}.{name}": s for split, scores in ((SPLIT, held_out), ("test", test)) for name, s in scores.items()
     }
-    (run.folder / SCORES).write_bytes(to_npz(named))
+    order = np.argsort(found[0][manifest["default_score"]], kind="stable")
+    (run.folder / SCORES).write_bytes(to_npz(named | {ORDER: order}))
     return path
 
 
-def suspects(run: Run) -> str | None:
-    """What the tail of the default score's calibration says of bad images among the good ones; None: nothing."""
+def suspects(run: Run) -> tuple[str | None, list[str]]:
+    """What the tail of the default score's calibration says of bad images among the good ones, None: nothing; and what
+    these images are called."""
     with np.load(run.folder / SCORES) as archive:
-        return contamination(archive[f"{SPLIT}.{open_staged(run).manifest.default_score}"]).message
+        found = contamination(archive[f"{SPLIT}.{open_staged(run).manifest.default_score}"])
+        places = archive[ORDER][found.indices]
+    wholes, names = run.dataset.wholes, run.dataset.names
+    rows = (wholes or run.dataset).splits[SPLIT][places].tolist()
+    return found.message, [names[row] if wholes is None else wholes.name(row) for row in rows]
 
 
 def fit_scores(run: Run) -> Path:

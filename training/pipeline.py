@@ -18,12 +18,16 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from service.calibration import needed
+from service.fitting import LEAST_ROWS
 from training.backbone import settled
 from training.calibrate import calibrate, images_to_score, suspects
 from training.card import duration
 from training.checkpoint import FILE as CHECKPOINT
 from training.checkpoint import load_checkpoint
 from training.config import Config, parse_override
+from training.data.folders import cut_off
+from training.data.load import NAMED
 from training.dimensions import FAMILIES as TRUNCATED
 from training.dimensions import adapted, with_latent_dim
 from training.errors import TrainingError
@@ -37,6 +41,8 @@ from training.staging import export
 from training.threads import set_threads
 
 SPLIT = "test"
+DEFAULT_RATE = 0.05
+"""The false-positive rate that vaeserve judges by where a request asks for none."""
 
 
 def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, console: Console) -> tuple[Run, Fabric]:
@@ -122,14 +128,49 @@ def _announce(run: Run, asked: Config, console: Console) -> None:
 
 
 def _describe(run: Run, console: Console) -> None:
-    """What was read: rows, splits, and files that were left out."""
-    dataset = run.dataset
+    """What was read: rows, splits, and files that were left out; what is cut off, and which split is too small."""
+    dataset, wholes = run.dataset, run.dataset.wholes
     sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in dataset.splits.items())
     kind, shape = dataset.preprocessing.kind, dataset.describe()["shape"]
+    what = f"{kind}s" if wholes is None else "crops"
     of = " of features" if run.backbone else ""
-    say(console, f"{len(dataset):,} {kind}s{of} {'×'.join(map(str, shape))}: {sizes}")
+    among = "" if wholes is None else f" of {len(wholes.kept):,} images"
+    say(console, f"{len(dataset):,} {what}{of} {'×'.join(map(str, shape))}{among}: {sizes}")
     for path, reason in dataset.skipped[:10]:
         say(console, f"skipped {path}: {reason}")
+    for note in (_note_on_edges(run), *_notes_on_splits(run)):
+        if note:
+            say(console, note)
+
+
+def _note_on_edges(run: Run) -> str | None:
+    """What the rule ``cover`` cuts off of images of another shape."""
+    cut = cut_off(run.config.data) if run.config.data.source not in NAMED else None
+    if cut is None:
+        return None
+    median, most = cut
+    return (
+        f"data.fit = cover scales images to {run.input_rule.shape[1]}×{run.input_rule.shape[2]} and cuts off what is "
+        f"beyond at two edges: {median:.0%} of an image's pixels in the median, {most:.0%} at most; contain keeps all "
+        "and pads, stretch distorts (--set data.fit=contain)"
+    )
+
+
+def _notes_on_splits(run: Run) -> Iterator[str]:
+    """Which split is too small for what it is for, with the setting to raise."""
+    data, dataset, rows = run.config.data, run.dataset, f"{run.input_rule.kind}s"
+    n, found = len((dataset.wholes or dataset).splits["calibration"]), len(dataset.splits["validation"])
+    if n < needed(DEFAULT_RATE):
+        yield (
+            f"calibration: {n} {rows} are too few for verdicts at a false-positive rate of {DEFAULT_RATE:.0%}, the "
+            f"default, which needs {needed(DEFAULT_RATE)}: raise data.calibration, {data.calibration:g} here"
+        )
+    if found < LEAST_ROWS:
+        yield (
+            f"validation: {found} {'crops' if dataset.wholes else rows} are too few to fit the anomaly scores, which "
+            f"needs {LEAST_ROWS}, and the bound (or the reconstruction error) will be the score: raise "
+            f"data.validation, {data.validation:g} here"
+        )
 
 
 def evaluate_stage(run: Run, console: Console, **asked: int | str | None) -> dict[str, float]:
@@ -170,8 +211,11 @@ def calibrate_stage(run: Run, console: Console) -> Path:
     with progress_bar(console, "calibrate", images_to_score(run)) as advance:
         path = calibrate(run, advance)
     say(console, f"calibrate: {path}, verified")
-    if warning := suspects(run):
+    warning, names = suspects(run)
+    if warning:
         say(console, f"calibrate: {warning}")
+    for name in names:
+        say(console, f"look at {name}")
     return path
 
 

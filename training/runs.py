@@ -7,7 +7,7 @@ runs/NAME/config.json      the whole configuration
           backbone/        the frozen backbone, if there is one, and the images' features (training.features)
           metrics.json     evaluate
           bundle/          export and calibrate: NAME/1, a bundle that is not published yet
-          scores.npz       calibrate: scores of the calibration and test splits
+          scores.npz       calibrate: scores of the calibration split, sorted, and whose; of the test split
           report/          report
 """
 

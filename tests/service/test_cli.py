@@ -123,6 +123,38 @@ def test_score_takes_the_parameters_of_the_route(folder, ppca_root):
     assert next(csv.DictReader(io.StringIO(named.stdout)))["k"] == "16"
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_further_scores_are_columns_with_the_answers_of_the_route(folder, ppca_root, tmp_path, suffix):
+    out = tmp_path / f"scores.{suffix}"
+    done = run("score", folder / "0.png", "--repository", ppca_root, "--also", "iwae", "--out", out)
+    assert done.exit_code == 0, done.stderr
+    assert "note:" not in done.stderr
+    with serving(ppca_root) as client:
+        content = (folder / "0.png").read_bytes()
+        answer = client.post("/v1/score?also=iwae", content=content, headers={"content-type": "image/png"}).json()
+    row = {
+        "csv": lambda: next(csv.DictReader(io.StringIO(out.read_text()))),
+        "jsonl": lambda: json.loads(out.read_text()),
+        "parquet": lambda: parquet.read_table(out).to_pylist()[0],
+    }[suffix]()
+    expected = answer["results"][0]["also"]["iwae"]
+    assert (float(row["iwae_score"]), float(row["iwae_p_value"])) == (expected["score"], expected["p_value"])
+
+
+def test_a_group_that_is_not_there_is_refused(folder, ppca_root):
+    done = run("score", folder / "0.png", "--repository", ppca_root, "--group", "left")
+    assert done.exit_code == 1
+    assert "no calibration of group 'left'" in done.stderr
+
+
+def test_why_there_is_no_verdict_is_said_once(folder, ppca_root, monkeypatch):
+    monkeypatch.setenv("VAESERVE_FALSE_POSITIVE_RATE", "0.0001")
+    done = run("score", *[folder / "0.png"] * 70, "--repository", ppca_root, "--also", "all")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("note: no is_anomaly: a false-positive rate of 0.0001 needs at least 9999") == 1
+    assert {row["is_anomaly"] for row in csv.DictReader(io.StringIO(done.stdout))} == {""}
+
+
 def test_strict_skips_images_of_another_size(folder, ppca_root):
     Image.new("L", (9, 8)).save(folder / "deep/wide.png")
     assert run("score", folder / "deep", "--repository", ppca_root).exit_code == 0

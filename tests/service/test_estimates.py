@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from service.bundle import ScoreDefinition, open_bundle
+from service.bundle import DETECTORS, ScoreDefinition, open_bundle
 from service.detectors import stretched
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
@@ -13,7 +13,7 @@ from service.measured import Measured
 from service.model import Model
 from service.runtime import Runtime
 from tests.ppca_bundle import images
-from tests.service.fitted_bundles import FAMILIES, fit
+from tests.service.fitted_bundles import FAMILIES, fit, npz, rewrite
 
 X = images(7, seed=5)
 BATCHES = (1, 2, 7, 8, 33)
@@ -169,6 +169,24 @@ def test_the_ends_of_float32_never_yield_nan(served):
         x = np.stack([np.full_like(x[0], value) for value in (0, 1e-38, 1e15, -1e15, 1e30)])
     for score, values in scores_of(model, x).items():
         assert not np.isnan(values).any(), score
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("score", ["statistics", "combined"])
+def test_fitted_numbers_that_yield_infinity_of_finite_ones_are_named(tmp_path, score):
+    """A row beyond what the graphs can say is infinitely far; a bundle whose own numbers overflow is refused."""
+    family = FAMILIES["table"]
+    plain = fit(family.write(tmp_path / "plain"), tmp_path, family.inliers(60, 1), family.inliers(40, 2))
+    bundle = open_bundle(plain)
+    arrays = bundle.arrays(DETECTORS)
+    arrays["statistics/whitening"] = arrays["statistics/whitening"] * 1e200
+    broken = Model.load(open_bundle(rewrite(bundle, tmp_path / "broken", {}, {DETECTORS: npz(arrays)})), Runtime("cpu"))
+    x = family.inliers(3, 9)
+    with pytest.raises(BundleGraphError, match="statistics: the fitted numbers yield inf for row 0"):
+        broken.score(x, broken.manifest.scores[score])
+    sound = Model.load(bundle, Runtime("cpu"))
+    far = np.full_like(x[:1], 1e30)
+    assert sound.score(far, sound.manifest.scores["combined"]).score == np.inf
 
 
 @pytest.mark.parametrize("change", [{"k": 3}, {"seed": 77}])

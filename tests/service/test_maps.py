@@ -18,6 +18,7 @@ from service.fitting import fit_map
 from service.images import unit_levels
 from service.maps import LOUD, PASSES, QUANTILES, SIGMA, UNIT, AnomalyMap, Sight, load_map, map_arrays
 from service.model import Model
+from service.offline import plan_pictures
 from service.pictures import encode_heat_maps, encode_overlays
 from service.schemas import Scored
 from service.textures import NARROW, WIDE, Expected
@@ -430,12 +431,12 @@ def test_offline_pictures_are_the_services(folder, root, client, tmp_path, optio
     done = score(folder, "--model", "ppca", "--repository", root, "--maps", tmp_path / "maps", *flags)
     assert done.exit_code == 3, done.output
     written = {str(path.relative_to(tmp_path / "maps")) for path in (tmp_path / "maps").rglob("*.png")}
-    assert written == {"0.png.png", "deep/0.png.png"}
+    assert written == {"0.png", "deep/0.png"}
     for name in ("0.png", "deep/0.png"):
         headers = {"content-type": PNG, "accept": PNG}
         body = (folder / name).read_bytes()
         answer = client.post("/v1/models/ppca/score", content=body, headers=headers, params={"map": True, **options})
-        assert (tmp_path / "maps" / f"{name}.png").read_bytes() == answer.content
+        assert (tmp_path / "maps" / name).read_bytes() == answer.content
 
 
 def test_offline_pictures_of_tiles(root, tmp_path):
@@ -444,8 +445,14 @@ def test_offline_pictures_of_tiles(root, tmp_path):
     options = ("--score", "elbo", "--maps", tmp_path / "maps")
     done = score(tmp_path / "a.png", "--model", "weave", "--repository", root, *options)
     assert done.exit_code == 0, done.output
-    with Image.open(tmp_path / "maps/a.png.png") as picture:
+    with Image.open(tmp_path / "maps/a.png") as picture:
         assert picture.size == (50, 40)
+
+
+def test_a_picture_of_another_format_keeps_its_suffix_beside_one_of_its_name(tmp_path):
+    files = [tmp_path / name for name in ("a.jpg", "a.png", "b.PNG")]
+    planned = plan_pictures(files, [tmp_path], tmp_path / "out")
+    assert [str(path.relative_to(tmp_path / "out")) for path in planned.values()] == ["a.jpg.png", "a.png", "b.png"]
 
 
 @pytest.mark.parametrize(
@@ -455,6 +462,7 @@ def test_offline_pictures_of_tiles(root, tmp_path):
         (["{x}/0.png", "--maps", "{x}/out", "--map-kind", "heat"], "map_kind"),
         (["{x}/0.png", "--map-kind", "anomaly"], "--maps FOLDER"),
         (["{x}/0.png", "{x}/deep/0.png", "--maps", "{x}/out", "--model", "ppca"], "would both be"),
+        (["{x}/0.png", "--maps", "{x}", "--model", "ppca"], "0.png would take the place of"),
         (["{x}/rows.npy", "--maps", "{x}/out", "--model", "table"], "no pictures"),
     ],
 )

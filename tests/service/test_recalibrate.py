@@ -1,5 +1,7 @@
 """``vaeserve calibrate``: a new version whose verdicts rest on the user's own rows, and keep the rate on fresh ones."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,8 +18,10 @@ from service.model import Model
 from service.recalibrate import Plan, recalibrate
 from service.runtime import Runtime
 from service.tiled import TiledModel, fit_tails
+from service.verify import verified
 from tests.ppca_bundle import images
 from tests.service.fitted import write_fitted
+from tests.service.fitted_bundles import rewrite
 from tests.service.http import serving
 from tests.service.linear_bundles import draw, linear, write_table
 from tests.tiled_bundle import surface, with_scratch, write_tiled_bundle
@@ -73,6 +77,24 @@ def test_what_fits_the_scores_does_not_calibrate_them(moved):
     order = np.random.RandomState(0).permutation(600)
     rows = unit_levels(levels(600, 21, True)[np.sort(order[180:])])
     np.testing.assert_array_equal(np.sort(model.score(rows).score), model.bundle.arrays(CALIBRATION)["combined"])
+
+
+def test_a_bundle_that_had_too_few_rows_to_fit_gets_the_combination_as_its_default_and_it_is_said(ppca_path, tmp_path):
+    old = open_bundle(ppca_path)
+    assert "combined" not in old.manifest.scores
+    done = recalibrate(old, own(levels(100, 23)), None, tmp_path, Plan())
+    assert open_bundle(done.path).manifest.default_score == "combined"
+    assert (
+        f"the default score is combined now, fitted here for the first time; it was {old.manifest.default_score}"
+        in (done.notes)
+    )
+
+
+def test_a_default_that_was_chosen_beside_the_combination_stays(root, tmp_path):
+    old = open_bundle(root / "ppca" / "2")
+    chosen = rewrite(old, tmp_path / "chosen", {"default_score": "elbo"}, {})
+    done = recalibrate(open_bundle(chosen), own(levels(100, 23)), None, tmp_path, Plan())
+    assert open_bundle(done.path).manifest.default_score == "elbo"
 
 
 def test_few_rows_keep_the_detectors_and_say_so(root, tmp_path):
@@ -139,6 +161,55 @@ def test_the_command_writes_a_version_with_a_calibration_for_each_subfolder(root
             assert client.post("/v1/models/ppca/score", **asked).json()["calibration"]["n"] == n
     scored = run("score", folder / "right" / "0.png", "--repository", tmp_path)
     assert scored.exit_code == 0, scored.stderr
+
+
+def test_the_command_says_what_each_group_can_answer_and_that_a_server_must_start_again(root, folder, tmp_path):
+    few = tmp_path / "few"
+    shutil.copytree(folder / "right", few / "right")
+    for name in [f"{i}.png" for i in range(10)]:
+        (few / "left").mkdir(exist_ok=True)
+        shutil.copy(folder / "left" / name, few / "left" / name)
+    arguments = ("--fit-share", "0", "--repository", root, "--to", tmp_path / "to")
+    done = run("calibrate", "ppca", few, "--groups", *arguments)
+    assert done.exit_code == 0, done.stderr
+    assert (
+        "group left: 10 images; smallest p-value 0.0909; too few for the default false-positive rate, 0.05, which "
+        "needs 19\ngroup right: 80 images; smallest p-value 0.0123\n"
+    ) in done.stderr
+    assert "a running server loads new versions when it is started again" in done.stderr
+    assert "no groups" not in done.stderr
+    again = run("calibrate", "ppca", few, "--repository", tmp_path / "to", "--fit-share", "0")
+    assert "note: this version has no groups, the bundle had left, right" in again.stderr
+
+
+def test_groups_without_subfolders_are_refused_before_any_work(root, folder, tmp_path):
+    done = run("calibrate", "ppca", folder / "right", "--groups", "--repository", root, "--to", tmp_path / "to")
+    assert done.exit_code == 1
+    assert "no image lies in a subfolder" in done.stderr
+    assert "expected a subfolder for each group" in done.stderr
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_subfolder_whose_name_no_group_can_have_is_refused_before_any_work(root, tmp_path):
+    names, worked = [f"a@b{i % 2}" for i in range(30)], []
+    with pytest.raises(InvalidInput, match="a group's name is"):
+        recalibrate(open_bundle(root / "ppca" / "2"), own(levels(30, 1)), names, tmp_path, Plan(), worked.append)
+    assert not worked
+
+
+def test_of_two_at_once_the_second_takes_the_next_version(root, tmp_path, monkeypatch):
+    """While one is verified, another process writes the version that it was about to take."""
+    taken = tmp_path / "ppca" / "1"
+
+    def raced(path):
+        if not taken.exists():
+            shutil.copytree(path, taken)
+        return verified(path)
+
+    monkeypatch.setattr("service.recalibrate.verified", raced)
+    done = recalibrate(open_bundle(root / "ppca" / "2"), own(levels(30, 23)), None, tmp_path, Plan())
+    assert done.path == tmp_path / "ppca" / "2"
+    assert open_bundle(done.path).manifest.version == "2"
 
 
 @pytest.mark.parametrize(

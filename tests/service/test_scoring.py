@@ -80,6 +80,21 @@ def test_an_unknown_further_score_is_refused_with_the_known_ones(client, names):
     assert "statistics" in detail
 
 
+def test_all_among_names_is_all_of_them_and_an_unknown_name_beside_it_is_refused(client):
+    assert post(client, also="all,elbo").json()["also"] == post(client, also="all").json()["also"]
+    assert "nonsense" in assert_problem(post(client, also="nonsense, all"), 422)["detail"]
+
+
+@pytest.mark.parametrize("beside", [{}, {"false_discovery_rate": 0.2}])
+def test_both_rates_at_once_are_refused_wherever_they_stand(client, beside):
+    """In the query, or one of them in the body."""
+    if beside:
+        response = client.post("/v1/models/ppca/score?false_positive_rate=0.2", json={"images": X.tolist(), **beside})
+    else:
+        response = post(client, false_positive_rate=0.2, false_discovery_rate=0.2)
+    assert "one or the other" in assert_problem(response, 422)["detail"]
+
+
 def test_a_false_discovery_rate_judges_the_batch_by_benjamini_hochberg(client):
     answer = post(client, false_discovery_rate=0.2).json()
     p = np.array([result["p_value"] for result in answer["results"]])
@@ -126,6 +141,15 @@ def test_too_few_calibration_scores_for_the_usual_rate_give_scores_and_say_why_n
 
 def test_a_group_that_the_bundle_does_not_have_is_refused_with_those_it_has(client):
     assert "none" in assert_problem(post(client, group="left"), 422)["detail"]
+
+
+def test_a_group_s_name_has_one_limit_however_its_accents_are_typed(client):
+    """64 letters are a name, of which the calibration has none; 65 are none."""
+    for letter in ("a", "é", "e\u0301"):
+        assert "known groups" in assert_problem(post(client, group=64 * letter), 422)["detail"]
+        assert "at most 64" in assert_problem(post(client, group=65 * letter), 422)["detail"]
+        drift = client.get("/v1/models/ppca/drift", params={"group": 65 * letter})
+        assert "at most 64" in assert_problem(drift, 422)["detail"]
 
 
 def test_the_scores_are_documented(client, manifest):

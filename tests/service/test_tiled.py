@@ -163,6 +163,14 @@ def test_tails_of_unknown_scores_are_refused(served, monkeypatch):
         module.load_tails(bundle)
 
 
+def test_a_fault_of_the_tails_is_said_of_their_file(served, monkeypatch):
+    bundle = served.model.bundle
+    arrays = {key: -array if key == "elbo/scale" else array for key, array in bundle.arrays("tiles.npz").items()}
+    monkeypatch.setattr(type(bundle), "arrays", lambda *_: arrays)
+    with pytest.raises(BundleFormatError, match=r"tiles\.npz: scale of a combination holds numbers that are not pos"):
+        module.load_tails(bundle)
+
+
 # ---- memory
 
 PEAK = """

@@ -313,6 +313,15 @@ def test_a_prior_s_graph_is_replayed(tmp_path, runtime, edit, error, words):
     assert words in report.summary()
 
 
+def test_a_failed_check_has_a_name_in_words(tmp_path, runtime):
+    names = {}
+    for case, (change, error, _) in FAULTS.items():
+        path, _ = write_ppca_bundle(tmp_path / case, change=change)
+        names[error] = verify_bundle(path, runtime).checks[-1].name
+    assert names == {BundleFormatError: "format", BundleGraphError: "graphs", BundleParityError: "parity"}
+    assert verify_bundle(tmp_path / "nothing").checks[-1].name == "files"
+
+
 def test_faults_of_files_are_reported_too(tmp_path):
     assert isinstance(verify_bundle(tmp_path / "nothing").error, BundleNotFound)
     path, _ = write_ppca_bundle(tmp_path)

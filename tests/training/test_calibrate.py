@@ -8,6 +8,7 @@ from PIL import Image
 
 from service.bundle import CALIBRATION, DETECTORS, Preprocessing, open_bundle
 from service.calibration import Calibrator
+from service.contamination import Contamination
 from service.fitting import LEAST_ROWS, fitted_arrays
 from service.images import ImageLimits, decode_image, unit_levels
 from service.model import Model
@@ -15,7 +16,7 @@ from service.runtime import Runtime
 from service.verify import verify_bundle
 from tests.training.finished import finished_run
 from training.batches import to_unit
-from training.calibrate import calibrate, images_to_score, realised, score_split, summary
+from training.calibrate import ORDER, calibrate, images_to_score, realised, score_split, summary, suspects
 from training.errors import ExportError
 from training.runs import SCORES
 from training.staging import export
@@ -98,6 +99,19 @@ def test_every_grey_level_is_the_same_number_in_training_and_serving():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
     np.testing.assert_array_equal(to_unit(levels).numpy(), (levels / 255).astype(np.float32))
     np.testing.assert_array_equal(to_unit(levels).numpy(), unit_levels(levels))
+
+
+def test_suspects_are_named_as_their_source_calls_them(run, calibrated, monkeypatch):
+    """By their place in the array; scores.npz keeps the order in which they can be found again."""
+    archive = dict(np.load(run.folder / SCORES))
+    split = run.dataset.splits["calibration"]
+    rows = split[archive[ORDER]]
+    scores = calibrated.score(unit_levels(run.dataset.pixels(rows))).score
+    np.testing.assert_array_equal(scores, archive["calibration.combined"])
+    found = Contamination(len(rows), 2, np.array([len(rows) - 1, len(rows) - 2]), 0.001, "look")
+    monkeypatch.setattr("training.calibrate.contamination", lambda _: found)
+    message, names = suspects(run)
+    assert (message, names) == ("look", [f"tiny.npy[{row}]" for row in rows[::-1][:2]])
 
 
 def test_the_realised_rates_can_be_counted_again_from_the_test_scores(run, calibrated):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from PIL import Image
 from rich.console import Console
 
 from service.bundle import CALIBRATION, TILES, open_bundle
+from service.contamination import Contamination
 from service.repository import load_bundle
 from service.runtime import Runtime
 from service.tiled import fit_tails
 from tests.tiled_bundle import surface, with_scratch
-from training.calibrate import images_to_score, score_split
+from training.calibrate import images_to_score, score_split, suspects
 from training.config import Config, load_config
 from training.pipeline import all_stages, fit_stage
 from training.runs import SCORES, Launch
@@ -72,6 +74,18 @@ def test_the_calibration_is_of_whole_images_and_can_be_counted_again(published, 
     with np.load(run.folder / SCORES) as kept:
         for name in served.manifest.scores:
             np.testing.assert_array_equal(kept[f"calibration.{name}"], np.sort(scores[name]))
+
+
+def test_suspects_are_the_whole_images_by_their_files(published, served, monkeypatch):
+    run, _ = published
+    found = Contamination(24, 1, np.array([23]), 0.001, "look")
+    monkeypatch.setattr("training.calibrate.contamination", lambda _: found)
+    wholes = run.dataset.wholes
+    scores = {int(i): served.tiled.score([wholes.read(int(i))]).score[0] for i in wholes.splits["calibration"]}
+    highest = wholes.read(max(scores, key=scores.get))
+    _, (name,) = suspects(run)
+    folder = Path(run.config.data.source)
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / name)), highest[0])
 
 
 def test_tails_are_those_of_held_out_tiles(published, served):

@@ -62,6 +62,10 @@ class Wholes:
         """Image ``index`` in its own size, uint8 [C,h,w]. Raises DataError."""
         return self.source.read(int(self.kept[index]))
 
+    def name(self, index: int) -> str:
+        """What to call image ``index`` in a message."""
+        return self.source.name(int(self.kept[index]))
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -71,8 +75,9 @@ class Dataset:
     ``splits`` maps train, validation, calibration and test to int64 indices into the pool of N images, in seeded order
     (all of them, but those equal to images of a test part that the data set came with);
     ``labels`` int64 [N] are aligned with the pool; ``skipped`` names each image that could not be used, with the
-    reason; ``fingerprint`` (SHA-256, hex) changes when any pixel, label or split does. ``wholes``: of a data set of
-    crops, the images that these are of.
+    reason; ``fingerprint`` (SHA-256, hex) changes when any pixel, label or split does. ``names``: what to call the
+    images of the calibration split in a message, by index. ``wholes``: of a data set of crops, the images that these
+    are of.
     """
 
     name: str
@@ -85,6 +90,7 @@ class Dataset:
     dtype: np.dtype
     store: np.ndarray | Streamed = field(repr=False)
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    names: Mapping[int, str] = field(default_factory=dict, repr=False)
     wholes: Wholes | None = field(default=None, repr=False)
 
     def __len__(self) -> int:

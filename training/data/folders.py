@@ -107,10 +107,28 @@ def _decode(path: Path, preprocessing: Preprocessing) -> np.ndarray:
         raise DataFormatError(str(error)) from error
 
 
+def cut_off(config: DataConfig) -> tuple[float, float] | None:
+    """Share of an image's pixels that ``cover`` cuts off at two edges: the median and the largest over up to PROBED of
+    the folder's images, spread evenly. None where nothing is cut: other data, another rule, images of that shape."""
+    root = Path(config.source).expanduser()
+    if config.fit != "cover" or config.tile is not None or not root.is_dir():
+        return None
+    paths = sorted(_files(root))
+    sample = _sample(root, paths)
+    height, width = config.shape or _common_size(sample)
+    shapes = [(h * width, w * height) for h, w in filter(None, map(_size, sample))]
+    shares = [1 - min(shape) / max(shape) for shape in shapes]
+    return (float(np.median(shares)), max(shares)) if any(shares) else None
+
+
+def _sample(root: Path, paths: Sequence[str]) -> list[Path]:
+    count = min(len(paths), PROBED)
+    return [root / paths[i * len(paths) // count] for i in range(count)]
+
+
 def _preprocessing(root: Path, paths: Sequence[str], config: DataConfig) -> Preprocessing:
     """The rule that the configuration asks for, its open parts chosen from a sample of the files."""
-    count = min(len(paths), PROBED)
-    sample = [root / paths[i * len(paths) // count] for i in range(count)]
+    sample = _sample(root, paths)
     height, width = config.shape or _common_size(sample)
     if config.mode != "auto":
         return config.preprocessing(config.mode, height, width)

@@ -88,6 +88,7 @@ def load_source(source: Source, config: DataConfig) -> Dataset:
             "duplicates": len(kept) - len(set(groups.tolist())),
             "copies_of_test_left_out": len(kept) - sum(map(len, splits.values())),
         },
+        names={index: source.pixels.name(int(kept[index])) for index in splits["calibration"].tolist()},
     )
 
 
