@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from typing import Any
@@ -43,11 +44,23 @@ def configure_logs(level: str, form: str, **fields: Any) -> None:
     structlog.configure(
         processors=[*shared, structlog.processors.format_exc_info, direct],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer)
-        if is_json
-        else structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=Lines,
         cache_logger_on_first_use=True,
     )
+
+
+class Lines:
+    """Writes to stderr, as it is then. A line that cannot be written (a full disk, a closed pipe) costs no request."""
+
+    def __init__(self, *_name: Any) -> None: ...
+
+    def msg(self, line: str | bytes) -> None:
+        """One line, in one write: lines of several threads do not mix."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.buffer.write((line if isinstance(line, bytes) else line.encode()) + b"\n")
+            sys.stderr.buffer.flush()
+
+    debug = info = warning = error = critical = msg
 
 
 def get_logger() -> Any:
