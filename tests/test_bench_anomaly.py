@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bench.anomaly import tiled
 from bench.anomaly.defects import DEFECTS, LEAST_CHANGE, VISIBLE, NoRoomForDefect, with_defects
 from bench.anomaly.figure import dots
 from bench.anomaly.measures import auroc, pixel_auroc, rates, resplit
@@ -437,3 +438,25 @@ def test_a_task_that_is_not_there_is_one_line(data_dir, tmp_path):
     assert done.returncode == 1
     assert "no task matches 'none'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_whole_surfaces_go_from_files_through_the_stages_to_a_table(tmp_path, monkeypatch, capsys):
+    small = {
+        "TILE": 16,
+        "SIZES": (40, 48),
+        "GOOD": 80,
+        "HELD_OUT": 6,
+        "FLAWED": 4,
+        "SURFACES": {"woven": SURFACES["woven"]},
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(tiled, name, value)
+    monkeypatch.setitem(tiled.MODELS, "ppca", {"model": {"latent_dim": 8}})
+    tiled.main(["--to", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[2] for line in lines[2:]] == list(FLAWS)
+    assert len(list((tmp_path / "woven-0").iterdir())) == 80
+    statistics = [float(line.split(" | ")[5]) for line in lines[2:]]
+    assert statistics[0] > 0.9  # a scratch across a sixth of the image
+    for line in lines[2:]:
+        assert all(0 <= float(cell) <= 1 for cell in line.split(" | ")[3:10])
