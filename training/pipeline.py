@@ -33,11 +33,14 @@ from training.dimensions import adapted, with_latent_dim
 from training.errors import TrainingError
 from training.evaluate import evaluate, summary
 from training.fit import Fitted, fit, make_fabric
+from training.models.build import FAMILIES
 from training.provenance import commit, machine, versions
 from training.publish import publish
 from training.report import report
 from training.runs import FIT, METRICS, FitRecord, Launch, Run, write_text
 from training.staging import export
+from training.steps import adapted as in_steps
+from training.steps import with_batch_size
 from training.threads import set_threads
 
 SPLIT = "test"
@@ -101,13 +104,20 @@ def _leaving_no_trace(folder: Path, first: bool) -> Iterator[None]:
 
 
 def _adapted(run: Run, launch: Launch) -> Run:
-    """The run with a dimension that its data can have, where that was nobody's choice: see training.dimensions."""
-    chosen = any(parse_override(text)[0] == ["model", "latent_dim"] for text in launch.overrides)
-    if chosen or run.config.model.family not in TRUNCATED:
-        return run
-    if stored := load_checkpoint(run.folder):  # another run's features are not replaced before it is refused
-        load_checkpoint(run.folder, with_latent_dim(run.config, stored["identity"]["model"]["latent_dim"]))
-    return run.configured(adapted(run.config, run.dataset))
+    """The run with a dimension that its data can have, or a batch that suits so few of them, where that was nobody's
+    choice: see training.dimensions and training.steps."""
+    chosen = [parse_override(text)[0] for text in launch.overrides]
+    stored, is_closed = load_checkpoint(run.folder), FAMILIES[run.config.model.family].closed_form
+    # Another run's features are not replaced before it is refused.
+    if run.config.model.family in TRUNCATED and ["model", "latent_dim"] not in chosen:
+        if stored:
+            load_checkpoint(run.folder, with_latent_dim(run.config, stored["identity"]["model"]["latent_dim"]))
+        return run.configured(adapted(run.config, run.dataset))
+    if not is_closed and ["optimiser", "batch_size"] not in chosen:
+        if stored:
+            load_checkpoint(run.folder, with_batch_size(run.config, stored["identity"]["optimiser"]["batch_size"]))
+        return run.configured(in_steps(run.config, len(run.dataset.splits["train"])))
+    return run
 
 
 def _prepare(run: Run) -> None:
@@ -125,6 +135,9 @@ def _announce(run: Run, asked: Config, console: Console) -> None:
     before, now = asked.model.latent_dim, run.config.model.latent_dim
     if now != before:
         say(console, f"model.latent_dim: {now} instead of the preset's {before}, half of the axes of these data")
+    rows, fewer = asked.optimiser.batch_size, run.config.optimiser.batch_size
+    if fewer != rows:
+        say(console, f"optimiser.batch_size: {fewer} instead of the preset's {rows}, for more steps with so few rows")
 
 
 def _describe(run: Run, console: Console) -> None:
