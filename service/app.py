@@ -19,6 +19,7 @@ from service import __version__, errors
 from service.batching import Batcher
 from service.drift import Drift, DriftWatch
 from service.express import Express
+from service.logs import get_logger
 from service.metrics import Metrics
 from service.middleware import BodyGuard, RequestContext
 from service.pool import WorkerPool
@@ -152,6 +153,8 @@ async def _known_error(request: Request, error: Exception) -> Response:
         headers["retry-after"] = "1"
     elif status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not wanted
+    if status == 500:
+        get_logger().error("cannot answer", request_id=request.state.request_id, error=str(error))
     text = str(error) if status < 500 or status == 503 else "the service cannot answer; its log says why"
     return problem(status, text or "the client closed the connection", request.state.request_id, headers)
 

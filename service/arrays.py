@@ -40,6 +40,8 @@ def read_npy(data: bytes) -> np.ndarray:
     expected, found = math.prod(shape) * dtype.itemsize, len(data) - start
     if expected != found:
         raise InvalidInput(f"the npy header promises {_short(expected)} bytes of data: the body holds {found}")
+    if max(shape, default=0) > len(data):
+        raise InvalidInput("the npy array has a dimension beyond the body's bytes")
     array = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
     return np.ascontiguousarray(array, dtype=dtype.newbyteorder("="))
 

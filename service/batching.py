@@ -24,6 +24,7 @@ from service.pool import Gone, WorkerPool
 
 MOST_ROWS = 32  # in a batch of several jobs: the largest run of service.rows
 INLINE_SECONDS = 0.003  # what a batch may take on the event loop, where every other connection waits for it
+BATCH_SECONDS = 0.1  # what a batch may take on the pool: nobody waits for others' rows much longer than for its own
 KNOWN_COSTS = 512
 NEWEST = 0.3  # weight of the newest measurement of a cost
 
@@ -62,7 +63,6 @@ class Batcher:
         self._waiting: dict[Queue, deque[Ticket]] = {}
         self._under_way: Counter[Queue] = Counter()
         self._seconds: OrderedDict[Hashable, float] = OrderedDict()  # a row, by key
-        self._tickets = 0  # that wait
 
     async def run(self, job: Job, gone: Gone) -> Any:
         """The job's result. ``gone()`` returns when the client has left.
@@ -70,8 +70,7 @@ class Batcher:
         Raises:
             Overloaded, DeadlineExceeded, ClientGone: as WorkerPool.run does; and what the job itself raises.
         """
-        if self._pool.pending + self._tickets >= self._pool.capacity:
-            raise Overloaded(f"{self._pool.capacity} requests are in the house: try again later")
+        self._pool.enter()
         ticket = Ticket(job, asyncio.get_running_loop().create_future())
         queue = Queue(job.key, self._seconds_of(job.key) * len(job.rows) <= INLINE_SECONDS)
         self._enqueue(queue, ticket)
@@ -80,7 +79,6 @@ class Batcher:
     def _enqueue(self, queue: Queue, ticket: Ticket) -> None:
         waiting = self._waiting.setdefault(queue, deque())
         waiting.append(ticket)
-        self._tickets += 1
         if len(waiting) == 1:
             self._go_on(queue)
 
@@ -97,23 +95,30 @@ class Batcher:
             return
         if queue.short:
             self._settle(tickets, _computed(tickets))
-        else:
-            self._under_way[queue] += 1
-            future = asyncio.wrap_future(self._pool.submit(lambda: _computed(tickets), len(tickets)))
-            future.add_done_callback(lambda done: self._landed(queue, tickets, done))
+            self._go_on(queue)
+            return
+        try:
+            future = asyncio.wrap_future(self._pool.start(lambda: _computed(tickets)))
+        except Overloaded as error:
+            self._settle(tickets, Computed([error] * len(tickets), 0, 0.0))
+            return
+        self._under_way[queue] += 1
+        future.add_done_callback(lambda done: self._landed(queue, tickets, done))
         self._go_on(queue)
 
     def _next(self, queue: Queue) -> list[Ticket]:
         """Waiting tickets for one batch, those left out whose callers have gone."""
-        most = min(MOST_ROWS, INLINE_SECONDS / self._seconds_of(queue.key)) if queue.short else MOST_ROWS
+        allowed = INLINE_SECONDS if queue.short else BATCH_SECONDS
+        most = min(MOST_ROWS, allowed / max(self._seconds_of(queue.key), 1e-9))
         chosen: list[Ticket] = []
         waiting, rows = self._waiting.get(queue, deque()), 0
         while waiting and (not chosen or rows + len(waiting[0].job.rows) <= most):
             ticket = waiting.popleft()
-            self._tickets -= 1
-            if not ticket.result.done():
-                chosen.append(ticket)
-                rows += len(ticket.job.rows)
+            if ticket.result.done():
+                self._pool.leave()
+                continue
+            chosen.append(ticket)
+            rows += len(ticket.job.rows)
         if not waiting:
             self._waiting.pop(queue, None)
         return chosen
@@ -122,18 +127,13 @@ class Batcher:
         self._under_way[queue] -= 1
         if not self._under_way[queue]:
             del self._under_way[queue]
-        if done.cancelled():  # the pool is being closed
-            for ticket in tickets:
-                ticket.result.cancel()
-        else:
-            self._settle(tickets, done.result())
+        stopping = Computed([Overloaded("the service is stopping")] * len(tickets), 0, 0.0)
+        self._settle(tickets, stopping if done.cancelled() else done.result())
         self._go_on(queue)
 
     def _settle(self, tickets: list[Ticket], computed: Computed) -> None:
-        """Hand each ticket its result, or raise it where it is awaited."""
-        if computed.rows:
-            self._learn(tickets[0].job.key, computed.seconds / computed.rows)
-            self._observe(computed.rows)
+        """Hand each ticket its result, or raise it where it is awaited, and give back the slots."""
+        self._pool.leave(len(tickets))
         for ticket, result in zip(tickets, computed.results, strict=True):
             if ticket.result.done():
                 continue
@@ -141,6 +141,9 @@ class Batcher:
                 ticket.result.set_exception(result)
             else:
                 ticket.result.set_result(result)
+        if computed.rows:
+            self._learn(tickets[0].job.key, computed.seconds / computed.rows)
+            self._observe(computed.rows)
 
     def _seconds_of(self, key: Hashable) -> float:
         """What a row is known to take; for ever, as long as nothing is known."""
@@ -160,10 +163,10 @@ def _computed(tickets: list[Ticket]) -> Computed:
     started = time.perf_counter()
     try:
         whole = first.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
+        seconds = time.perf_counter() - started
+        ends = np.cumsum([len(each) for each in rows]).tolist()
+        parts = [rows_of(whole, slice(end - len(each), end)) for end, each in zip(ends, rows, strict=True)]
     except Exception as error:  # noqa: BLE001 - whatever it is, it is for the callers
         # Of several one may be at fault, and its text may name a row: each alone.
         return Computed([error] if len(tickets) == 1 else [_computed([each]).results[0] for each in tickets], 0, 0.0)
-    seconds = time.perf_counter() - started
-    ends = np.cumsum([len(each) for each in rows]).tolist()
-    parts = [rows_of(whole, slice(end - len(each), end)) for end, each in zip(ends, rows, strict=True)]
     return Computed([whole] if len(rows) == 1 else parts, ends[-1], seconds)

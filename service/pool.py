@@ -58,15 +58,29 @@ class WorkerPool:
             watcher.cancel()
             result.cancel()
 
-    def submit(self, work: Callable[[], T], requests: int = 1) -> Future[T]:
-        """Have it run for so many requests, whatever waits; each holds a slot until it has ended."""
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Have it run, whatever waits; it holds a slot until it has ended."""
         loop = asyncio.get_running_loop()
-        self.pending += requests
-        future = self._executor.submit(work)
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, requests))
+        future = self.start(work)
+        self.pending += 1
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.leave))
         return future
 
-    def _release(self, requests: int) -> None:
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        """Have it run for requests that hold their slots already. Raises Overloaded once the pool is closed."""
+        try:
+            return self._executor.submit(work)
+        except RuntimeError as error:
+            raise Overloaded("the service is stopping") from error
+
+    def enter(self) -> None:
+        """Take a slot. Raises Overloaded: there is none."""
+        if self.pending >= self.capacity:
+            raise Overloaded(f"all workers are busy and {self.capacity} requests are in the house: try again later")
+        self.pending += 1
+
+    def leave(self, requests: int = 1) -> None:
+        """Give back the slots of so many requests."""
         self.pending -= requests
 
     def close(self) -> None:

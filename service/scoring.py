@@ -134,7 +134,7 @@ def judging(served: Served, x: Rows, asked: ScoreParameters, default_rate: float
     # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
     plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
     plan = _plan(served, chosen, asked, default_rate)
-    scores = yield from _scores(served, x, chosen.definition, asked, also)
+    scores = yield from _scores(served, x, chosen, asked, also)
     judged = _judged(served, chosen.name, scores.score, plan, asked)
     return Verdicts(
         chosen,
@@ -154,13 +154,15 @@ def no_verdicts(served: Served, asked: ScoreParameters, default_rate: float) -> 
 
 
 def _scores(
-    served: Served, x: Rows, definition: ScoreDefinition, asked: ScoreParameters, also: Mapping[str, ScoreDefinition]
+    served: Served, x: Rows, chosen: Chosen, asked: ScoreParameters, also: Mapping[str, ScoreDefinition]
 ) -> Work[Scores | TiledScores]:
+    definition = chosen.definition
     beside = (asked.map, also, asked.map_kind, asked.top_latents > 0)
     if served.tiled is not None:
         return served.tiled.score(x, definition, *beside)
     assert isinstance(x, np.ndarray)
-    key = ("score", served.model, _recipe(definition), tuple(also), asked.map, asked.map_kind, asked.top_latents > 0)
+    recipe = (chosen.name, *_recipe(definition))
+    key = ("score", served.model, recipe, tuple(also), asked.map, asked.map_kind, asked.top_latents > 0)
     scores: Scores = yield Job(key, x, lambda rows: served.model.score(rows, definition, *beside))
     return scores
 

@@ -44,6 +44,17 @@ def job(*numbers, key="double", run=doubled):
     return Job(key, np.array(numbers, np.float32)[:, None], run)
 
 
+async def known(batcher, key="double"):
+    """What a row of that key costs is known from here on; of what is not, each job runs alone."""
+    await batcher.run(job(0, key=key), never)
+
+
+async def learnt_as_long(batcher, monkeypatch):
+    """Known, and too long for the event loop."""
+    await known(batcher)
+    monkeypatch.setattr(batching, "INLINE_SECONDS", 0.0)
+
+
 def assert_doubled(result, *numbers):
     np.testing.assert_array_equal(result.loc[:, 0], 2 * np.array(numbers))
     np.testing.assert_array_equal(result.samples[:, 0, 0], numbers)
@@ -51,7 +62,7 @@ def assert_doubled(result, *numbers):
 
 def test_what_arrives_together_runs_together_and_each_gets_its_own_rows():
     async def body(batcher, runs, pool):
-        await batcher.run(job(0), never)  # what it costs is known from here on
+        await known(batcher)
         results = await asyncio.gather(*(batcher.run(job(i, -i), never) for i in range(5)))
         for i, result in enumerate(results):
             assert_doubled(result, i, -i)
@@ -73,7 +84,7 @@ def test_a_short_job_runs_on_the_event_loop_and_a_long_or_unknown_one_on_the_poo
     scenario(body)
 
 
-def test_what_arrives_while_a_batch_is_under_way_makes_up_the_next_one():
+def test_what_arrives_while_a_batch_is_under_way_makes_up_the_next_one(monkeypatch):
     async def body(batcher, runs, pool):
         release, begun = threading.Event(), threading.Event()
 
@@ -82,30 +93,34 @@ def test_what_arrives_while_a_batch_is_under_way_makes_up_the_next_one():
             release.wait()
             return rows
 
+        await learnt_as_long(batcher, monkeypatch)
         first = asyncio.create_task(batcher.run(job(0, run=slow), never))
         await until(begun.is_set)
         others = [asyncio.create_task(batcher.run(job(i, run=slow), never)) for i in range(1, 8)]
         await asyncio.sleep(0)
         release.set()
         await asyncio.gather(first, *others)
-        assert runs == [1, 7]
+        assert runs == [1, 1, 7]
 
     scenario(body)
 
 
 def test_a_batch_has_so_many_rows_at_most_but_a_larger_job_runs_whole():
     async def body(batcher, runs, pool):
+        await known(batcher)
         sizes = [20, 20, 5, 3 * MOST_ROWS, 1]
         results = await asyncio.gather(*(batcher.run(job(*range(size)), never) for size in sizes))
         for size, result in zip(sizes, results, strict=True):
             assert_doubled(result, *range(size))
-        assert runs == [20, 25, 3 * MOST_ROWS, 1]
+        assert runs == [1, 20, 25, 3 * MOST_ROWS, 1]
 
     scenario(body)
 
 
 def test_jobs_of_different_keys_never_mix():
     async def body(batcher, runs, pool):
+        await known(batcher)
+        await known(batcher, "negate")
         other = [batcher.run(job(i, key="negate", run=lambda rows: -rows), never) for i in range(3)]
         results = await asyncio.gather(*other, *(batcher.run(job(i), never) for i in range(3)))
         assert [float(result[0, 0]) for result in results[:3]] == [0, -1, -2]
@@ -122,6 +137,7 @@ def test_one_bad_job_of_a_batch_fails_alone_and_in_its_own_words():
         return doubled(rows)
 
     async def body(batcher, runs, pool):
+        await known(batcher)
         jobs = [job(1, 2, run=picky), job(3, -4, run=picky), job(5, run=picky)]
         results = await asyncio.gather(*(batcher.run(each, never) for each in jobs), return_exceptions=True)
         assert_doubled(results[0], 1, 2)
@@ -131,7 +147,7 @@ def test_one_bad_job_of_a_batch_fails_alone_and_in_its_own_words():
     scenario(body)
 
 
-def test_a_client_that_left_is_not_computed_for_and_holds_up_nobody():
+def test_a_client_that_left_is_not_computed_for_and_holds_up_nobody(monkeypatch):
     async def body(batcher, runs, pool):
         release, begun, left = threading.Event(), threading.Event(), asyncio.Event()
 
@@ -140,6 +156,7 @@ def test_a_client_that_left_is_not_computed_for_and_holds_up_nobody():
             release.wait()
             return doubled(rows)
 
+        await learnt_as_long(batcher, monkeypatch)
         first = asyncio.create_task(batcher.run(job(0, run=slow), never))
         await until(begun.is_set)
         gone = asyncio.create_task(batcher.run(job(1, 1, 1, run=slow), left.wait))
@@ -151,7 +168,8 @@ def test_a_client_that_left_is_not_computed_for_and_holds_up_nobody():
         release.set()
         for i, result in zip((0, 2, 3), await asyncio.gather(first, *waiting), strict=True):
             assert_doubled(result, i)
-        assert runs == [1, 2]
+        assert runs == [1, 1, 2]
+        await until(lambda: pool.pending == 0)
 
     scenario(body)
 
@@ -163,6 +181,8 @@ def test_a_full_house_refuses_and_a_deadline_ends_the_wait():
         waiting = [asyncio.create_task(batcher.run(slow, never)) for _ in range(3)]
         await until(lambda: pool.pending == 3)
         try:
+            with pytest.raises(Overloaded):  # one count for both ways
+                await pool.run(lambda: None, never)
             with pytest.raises(Overloaded):
                 await batcher.run(slow, never)
             for each in waiting:
@@ -192,3 +212,45 @@ def test_rows_of_takes_from_what_lies_along_the_rows_alone():
     found = rows_of(result, slice(1, 3))
     np.testing.assert_array_equal(found["a"][0], [1, 2])
     assert (found["a"][1], found["k"]) == (None, 3)
+
+
+def test_a_slow_rows_neighbours_wait_no_longer_than_a_batch_may_take(monkeypatch):
+    async def body(batcher, runs, pool):
+        await learnt_as_long(batcher, monkeypatch)
+        batcher._seconds["double"] = batching.BATCH_SECONDS / 3.5
+        monkeypatch.setattr(batching, "NEWEST", 0.0)
+        await asyncio.gather(*(batcher.run(job(i), never) for i in range(7)))
+        assert runs == [1, 3, 3, 1]
+        runs.clear()
+        await asyncio.gather(*(batcher.run(job(i, key="unheard of"), never) for i in range(3)))
+        assert runs[0] == 1
+
+    scenario(body)
+
+
+def test_nobody_is_left_waiting_where_counting_fails_or_results_are_no_rows():
+    def refuse(rows):
+        raise RuntimeError("no metrics today")
+
+    async def body(batcher, runs, pool):
+        odd = Job("odd", np.zeros((1, 1)), lambda rows: np.float64(3))
+        assert await batcher.run(odd, never) == 3
+        results = await asyncio.gather(*(batcher.run(odd, never) for _ in range(3)))
+        assert results == [3, 3, 3]
+        await known(batcher)
+        batcher._observe = refuse
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        for _ in range(2):
+            assert_doubled(await batcher.run(job(4), never), 4)
+
+    scenario(body)
+
+
+def test_a_closed_pool_refuses_and_keeps_no_slot():
+    async def body(batcher, runs, pool):
+        pool.close()
+        with pytest.raises(Overloaded, match="stopping"):
+            await batcher.run(job(1), never)
+        assert pool.pending == 0
+
+    scenario(body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import struct
@@ -153,24 +154,50 @@ def test_requests_at_the_same_time_are_computed_together_and_answered_apart(clie
     assert runs < 60
 
 
-def test_a_large_picture_in_few_bytes_is_decoded_away_from_the_event_loop(client, monkeypatch):
-    """The bytes of a PNG tell little of what it takes to decode it."""
-    light, kept = [], express._is_light
-    monkeypatch.setattr(express, "_is_light", lambda call: light.append(kept(call)) or light[-1])
-    row = b"\0" + bytes(3000)
-    body = png_of(3000, 3000, zlib.compress(row * 3000, 9))
-    assert len(body) < express.MOST_BYTES
-    assert post(client, "encode", "", PNG, body).status_code == 200
-    assert post(client, "encode", "", PNG, BODIES["png"][1]).status_code == 200
-    assert light == [False, True]
-
-
 def png_of(width, height, data):
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def text_chunk(count):
+    content = b"note\0\0" + zlib.compress(bytes(2**20))
+    return (
+        struct.pack(">I", len(content)) + b"zTXt" + content + struct.pack(">I", zlib.crc32(b"zTXt" + content))
+    ) * count
+
+
+def webp(side):
+    buffer = io.BytesIO()
+    Image.new("L", (side, side)).convert("RGB").save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+SMALL_PNG = BODIES["png"][1]
+HEAVY = {
+    "a large PNG": (PNG, png_of(3000, 3000, zlib.compress((b"\0" + bytes(3000)) * 3000, 9))),
+    "another format": (PNG, webp(2000)),
+    "inflated text": (PNG, SMALL_PNG[:33] + text_chunk(3) + SMALL_PNG[33:]),
+    "two headers": (PNG, SMALL_PNG[:33] + SMALL_PNG[8:33] + SMALL_PNG[33:]),
+    "pictures in JSON": (JSON, json.dumps({"images": [base64.b64encode(webp(2000)).decode()] * 4}).encode()),
+    "one picture in JSON": (JSON, json.dumps({"images": base64.b64encode(SMALL_PNG).decode()}).encode()),
+    "many tiny rows": (JSON, json.dumps({"images": [[[0]]] * 100}).encode()),
+    "tiny rows as npy": (NPY, npy(np.zeros((300, 3, 2), np.uint8))),
+    "parameters beside": (JSON, json.dumps({"images": X.tolist(), "samples": 200}).encode()),
+}
+
+
+@pytest.mark.parametrize(("name", "light"), [*((name, False) for name in HEAVY), *((name, True) for name in BODIES)])
+def test_only_what_is_read_in_a_moment_for_sure_is_read_on_the_event_loop(client, monkeypatch, name, light):
+    """Few bytes may hold many pixels, or many rows to resize."""
+    found, kept = [], express._is_light
+    monkeypatch.setattr(express, "_is_light", lambda *given: found.append(kept(*given)) or found[-1])
+    kind, body = (BODIES if light else HEAVY)[name]
+    assert len(body) < express.MOST_BYTES
+    assert post(client, "encode", "", kind, body).status_code in ((200,) if light else (200, 422))
+    assert found == [light]
 
 
 def test_queries_are_remembered_within_bounds(client, ways):
