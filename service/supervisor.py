@@ -132,7 +132,15 @@ class Supervisor:
         """One worker after another in the same place."""
         delay, loop = FIRST_DELAY, asyncio.get_running_loop()
         while not self._stopping.is_set():
-            process, started = await self._start(number), loop.time()
+            try:
+                process, started = await self._start(number), loop.time()
+            except OSError as error:  # no memory or no process is to be had: those that serve, serve on
+                if not self._others_serve():
+                    raise WorkerFailed(f"a worker cannot be started: {error}") from error
+                get_logger().error("worker not started", worker=number, reason=str(error), wait=delay)
+                await self._pause(delay)
+                delay = min(2 * delay, MOST_DELAY)
+                continue
             await process.gone.wait()
             code = await process.child.wait()
             await self._forget(process)
@@ -184,9 +192,11 @@ class Supervisor:
 
         def read() -> None:
             loop.remove_reader(process.line)
-            self._read(process)
-            if not process.gone.is_set():
-                loop.call_later(READ_EVERY, self._listen, process)
+            try:
+                self._read(process)
+            finally:
+                if not process.gone.is_set():
+                    loop.call_later(READ_EVERY, self._listen, process)
 
         if not process.gone.is_set():
             loop.add_reader(process.line, read)

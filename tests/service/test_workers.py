@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -13,7 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.errors import WorkerFailed
 from service.listening import bind_shared, refuse_taken
+from service.settings import Settings
+from service.supervisor import Supervisor
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.http import npy
 from tests.service.processes import NPY, alive, command, environment, until, workers
@@ -218,3 +222,24 @@ def test_shared_sockets_have_one_port_and_do_not_listen(host):
     for each in first + second:
         each.close()
     refuse_taken(host, port)
+
+
+def test_where_no_process_is_to_be_had_those_that_serve_serve_on(ppca_root, tmp_path, monkeypatch):
+    supervisor = Supervisor(Settings(repository=ppca_root, port=1, workers=2), tmp_path)
+    waited = []
+
+    async def no_process(number):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    async def pause(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            supervisor._stopping.set()
+
+    monkeypatch.setattr(supervisor, "_start", no_process)
+    monkeypatch.setattr(supervisor, "_pause", pause)
+    with pytest.raises(WorkerFailed, match="temporarily unavailable"):
+        asyncio.run(supervisor._keep(0))
+    monkeypatch.setattr(supervisor, "_others_serve", lambda: True)
+    asyncio.run(supervisor._keep(0))
+    assert waited == [0.1, 0.2, 0.4]
