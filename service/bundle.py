@@ -40,11 +40,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +66,11 @@ DETECTORS = "detectors.npz"
 TILES = "tiles.npz"
 MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_ARRAYS_BYTES = 2**30  # of one .npz, unpacked: a bound on what a hostile archive can make us allocate
+UNREADABLE = (
+    *(ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError),
+    *(RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+"""What NumPy and zipfile raise on odd bytes; of encrypted members and unknown compression RuntimeError."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
@@ -568,7 +575,7 @@ class Bundle:
                 raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
 
 

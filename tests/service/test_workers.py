@@ -146,8 +146,8 @@ def test_no_worker_outlives_a_killed_supervisor(ppca_root):
     with workers(ppca_root) as service:
         folder, pids = service.folder, service.pids
         service.process.kill()
-        until(lambda: not any(alive(pid) for pid in pids.values()), 20)
-        until(lambda: not folder.exists(), 5)
+        assert until(lambda: not any(alive(pid) for pid in pids.values()), 20)
+        assert until(lambda: not folder.exists(), 5)
 
 
 def run(repository, *flags):

@@ -160,6 +160,8 @@ def fetch(mirror: Mirror, folder: Path, *manners: str) -> None:
 )
 def test_the_first_mirror_that_has_it_serves(mirror, tmp_path, manners):
     fetch(mirror, tmp_path / "deep" / "folder", *manners)
+    asked = dict.fromkeys(path.split("/")[1] for path, _ in mirror.requests)
+    assert list(asked)[: len(manners)] == manners
 
 
 def test_a_good_archive_is_not_asked_for_again(mirror, tmp_path):

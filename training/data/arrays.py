@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from service.bundle import UNREADABLE as UNREADABLE_NPZ
 from service.bundle import Preprocessing
 from service.errors import VaeserveError
 from service.images import apply, resize_array
@@ -134,7 +133,7 @@ def _open_npz(path: Path, config: DataConfig) -> tuple[np.ndarray, np.ndarray | 
             members = [None if key is None else archive[key] for key in (images_key, labels_key)]
     except OSError as error:
         raise DataNotFound(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (*UNREADABLE, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except UNREADABLE_NPZ as error:
         raise DataFormatError(f"{path}: not an .npz file of plain numbers ({error})") from error
     images, labels = members
     if not isinstance(images, np.ndarray) or isinstance(labels, bytes):
