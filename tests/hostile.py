@@ -292,7 +292,6 @@ def json_documents(shape: Shape) -> list[Body]:
 
 def json_values(shape: Shape) -> list[Body]:
     """JSON whose images are no pixels."""
-    c, h, w = shape
     good = unit(shape).tolist()
 
     def spoil(text: bytes) -> bytes:
@@ -300,8 +299,17 @@ def json_values(shape: Shape) -> list[Body]:
         start, _, _ = document({"images": good}).rpartition(b", ")
         return start + b", " + text + b"]]]]}"
 
-    tokens = [b"NaN", b"Infinity", b"-Infinity", b"nan", b"1e400", b"-1e400", b"1e39", b"9" * 400, b"-" + b"9" * 400]
-    tokens += [
+    bodies = {f"a pixel is {token[:12].decode()}": spoil(token) for token in _no_pixels()}
+    bodies |= {f"images are {name}": document({"images": value}) for name, value in _no_images(shape).items()}
+    for index, (dtype, images) in enumerate(_lies(shape)):
+        bodies[f"dtype {dtype} is a lie ({index})"] = document({"images": images, "dtype": dtype})
+    return [(f"json: {name}", JSON, body) for name, body in bodies.items()]
+
+
+def _no_pixels() -> list[bytes]:
+    """What may stand in a pixel's place, JSON or not."""
+    return [
+        *(b"NaN", b"Infinity", b"-Infinity", b"nan", b"1e400", b"-1e400", b"1e39", b"9" * 400, b"-" + b"9" * 400),
         b"null",
         b"true",
         b'"0.5"',
@@ -317,8 +325,13 @@ def json_values(shape: Shape) -> list[Body]:
         b"+1",
         b"1_0",
     ]
-    bodies = {f"a pixel is {token[:12].decode()}": spoil(token) for token in tokens}
-    values = {
+
+
+def _no_images(shape: Shape) -> dict[str, Any]:
+    """Values that are no list of images of one shape."""
+    c, h, w = shape
+    good = unit(shape).tolist()
+    return {
         "null": None,
         "number": 1,
         "true": True,
@@ -336,9 +349,14 @@ def json_values(shape: Shape) -> list[Body]:
         "long text among numbers": [["a" * 200_000] + [0] * 1000] * 3,
         "numbers among files": [good[0], "aGVsbG8="],
     }
-    bodies |= {f"images are {name}": document({"images": value}) for name, value in values.items()}
+
+
+def _lies(shape: Shape) -> list[tuple[Any, Any]]:
+    """A dtype, and images that are of another."""
+    c, h, w = shape
+    good = unit(shape).tolist()
     whole = (levels(shape)[None]).tolist()
-    lies: list[tuple[Any, Any]] = [
+    return [
         ("uint8", good),
         ("float32", whole),
         ("float16", good),
@@ -346,15 +364,10 @@ def json_values(shape: Shape) -> list[Body]:
         (None, good),
         (8, good),
         ([], good),
-    ]
-    lies += [
         ("uint8", [[[[256] * w] * h] * c]),
         ("uint8", [[[[-1] * w] * h] * c]),
         ("uint8", [[[[2**63] * w] * h] * c]),
     ]
-    for index, (dtype, images) in enumerate(lies):
-        bodies[f"dtype {dtype} is a lie ({index})"] = document({"images": images, "dtype": dtype})
-    return [(f"json: {name}", JSON, body) for name, body in bodies.items()]
 
 
 def json_files() -> list[Body]:

@@ -74,11 +74,11 @@ def picture(form: str) -> bytes:
 
 def image_bodies() -> list[tuple[str, Any, str]]:
     """(name, body, Content-Type) that no verb can read as images."""
-    shape = "'shape': {}, }}"
-    head = "{{'descr': '{}', 'fortran_order': False, " + shape
-    pixel = np.full((1, 1, 8, 8), 0.5, np.float32)
-    nan, big, negative, infinite = (pixel.copy() for _ in range(4))
-    nan[0, 0, 3, 3], big[0, 0, 0, 0], negative[0, 0, 0, 0], infinite[0, 0, 7, 7] = np.nan, 1.5, -0.1, np.inf
+    return [*_typed(), *_arrays(), *_documents(), *_pictures(), *_octets(), *_forms()]
+
+
+def _typed() -> list[tuple[str, Any, str]]:
+    """Types that are not read, and bodies that are empty."""
     return [
         *[
             (f"content type {t!r}", b"x", t)
@@ -90,6 +90,16 @@ def image_bodies() -> list[tuple[str, Any, str]]:
             (f"empty {t}", b"", t)
             for t in (NPY, JSON, "image/png", "image/jpeg", "image/webp", "application/octet-stream")
         ],
+    ]
+
+
+def _arrays() -> list[tuple[str, Any, str]]:
+    shape = "'shape': {}, }}"
+    head = "{{'descr': '{}', 'fortran_order': False, " + shape
+    pixel = np.full((1, 1, 8, 8), 0.5, np.float32)
+    nan, big, negative, infinite = (pixel.copy() for _ in range(4))
+    nan[0, 0, 3, 3], big[0, 0, 0, 0], negative[0, 0, 0, 0], infinite[0, 0, 7, 7] = np.nan, 1.5, -0.1, np.inf
+    return [
         ("npy of noise", bytes(range(256)), NPY),
         ("npy magic only", b"\x93NUMPY", NPY),
         ("npy version 9", npy_with_header(head.format("<f4", "(1, 1, 8, 8)"), b"\0" * 256, b"\x09\x00"), NPY),
@@ -113,6 +123,11 @@ def image_bodies() -> list[tuple[str, Any, str]]:
         ("npy below 0", npy(negative), NPY),
         ("npy infinite", npy(infinite), NPY),
         ("npz for npy", _npz(), NPY),
+    ]
+
+
+def _documents() -> list[tuple[str, Any, str]]:
+    return [
         ("json cut", b'{"images": [[', JSON),
         ("json text", b"hello", JSON),
         ("json NaN", b'{"images": [[NaN]]}', JSON),
@@ -142,6 +157,11 @@ def image_bodies() -> list[tuple[str, Any, str]]:
         ("json not utf-8", b'{"images": "\xff\xfe"}', JSON),
         ("json lone surrogate", b'{"images": ["\\ud800"]}', JSON),
         ("json strict and of another size", b'{"images": [[[0, 0], [0, 0]]], "strict": true}', JSON),
+    ]
+
+
+def _pictures() -> list[tuple[str, Any, str]]:
+    return [
         ("png of 60000 x 60000", png_of(60_000, 60_000), "image/png"),
         ("png of 2^31 - 1", png_of(2**31 - 1, 2**31 - 1), "image/png"),
         ("png of 0 x 0", png_of(0, 0), "image/png"),
@@ -154,8 +174,19 @@ def image_bodies() -> list[tuple[str, Any, str]]:
         ("webp truncated", picture("WEBP")[:40], "image/webp"),
         ("webp that is riff", b"RIFF\xff\xff\xff\xffWEBPVP8 ", "image/webp"),
         ("gif as png", picture("GIF"), "image/png"),
+    ]
+
+
+def _octets() -> list[tuple[str, Any, str]]:
+    return [
         ("octets too few", b"\0" * 63, "application/octet-stream"),
         ("octets too many", b"\0" * 65, "application/octet-stream"),
+        ("body too large", b"\0" * (2**20 + 1), NPY),
+    ]
+
+
+def _forms() -> list[tuple[str, Any, str]]:
+    return [
         ("multipart without boundary", b"--x\r\n", "multipart/form-data"),
         (
             "multipart that never ends",
@@ -175,7 +206,6 @@ def image_bodies() -> list[tuple[str, Any, str]]:
         ),
         ("multipart thousands of parts", _part(b"")[:-7] * 3000 + b"--x--\r\n", "multipart/form-data; boundary=x"),
         ("multipart long preamble", b"z" * 500_000 + b"\r\n" + _part(b""), "multipart/form-data; boundary=x"),
-        ("body too large", b"\0" * (2**20 + 1), NPY),
     ]
 
 
@@ -273,6 +303,10 @@ ODD_NAMES = [
 
 def cases() -> list[Case]:
     """Every request that httpx can say."""
+    return [*_with_bodies(), *_with_queries(), *_at_addresses(), *_with_headers(), *_said()]
+
+
+def _with_bodies() -> list[Case]:
     found = [
         Case(f"{verb}: {name}", f"/v1/{verb}", body, content_type)
         for verb in ("encode", "score", "interpolate")
@@ -284,11 +318,20 @@ def cases() -> list[Case]:
         for name, body, content_type in latent_bodies()
         if verb == "decode" or name != "latents as png"
     ]
+    return found
+
+
+def _with_queries() -> list[Case]:
+    found: list[Case] = []
     good = {"sample": (None, ""), "decode": (npy(np.zeros(LATENT_DIM, np.float32)), NPY)}
     for verb, queries in QUERIES.items():
         body, content_type = good.get(verb, (npy(X), NPY))
         found += [Case(f"{verb}?{query[:40]}", f"/v1/{verb}?{query}", body, content_type) for query in queries]
-    found += [
+    return found
+
+
+def _at_addresses() -> list[Case]:
+    found = [
         Case(f"model {name[:30]!r}", f"/v1/models/{quote(name, safe='')}/score", npy(X), NPY, status=404)
         for name in ODD_NAMES
         if name not in (".", "..")
@@ -321,7 +364,11 @@ def cases() -> list[Case]:
             "/.git/config",
         )
     ]
-    found += [
+    return found
+
+
+def _with_headers() -> list[Case]:
+    found = [
         Case(f"Accept {accept[:30]!r}", "/v1/sample", headers={"accept": accept}, status=406)
         for accept in (
             "text/html",
@@ -344,8 +391,13 @@ def cases() -> list[Case]:
         )
         for name in ("gzip", "deflate", "br", "zstd", "gzip, gzip")
     ]
+    return found
+
+
+def _said() -> list[Case]:
+    """Parameters in the body."""
     said = [("sample", {"n": "3"}), ("sample", {"n": True}), ("sample", {"n": 10**30}), ("sample", {"seed": 1.5})]
-    found += [Case(f"{verb} body {body}", f"/v1/{verb}", json.dumps(body).encode(), JSON) for verb, body in said]
+    found = [Case(f"{verb} body {body}", f"/v1/{verb}", json.dumps(body).encode(), JSON) for verb, body in said]
     found.append(Case("said twice", "/v1/sample?n=3", b'{"n": 4}', JSON, status=422))
     return found
 
