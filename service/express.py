@@ -3,8 +3,9 @@
 FastAPI finds the route, resolves dependencies, validates the query and sends work to a thread in three times the time
 that a small model computes for. Here a table finds the verb, a validated query is remembered by its text, and the work
 runs where it arrives, together with what else has arrived (service.batching). It stands behind all other middleware,
-so caps, deadlines, request ids, log and metrics are the same; work, answers and errors are the routes' own. What it
-does not know for certain to be small and sound it hands to FastAPI unread: what is refused there is refused there.
+so caps, deadlines, request ids, log and metrics are the same; work, answers and errors are the routes' own. A
+place or a query that it does not know for certain it hands to FastAPI unread: what is refused there is refused there. A
+request that is not light for certain is read, computed and answered on a worker thread, alone.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _asks_for_much(query: Parameters) -> bool:
 def _plain_rows(call: Call) -> int | None:
     """How many rows the body holds; None where that is not to be seen at once, or where they are to be resized."""
     if call.media_type == OCTETS:
-        return len(call.body) // math.prod(call.rule.shape) + 1
+        return len(call.body) // math.prod(call.rule.shape)
     if call.media_type == NPY:
         return _npy_rows(call)
     if call.media_type == JSON:

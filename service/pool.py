@@ -34,9 +34,15 @@ class WorkerPool:
             Overloaded: every thread is busy and the queue is full.
             DeadlineExceeded, ClientGone: as ``wait`` does.
         """
-        if self.pending >= self.capacity:
-            raise Overloaded(f"all threads are busy and {self.capacity} requests are in the house: try again later")
-        return await self.wait(asyncio.wrap_future(self.submit(work)), gone)
+        self.enter()
+        loop = asyncio.get_running_loop()
+        try:
+            future = self.start(work)
+        except Overloaded:
+            self.leave()
+            raise
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.leave))
+        return await self.wait(asyncio.wrap_future(future), gone)
 
     async def wait(self, result: asyncio.Future[T], gone: Gone) -> T:
         """The result, which is cancelled when nobody waits for it any more.
@@ -58,14 +64,6 @@ class WorkerPool:
             watcher.cancel()
             result.cancel()
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Have it run, whatever waits; it holds a slot until it has ended."""
-        loop = asyncio.get_running_loop()
-        future = self.start(work)
-        self.pending += 1
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.leave))
-        return future
-
     def start(self, work: Callable[[], T]) -> Future[T]:
         """Have it run for requests that hold their slots already. Raises Overloaded once the pool is closed."""
         try:
@@ -76,7 +74,7 @@ class WorkerPool:
     def enter(self) -> None:
         """Take a slot. Raises Overloaded: there is none."""
         if self.pending >= self.capacity:
-            raise Overloaded(f"all workers are busy and {self.capacity} requests are in the house: try again later")
+            raise Overloaded(f"all threads are busy and {self.capacity} requests are in the house: try again later")
         self.pending += 1
 
     def leave(self, requests: int = 1) -> None:

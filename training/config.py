@@ -282,7 +282,7 @@ class EvaluateConfig(Section):
 
 ScoreName = Literal[
     "combined", "elbo", "iwae", "rate", "reconstruction", "typicality", "complexity", "debiased", "path", "path-copod",
-    "latent", "residual", "statistics",
+    "latent", "residual", "peak", "statistics",
 ]  # fmt: skip
 
 
