@@ -1,9 +1,12 @@
 """Configuration: defaults, presets, overrides, and errors that name the nearest key."""
 
+from typing import get_args
+
 import pytest
 
 from service.bundle import Preprocessing, ScoreDefinition
-from training.config import Config, known_keys, load_config, parse_override, presets
+from service.fitting import DESCRIPTIONS
+from training.config import Config, ScoreName, known_keys, load_config, parse_override, presets
 from training.errors import ConfigError
 from training.models.build import build_model
 
@@ -103,3 +106,7 @@ def test_a_family_refuses_what_is_not_its_likelihood(family, likelihood):
     config = load_config(None, [f"model.family={family}", f"model.likelihood.family={likelihood}"])
     with pytest.raises(ConfigError, match=r"model\.likelihood\.family"):
         build_model(Preprocessing(mode="L", height=8, width=8), config.model)
+
+
+def test_every_fitted_score_may_be_the_default():
+    assert set(DESCRIPTIONS) == set(get_args(ScoreName))
