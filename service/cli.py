@@ -342,7 +342,3 @@ def _errors_in_words() -> Iterator[None]:
     except VaeserveError as error:
         typer.echo(f"vaeserve: {error}", err=True)
         raise typer.Exit(ERROR) from error
-
-
-if __name__ == "__main__":
-    main()
