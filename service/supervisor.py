@@ -8,7 +8,6 @@ its own (service/listening.py), and listens once its models are loaded and warm.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ import orjson
 from service.bundle import bundle_digests
 from service.channel import Message, connected_pair, encode, receive_waiting
 from service.errors import ConfigurationError, WorkerFailed
+from service.interpreters import fresh_interpreter
 from service.listening import bind_shared, refuse_taken
 from service.logs import configure_logs, get_logger
 from service.settings import Settings
@@ -34,11 +34,6 @@ STARTUP_FAILURE = 3  # uvicorn's exit code where it cannot listen
 FIRST_DELAY, MOST_DELAY = 0.1, 30.0  # seconds before a worker is started again; doubled with each time
 READ_EVERY = 0.02  # seconds; the kernel keeps some 280 small messages of a worker meanwhile
 STEADY_SECONDS = 60.0  # a worker that has served so long is started again as the first time
-
-# The path of modules is handed on: workers import this very package, whatever lies in the working directory.
-PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from service.worker import main; main(int(sys.argv[2]))"
-)
 
 
 def serve_with_workers(settings: Settings) -> int:
@@ -159,7 +154,7 @@ class Supervisor:
         ours, theirs = connected_pair()
         with theirs:
             child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(theirs.fileno())),
+                *fresh_interpreter("service.worker", theirs.fileno()),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
