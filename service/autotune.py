@@ -11,7 +11,7 @@ from rich.table import Table
 from service.bundle import find_bundles
 from service.cpus import available_cpus, available_memory
 from service.errors import BundleNotFound, ConfigurationError, ModelNotFound
-from service.layouts import Layout, Measured, MiB, choose
+from service.layouts import Layout, Measured, MiB, choose, starved
 from service.settings import Settings
 from service.tuned import Tuned, conditions
 from service.tuning import measure_at_length
@@ -32,11 +32,15 @@ def autotune(settings: Settings, model: str | None, seconds: float, told: Callab
     now, cpus, memory = conditions(settings), available_cpus(), available_memory()
     measured = measure_at_length(settings, _models(settings, model), cpus, memory, seconds, told)
     choice = choose(measured, cpus, memory)
+    share = starved(measured)
+    note = (
+        "" if share is None else f"; others took the CPUs, {share:.0%} of the time was ours: measure again when quiet"
+    )
     return Tuned(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         conditions=now,
         choice=choice.layout,
-        why=choice.why,
+        why=choice.why + note,
         shares={str(layout): share for layout, share in choice.shares.items()},
         measured=measured,
     )

@@ -6,6 +6,7 @@ More threads make one computation shorter, more processes compute and speak HTTP
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 MEMORY_SHARE = 0.75
 """Of the memory allowed that processes may take as measured: request bodies and the largest batches come on top."""
 TIE = 0.05
-"""Layouts within so much of the best are alike: one measurement differs from the next by as much."""
+"""Share of the best that layouts may lack to be as good: one measurement differs from the next by as much."""
+
+STARVED = 0.75
+"""Share of the time on a CPU below which processes that always compute have been kept from it, by others."""
 
 MiB = 2**20
 MOST_PROCESSES, MOST_THREADS = 256, 1024
@@ -33,12 +37,16 @@ class Layout(BaseModel):
 
 
 class Rate(BaseModel):
-    """Of one workload: images a second of all processes together under load, and seconds of a request that is alone."""
+    """Of one workload: images a second of all processes together under load, and seconds of a request that is alone.
+
+    ``cpu``: share of that time under load in which a process was on a CPU, of the process that was so least.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images_per_second: float = Field(gt=0, allow_inf_nan=False)
     latency: float = Field(gt=0, allow_inf_nan=False)
+    cpu: float = Field(ge=0, allow_inf_nan=False)
 
 
 class Measured(BaseModel):
@@ -57,6 +65,13 @@ class Choice(NamedTuple):
     layout: Layout
     why: str
     shares: dict[Layout, float]
+
+
+def starved(measured: Sequence[Measured]) -> float | None:
+    """The share of their time that the processes of the largest layout had a CPU, if others took more than a little."""
+    largest = max(measured, key=lambda each: each.layout.processes)
+    share = statistics.median(rate.cpu for rate in largest.rates.values())
+    return share if share < STARVED else None
 
 
 def candidates(cpus: int, most: int) -> list[Layout]:
@@ -78,12 +93,12 @@ def most_processes(process_bytes: int, memory: int) -> int:
     return min(max(1, int(MEMORY_SHARE * memory) // process_bytes), MOST_PROCESSES)
 
 
-def choose(measured: Sequence[Measured], cpus: int, memory: int) -> Choice:
+def choose(measured: Sequence[Measured], cpus: int, memory: int, tie: float = TIE) -> Choice:
     """The layout of ``cpus`` that computes most, of those measured that fit into ``memory`` bytes.
 
     How much a layout computes is the geometric mean, over the workloads, of its images/s over the best layout's. Of
-    those that are alike (TIE) the one with the most processes is taken: what was not measured of a request, its sockets
-    and their parser, runs side by side in processes only.
+    those that are within ``tie`` of the best the one with the most processes is taken: what was not measured of a
+    request, its sockets and their parser, runs side by side in processes only.
     """
     most = most_processes(max(each.process_bytes for each in measured), memory)
     shares = _shares(measured)
@@ -91,11 +106,11 @@ def choose(measured: Sequence[Measured], cpus: int, memory: int) -> Choice:
         min((each.layout for each in measured), key=lambda layout: layout.processes)
     ]
     best = max(shares[layout] for layout in fitting)
-    alike = [layout for layout in fitting if shares[layout] >= (1 - TIE) * best]
+    alike = [layout for layout in fitting if shares[layout] >= (1 - tie) * best]
     chosen = max(alike, key=lambda layout: layout.processes)
     reasons = [_comparison(chosen, shares)]
     if len(alike) > 1:
-        reasons.append(f"of what is within {TIE:.0%}, more processes answer more requests side by side")
+        reasons.append(f"of what is within {tie:.0%}, more processes answer more requests side by side")
     if most < cpus:
         reasons.append(f"{memory / MiB:.0f} MiB of memory hold no more than {most}")
     return Choice(chosen, "; ".join(reasons), shares)

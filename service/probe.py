@@ -29,10 +29,14 @@ class Workload(NamedTuple):
     repeat: Callable[[int, float], tuple[list[float], float]]
 
 
+Workloads = dict[int, dict[str, Workload]]
+"""By threads and name."""
+
+
 def main(descriptor: int) -> None:
     """Answer orders until the other end is gone."""
     end = socket.socket(fileno=descriptor)
-    workloads: dict[str, Workload] = {}
+    workloads: Workloads = {}
     with ExitStack() as stack:
         while data := end.recv(MOST_BYTES):
             try:
@@ -42,14 +46,15 @@ def main(descriptor: int) -> None:
             end.send(orjson.dumps(answer))
 
 
-def _obey(order: dict[str, Any], workloads: dict[str, Workload], stack: ExitStack) -> dict[str, Any]:
-    if "workload" in order:
-        return _run(workloads[order["workload"]], order["connections"], order["start"], order["seconds"])
+def _obey(order: dict[str, Any], workloads: Workloads, stack: ExitStack) -> dict[str, Any]:
     if "memory" in order:
         return {"bytes": _most_resident()}
-    workloads.clear()
-    workloads.update(_of_graphs(order) if "graphs" in order else _of_service(order, stack))
-    return {"workloads": {name: workload.rows for name, workload in workloads.items()}}
+    if "workload" in order:
+        workload = workloads[order["threads"]][order["workload"]]
+        return _run(workload, order["connections"], order["start"], order["seconds"])
+    made = _of_graphs(order) if "graphs" in order else _of_service(order, stack)
+    workloads[order["threads"]] = made
+    return {"workloads": {name: workload.rows for name, workload in made.items()}}
 
 
 def _of_graphs(order: dict[str, Any]) -> dict[str, Workload]:
@@ -113,10 +118,12 @@ def _of_service(order: dict[str, Any], stack: ExitStack) -> dict[str, Workload]:
 def _run(workload: Workload, connections: int, start: float, seconds: float) -> dict[str, Any]:
     """Compute from ``start`` for ``seconds``."""
     time.sleep(max(0.0, start - time.monotonic()))
+    on_cpu = time.process_time()
     latencies, end = workload.repeat(connections, start + seconds)
     return {
         "images_per_second": workload.rows * len(latencies) / (end - start),
         "latency": statistics.median(latencies),
+        "cpu": (time.process_time() - on_cpu) / (end - start),
     }
 
 

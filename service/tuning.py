@@ -21,9 +21,9 @@ from service.layouts import Layout, Measured, Rate, candidates, most_processes
 from service.settings import Settings
 
 STEP_SECONDS = 300.0  # for the longest step at length: many bundles loaded, a large batch scored
-ROUNDS = 3  # of a measurement at length: the median is taken
+ROUNDS = 3  # of each measurement: the median is taken
 BRIEF_SECONDS = 0.9  # for the whole of a brief one
-BRIEF_RUN_SECONDS = 0.04  # of one workload
+BRIEF_RUN_SECONDS = 0.02  # of one workload
 HEADSTART, HEADSTART_EACH = 0.002, 0.0002  # seconds until all processes have heard that they are to start
 
 CONNECTIONS, CONNECTIONS_OF_BATCHES = 8, 2  # for each thread of a process under load
@@ -44,6 +44,7 @@ class Probes:
         self._deadline = deadline
         self._ends: list[socket.socket] = []
         self._children: list[subprocess.Popen[bytes]] = []
+        self._workloads: dict[Layout, dict[str, int]] = {}
         try:
             for _ in range(count):
                 self._start()
@@ -72,11 +73,16 @@ class Probes:
             )
         self._children.append(child)
 
-    def measure(self, layout: Layout, work: Work, seconds: float) -> Measured:
-        """Prepare ``work`` in the processes of ``layout``, and run each of its workloads for ``seconds``."""
-        workloads = self._ask(layout.processes, {**work, "threads": layout.threads})[0]["workloads"]
-        if not workloads:
+    def prepare(self, layout: Layout, work: Work) -> None:
+        """Have ``work`` ready in the processes of ``layout``, beside what was prepared for others."""
+        answers = self._ask(layout.processes, {**work, "threads": layout.threads})
+        self._workloads[layout] = answers[0]["workloads"]
+        if not self._workloads[layout]:
             raise MeasurementFailed("there is no model to compute")
+
+    def measure(self, layout: Layout, seconds: float) -> Measured:
+        """Run each workload that was prepared for ``layout`` for ``seconds``."""
+        workloads = self._workloads[layout]
         rates = {workload: self._rate(layout, workload, rows, seconds) for workload, rows in workloads.items()}
         held = max(answer["bytes"] for answer in self._ask(layout.processes, MEMORY))
         return Measured(layout=layout, rates=rates, process_bytes=held)
@@ -84,14 +90,16 @@ class Probes:
     def _rate(self, layout: Layout, workload: str, rows: int, seconds: float) -> Rate:
         """One process alone, asked by one, for a fifth of the time; then all together, each asked by its share."""
         connections = layout.threads * (CONNECTIONS if rows == 1 else CONNECTIONS_OF_BATCHES)
-        alone = self._run(1, workload, 1, seconds / 5)
-        loaded = self._run(layout.processes, workload, min(connections, MOST_CONNECTIONS), seconds * 4 / 5)
+        order = {"workload": workload, "threads": layout.threads}
+        alone = self._run(1, order, 1, seconds / 5)
+        loaded = self._run(layout.processes, order, min(connections, MOST_CONNECTIONS), seconds * 4 / 5)
         together = sum(answer["images_per_second"] for answer in loaded)
-        return Rate(images_per_second=together, latency=alone[0]["latency"])
+        cpu = min(answer["cpu"] for answer in loaded)
+        return Rate(images_per_second=together, latency=alone[0]["latency"], cpu=cpu)
 
-    def _run(self, count: int, workload: str, connections: int, seconds: float) -> list[dict[str, Any]]:
+    def _run(self, count: int, order: Work, connections: int, seconds: float) -> list[dict[str, Any]]:
         start = time.monotonic() + HEADSTART + HEADSTART_EACH * count
-        return self._ask(count, {"workload": workload, "connections": connections, "start": start, "seconds": seconds})
+        return self._ask(count, {**order, "connections": connections, "start": start, "seconds": seconds})
 
     def _ask(self, count: int, order: Work) -> list[dict[str, Any]]:
         """Each one's answer to the order."""
@@ -150,7 +158,8 @@ def measure_at_length(
     def measure(layout: Layout) -> None:
         told(layout)
         with Probes(layout.processes, lambda: time.monotonic() + STEP_SECONDS) as probes:
-            found.setdefault(layout, []).append(probes.measure(layout, work, of_each_run))
+            probes.prepare(layout, work)
+            found.setdefault(layout, []).append(probes.measure(layout, of_each_run))
 
     measure(candidates(cpus, 1)[0])
     held = max(rounds[0].process_bytes for rounds in found.values())
@@ -162,13 +171,12 @@ def measure_at_length(
 
 def _median(rounds: Sequence[Measured]) -> Measured:
     """Of each rate the median, and the most memory."""
-    rates = {
-        workload: Rate(
-            images_per_second=statistics.median(each.rates[workload].images_per_second for each in rounds),
-            latency=statistics.median(each.rates[workload].latency for each in rounds),
-        )
-        for workload in rounds[0].rates
-    }
+
+    def of(workload: str) -> Rate:
+        rates = [each.rates[workload] for each in rounds]
+        return Rate(**{name: statistics.median(getattr(rate, name) for rate in rates) for name in Rate.model_fields})
+
+    rates = {workload: of(workload) for workload in rounds[0].rates}
     return Measured(layout=rounds[0].layout, rates=rates, process_bytes=max(each.process_bytes for each in rounds))
 
 
@@ -187,7 +195,10 @@ def measure_briefly(settings: Settings, cpus: int, most: int) -> list[Measured]:
         layouts = [layouts[0], layouts[-2], layouts[-1]]
     with Probes(layouts[-1].processes, lambda: deadline) as probes:
         work = {"graphs": [str(path) for path in _typical_graphs(settings)]}  # while they start
-        return [probes.measure(layout, work, BRIEF_RUN_SECONDS) for layout in reversed(layouts)]
+        for layout in layouts:
+            probes.prepare(layout, work)
+        rounds = [[probes.measure(layout, BRIEF_RUN_SECONDS) for layout in layouts] for _ in range(ROUNDS)]
+    return [_median(of_layout) for of_layout in zip(*rounds, strict=True)]
 
 
 def _typical_graphs(settings: Settings) -> list[Path]:
