@@ -81,6 +81,11 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         default=3.0, ge=0, description="seconds served on after SIGTERM, while /readyz already says 503"
     )
+    hang_timeout: float = Field(
+        default=30.0,
+        ge=0,
+        description="seconds a worker's event loop may stand still until it is replaced; 0: for ever",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
     log_format: Literal["json", "console"] = Field(default="json", description="shape of a log line")
 
