@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -79,6 +81,7 @@ def create_app(
         lifespan=_lifespan(settings, repository, watch),
         redirect_slashes=False,  # its Location would be built from the caller's Host header
         responses={"4XX": {"description": "application/problem+json", "model": None}},
+        telemetry=_telemetry(),
     )
     metrics = metrics or Metrics()
     app.state.metrics = metrics
@@ -93,6 +96,12 @@ def create_app(
     _include_routes(app)
     _handle_errors(app)
     return app
+
+
+def _telemetry() -> TelemetryConfig:
+    """OpenTelemetry where its environment is set; else FastAPI would look for it with every request."""
+    wanted = any(name.startswith("OTEL_") for name in os.environ)
+    return {"tracing": wanted, "metrics": wanted, "logs": wanted}
 
 
 def _lifespan(settings: Settings, repository: ModelRepository | None, watch: DriftWatch | None) -> Any:

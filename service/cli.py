@@ -78,11 +78,12 @@ def _serve_alone(settings: Settings) -> None:
     from service.app import create_app
     from service.logs import configure_logs, get_logger
     from service.repository import load_repository
-    from service.server import build_server
+    from service.server import build_server, spare_collections
 
     configure_logs(settings.log_level, settings.log_format)
     server = build_server(create_app(settings, load_repository(settings)), settings)
     get_logger().info("starting", host=settings.host, port=settings.port, device=settings.device)
+    spare_collections()
     try:
         server.run()
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from service.app import create_app
 from service.bundle import REFERENCE
 from service.errors import MeasurementFailed
 from service.repository import Served, load_repository
+from service.server import spare_collections
 from service.settings import Settings
 
 VERBS = ("encode", "score")
@@ -35,6 +36,7 @@ class Asked(NamedTuple):
 async def rehearsal(settings: Settings) -> AsyncIterator[FastAPI]:
     """The app with all its bundles loaded, ready to be asked. Raises as load_repository does."""
     app = create_app(settings, load_repository(settings))
+    spare_collections()
     async with app.router.lifespan_context(app):
         yield app
 

@@ -182,7 +182,7 @@ def _calibration(judged: Judged, asked: ScoreParameters) -> dict[str, Any] | Non
 def _count(call: Call, verdicts: Verdicts) -> None:
     p_values = verdicts.judged.p_values
     metrics, n = call.house.metrics, len(verdicts.scores.score)
-    metrics.batch.labels("score").observe(n)
+    metrics.rows("score", n)
     metrics.scored(call.served.manifest.name, [] if p_values is None else p_values, n)
 
 
