@@ -111,21 +111,19 @@ def autotune(
 
     with _errors_in_words():
         settings = _settings(repository=repository, device=device, autotune_file=output)
-        screen = Console(width=UNCUT)
+        file, screen = place(settings), Console(width=UNCUT)
         with Console(stderr=True).status("measuring") as status:
             tuned = tuning.autotune(settings, model, seconds, lambda layout: status.update(f"measuring {layout}"))
         screen.print(tuning.table_of(tuned))
-        screen.print(f"chosen: {tuned.choice} (processes × threads of each), {tuned.why}", highlight=False)
+        typer.echo(f"chosen: {tuned.choice} (processes × threads of each), {tuned.why}")
         try:
-            write_tuned(tuned, place(settings))
-            screen.print(f"written to {place(settings)}: vaeserve serve --workers auto takes it", highlight=False)
+            write_tuned(tuned, file)
+            typer.echo(f"written to {file}: vaeserve serve --workers auto takes it")
         except OSError as error:
-            reason = f"{place(settings)} cannot be written: {error.strerror}"
+            reason = f"{file} cannot be written: {error.strerror}"
             if output is not None:
                 raise ConfigurationError(reason) from error
-            screen.print(
-                f"not written: {reason}; give --output, and the setting autotune_file to serve", highlight=False
-            )
+            typer.echo(f"not written: {reason}; give --output, and the setting autotune_file to serve")
 
 
 @app.command()

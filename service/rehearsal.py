@@ -144,7 +144,10 @@ async def repeat(app: FastAPI, asked: Asked, connections: int, until: float) -> 
             latencies.append(time.monotonic() - start)
             asked_once = True
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(connections):
-            group.create_task(connection())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(connections):
+                group.create_task(connection())
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from None
     return latencies, time.monotonic()
