@@ -13,7 +13,7 @@ from typing import NamedTuple
 from service.bundle import find_bundles
 from service.cpus import available_cpus, available_memory
 from service.errors import MeasurementFailed
-from service.layouts import Layout, MiB, choose, most_processes, starved
+from service.layouts import DOUBTFUL_TIE, Layout, MiB, choose, most_processes, starved
 from service.logs import get_logger
 from service.settings import Settings
 from service.tuned import conditions, place, usable
@@ -21,9 +21,6 @@ from service.tuning import graph_bytes, measure_briefly
 
 PROCESS_BYTES = 100 * MiB  # of a worker without bundles
 BYTES_OF_GRAPHS = 4  # a worker holds so much for each byte of its graphs: weights, packed weights, what it computes
-BRIEF_TIE = 0.4
-"""What the largest layout may lack in a brief measurement: it may meet a neighbour's busy moment, and knows nothing of
-what requests cost in Python, which only processes do side by side."""
 
 
 class Decision(NamedTuple):
@@ -73,7 +70,7 @@ def _tuned(settings: Settings, by_quota: Layout, most: int, short: str) -> Decis
         measured = measure_briefly(settings, available_cpus(), most)
         if (share := starved(measured)) is not None:
             raise MeasurementFailed(f"others took the CPUs: {share:.0%} of the time was ours")
-        choice = choose(measured, available_cpus(), available_memory(), BRIEF_TIE)
+        choice = choose(measured, available_cpus(), available_memory(), DOUBTFUL_TIE)
     except Exception as error:  # noqa: BLE001 - whatever it is, the service can do without
         return Decision(by_quota, "quota", f"the measurement failed: {error}{short}{stale}")
     return Decision(choice.layout, "measurement", choice.why + short + stale)

@@ -11,7 +11,7 @@ from rich.table import Table
 from service.bundle import find_bundles
 from service.cpus import available_cpus, available_memory
 from service.errors import BundleNotFound, ConfigurationError, ModelNotFound
-from service.layouts import Layout, Measured, MiB, choose, starved
+from service.layouts import DOUBTFUL_TIE, TIE, Layout, Measured, MiB, choose, starved
 from service.settings import Settings
 from service.tuned import Tuned, conditions
 from service.tuning import measure_at_length
@@ -31,11 +31,9 @@ def autotune(settings: Settings, model: str | None, seconds: float, told: Callab
         raise ConfigurationError("only Linux spreads connections over several processes: there is nothing to choose")
     now, cpus, memory = conditions(settings), available_cpus(), available_memory()
     measured = measure_at_length(settings, _models(settings, model), cpus, memory, seconds, told)
-    choice = choose(measured, cpus, memory)
     share = starved(measured)
-    note = (
-        "" if share is None else f"; others took the CPUs, {share:.0%} of the time was ours: measure again when quiet"
-    )
+    choice = choose(measured, cpus, memory, TIE if share is None else DOUBTFUL_TIE)
+    note = "" if share is None else f"; others took the CPUs ({share:.0%} of the time was ours): measure again"
     return Tuned(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         conditions=now,

@@ -17,6 +17,9 @@ MEMORY_SHARE = 0.75
 TIE = 0.05
 """Share of the best that layouts may lack to be as good: one measurement differs from the next by as much."""
 
+DOUBTFUL_TIE = 0.4
+"""The same of a brief measurement, or one beside others that took the CPUs: it knows little of what requests cost in
+Python, which only processes do side by side, or met a busy moment."""
 STARVED = 0.75
 """Share of the time on a CPU below which processes that always compute have been kept from it, by others."""
 

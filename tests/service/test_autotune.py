@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service import auto, tuning
+from service.autotune import autotune
 from service.cli import app, read_settings
 from service.cpus import available_cpus
 from service.errors import MeasurementFailed
@@ -39,8 +40,8 @@ def cpus(monkeypatch, count, memory=2**40):
         monkeypatch.setattr(f"service.{module}.available_memory", lambda: memory, raising=False)
 
 
-def measured(layout, cpu=1.0):
-    rate = Rate(images_per_second=1, latency=1, cpu=cpu)
+def measured(layout, cpu=1.0, images_per_second=1.0):
+    rate = Rate(images_per_second=images_per_second, latency=1, cpu=cpu)
     return Measured(layout=layout, rates={"ppca score 1": rate}, process_bytes=2**20)
 
 
@@ -82,6 +83,23 @@ def test_autotune_measures_with_real_processes_and_serve_takes_its_choice(ppca_r
     assert tuned.why in done.output
     decided = auto.decide(Settings(repository=ppca_root, workers="auto", autotune_file=file))
     assert (decided.workers, decided.threads) == (tuned.choice.processes, tuned.choice.threads)
+
+
+def test_a_measurement_beside_others_does_not_talk_out_of_processes(settings, monkeypatch):
+    def found(cpu):
+        rates = {"1 × 2": 100.0, "2 × 1": 70.0}
+        return [
+            measured(layout, cpu, rates[str(layout)])
+            for layout in (Layout(processes=1, threads=2), Layout(processes=2, threads=1))
+        ]
+
+    cpus(monkeypatch, 2)
+    monkeypatch.setattr("service.autotune.measure_at_length", lambda *_: found(1.0))
+    assert autotune(settings, None, 1.0, print).choice == Layout(processes=1, threads=2)
+    monkeypatch.setattr("service.autotune.measure_at_length", lambda *_: found(0.5))
+    tuned = autotune(settings, None, 1.0, print)
+    assert tuned.choice == TWO
+    assert "others took the CPUs (50% of the time was ours)" in tuned.why
 
 
 def test_a_place_that_cannot_be_written_is_said_and_only_an_asked_one_is_an_error(tmp_path, monkeypatch):
