@@ -115,7 +115,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
         metrics.workers.set(1)
         metrics.worker_starts.inc()
         watched = watch or Drift(settings.drift_window, settings.drift_level)
-        batcher = Batcher(pool, metrics.run.observe)
+        batcher = Batcher(pool, settings.lanes, metrics.run.observe)
         app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from service.errors import ConfigurationError, VaeserveError
-from service.schemas import ScoreParameters
 from service.settings import Settings, check_environment
 
 if TYPE_CHECKING:
     from service.recalibrate import Outcome, Plan
+    from service.schemas import ScoreParameters
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -200,6 +200,8 @@ def score(
     device: DeviceOption = None,
 ) -> None:
     """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
+    from service.schemas import ScoreParameters
+
     parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
     parameters |= {"also": also, "group": group}
     parameters |= {"map": maps is not None, "map_kind": map_kind, "map_picture": map_picture}
@@ -386,7 +388,3 @@ def _errors_in_words() -> Iterator[None]:
     except VaeserveError as error:
         typer.echo(f"vaeserve: {error}", err=True)
         raise typer.Exit(ERROR) from error
-
-
-if __name__ == "__main__":
-    main()

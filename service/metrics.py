@@ -83,7 +83,8 @@ class Metrics:
         )
         # Looking up a child by its labels takes longer than counting.
         self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
-        self._rows = cache(self.batch.labels)
+        self._rows, self._scored = cache(self.batch.labels), cache(self.images.labels)
+        self._judged = cache(self.p_values.labels)
         self.unwatched = Counter(
             "vaeserve_unwatched_rows",
             "Scored rows that the drift tests missed, because their keeper was busy or gone",
@@ -101,8 +102,8 @@ class Metrics:
 
     def scored(self, model: str, p_values: Iterable[float | None], n: int) -> None:
         """Count ``n`` scored images of a model and their p-values, where there are any."""
-        self.images.labels(model).inc(n)
-        histogram = self.p_values.labels(model)
+        self._scored(model).inc(n)
+        histogram = self._judged(model)
         for p in p_values:
             if p is not None:
                 histogram.observe(p)

@@ -411,7 +411,7 @@ class Model:
         parts: list[tuple[np.ndarray, ...]] = []
         loc = scale = target = np.empty(0)
         for encoded in self._encode(x, k, seed):
-            log_p_x, log_p_z, log_p_x_map = self._densities(encoded["target"], encoded["z"])
+            log_p_x, log_p_z, log_p_x_map = self._densities(encoded["target"], encoded["z"], places=places)
             parts.append((log_p_x, log_p_z, encoded["log_q"]))
             loc, scale, target = encoded["loc"], encoded["scale"], encoded["target"]
             if places:
@@ -422,24 +422,25 @@ class Model:
         return Measured(x, decoded, loc, scale, log_p_x, log_p_z, log_q, distortion / k, at_loc)
 
     def _densities(
-        self, target: np.ndarray, z: np.ndarray, decoded: Arrays | None = None
+        self, target: np.ndarray, z: np.ndarray, decoded: Arrays | None = None, places: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by place, float32 [n,k,C,H,W].
+        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by ``places``, float32 [n,k,C,H,W], if wanted.
 
         ``decoded``: the decoder's outputs for z, where these are known.
         """
         n, k, latent_dim = z.shape
+        wanted = ["log_p_x", "log_p_z", *(["log_p_x_map"] if places else [])]
         if decoded is None:
-            decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)})
+            decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)}, outputs=self._parameters)
         parameters = {name: decoded[name] for name in self._parameters}
         if self._density.sizes == (1,):
             parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}
-            outputs = self._density_by_x.run({"target": target, "z": z, **parameters})
+            outputs = self._density_by_x.run({"target": target, "z": z, **parameters}, outputs=wanted)
         else:
             feeds = {"target": np.repeat(target, k, axis=0), "z": z.reshape(n * k, 1, latent_dim)}
             feeds |= {name: value[:, None] for name, value in parameters.items()}
-            outputs = self._density.run(feeds)
-        log_p_x_map = outputs["log_p_x_map"].reshape(n, k, *self._shape)
+            outputs = self._density.run(feeds, outputs=wanted)
+        log_p_x_map = outputs["log_p_x_map"].reshape(n, k, *self._shape) if places else np.empty((n, k, 0), np.float32)
         return outputs["log_p_x"].reshape(n, k), outputs["log_p_z"].reshape(n, k), log_p_x_map
 
     def _encode(self, x: np.ndarray, k: int, seed: int) -> Iterator[Arrays]:
@@ -461,7 +462,8 @@ class Model:
     def _runner(self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] = SIZES) -> RowRunner:
         """The graph's runner. A session of one thread leaves it to Python threads to run several batches at once."""
         serial = role in self._serial
-        return RowRunner(self._sessions[role], trial_rows, sizes, serial, self.runtime.pool if serial else None)
+        pool = self.runtime.pool if serial and self.runtime.threads > 1 else None
+        return RowRunner(self._sessions[role], trial_rows, sizes, serial, pool)
 
     def _encoder(self, chunk: int) -> RowRunner:
         """The runner for so many samples a row: few sizes, since each is tried for row independence."""

@@ -104,7 +104,8 @@ def _of_service(order: dict[str, Any], stack: ExitStack) -> dict[str, Workload]:
     from service.rehearsal import Asked, rehearsal, repeat, requests_for
     from service.settings import Settings
 
-    settings = Settings(**{**order["settings"], "threads": order["threads"]})
+    layout = {"workers": order["processes"], "threads": order["threads"]}
+    settings = Settings(**{**order["settings"], **layout})
     configure_logs(settings.log_level, settings.log_format)
     runner = stack.enter_context(Runner())
     app = runner.run(rehearsal(settings).__aenter__())

@@ -27,7 +27,7 @@ TWO_PATHS = frozenset(
     | {"Softplus"}
 )
 VECTOR = 4  # float32 numbers that ONNX Runtime's general kernels take at once (SSE, NEON); 2 of float64
-SIZES = (1, 8, 32)
+SIZES = (1, 8, 16, 32)
 # Trials a size: each puts other rows at every place. Large rows bring more places to one, cost more, and take fewer.
 MOST_TRIALS, LEAST_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
 MAX_ELEMENTS = 2**21  # of one input or output at one run: bounds memory, and time at start, for large images
@@ -74,15 +74,19 @@ class RowRunner:
                 self._sizes = self._find_sizes()
         return self._sizes
 
-    def run(self, feeds: Arrays, same: Mapping[str, np.ndarray] = NOTHING) -> Arrays:
+    def run(
+        self, feeds: Arrays, same: Mapping[str, np.ndarray] = NOTHING, outputs: Sequence[str] | None = None
+    ) -> Arrays:
         """Outputs for ``feeds`` (float32, equal first axes of length at least 1) and what is the ``same`` for all rows.
 
-        An array of ``same`` has no axis of rows; it may be kept, and must not be written to afterwards.
+        An array of ``same`` has no axis of rows; it may be kept, and must not be written to afterwards. ``outputs``:
+        those that are wanted, all by default.
         """
+        names = self._outputs if outputs is None else list(outputs)
         total = len(next(iter(feeds.values())))
         size = _next_size(self.sizes, total)
         if size >= total:
-            return dict(zip(self._outputs, self._run_at(size, feeds, same), strict=True))
+            return dict(zip(names, self._run_at(size, feeds, same, names), strict=True))
         batches: list[tuple[int, Arrays]] = []
         start = 0
         while start < total:
@@ -90,16 +94,22 @@ class RowRunner:
             batches.append((size, {name: value[start : start + size] for name, value in feeds.items()}))
             start += size
         spread = self._pool.map if self._pool is not None else map
-        parts = list(spread(lambda batch: self._run_at(batch[0], batch[1], same), batches))
-        return {name: _join([part[i] for part in parts]) for i, name in enumerate(self._outputs)}
+        parts = list(spread(lambda batch: self._run_at(batch[0], batch[1], same, names), batches))
+        return {name: _join([part[i] for part in parts]) for i, name in enumerate(names)}
 
-    def _run_at(self, size: int, feeds: Arrays, same: Mapping[str, np.ndarray] = NOTHING) -> list[np.ndarray]:
+    def _run_at(
+        self,
+        size: int,
+        feeds: Arrays,
+        same: Mapping[str, np.ndarray] = NOTHING,
+        names: Sequence[str] | None = None,
+    ) -> list[np.ndarray]:
         """Outputs for at most ``size`` rows, which the session sees as exactly so many."""
         count = len(next(iter(feeds.values())))
         whole = {name: _padded(value, size) for name, value in feeds.items()}
         for name, value in same.items():
             whole[name] = self._spread(name, value, size)
-        outputs: list[np.ndarray] = self._session.run(self._outputs, whole)
+        outputs: list[np.ndarray] = self._session.run(names or self._outputs, whole)
         return outputs if count == size else [output[:count] for output in outputs]
 
     def _spread(self, name: str, value: np.ndarray, size: int) -> np.ndarray:

@@ -75,7 +75,7 @@ class Probes:
 
     def prepare(self, layout: Layout, work: Work) -> None:
         """Have ``work`` ready in the processes of ``layout``, beside what was prepared for others."""
-        answers = self._ask(layout.processes, {**work, "threads": layout.threads})
+        answers = self._ask(layout.processes, {**work, **layout.model_dump()})
         self._workloads[layout] = answers[0]["workloads"]
         if not self._workloads[layout]:
             raise MeasurementFailed("there is no model to compute")
@@ -151,7 +151,7 @@ def measure_at_length(
     Raises:
         MeasurementFailed: also for a bundle that cannot be loaded.
     """
-    work = {"settings": settings.model_copy(update={"workers": 1}).model_dump(mode="json"), "models": list(models)}
+    work = {"settings": settings.model_dump(mode="json"), "models": list(models)}
     of_each_run = seconds / (4 * len(models) * ROUNDS)
     found: dict[Layout, list[Measured]] = {}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
 from service.bundle import DETECTORS, FITTED, Manifest, ScoreDefinition, open_bundle
-from service.codelength import code_length
+from service.codelength import code_lengths
 from service.detectors import (
     CLASSES,
     Combination,
@@ -32,6 +33,7 @@ from service.detectors import (
 from service.errors import BundleFormatError
 from service.gaussian import normalised, quantiles
 from service.measured import Measured, path_statistics, statistics
+from service.measured import table as table_of
 from service.model import Model
 from tests.ppca_bundle import images
 from tests.service.fitted_bundles import FAMILIES, fit, npz, rewrite
@@ -63,7 +65,7 @@ def simulated(
 
 
 def in_parts(measured: Measured, size: int = 7) -> list[Measured]:
-    return [Measured(*(v[i : i + size] for v in measured)) for i in range(0, len(measured.x), size)]
+    return [measured.rows(slice(i, i + size)) for i in range(0, len(measured.x), size)]
 
 
 # Typicality and complexity.
@@ -80,7 +82,7 @@ def test_typicality_looks_to_both_sides(manifest):
 
 def test_complexity_removes_what_the_length_explains(manifest):
     random, x = np.random.RandomState(0), images(60)
-    lengths = np.array([code_length(row) for row in x])
+    lengths = code_lengths(x)
     surprisals = 0.7 * lengths + 30 + random.standard_normal(60)
     detector = Complexity.fit(in_parts(simulated(x, surprisals)), definition("complexity"), manifest)
     scores = detector.score(simulated(x, surprisals))
@@ -176,7 +178,7 @@ def test_stretching_leaves_its_input_and_a_row_to_itself():
 
 
 def paths(measured: Measured, manifest: Manifest) -> np.ndarray:
-    return np.array([list(path_statistics(measured.row(i), manifest).values()) for i in range(len(measured.x))])
+    return table_of(path_statistics, measured, manifest)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +222,7 @@ def test_the_path_by_copod(manifest, inliers):
 @pytest.mark.parametrize("method", ["mahalanobis", "copod"])
 def test_a_path_outside_the_inliers_scores_higher_than_all_of_them(manifest, inliers, method):
     detector = Path.fit(in_parts(inliers), definition("path", method), manifest)
-    far = inliers._replace(mean=inliers.mean + 1, loc=inliers.loc * 9, scale=inliers.scale * 9)
+    far = replace(inliers, mean=inliers.mean + 1, loc=inliers.loc * 9, scale=inliers.scale * 9)
     assert detector.score(far).min() > detector.score(inliers).max()
 
 
@@ -228,7 +230,7 @@ def test_a_path_outside_the_inliers_scores_higher_than_all_of_them(manifest, inl
 
 
 def coded(codes: np.ndarray) -> Measured:
-    return simulated(images(len(codes)))._replace(loc=codes.astype(np.float32))
+    return replace(simulated(images(len(codes))), loc=codes.astype(np.float32))
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 200])
@@ -275,7 +277,7 @@ def tabled(x: np.ndarray, seed: int) -> Measured:
     """A pass of vectors whose reconstruction errs by a tenth of their deviation."""
     measured = simulated(x.astype(np.float32))
     error = 0.1 * np.random.RandomState(seed).standard_normal(x.shape) * x.std(axis=0)
-    return measured._replace(mean=(x - error).astype(np.float32))
+    return replace(measured, mean=(x - error).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -317,12 +319,11 @@ def test_the_channels_of_a_signal_have_units_of_their_own(tmp_path):
 
 def test_statistics_are_judged_by_mahalanobis(manifest, inliers):
     detector = Statistics.fit(in_parts(inliers), definition("statistics"), manifest)
-    rows = np.array([list(statistics(inliers.row(i), manifest).values()) for i in range(150)])
+    rows = table_of(statistics, inliers, manifest)
     scale = rows.std(axis=0)
     covariance = np.linalg.inv(ledoit_wolf(rows / scale)[0] + 1e-6 * np.eye(rows.shape[1]))
     fresh = simulated(images(5, seed=6), seed=7)
-    for i, score in enumerate(detector.score(fresh)):
-        row = np.array(list(statistics(fresh.row(i), manifest).values()))
+    for row, score in zip(table_of(statistics, fresh, manifest), detector.score(fresh), strict=True):
         distance = mahalanobis(row / scale, rows.mean(axis=0) / scale, covariance)
         assert score == pytest.approx(math.log(distance**2 / rows.shape[1]), rel=1e-6)
 
