@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from service import probe
 from service.bundle import find_bundles
 from service.errors import MeasurementFailed
+from service.layouts import Layout
 from service.rehearsal import Asked, ask, rehearsal, repeat, requests_for
 from service.settings import Settings
 from service.tuning import _typical_graphs
@@ -83,3 +85,20 @@ def test_the_graphs_of_every_kind_of_bundle_run_on_random_rows(root):
         answer = probe._run(made["graphs 8"], 1, time.monotonic(), 0.0)
         assert answer["images_per_second"] > 0
         assert np.isfinite([answer["latency"], answer["cpu"]]).all()
+
+
+def test_a_probe_rehearses_as_the_worker_of_its_layout(root, monkeypatch):
+    seen = []
+
+    def seeing(settings):
+        seen.append((settings.workers, settings.threads))
+        return rehearsal(settings)
+
+    monkeypatch.setattr("service.rehearsal.rehearsal", seeing)
+    monkeypatch.setattr("service.logs.configure_logs", lambda *_: None)
+    settings = Settings(repository=root, workers="auto").model_dump(mode="json")
+    order = {"settings": settings, "models": ["table"], **Layout(processes=3, threads=2).model_dump()}
+    with ExitStack() as stack:
+        made = probe._of_service(order, stack)
+        assert probe._run(made["table encode 64"], 2, time.monotonic(), 0.0)["images_per_second"] > 0
+    assert seen == [(3, 2)]
