@@ -37,6 +37,7 @@ from service.measured import Measured, path_statistics, statistic_names, statist
 REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle is given: a megabyte
 MOST_REFERENCE_NUMBERS = 2**24  # that a bundle may bring: every row that is scored is compared with all of them
 NEIGHBOURS = 5
+BLOCK = 64
 SPARE = 5  # more that are looked at, whose distances rounding may have put before the nearest's
 TAIL = 0.9  # quantile from which a tail is taken for exponential
 LEVELS = 256
@@ -181,7 +182,12 @@ class Latent(Detector):
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
         self._reference = arrays["reference"].astype(np.float64)  # a far code's square is beyond float32
-        self._squares = (self._reference**2).sum(axis=1)
+        # −2 r and |r|² of each code r, in whole blocks, filled up with codes that are infinitely far.
+        count, width = self._reference.shape
+        self._distances = np.zeros((count + -count % BLOCK, width + 1))
+        self._distances[:count, :-1] = -2 * self._reference
+        self._distances[:count, -1] = (self._reference**2).sum(axis=1)
+        self._distances[count:, -1] = np.inf
 
     @classmethod
     def specs(cls, manifest: Manifest) -> Specs:
@@ -199,15 +205,24 @@ class Latent(Detector):
 
     def score(self, rows: Measured) -> np.ndarray:
         locs = rows.loc.astype(np.float64)
-        # Rounded as the batch has it: only to find the nearest, among some more that might be.
-        squares = self._squares - 2 * (locs @ self._reference.T)
-        return np.array([self._score(loc, near) for loc, near in zip(locs, squares, strict=True)])
+        found = self._reference[self._nearest(locs)] - locs[:, None]
+        nearest = np.sqrt(np.sort((found**2).sum(axis=2), axis=1)[:, :NEIGHBOURS])
+        logs: np.ndarray = locs.shape[1] * np.log(nearest.mean(axis=1) + 1e-12)
+        return logs
 
-    def _score(self, loc: np.ndarray, squares: np.ndarray) -> float:
-        near = min(NEIGHBOURS + SPARE, len(squares))
-        found = np.argpartition(squares, near - 1)[:near]
-        exact = np.sort(((self._reference[found] - loc) ** 2).sum(axis=1))[:NEIGHBOURS]
-        return len(loc) * math.log(float(np.sqrt(exact).mean()) + 1e-12)
+    def _nearest(self, locs: np.ndarray) -> np.ndarray:
+        """Which codes are nearest to each of locs [N,L], NEIGHBOURS + SPARE of them if there are so many: int64 [N,…].
+
+        They lie in as many blocks, those with the least minima: so few distances are looked at twice. The distances are
+        rounded as the batch has it, hence the spare ones.
+        """
+        near = min(NEIGHBOURS + SPARE, len(self._reference))
+        squares = np.concatenate([locs, np.ones((len(locs), 1))], axis=1) @ self._distances.T  # but for |loc|²
+        blocks = squares.reshape(len(locs), -1, BLOCK)
+        chosen = _least(blocks.min(axis=2), min(near, blocks.shape[1]))[:, :, None]
+        among = np.take_along_axis(blocks, chosen, axis=1).reshape(len(locs), -1)
+        places = (chosen * BLOCK + np.arange(BLOCK)).reshape(len(locs), -1)
+        return np.take_along_axis(places, _least(among, near), axis=1)
 
 
 class Residual(Detector):
@@ -384,6 +399,11 @@ def _gaussian_specs(size: int) -> Specs:
 
 def _gaussian_arrays(gaussian: Gaussian) -> Arrays:
     return {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
+
+
+def _least(values: np.ndarray, count: int) -> np.ndarray:
+    """Where the ``count`` least of each row of [N,m] are, in any order."""
+    return np.argpartition(values, count - 1, axis=1)[:, :count]
 
 
 def _surprisal(rows: Measured) -> np.ndarray:

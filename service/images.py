@@ -86,7 +86,7 @@ def decode_whole(data: bytes, preprocessing: Preprocessing, limits: ImageLimits)
 
 
 UNTURNED = frozenset({"aspect", "chromaticity", "dpi", "gamma", "srgb", "transparency"})
-"""What Pillow may know of a PNG that says nothing of how to turn it; looking for that takes as long as decoding 28×28."""
+"""What Pillow may know of a PNG that does not turn it: to ask takes as long as to decode 28×28 pixels."""
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 from service.bundle import DETECTORS, FITTED, Manifest, ScoreDefinition, open_bundle
 from service.codelength import code_lengths
 from service.detectors import (
+    BLOCK,
     CLASSES,
     Combination,
     Complexity,
@@ -233,13 +234,25 @@ def coded(codes: np.ndarray) -> Measured:
     return replace(simulated(images(len(codes))), loc=codes.astype(np.float32))
 
 
-@pytest.mark.parametrize("n", [1, 3, 5, 200])
+@pytest.mark.parametrize("n", [1, 3, 5, 200, 6 * BLOCK, 2000])
 def test_the_latent_density_is_by_the_nearest_neighbours(manifest, n):
     random = np.random.RandomState(0)
     reference, codes = (random.standard_normal((m, 5)).astype(np.float32) for m in (n, 30))
     detector = Latent.of(reference, definition("latent"), manifest)
     distances, _ = NearestNeighbors(n_neighbors=min(5, n)).fit(reference).kneighbors(codes)
     assert detector.score(coded(codes)) == pytest.approx(5 * np.log(distances.mean(axis=1)), rel=1e-4, abs=1e-4)
+
+
+def test_the_nearest_of_many_are_found_wherever_they_lie_and_whatever_rows_are_beside(manifest):
+    """Codes in order, so that all near ones are in one block; and each row as it is alone, bitwise."""
+    random = np.random.RandomState(1)
+    reference = np.sort(random.standard_normal((3000, 1)), axis=0) * np.ones(5)
+    codes = (random.standard_normal((40, 1)) * np.ones(5)).astype(np.float32)
+    detector = Latent.of(reference, definition("latent"), manifest)
+    distances, _ = NearestNeighbors(n_neighbors=5).fit(reference.astype(np.float32)).kneighbors(codes)
+    scores = detector.score(coded(codes))
+    assert scores == pytest.approx(5 * np.log(distances.mean(axis=1)), rel=1e-4, abs=1e-4)
+    assert np.array_equal(scores, np.concatenate([detector.score(coded(codes[i : i + 1])) for i in range(40)]))
 
 
 def test_the_latent_density_is_one_of_the_latent_space(manifest):
