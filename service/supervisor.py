@@ -18,17 +18,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 
-from service.bundle import bundle_digests
 from service.channel import Message, connected_pair, encode, receive_waiting
 from service.errors import ConfigurationError, WorkerFailed
 from service.interpreters import fresh_interpreter
 from service.listening import bind_shared, claim, refuse_taken
 from service.logs import configure_logs, get_logger
 from service.settings import Settings
-from service.shared_drift import DriftKeeper
+
+if TYPE_CHECKING:
+    from service.shared_drift import DriftKeeper
 
 STARTUP_FAILURE = 3  # uvicorn's exit code where it cannot listen
 FIRST_DELAY, MOST_DELAY = 0.1, 30.0  # seconds before a worker is started again; doubled with each time
@@ -103,8 +105,8 @@ class Supervisor:
         self.cut_short: signal.Signals | None = None
         self._settings = settings
         self._metrics = metrics
-        self._bundles = bundle_digests(settings.repository)
-        self._keeper = DriftKeeper(settings.drift_window, settings.drift_level)
+        self._bundles: asyncio.Task[dict[str, str]] | None = None
+        self._keeper: DriftKeeper | None = None
         self._processes: dict[int, Process] = {}
         self._questions: list[tuple[Process, Message]] = []
         self._stopping = asyncio.Event()
@@ -115,6 +117,7 @@ class Supervisor:
 
         Raises:
             WorkerFailed: a worker could not start, and no other serves.
+            BundleError: there are no bundles, or one that cannot be read.
         """
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -123,6 +126,8 @@ class Supervisor:
         get_logger().info(
             "starting", host=self._settings.host, port=self._settings.port, workers=self._settings.workers
         )
+        # Beside the starting workers, whose interpreters take as long to get ready for their orders.
+        self._bundles = asyncio.create_task(asyncio.to_thread(self._look_at_bundles))
         keepers = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
         watch = asyncio.create_task(self._watch())
         try:
@@ -131,6 +136,14 @@ class Supervisor:
             for task in (*keepers, watch):
                 task.cancel()
             await self._kill()
+
+    def _look_at_bundles(self) -> dict[str, str]:
+        """Their digests by NAME/VERSION, which all workers are to find again."""
+        from service.bundle import bundle_digests
+        from service.shared_drift import DriftKeeper
+
+        self._keeper = DriftKeeper(self._settings.drift_window, self._settings.drift_level)
+        return bundle_digests(self._settings.repository)
 
     async def _keep(self, number: int) -> None:
         """One worker after another in the same place."""
@@ -193,21 +206,23 @@ class Supervisor:
         process = Process(number, child, ours)
         self._processes[number] = process
         self._listen(process)
+        assert child.stdin is not None
+        assert self._bundles is not None
+        bundles = await self._bundles
         if self._stopping.is_set():
             child.terminate()
-        assert child.stdin is not None
-        child.stdin.write(self._orders(number))
+        child.stdin.write(self._orders(number, bundles))
         child.stdin.close()
         get_logger().info("worker started", worker=number, pid=child.pid)
         return process
 
-    def _orders(self, number: int) -> bytes:
+    def _orders(self, number: int, bundles: dict[str, str]) -> bytes:
         return orjson.dumps(
             {
                 "settings": self._settings.model_dump(mode="json"),
                 "worker": number,
                 "metrics": str(self._metrics),
-                "bundles": self._bundles,
+                "bundles": bundles,
             }
         )
 
@@ -230,7 +245,8 @@ class Supervisor:
         messages, gone = receive_waiting(process.line)
         if messages:
             process.silent = 0
-        self._keeper.take(message for message in messages if message["kind"] == "rows")
+        if self._keeper is not None:  # as it is before a worker has its orders
+            self._keeper.take(message for message in messages if message["kind"] == "rows")
         for message in messages:
             self._take(process, message)
         if gone and not process.gone.is_set():
@@ -262,6 +278,7 @@ class Supervisor:
         for each in list(self._processes.values()):
             self._read(each)
         for process, question in questions:
+            assert self._keeper is not None
             task = asyncio.create_task(self._send(process, list(self._keeper.answers(question))))
             process.answers.add(task)
             task.add_done_callback(process.answers.discard)
