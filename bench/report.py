@@ -18,6 +18,10 @@ LIMIT = (
     "L is the limit that bare HTTP and raw onnxruntime compose, 1 / (1 / HTTP + n / ORT) requests/s for n images a "
     "request; ORT is at its best batch and layout, for one connection with one request at a time."
 )
+REFERENCES = (
+    "What it is compared with: images/s of raw onnxruntime in p processes × t threads, at its best batch and alone "
+    "with one request's images, CPU ms an image; requests/s of bare HTTP and of both limits"
+)
 CELLS = "requests/s over L · images/s over raw onnxruntime at its best · its share of the server's CPU time"
 
 
@@ -39,7 +43,7 @@ def _parts(report: Report) -> Iterator[Table | str]:
         if results := report.get(section):
             yield f"\n{results[0]['model']}: {CELLS}; c connections, n images a request"
             yield _ratios(results)
-            yield "What it is compared with"
+            yield REFERENCES
             yield _references(results)
             yield "Rates, latencies, CPU a request"
             yield _details(results)
@@ -114,9 +118,8 @@ def _ratio(cell: Result | None) -> str:
 
 def _references(results: list[Result]) -> Table:
     """Raw ONNX Runtime and bare HTTP, once for each verb, batch and number of connections."""
-    best = ("ORT best, images/s", "processes × threads", "batch", "CPU ms an image")
-    alone = ("ORT one request, images/s", "processes × threads", "CPU ms an image")
-    table = _table("verb", "n", "c", "HTTP, requests/s", *best, *alone, "L of best", "L of one", text=1)
+    best, alone = ("ORT best/s", "p × t", "batch", "ms"), ("ORT alone/s", "p × t", "ms")
+    table = _table("verb", "n", "c", "HTTP/s", *best, *alone, "L of best", "L of one", text=1)
     groups = {(result["verb"], result["batch"], result["connections"]): result for result in results}
     for (verb, batch, connections), result in groups.items():
         table.add_row(

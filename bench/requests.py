@@ -41,7 +41,7 @@ def cases(
     address: tuple[str, int],
     formats: Collection[str] = COMMON,
 ) -> list[Case]:
-    """All requests of a verb in these formats with the images ``pixels``, uint8 [N,C,H,W], or for N latents or draws."""
+    """All requests of a verb in these formats with images ``pixels``, uint8 [N,C,H,W], or with N latents or draws."""
     answer, more = VERBS[verb]
     path = f"/v1/models/{model}/{verb}"
     if verb == "sample":

@@ -72,10 +72,12 @@ def run(arguments: argparse.Namespace) -> Report:
     wanted = arguments.sections
     report: Report = {"facts": facts(folder, arguments.model), "settings": vars(effort)}
     if "start" in wanted:
-        places = (
-            {"shipped": SHIPPED, "the measured model": folder} if SHIPPED.is_dir() else {"the measured model": folder}
-        )
-        report["start"] = {name: cold_start(place, effort.workers, arguments.starts) for name, place in places.items()}
+        places = {"shipped": SHIPPED, "the measured model": folder}
+        report["start"] = {
+            name: cold_start(place, effort.workers, arguments.starts)
+            for name, place in places.items()
+            if place.is_dir()
+        }
     if {"cells", "rivals", "curve"} & set(wanted):
         report |= of_one_model(folder, arguments, effort)
     if "big" in wanted:

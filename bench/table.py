@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.curve import HALF
+from bench.rivals.measure import OURS
+from bench.rivals.peers import NAIVE
 
 Report = dict[str, Any]
 MIB = 2**20
@@ -69,11 +71,11 @@ def png_over_octets(report: Report) -> float | None:
 
 def json_over_naive(report: Report) -> float | None:
     """Requests/s in JSON over those of the naive server in the same rounds."""
-    naive = next((each for each in report.get("rivals", []) if each["name"] == "naive FastAPI"), None)
+    naive = next((each for each in report.get("rivals", []) if each["name"] == NAIVE.name), None)
     if naive is None or not naive.get("results"):
         return None
     same = {"wire": "JSON", "batch": 1, "connections": 64}
-    ours, theirs = (find(naive["results"], server=server, **same) for server in ("vaeserve", "naive FastAPI"))
+    ours, theirs = (find(naive["results"], server=server, **same) for server in (OURS, NAIVE.name))
     return None if ours is None or theirs is None else ours["images_per_second"] / theirs["images_per_second"]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from bench.rivals.environments import FOLDER, installed_version, interpreter
@@ -47,21 +48,28 @@ class Peer:
     @property
     def version(self) -> str | None:
         """What is installed; None: nothing."""
-        return "of this environment" if self.environment is None else installed_version(self.environment)
+        return version("fastapi") if self.environment is None else installed_version(self.environment)
 
 
 def _fill(text: str, workers: int) -> str:
     return text.replace("{workers}", str(workers)).replace("{free}", str(free_port()))
 
 
+NAIVE = Peer(
+    "naive FastAPI",
+    None,
+    ("-m", "uvicorn", "naive:app", "--workers", "{workers}", "--port", "{port}"),
+    "/openapi.json",
+    (plain_json("/encode"),),
+    "uvicorn --workers, onnxruntime's default session in each",
+)
 PEERS = (
-    Peer(
-        "naive FastAPI",
-        None,
-        ("-m", "uvicorn", "naive:app", "--workers", "{workers}", "--port", "{port}"),
-        "/openapi.json",
-        (plain_json("/encode"),),
-        "uvicorn --workers, a session of one thread in each",
+    NAIVE,
+    replace(
+        NAIVE,
+        name="naive FastAPI, one thread",
+        settings="uvicorn --workers, a session of one thread in each",
+        variables=(("BENCH_THREADS", "1"),),
     ),
     Peer(
         "LitServe",

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 options = ort.SessionOptions()
-options.intra_op_num_threads = 1  # there is a process for each core
+options.intra_op_num_threads = int(os.environ.get("BENCH_THREADS", "0"))  # 0: onnxruntime's default, one a core
 session = ort.InferenceSession(os.environ["BENCH_ENCODER"], options)
 noise_dim = session.get_inputs()[1].shape[2]
 app = FastAPI()
