@@ -24,6 +24,7 @@ FOLDER = Path("runs/bench/models")
 IMAGES = {"conv": 9200, "big": 2300, "growth": 640}
 """Enough for as many encoded inliers as a bundle holds (service.fitting.reference_room), with which every scored row is
 compared; of the models of the growth of cost only encode and the bound are measured."""
+WORK = ".work"
 SPLITS = ["data.validation=0.04", "data.calibration=0.04", "data.test=0.02"]
 FAST = ["optimiser.epochs=1", "optimiser.batch_size=32", "evaluate.k=1", "evaluate.images=8", "run.threads=1"]
 
@@ -94,6 +95,7 @@ def repository(name: str, folder: Path = FOLDER, remake: bool = False, console: 
         shutil.rmtree(root, ignore_errors=True)
         for model, spec in SETS[name].items():
             _make(model, spec, IMAGES[name], root, console or Console(stderr=True))
+        shutil.rmtree(root / WORK)
         (root / "recipe.json").write_text(json.dumps(recipe))
     return root
 
@@ -122,7 +124,7 @@ def _make(name: str, spec: Spec, images: int, root: Path, console: Console) -> B
     from training.runs import Launch
 
     shape, overrides = spec
-    work = root / ".work" / name
+    work = root / WORK / name
     work.mkdir(parents=True)
     np.save(work / "images.npy", synthetic_images(shape, images))
     base = {"name": name, "data": {"source": str(work / "images.npy"), "kind": "image"}}

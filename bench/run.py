@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -24,7 +26,7 @@ from bench.report import print_report
 from bench.requests import VERBS
 from bench.rivals.measure import rivals
 from bench.servers import ROOT
-from bench.serving import BATCHES, FULL, Selection, cells, cold_start, memory
+from bench.serving import BIG, FULL, Selection, cells, cold_start, memory
 from bench.stage import Effort, find_bundle, stage
 from service.cpus import available_cpus
 
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> Report:
         report |= of_one_model(folder, arguments, effort)
     if "big" in wanted:
         with stage(repository("big"), "big", effort) as big:
-            report["big"] = cells(big, BATCHES, progress)
+            report["big"] = [result for part in BIG for result in cells(big, part, progress)]
     if "growth" in wanted:
         report["growth"] = growth(repository("growth"), effort, progress)
     return {**report, "took_seconds": time.perf_counter() - started}
@@ -153,6 +155,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     arguments = parse(argv)
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # servers are ended, not left behind
     report = run(arguments)
     print_report(report)
     if arguments.json:

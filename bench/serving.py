@@ -35,8 +35,11 @@ class Selection:
 
 
 FULL = Selection(formats=tuple(FORMATS), loads=(*Selection().loads, (16, 64), (64, 64)))
-BATCHES = Selection(verbs=("encode", "score"), formats=("octet-stream",), loads=((1, 1), (1, 64), (MANY, 64)))
-"""What is measured of the big model."""
+BIG = (
+    Selection(verbs=("encode",), formats=("octet-stream",), loads=((1, 1), (64, 1), (MANY, 64))),
+    Selection(verbs=("score",), formats=("octet-stream",), loads=((1, 1), (16, 1))),
+)
+"""What is measured of the big model: a batch of scores would take half a minute."""
 
 
 def cells(stage: Stage, selection: Selection, progress: Progress) -> list[Result]:
