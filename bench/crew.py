@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import os
 import time
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
@@ -51,19 +51,19 @@ def measure(work: Work, batch: int, seconds: float) -> tuple[int, float, float]:
 
 
 def _member(line: Connection, path: Path, threads: int) -> None:
-    """One process of a crew: answers (verb, batch, seconds) with what ``measure`` says, None with an end."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    """One process of a crew: answers (verb, batch, seconds) with what ``measure`` says."""
     bundle = open_bundle(path)
     model, works = RawModel(bundle, threads), dict[tuple[str, int], Work]()
-    line.send("ready")
-    while (order := line.recv()) is not None:
-        verb, batch, seconds = order
-        if (verb, batch) not in works:
-            works[verb, batch] = model.verb(verb, to_unit(reference_pixels(bundle, batch)))
-            works[verb, batch]()
-        line.send("set")
-        line.recv()
-        line.send(measure(works[verb, batch], batch, seconds))
+    with contextlib.suppress(EOFError):  # the other end is gone: so are we
+        line.send("ready")
+        while True:
+            verb, batch, seconds = line.recv()
+            if (verb, batch) not in works:
+                works[verb, batch] = model.verb(verb, to_unit(reference_pixels(bundle, batch)))
+                works[verb, batch]()
+            line.send("set")
+            line.recv()
+            line.send(measure(works[verb, batch], batch, seconds))
 
 
 class Crew:

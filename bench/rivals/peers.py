@@ -77,7 +77,7 @@ PEERS = (
         ("lit.py",),
         "/health",
         (plain_json("/encode"),),
-        "workers_per_device, as many API servers; max_batch_size 64, batch_timeout 0",
+        "workers_per_device, as many API servers; max_batch_size 64, batch_timeout 1 ms",
     ),
     Peer(
         "BentoML",

@@ -1,4 +1,4 @@
-"""LitServe: a LitAPI with batching, a worker a core. What waits is put together, nothing is waited for."""
+"""LitServe: a LitAPI with batching, a worker a core. With batch_timeout 0 idle workers spin; 1 ms did best here."""
 
 import litserve as ls
 import numpy as np
@@ -30,6 +30,6 @@ class EncoderAPI(ls.LitAPI):
 
 
 if __name__ == "__main__":
-    api = EncoderAPI(max_batch_size=64, batch_timeout=0.0, api_path="/encode")
+    api = EncoderAPI(max_batch_size=64, batch_timeout=0.001, api_path="/encode")
     server = ls.LitServer(api, accelerator="cpu", devices=1, workers_per_device=WORKERS)
     server.run(host="127.0.0.1", port=PORT, generate_client_file=False, log_level="warning")
