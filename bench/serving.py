@@ -37,7 +37,7 @@ class Selection:
 FULL = Selection(formats=tuple(FORMATS), loads=(*Selection().loads, (16, 64), (64, 64)))
 BIG = (
     Selection(verbs=("encode",), formats=("octet-stream",), loads=((1, 1), (64, 1), (MANY, 64))),
-    Selection(verbs=("score",), formats=("octet-stream",), loads=((1, 1), (16, 1))),
+    Selection(verbs=("score",), formats=("octet-stream",), loads=((1, 1),)),
 )
 """What is measured of the big model: a batch of scores would take half a minute."""
 

@@ -45,5 +45,5 @@ def install(name: str) -> None:
     """Make the environment anew. Raises CalledProcessError where pip fails."""
     shutil.rmtree(FOLDER / name, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", FOLDER / name], check=True)
-    pip = [interpreter(name), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(interpreter(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--no-deps", "--requirement", requirements(name)], check=True)
