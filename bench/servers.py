@@ -155,5 +155,5 @@ def hello_server(workers: int = 1) -> Server:
 
 def vae_server(repository: Path, workers: int = 1) -> Server:
     """``vaeserve serve`` of that folder by so many processes; every protection as it is by default."""
-    command = ["-m", "service.cli", "serve", "--repository", str(repository.resolve()), "--workers", str(workers)]
+    command = ["-m", "service", "serve", "--repository", str(repository.resolve()), "--workers", str(workers)]
     return Server(Command((*command, "--port", "{port}"), "/readyz"))

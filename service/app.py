@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -78,6 +80,7 @@ def create_app(
         lifespan=_lifespan(settings, repository, watch),
         redirect_slashes=False,  # its Location would be built from the caller's Host header
         responses={"4XX": {"description": "application/problem+json", "model": None}},
+        telemetry=_telemetry(),
     )
     metrics = metrics or Metrics()
     app.state.metrics = metrics
@@ -94,6 +97,12 @@ def create_app(
     return app
 
 
+def _telemetry() -> TelemetryConfig:
+    """OpenTelemetry where its environment is set; else FastAPI would look for it with every request."""
+    wanted = any(name.startswith("OTEL_") for name in os.environ)
+    return {"tracing": wanted, "metrics": wanted, "logs": wanted}
+
+
 def _lifespan(settings: Settings, repository: ModelRepository | None, watch: DriftWatch | None) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -105,7 +114,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
         metrics.workers.set(1)
         metrics.worker_starts.inc()
         watched = watch or Drift(settings.drift_window, settings.drift_level)
-        batcher = Batcher(pool, metrics.run.observe)
+        batcher = Batcher(pool, settings.lanes, metrics.run.observe)
         app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)

@@ -136,6 +136,8 @@ def to_unit(images: np.ndarray, dtype: DType | None = None, first_row: int = 0) 
         dtype = "uint8" if images.dtype == np.uint8 else "float32"
     if dtype == "uint8" and images.dtype.kind == "f":
         raise InvalidInput('dtype "uint8" says whole numbers from 0 to 255: the images hold fractions')
+    if images.dtype == np.uint8 and dtype == "uint8":
+        return unit_levels(images)
     top = 255 if dtype == "uint8" else 1
     good = (images >= 0) & (images <= top)
     if not good.all():

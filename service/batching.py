@@ -55,11 +55,12 @@ class Computed(NamedTuple):
 class Batcher:
     """Runs jobs for the requests of one event loop; only that loop may call it.
 
+    ``lanes``: batches of a key that run at once on the pool, as many as find a CPU; more would only be smaller ones.
     ``observe`` is told the rows of every batch.
     """
 
-    def __init__(self, pool: WorkerPool, observe: Callable[[int], None] = lambda rows: None) -> None:
-        self._pool, self._observe = pool, observe
+    def __init__(self, pool: WorkerPool, lanes: int = 1, observe: Callable[[int], None] = lambda rows: None) -> None:
+        self._pool, self._lanes, self._observe = pool, min(lanes, pool.concurrency), observe
         self._waiting: dict[Queue, deque[Ticket]] = {}
         self._under_way: Counter[Queue] = Counter()
         self._seconds: OrderedDict[Hashable, float] = OrderedDict()  # a row, by key
@@ -72,7 +73,9 @@ class Batcher:
         """
         self._pool.enter()
         ticket = Ticket(job, asyncio.get_running_loop().create_future())
-        queue = Queue(job.key, self._seconds_of(job.key) * len(job.rows) <= INLINE_SECONDS)
+        # With others in the house a batch on the pool is worth the hop, unless all of them would be done in a moment.
+        seconds = self._seconds_of(job.key) * len(job.rows) * self._pool.pending
+        queue = Queue(job.key, seconds <= INLINE_SECONDS)
         self._enqueue(queue, ticket)
         return await (ticket.result if queue.short else self._pool.wait(ticket.result, gone))
 
@@ -84,11 +87,11 @@ class Batcher:
 
     def _go_on(self, queue: Queue) -> None:
         """Start the next batch once the event loop has read what else has arrived."""
-        if self._waiting.get(queue) and self._under_way[queue] < self._pool.concurrency:
+        if self._waiting.get(queue) and self._under_way[queue] < self._lanes:
             asyncio.get_running_loop().call_soon(self._start, queue)
 
     def _start(self, queue: Queue) -> None:
-        if self._under_way[queue] >= self._pool.concurrency:
+        if self._under_way[queue] >= self._lanes:
             return
         tickets = self._next(queue)
         if not tickets:

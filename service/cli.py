@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from service.errors import ConfigurationError, VaeserveError
-from service.schemas import ScoreParameters
 from service.settings import Settings, check_environment
 
 if TYPE_CHECKING:
     from service.recalibrate import Outcome, Plan
+    from service.schemas import ScoreParameters
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,11 +68,12 @@ def _serve_alone(settings: Settings) -> None:
     from service.app import create_app
     from service.logs import configure_logs, get_logger
     from service.repository import load_repository
-    from service.server import build_server
+    from service.server import build_server, spare_collections
 
     configure_logs(settings.log_level, settings.log_format)
     server = build_server(create_app(settings, load_repository(settings)), settings)
     get_logger().info("starting", host=settings.host, port=settings.port, device=settings.device)
+    spare_collections()
     try:
         server.run()
     except KeyboardInterrupt:
@@ -155,6 +156,8 @@ def score(
     device: DeviceOption = None,
 ) -> None:
     """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
+    from service.schemas import ScoreParameters
+
     parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
     parameters |= {"also": also, "group": group}
     parameters |= {"map": maps is not None, "map_kind": map_kind, "map_picture": map_picture}
@@ -341,7 +344,3 @@ def _errors_in_words() -> Iterator[None]:
     except VaeserveError as error:
         typer.echo(f"vaeserve: {error}", err=True)
         raise typer.Exit(ERROR) from error
-
-
-if __name__ == "__main__":
-    main()

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from service.groups import in_groups
+
 LEVELS = 255.0
 LEAST_ERROR = 0.02  # mean error that a context of zeros is taken to promise: no pixel is for free
 ESCAPE = 1 / 256  # probability that an error is none of its context's, and any of the 511 possible ones
 
 
-def code_length(x: np.ndarray) -> float:
-    """Nats to code one image [C,H,W] of pixels in [0, 1], rounded to 8 bits.
+@in_groups
+def code_lengths(x: np.ndarray) -> np.ndarray:
+    """Nats to code each image of x [N,C,H,W] of pixels in [0, 1], rounded to 8 bits: float64 [N].
 
     Each pixel is predicted from its causal neighbours by the median edge detector; its error e is coded with
     P(e) = (1 − ε) (1 − θ)/(1 + θ) θ^|e| + ε/511, where θ gives |e| the mean that the errors at these neighbours had and
@@ -28,18 +31,22 @@ def code_length(x: np.ndarray) -> float:
     high, low = np.maximum(west, north), np.minimum(west, north)
     predicted = np.where(north_west >= high, low, np.where(north_west <= low, high, west + north - north_west))
     error = np.abs(levels - predicted)
-    expected = np.mean(_neighbours(error), axis=0) + LEAST_ERROR
-    return float(-np.log(probability(error, expected)).sum())
+    west, north, north_west, north_east = _neighbours(error)
+    expected = (west + north + north_west + north_east) / 4 + LEAST_ERROR
+    lengths: np.ndarray = -np.log(probability(error, expected)).reshape(len(x), -1).sum(axis=1)
+    return lengths
 
 
 def probability(error: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """P(e) of errors of that size where the mean size ``expected`` is, both [C,H,W]: Σ P ≤ 1 over e = −255 … 255."""
+    """P(e) of errors of that size where the mean size ``expected`` is, of one shape: Σ P ≤ 1 over e = −255 … 255."""
     theta = (np.sqrt(1 + expected**2) - 1) / expected  # solves 2θ/(1 − θ²) = E|e|
     geometric = (1 - theta) / (1 + theta) * theta**error
     return (1 - ESCAPE) * geometric + ESCAPE / (2 * LEVELS + 1)
 
 
 def _neighbours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The pixels to the west, north, north-west and north-east of each, 0 beyond the edge: [C,H,W] each."""
-    padded = np.pad(values, ((0, 0), (1, 0), (1, 1)))
-    return padded[:, 1:, :-2], padded[:, :-1, 1:-1], padded[:, :-1, :-2], padded[:, :-1, 2:]
+    """The pixels to the west, north, north-west and north-east of each, 0 beyond the edge: [N,C,H,W] each."""
+    n, channels, height, width = values.shape
+    padded = np.zeros((n, channels, height + 1, width + 2))
+    padded[:, :, 1:, 1:-1] = values
+    return padded[:, :, 1:, :-2], padded[:, :, :-1, 1:-1], padded[:, :, :-1, :-2], padded[:, :, :-1, 2:]

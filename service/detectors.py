@@ -1,7 +1,7 @@
 """Scores that are fitted to held-out inliers: definitions, one class each. No outlier, label or gradient is used.
 
 A detector is fitted by ``fit`` from rows that the calibration does not see, kept as arrays in detectors.npz, and gives
-each row of service.measured one number, higher for what is more anomalous. Rows are scored one at a time.
+each row of service.measured one number, higher for what is more anomalous. A row's score is that of the row alone.
 
     typicality   |−elbo − its mean|: in a typical set, or not (Nalisnick et al. 2019, arXiv:1906.02994, for one row)
     complexity   −elbo beyond what the code length explains (Serra et al. 2020, arXiv:1909.11480), the slope fitted to
@@ -26,18 +26,19 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from service import estimators
+from service import estimators, measured
 from service.bundle import DETECTORS, FITTED, Bundle, Manifest, ScoreDefinition
-from service.codelength import code_length
 from service.detector_arrays import Arrays, Spec, Specs, check_arrays
 from service.errors import BundleFormatError
 from service.gaussian import QUANTILES, Gaussian, normalised, quantiles
 from service.images import unit_levels
-from service.measured import Measured, Row, path_statistics, statistic_names, statistics
+from service.measured import Measured, path_statistics, statistic_names, statistics, table
 
 REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle is given: a megabyte
 MOST_REFERENCE_NUMBERS = 2**24  # that a bundle may bring: every row that is scored is compared with all of them
 NEIGHBOURS = 5
+BLOCK = 64
+SPARE = 5  # more that are looked at, whose distances rounding may have put before the nearest's
 TAIL = 0.9  # quantile from which a tail is taken for exponential
 LEVELS = 256
 RESERVED = "@"  # before the keys of detectors.npz that are of no score (service.maps): no score's name holds it
@@ -71,12 +72,8 @@ class Detector(ABC):
         """From held-out inliers, a batch each of ``parts``."""
 
     @abstractmethod
-    def score_row(self, row: Row) -> float:
-        """The score of one row."""
-
     def score(self, rows: Measured) -> np.ndarray:
         """Scores of N rows, float64 [N]."""
-        return np.array([self.score_row(rows.row(i)) for i in range(len(rows.x))], np.float64)
 
 
 class Typicality(Detector):
@@ -90,8 +87,8 @@ class Typicality(Detector):
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
         return cls({"mean": np.array(_surprisals(parts).mean())}, definition, manifest)
 
-    def score_row(self, row: Row) -> float:
-        return abs(_surprisal(row) - float(self.arrays["mean"]))
+    def score(self, rows: Measured) -> np.ndarray:
+        return np.abs(_surprisal(rows) - float(self.arrays["mean"]))
 
 
 class Complexity(Detector):
@@ -104,15 +101,16 @@ class Complexity(Detector):
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
         surprisals = _surprisals(parts)
-        lengths = np.array([code_length(x) for part in parts for x in part.x])
+        lengths = np.concatenate([part.code_lengths for part in parts])
         spread = lengths - lengths.mean()
         varies = spread.std() > 1e-9 * lengths.mean()  # more than rounding alone may cause
         slope = float(spread @ (surprisals - surprisals.mean()) / (spread @ spread)) if varies else 0.0
         return cls({"line": np.array([slope, surprisals.mean() - slope * lengths.mean()])}, definition, manifest)
 
-    def score_row(self, row: Row) -> float:
+    def score(self, rows: Measured) -> np.ndarray:
         slope, intercept = self.arrays["line"]
-        return float(_surprisal(row) - (slope * code_length(row.x) + intercept))
+        beyond: np.ndarray = _surprisal(rows) - (slope * rows.code_lengths + intercept)
+        return beyond
 
 
 class Debiased(Detector):
@@ -137,9 +135,10 @@ class Debiased(Detector):
             best[channel] = np.interp(np.arange(LEVELS), known, [np.quantile(group, BEST) for group in groups])
         return cls({"best": best}, definition, manifest)
 
-    def score_row(self, row: Row) -> float:
-        best = sum(float(levels[_levels(x)].sum()) for levels, x in zip(self.arrays["best"], row.x, strict=True))
-        return _surprisal(row) + best
+    def score(self, rows: Measured) -> np.ndarray:
+        best = [levels[_levels(rows.x[:, channel])] for channel, levels in enumerate(self.arrays["best"])]
+        total: np.ndarray = sum(each.reshape(len(rows.x), -1).sum(axis=1) for each in best)
+        return _surprisal(rows) + total
 
 
 class Path(Detector):
@@ -157,7 +156,7 @@ class Path(Detector):
 
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        rows = np.array([_path(row, manifest) for row in _rows(parts)])
+        rows = _table(path_statistics, parts, manifest)
         grid = quantiles(rows)
         # What never changes stands at 0 with quantiles that are least drawn apart: a deviation there is one here.
         gaussian = Gaussian.fit(np.array([normalised(row, grid) for row in rows]), least=1.0)
@@ -165,8 +164,10 @@ class Path(Detector):
         skewness = (centred**3).mean(axis=0) / np.maximum(rows.std(axis=0) ** 3, 1e-12)
         return cls({"quantiles": grid, "skewness": skewness, **_gaussian_arrays(gaussian)}, definition, manifest)
 
-    def score_row(self, row: Row) -> float:
-        values = _path(row, self.manifest)
+    def score(self, rows: Measured) -> np.ndarray:
+        return np.array([self._score(values) for values in table(path_statistics, rows, self.manifest)])
+
+    def _score(self, values: np.ndarray) -> float:
         if self.definition.method == "copod":
             return _copod(values, self.arrays["quantiles"], self.arrays["skewness"])
         return math.log(self._gaussian.distance(normalised(values, self.arrays["quantiles"])) / len(values) + 1e-12)
@@ -181,7 +182,12 @@ class Latent(Detector):
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
         self._reference = arrays["reference"].astype(np.float64)  # a far code's square is beyond float32
-        self._squares = (self._reference**2).sum(axis=1)
+        # −2 r and |r|² of each code r, in whole blocks, filled up with codes that are infinitely far.
+        count, width = self._reference.shape
+        self._distances = np.zeros((count + -count % BLOCK, width + 1))
+        self._distances[:count, :-1] = -2 * self._reference
+        self._distances[:count, -1] = (self._reference**2).sum(axis=1)
+        self._distances[count:, -1] = np.inf
 
     @classmethod
     def specs(cls, manifest: Manifest) -> Specs:
@@ -197,14 +203,26 @@ class Latent(Detector):
         """From the inliers' codes, float32 [m,L]."""
         return cls({"reference": np.ascontiguousarray(codes, np.float32)}, definition, manifest)
 
-    def score_row(self, row: Row) -> float:
-        loc = row.loc.astype(np.float64)
-        squares = self._squares - 2 * (self._reference @ loc) + loc @ loc
-        count = min(NEIGHBOURS, len(squares))
-        nearest = np.argpartition(squares, count - 1)[:count]
-        # of the nearest once more without the cancellation, in one order
-        exact = np.sort(((self._reference[nearest] - loc) ** 2).sum(axis=1))
-        return len(loc) * math.log(float(np.sqrt(exact).mean()) + 1e-12)
+    def score(self, rows: Measured) -> np.ndarray:
+        locs = rows.loc.astype(np.float64)
+        found = self._reference[self._nearest(locs)] - locs[:, None]
+        nearest = np.sqrt(np.sort((found**2).sum(axis=2), axis=1)[:, :NEIGHBOURS])
+        logs: np.ndarray = locs.shape[1] * np.log(nearest.mean(axis=1) + 1e-12)
+        return logs
+
+    def _nearest(self, locs: np.ndarray) -> np.ndarray:
+        """Which codes are nearest to each of locs [N,L], NEIGHBOURS + SPARE of them if there are so many: int64 [N,…].
+
+        They lie in as many blocks, those with the least minima: so few distances are looked at twice. The distances are
+        rounded as the batch has it, hence the spare ones.
+        """
+        near = min(NEIGHBOURS + SPARE, len(self._reference))
+        squares = np.concatenate([locs, np.ones((len(locs), 1))], axis=1) @ self._distances.T  # but for |loc|²
+        blocks = squares.reshape(len(locs), -1, BLOCK)
+        chosen = _least(blocks.min(axis=2), min(near, blocks.shape[1]))[:, :, None]
+        among = np.take_along_axis(blocks, chosen, axis=1).reshape(len(locs), -1)
+        places = (chosen * BLOCK + np.arange(BLOCK)).reshape(len(locs), -1)
+        return np.take_along_axis(places, _least(among, near), axis=1)
 
 
 class Residual(Detector):
@@ -223,8 +241,10 @@ class Residual(Detector):
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
         return cls(residual_moments(((part.x, part.mean) for part in parts), manifest), definition, manifest)
 
-    def score_row(self, row: Row) -> float:
-        return math.log(float((self.deviations(row.x, row.mean) ** 2).mean()) + 1e-12)
+    def score(self, rows: Measured) -> np.ndarray:
+        squares = self.deviations(rows.x, rows.mean) ** 2
+        logs: np.ndarray = np.log(squares.reshape(len(squares), -1).mean(axis=1) + 1e-12)
+        return logs
 
     def deviations(self, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """(x − x̂ − m)/s of one row or of many, float64."""
@@ -244,12 +264,12 @@ class Statistics(Detector):
 
     @classmethod
     def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        gaussian = Gaussian.fit(np.array([_statistics(row, manifest) for row in _rows(parts)]))
+        gaussian = Gaussian.fit(_table(statistics, parts, manifest))
         return cls(_gaussian_arrays(gaussian), definition, manifest)
 
-    def score_row(self, row: Row) -> float:
-        values = _statistics(row, self.manifest)
-        return math.log(self._gaussian.distance(values) / len(values) + 1e-12)
+    def score(self, rows: Measured) -> np.ndarray:
+        values = table(statistics, rows, self.manifest)
+        return np.array([math.log(self._gaussian.distance(row) / len(row) + 1e-12) for row in values])
 
 
 class Combination:
@@ -381,25 +401,22 @@ def _gaussian_arrays(gaussian: Gaussian) -> Arrays:
     return {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
 
 
-def _rows(parts: Iterable[Measured]) -> Iterable[Row]:
-    return (part.row(i) for part in parts for i in range(len(part.x)))
+def _least(values: np.ndarray, count: int) -> np.ndarray:
+    """Where the ``count`` least of each row of [N,m] are, in any order."""
+    return np.argpartition(values, count - 1, axis=1)[:, :count]
 
 
-def _surprisal(row: Row) -> float:
-    """−elbo, nats."""
-    return -float(estimators.mean(row.log_p_x + row.log_p_z - row.log_q))
+def _surprisal(rows: Measured) -> np.ndarray:
+    """−elbo of each row, nats: float64 [N]."""
+    return -estimators.mean(rows.log_w)
 
 
 def _surprisals(parts: Sequence[Measured]) -> np.ndarray:
-    return np.array([_surprisal(row) for row in _rows(parts)])
+    return np.concatenate([_surprisal(part) for part in parts])
 
 
-def _path(row: Row, manifest: Manifest) -> np.ndarray:
-    return np.array(list(path_statistics(row, manifest).values()))
-
-
-def _statistics(row: Row, manifest: Manifest) -> np.ndarray:
-    return np.array(list(statistics(row, manifest).values()))
+def _table(kind: measured.Statistics, parts: Sequence[Measured], manifest: Manifest) -> np.ndarray:
+    return np.concatenate([table(kind, part, manifest) for part in parts])
 
 
 def _levels(x: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ class Estimates:
         """What a fitted score is computed from, [N, …] each."""
         if definition.estimator == "combination":
             return [self.score(self._definitions[part]) for part in definition.of]
-        return self._passes.of(definition, is_stretched(definition))
+        return self._passes.of(definition, is_stretched(definition)).arrays
 
     def _detected(self, name: str, definition: ScoreDefinition) -> np.ndarray:
         detector = self._detectors[name]

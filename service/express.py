@@ -15,6 +15,7 @@ import re
 import struct
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -50,6 +51,19 @@ VERSIONED = "/v1/models/{model}/versions/{version}"
 OnError = Callable[[Request, Exception], Awaitable[Response]]
 
 
+class Asked(NamedTuple):
+    """A place and a query that are known: of which model which verb with which parameters.
+
+    ``route`` is what FastAPI would have found; ``much`` whether the parameters alone ask for more than a moment's work.
+    """
+
+    served: Served
+    verb: Verb
+    query: Parameters
+    route: APIRoute
+    much: bool
+
+
 class Express:
     """ASGI middleware, the innermost. ``app`` has the routes whose ``verbs`` it may answer, ``on_error`` its answers to
     errors."""
@@ -58,19 +72,18 @@ class Express:
         self._app, self._fastapi, self._on_error = app, fastapi, on_error
         self._verbs = {verb.name: verb for verb in verbs}
         self._routes: Mapping[str, APIRoute] = {}
-        self._queries: OrderedDict[tuple[str, bytes], Parameters] = OrderedDict()
+        self._known: OrderedDict[tuple[str, bytes], Asked] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = self._find(scope)
-        if found is None:
+        asked = self._asked(scope)
+        if asked is None:
             await self._app(scope, receive, send)
             return
-        served, verb, query, template = found
-        scope["route"] = self._route(template)
-        call = Call(Request(scope, receive), self._house, served)
+        scope["route"] = asked.route
+        call = Call(Request(scope, receive), self._house, asked.served)
         try:
             call.body = await _body(receive)
-            content, media_type = await _answer(call, verb, query)
+            content, media_type = await _answer(call, asked)
         except (VaeserveError, ClientDisconnect) as error:
             response = await self._on_error(call.request, error)
             await response(scope, receive, send)
@@ -84,44 +97,41 @@ class Express:
         house: House = self._fastapi.state.house
         return house
 
-    def _find(self, scope: Scope) -> tuple[Served, Verb, Parameters, str] | None:
-        """What is asked, and the template of its path; None where FastAPI is to answer, or to refuse."""
+    def _asked(self, scope: Scope) -> Asked | None:
+        """What is asked, remembered by path and query; None where FastAPI is to answer, or to refuse."""
         if scope["type"] != "http" or scope["method"] != "POST" or scope.get("root_path"):
             return None
-        *place, name = scope["path"].split("/")
+        key = scope["path"], scope["query_string"]
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        found = self._find(*key)
+        if found is not None:
+            self._known[key] = found
+            if len(self._known) > KNOWN_QUERIES:
+                self._known.popitem(last=False)
+        return found
+
+    def _find(self, path: str, text: bytes) -> Asked | None:
+        *place, name = path.split("/")
         verb = self._verbs.get(name)
-        query = None if verb is None else self._query(verb, scope["query_string"])
+        query = None if verb is None else _query(verb, text)
         if verb is None or query is None:
             return None
         repository = self._house.repository
         try:
             match place:
                 case ["", "v1", "models", model]:
-                    return repository.get(model), verb, query, f"/v1/models/{{model}}/{name}"
+                    served, template = repository.get(model), f"/v1/models/{{model}}/{name}"
                 case ["", "v1", "models", model, "versions", version]:
-                    return repository.get(model, version), verb, query, f"{VERSIONED}/{name}"
+                    served, template = repository.get(model, version), f"{VERSIONED}/{name}"
                 case ["", "v1"]:
-                    return repository.get(), verb, query, f"/v1/{name}"
+                    served, template = repository.get(), f"/v1/{name}"
+                case _:
+                    return None
         except VaeserveError:
-            pass  # FastAPI finds the same, and says so
-        return None
-
-    def _query(self, verb: Verb, text: bytes) -> Parameters | None:
-        """The query's parameters, remembered by their text; None for those that FastAPI is to look at."""
-        key = (verb.name, text)
-        if key in self._queries:
-            return self._queries[key]
-        items = QueryParams(text).multi_items()
-        if len(text) > MOST_QUERY_BYTES or len(dict(items)) < len(items):
-            return None
-        try:
-            found = verb.query.model_validate(dict(items))
-        except ValidationError:
-            return None
-        self._queries[key] = found
-        if len(self._queries) > KNOWN_QUERIES:
-            self._queries.popitem(last=False)
-        return found
+            return None  # FastAPI finds the same, and says so
+        return Asked(served, verb, query, self._route(template), _asks_for_much(served, query))
 
     def _route(self, template: str) -> APIRoute:
         """The route that FastAPI would have found: service.middleware names it in metrics and log."""
@@ -129,6 +139,17 @@ class Express:
             routes = [route for route in self._fastapi.routes if isinstance(route, APIRoute)]
             self._routes = {route.path: route for route in routes if "POST" in (route.methods or ())}
         return self._routes[template]
+
+
+def _query(verb: Verb, text: bytes) -> Parameters | None:
+    """The query's parameters; None for those that FastAPI is to look at."""
+    items = QueryParams(text).multi_items()
+    if len(text) > MOST_QUERY_BYTES or len(dict(items)) < len(items):
+        return None
+    try:
+        return verb.query.model_validate(dict(items))
+    except ValidationError:
+        return None
 
 
 async def _body(receive: Receive) -> bytes:
@@ -143,10 +164,10 @@ async def _body(receive: Receive) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def _answer(call: Call, verb: Verb, query: Parameters) -> Content:
+async def _answer(call: Call, asked: Asked) -> Content:
     """The work's answer; of small requests the jobs are computed with those of others."""
-    work = verb.work(call, query)
-    if not _is_light(call, query):
+    work = asked.verb.work(call, asked.query)
+    if asked.much or not _is_light(call):
         return await call.answered(lambda: finish(work))
     try:
         job = next(work)
@@ -157,19 +178,21 @@ async def _answer(call: Call, verb: Verb, query: Parameters) -> Content:
         return content
 
 
-def _is_light(call: Call, query: Parameters) -> bool:
+def _is_light(call: Call) -> bool:
     """Whether all but the jobs takes a moment, for sure: it will run on the event loop.
 
-    Few rows of the model's own size that need no decoder but a plain PNG's, and an answer of few numbers.
+    Few rows of the model's own size that need no decoder but a plain PNG's.
     """
-    if len(call.body) > MOST_BYTES or call.served.tiled is not None or _asks_for_much(query):
+    if len(call.body) > MOST_BYTES:
         return False
     rows, each = _plain_rows(call), math.prod(call.rule.shape)
     return rows is not None and rows <= MOST_ROWS and rows * each <= MOST_NUMBERS
 
 
-def _asks_for_much(query: Parameters) -> bool:
-    return bool(getattr(query, "samples", 0) or getattr(query, "map", False) or getattr(query, "top_latents", 0))
+def _asks_for_much(served: Served, query: Parameters) -> bool:
+    """Whole images, or an answer of many numbers."""
+    asked = (getattr(query, name, 0) for name in ("samples", "map", "top_latents"))
+    return served.tiled is not None or any(asked)
 
 
 def _plain_rows(call: Call) -> int | None:

@@ -20,7 +20,7 @@ texture is known, and B is standardised by place, too. z is loc throughout: a ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -30,6 +30,7 @@ from service.bundle import DETECTORS, Bundle, Manifest
 from service.detector_arrays import Arrays, Spec, Specs, check_arrays
 from service.detectors import RESERVED, Combination, residual_moments
 from service.errors import BundleFormatError, InvalidInput
+from service.groups import in_groups
 from service.textures import TEXTURES, Expected, textures
 
 KEY = RESERVED + "map"
@@ -55,10 +56,6 @@ class Sight(NamedTuple):
     x: np.ndarray
     mean: np.ndarray
     distortion: np.ndarray
-
-    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Each row's three, [C,H,W]."""
-        return zip(*self, strict=True)
 
 
 class Scale(NamedTuple):
@@ -108,8 +105,8 @@ class AnomalyMap:
         if not by_place:
             nothing = Expected.fit(np.zeros((1, 1, 1)), np.zeros((1, TEXTURES, 1, 1)))
             blank = cls(arrays | _named(TEXTURE, nothing.arrays), manifest)
-            energies, found = zip(*(blank._seen(*row) for sight in known for row in sight.rows()), strict=True)
-            arrays |= _named(TEXTURE, Expected.fit(np.stack(energies), np.stack(found)).arrays)
+            energies, found = (np.concatenate(part) for part in zip(*map(blank._seen, known), strict=True))
+            arrays |= _named(TEXTURE, Expected.fit(energies, found).arrays)
         return cls(arrays, manifest)._with_tails(second, manifest)
 
     def values(self, sight: Sight) -> np.ndarray:
@@ -119,7 +116,9 @@ class AnomalyMap:
     def peaks(self, sight: Sight) -> np.ndarray:
         """The mean of the highest places of each row's map: the score ``peak``, float64 [N]."""
         maps = self._standardised(self._surprisals(self._pairs(sight)))
-        return np.array([np.sort(each, axis=None)[-self._highest :].mean() for each in maps], np.float64)
+        flat = maps.reshape(len(maps), -1)
+        highest = np.partition(flat, -self._highest, axis=1)[:, -self._highest :]
+        return np.sort(highest, axis=1).mean(axis=1)
 
     def scale(self, kind: MapKind) -> Scale:
         """Colours of a map of that kind."""
@@ -150,26 +149,30 @@ class AnomalyMap:
 
     def _pairs(self, sight: Sight) -> np.ndarray:
         """A and B, float64 [N,2,H,W]."""
-        return np.stack([np.stack([self._excess(*row), self._distortion(row[2])]) for row in sight.rows()])
 
-    def _excess(self, x: np.ndarray, mean: np.ndarray, distortion: np.ndarray) -> np.ndarray:
-        """A of one row: float64 [H,W]."""
-        if self._expected is None:
-            return self._energy(x, mean)
-        return self._expected.excess(*self._seen(x, mean, distortion))
+        @in_groups
+        def pairs(*arrays: np.ndarray) -> np.ndarray:
+            few = Sight(*arrays)
+            return np.stack([self._excess(few), self._distortion(few)], axis=1)
 
-    def _seen(self, x: np.ndarray, mean: np.ndarray, distortion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """E and t of one row: float64 [H,W] and [TEXTURES,H,W]."""
-        return self._energy(x, mean), textures(x, mean, self._unit, self._sigma)
+        return pairs(*sight)
 
-    def _energy(self, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """E of one row: float64 [H,W]."""
-        deviations = (x.astype(np.float64) - mean - self.arrays["mean"]) / self.arrays["scale"]
-        return np.log(smoothed((smoothed(deviations, self._sigma) ** 2).mean(axis=0), self._sigma) + LEAST)
+    def _excess(self, sight: Sight) -> np.ndarray:
+        """A: float64 [N,H,W]."""
+        return self._energy(sight) if self._expected is None else self._expected.excess(*self._seen(sight))
 
-    def _distortion(self, places: np.ndarray) -> np.ndarray:
-        """B of one row's −log p(x|loc) [C,H,W]: float64 [H,W]."""
-        total = smoothed(places.astype(np.float64).sum(axis=0), self._sigma)
+    def _seen(self, sight: Sight) -> tuple[np.ndarray, np.ndarray]:
+        """E and t: float64 [N,H,W] and [N,TEXTURES,H,W]."""
+        return self._energy(sight), textures(sight.x, sight.mean, self._unit, self._sigma)
+
+    def _energy(self, sight: Sight) -> np.ndarray:
+        """E: float64 [N,H,W]."""
+        deviations = (sight.x.astype(np.float64) - sight.mean - self.arrays["mean"]) / self.arrays["scale"]
+        return np.log(smoothed((smoothed(deviations, self._sigma) ** 2).mean(axis=1), self._sigma) + LEAST)
+
+    def _distortion(self, sight: Sight) -> np.ndarray:
+        """B: float64 [N,H,W]."""
+        total = smoothed(sight.distortion.astype(np.float64).sum(axis=1), self._sigma)
         return (total - self.arrays["level"]) / self.arrays["spread"]
 
     def _surprisals(self, pairs: np.ndarray) -> np.ndarray:

@@ -1,17 +1,19 @@
 """What one pass through the graphs tells of each row, and the statistics that scores are made of.
 
-Every function works on one row at a time, so that a row's numbers do not depend on its neighbours, bitwise.
+Functions of many rows sum along a row's own axes alone, so that its numbers do not depend on its neighbours, bitwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 
 from service.bundle import Manifest
-from service.codelength import code_length
+from service.codelength import code_lengths
+from service.groups import in_groups
 
 ORDERS = (0.5, 1.0, 2.0, 4.0, np.inf)
 """Of the norms of the likelihood path: small ones see many small differences, large ones a few large ones."""
@@ -20,7 +22,8 @@ LEAST_GRADIENT = 1e-3  # a quarter of a grey level: below it pictures are equall
 LEAST_CODE = 35.0  # nats
 
 
-class Measured(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Measured:
     """N rows through encoder, decoder and density at K posterior samples.
 
     ``x`` and ``mean`` = E[x|z] at z = loc: float32 [N,C,H,W]. ``loc``, ``scale``: float32 [N,L]. ``log_p_x``,
@@ -39,87 +42,104 @@ class Measured(NamedTuple):
     distortion_at_loc: np.ndarray
 
     @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All of them, in their order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
     def log_w(self) -> np.ndarray:
         """log p(x|z) + log p(z) − log q(z|x): float64 [N,K]."""
         return self.log_p_x + self.log_p_z - self.log_q
 
+    @cached_property
+    def code_lengths(self) -> np.ndarray:
+        """Of the images x, nats: float64 [N]."""
+        return code_lengths(self.x)
+
     def first(self, k: int) -> Measured:
         """The same rows at the first k of their samples (the distortion's mean stays that of all)."""
-        return self._replace(log_p_x=self.log_p_x[:, :k], log_p_z=self.log_p_z[:, :k], log_q=self.log_q[:, :k])
+        if k == self.log_p_x.shape[1]:
+            return self
+        return replace(self, log_p_x=self.log_p_x[:, :k], log_p_z=self.log_p_z[:, :k], log_q=self.log_q[:, :k])
 
-    def row(self, index: int) -> Row:
-        """One of the rows."""
-        return Row(*(values[index] for values in self))
-
-
-class Row(NamedTuple):
-    """One row of Measured: the same arrays without their first axis."""
-
-    x: np.ndarray
-    mean: np.ndarray
-    loc: np.ndarray
-    scale: np.ndarray
-    log_p_x: np.ndarray
-    log_p_z: np.ndarray
-    log_q: np.ndarray
-    distortion: np.ndarray
-    distortion_at_loc: np.ndarray
+    def rows(self, at: slice) -> Measured:
+        """Some of the rows."""
+        return Measured(*(array[at] for array in self.arrays))
 
 
-Statistics = Callable[[Row, Manifest], dict[str, float]]
+Statistics = Callable[[Measured, Manifest], dict[str, np.ndarray]]
 
 
-def norms(values: np.ndarray) -> list[float]:
-    """log of the power means (1/D Σ|v|^p)^(1/p) of the numbers, for each p of ORDERS; the last is the largest |v|."""
-    size = np.abs(values.ravel()).astype(np.float64) + TINY
-    return [float(np.log(size.max() if p == np.inf else (size**p).mean() ** (1 / p))) for p in ORDERS]
+@in_groups
+def norms(values: np.ndarray) -> np.ndarray:
+    """Of rows [N,…], log of the power means (1/D Σ|v|^p)^(1/p) for each p of ORDERS: float64 [N,5].
+
+    The last is the largest |v|.
+    """
+    size = np.abs(values.reshape(len(values), -1)).astype(np.float64) + TINY
+    means = [size.max(axis=1) if p == np.inf else (size**p).mean(axis=1) ** (1 / p) for p in ORDERS]
+    logs: np.ndarray = np.log(np.stack(means, axis=1))
+    return logs
 
 
-def path_statistics(row: Row, manifest: Manifest) -> dict[str, float]:
-    """Norms of x − x̂, μ(x) and σ(x): the likelihood path (Huang et al. 2024, arXiv:2401.04933)."""
-    parts = {"mu": row.loc}
+def path_statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Norms of x − x̂, μ(x) and σ(x), [N] each: the likelihood path (Huang et al. 2024, arXiv:2401.04933)."""
+    parts = {"mu": rows.loc}
     if manifest.likelihood.pixelwise:
-        parts["residual"] = row.x - row.mean
+        parts["residual"] = rows.x - rows.mean
     if manifest.posterior.moments != "point":
-        parts["sigma"] = row.scale
-    return {f"{name}_{p:g}": norm for name, part in parts.items() for p, norm in zip(ORDERS, norms(part), strict=True)}
+        parts["sigma"] = rows.scale
+    return {
+        f"{name}_{p:g}": norm for name, part in parts.items() for p, norm in zip(ORDERS, norms(part).T, strict=True)
+    }
 
 
-def statistics(row: Row, manifest: Manifest) -> dict[str, float]:
-    """What the model and the row itself tell in a few numbers, in the manner of density of states (Morningstar 2021).
+def statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]:
+    """What the model and a row itself tell in a few numbers, in the manner of density of states (Morningstar 2021).
 
     The parts of the bound in nats; logs of the residual's power means; of pictures and signals also logs of the mean
-    steepness of x, x̂ and x − x̂, and of a picture's code length. Which there are depends on the manifest alone.
+    steepness of x, x̂ and x − x̂, and of a picture's code length; float64 [N] each. Which there are depends on the
+    manifest alone.
     """
-    found: dict[str, float] = {}
+    found: dict[str, np.ndarray] = {}
     is_point = manifest.posterior.moments == "point"
     if manifest.tells_distortion:
-        found["distortion"] = float(-row.log_p_x.mean())
+        found["distortion"] = -rows.log_p_x.mean(axis=1)
     if manifest.evidence != "none":
-        found["prior"] = float(-row.log_p_z.mean())
-        found["posterior" if is_point else "rate"] = float(
-            row.log_q.mean() if is_point else (row.log_q - row.log_p_z).mean()
-        )
-    residual = row.x - row.mean
+        found["prior"] = -rows.log_p_z.mean(axis=1)
+        log_q = rows.log_q if is_point else rows.log_q - rows.log_p_z
+        found["posterior" if is_point else "rate"] = log_q.mean(axis=1)
+    residual = rows.x - rows.mean
     if manifest.likelihood.pixelwise:
-        found |= {f"residual_{p:g}": norm for p, norm in zip(ORDERS[1:4], norms(residual)[1:4], strict=True)}
+        found |= {f"residual_{p:g}": norm for p, norm in zip(ORDERS[1:4], norms(residual).T[1:4], strict=True)}
     if manifest.modelled.kind != "vector":
-        found["steepness"] = steepness(row.x)
+        found["steepness"] = steepness(rows.x)
         if manifest.likelihood.pixelwise:
-            found |= {"steepness_mean": steepness(row.mean), "steepness_residual": steepness(residual)}
+            found |= {"steepness_mean": steepness(rows.mean), "steepness_residual": steepness(residual)}
     if manifest.modelled.kind == "image":
-        found["code_length"] = float(np.log(code_length(row.x) + LEAST_CODE))
+        found["code_length"] = np.log(rows.code_lengths + LEAST_CODE)
     return found
+
+
+def table(kind: Statistics, rows: Measured, manifest: Manifest) -> np.ndarray:
+    """A line for each row, a column for each of its statistics of that kind: float64 [N,S]."""
+    return np.stack(list(kind(rows, manifest).values()), axis=1)
 
 
 def statistic_names(kind: Statistics, manifest: Manifest) -> tuple[str, ...]:
     """The names, in order, that ``path_statistics`` or ``statistics`` gives to any row of such a model."""
-    pixel, one = np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32)
-    return tuple(kind(Row(pixel, pixel, one, one, one, one, one, pixel, pixel), manifest))
+    pixel, one = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 1), np.float32)
+    return tuple(kind(Measured(pixel, pixel, one, one, one, one, one, pixel, pixel), manifest))
 
 
-def steepness(x: np.ndarray) -> float:
-    """log of the mean absolute difference of neighbours, down plus across, of one row [C,H,W]; 0 for no difference."""
+@in_groups
+def steepness(x: np.ndarray) -> np.ndarray:
+    """log of the mean absolute difference of neighbours, down plus across, of rows [N,C,H,W]: float64 [N].
+
+    Of a row without differences log LEAST_GRADIENT.
+    """
     values = x.astype(np.float64)
-    down, across = (np.abs(np.diff(values, axis=axis)) for axis in (1, 2))
-    return float(np.log(sum(d.mean() for d in (down, across) if d.size) + LEAST_GRADIENT))
+    steps = (np.abs(np.diff(values, axis=axis)).reshape(len(x), -1) for axis in (2, 3))
+    total = sum((each.mean(axis=1) for each in steps if each.size), np.zeros(len(x)))
+    logs: np.ndarray = np.log(total + LEAST_GRADIENT)
+    return logs

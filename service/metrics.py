@@ -7,6 +7,7 @@ prometheus_client's multiprocess mode, which it reads off the environment when i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -80,6 +81,10 @@ class Metrics:
             "Processes that have loaded their models so far, those in place of dead ones too",
             registry=self.registry,
         )
+        # Looking up a child by its labels takes longer than counting.
+        self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
+        self._rows, self._scored = cache(self.batch.labels), cache(self.images.labels)
+        self._judged = cache(self.p_values.labels)
         self.unwatched = Counter(
             "vaeserve_unwatched_rows",
             "Scored rows that the drift tests missed, because their keeper was busy or gone",
@@ -88,13 +93,17 @@ class Metrics:
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; ``route`` is a template such as /v1/models/{model}/score."""
-        self.requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
-        self.latency.labels(route).observe(seconds)
+        self._answered(method if method in _METHODS else "other", route, str(status)).inc()
+        self._taken(route).observe(seconds)
+
+    def rows(self, verb: str, n: int) -> None:
+        """Count a request of ``n`` images or latents."""
+        self._rows(verb).observe(n)
 
     def scored(self, model: str, p_values: Iterable[float | None], n: int) -> None:
         """Count ``n`` scored images of a model and their p-values, where there are any."""
-        self.images.labels(model).inc(n)
-        histogram = self.p_values.labels(model)
+        self._scored(model).inc(n)
+        histogram = self._judged(model)
         for p in p_values:
             if p is not None:
                 histogram.observe(p)

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
-import uuid
+from collections.abc import Coroutine, Generator
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Overloaded, PayloadTooLarge, ReceiveTimeout, UnsupportedMediaType
-from service.logs import get_logger
+from service.headers import header
+from service.logs import get_logger, log_request
 from service.metrics import Metrics
 from service.problems import problem
 
@@ -44,7 +47,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(_header(scope, b"x-request-id"))
+        request_id = _request_id(header(scope, b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
         status, started = 0, time.perf_counter()
 
@@ -70,8 +73,7 @@ class RequestContext:
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
         route = route_template(scope)
         self.metrics.request(scope["method"], route, status, seconds)
-        self.log.info(
-            "request",
+        log_request(
             request_id=scope["state"]["request_id"],
             method=scope["method"],
             route=route,
@@ -112,8 +114,8 @@ class _Body:
     def __init__(self, guard: BodyGuard, scope: Scope, receive: Receive) -> None:
         self.guard = guard
         self.upstream = receive
-        self.encoding = _header(scope, b"content-encoding").strip().lower()
-        self.declared = _header(scope, b"content-length")
+        self.encoding = header(scope, b"content-encoding").strip().lower()
+        self.declared = header(scope, b"content-length")
         self.size = 0
         self.complete = False
         self.deadline = asyncio.get_running_loop().time() + guard.timeout
@@ -129,9 +131,15 @@ class _Body:
         return message
 
     async def _next(self) -> Message:
+        arriving: Any = self.upstream()
+        try:
+            waits_for = arriving.send(None)
+        except StopIteration as arrived:  # it lay ready, as a small body does: nothing to time
+            message: Message = arrived.value
+            return message
         try:
             async with asyncio.timeout_at(self.deadline):
-                return await self.upstream()
+                return await _Rest(arriving, waits_for)
         except TimeoutError as error:
             raise ReceiveTimeout(
                 f"the body did not arrive within {self.guard.timeout:g} s (setting receive_timeout)"
@@ -170,18 +178,34 @@ class _Body:
         raise error
 
 
+class _Rest:
+    """What is left of a coroutine that was started by hand and waits for ``waits_for``, to be awaited once."""
+
+    def __init__(self, started: Coroutine[Any, Any, Message], waits_for: Any) -> None:
+        self._started, self._waits_for = started, waits_for
+
+    def __await__(self) -> Generator[Any, Any, Message]:
+        waits_for = self._waits_for
+        try:
+            while True:
+                try:
+                    sent = yield waits_for
+                except BaseException as error:  # noqa: BLE001 - a cancellation, say: it is for the coroutine
+                    waits_for = self._started.throw(error)
+                else:
+                    waits_for = self._started.send(sent)
+        except StopIteration as done:
+            message: Message = done.value
+            return message
+
+
 def route_template(scope: Scope) -> str:
     """Path template of the matched route; "unmatched" otherwise, so that labels cannot be made up by callers."""
     return getattr(scope.get("route"), "path", "unmatched")
 
 
-def _header(scope: Scope, name: bytes) -> str:
-    """The first header of that name, "" if there is none."""
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
-
-
 def _request_id(asked: str) -> str:
-    return asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+    return asked if _REQUEST_ID.fullmatch(asked) else os.urandom(16).hex()
 
 
 def _add_headers(start: Message, request_id: str, path: str) -> None:

@@ -202,6 +202,9 @@ class Model:
             self.require("encode.samples")
         # Of each chunk only this is kept: its target is as large as x.
         outputs = self._encode(x, max(samples, 1), _checked_seed(seed))
+        if not samples:
+            encoded = next(outputs)
+            return Encoding(encoded["loc"], encoded["scale"], np.empty((len(x), 0, self._latent_dim), np.float32))
         chunks = [(output["loc"], output["scale"], output["z"]) for output in outputs]
         draws = np.concatenate([z for _, _, z in chunks], axis=1)[:, :samples]
         return Encoding(chunks[0][0], chunks[0][1], draws)
@@ -408,7 +411,7 @@ class Model:
         parts: list[tuple[np.ndarray, ...]] = []
         loc = scale = target = np.empty(0)
         for encoded in self._encode(x, k, seed):
-            log_p_x, log_p_z, log_p_x_map = self._densities(encoded["target"], encoded["z"])
+            log_p_x, log_p_z, log_p_x_map = self._densities(encoded["target"], encoded["z"], places=places)
             parts.append((log_p_x, log_p_z, encoded["log_q"]))
             loc, scale, target = encoded["loc"], encoded["scale"], encoded["target"]
             if places:
@@ -419,40 +422,37 @@ class Model:
         return Measured(x, decoded, loc, scale, log_p_x, log_p_z, log_q, distortion / k, at_loc)
 
     def _densities(
-        self, target: np.ndarray, z: np.ndarray, decoded: Arrays | None = None
+        self, target: np.ndarray, z: np.ndarray, decoded: Arrays | None = None, places: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by place, float32 [n,k,C,H,W].
+        """log p(x|z) and log p(z), float64 [n,k], and log p(x|z) by ``places``, float32 [n,k,C,H,W], if wanted.
 
         ``decoded``: the decoder's outputs for z, where these are known.
         """
         n, k, latent_dim = z.shape
+        wanted = ["log_p_x", "log_p_z", *(["log_p_x_map"] if places else [])]
         if decoded is None:
-            decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)})
+            decoded = self._decoder.run({"z": z.reshape(n * k, latent_dim)}, outputs=self._parameters)
         parameters = {name: decoded[name] for name in self._parameters}
         if self._density.sizes == (1,):
             parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}
-            outputs = self._density_by_x.run({"target": target, "z": z, **parameters})
+            outputs = self._density_by_x.run({"target": target, "z": z, **parameters}, outputs=wanted)
         else:
             feeds = {"target": np.repeat(target, k, axis=0), "z": z.reshape(n * k, 1, latent_dim)}
             feeds |= {name: value[:, None] for name, value in parameters.items()}
-            outputs = self._density.run(feeds)
-        log_p_x_map = outputs["log_p_x_map"].reshape(n, k, *self._shape)
+            outputs = self._density.run(feeds, outputs=wanted)
+        log_p_x_map = outputs["log_p_x_map"].reshape(n, k, *self._shape) if places else np.empty((n, k, 0), np.float32)
         return outputs["log_p_x"].reshape(n, k), outputs["log_p_z"].reshape(n, k), log_p_x_map
 
     def _encode(self, x: np.ndarray, k: int, seed: int) -> Iterator[Arrays]:
         """The encoder's outputs for x, a chunk of the seed's k samples at a time."""
-        draws = noise.posterior_noise(seed, k, self._noise_dim)
-        feeds = {"x": x}
-        if self.manifest.signature.dither:
-            feeds["dither"] = np.broadcast_to(noise.dither(seed, self._shape), x.shape)
+        same = {"dither": noise.dither(seed, self._shape)} if self.manifest.signature.dither else {}
         start = 0
         while start < k:
             chunk = self._chunk(k - start)
-            rows = draws[start : start + chunk]
-            padded = np.zeros((chunk, self._noise_dim), np.float32)
-            padded[: len(rows)] = rows
-            outputs = self._encoder(chunk).run(feeds | {"noise": np.broadcast_to(padded, (len(x), *padded.shape))})
-            yield outputs | {name: outputs[name][:, : len(rows)] for name in ("z", "log_q")}
+            drawn = min(chunk, k - start)
+            same["noise"] = noise.posterior_chunk(seed, k, self._noise_dim, start, chunk)
+            outputs = self._encoder(chunk).run({"x": x}, same)
+            yield outputs | {name: outputs[name][:, :drawn] for name in ("z", "log_q")}
             start += chunk
 
     def _chunk(self, samples: int) -> int:
@@ -462,10 +462,13 @@ class Model:
     def _runner(self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] = SIZES) -> RowRunner:
         """The graph's runner. A session of one thread leaves it to Python threads to run several batches at once."""
         serial = role in self._serial
-        return RowRunner(self._sessions[role], trial_rows, sizes, serial, self.runtime.pool if serial else None)
+        pool = self.runtime.pool if serial and self.runtime.threads > 1 else None
+        return RowRunner(self._sessions[role], trial_rows, sizes, serial, pool)
 
     def _encoder(self, chunk: int) -> RowRunner:
         """The runner for so many samples a row: few sizes, since each is tried for row independence."""
+        if (known := self._encoders.get(chunk)) is not None:
+            return known
         with self._lock:
             if chunk not in self._encoders:
                 shapes: dict[str, tuple[int, ...]] = {"x": self._shape, "noise": (chunk, self._noise_dim)}
@@ -511,12 +514,9 @@ class Model:
         if x.ndim != 4 or x.shape[1:] != shape or len(x) == 0:
             raise InvalidInput(f"x has shape {x.shape}, expected (N, {', '.join(map(str, shape))}) with N ≥ 1")
         is_image = self._backbone is not None or self.manifest.modelled.kind == "image"
-        for index, row in enumerate(x):
-            low, high = row.min(), row.max()
-            if is_image and not (low >= 0.0 and high <= 1.0):
-                raise InvalidInput(f"x, row {index}: pixels span {low} to {high}, expected finite numbers in [0, 1]")
-            if not (np.isfinite(low) and np.isfinite(high)):
-                raise InvalidInput(f"x, row {index}: expected finite float32 numbers")
+        low, high = x.min(), x.max()  # NaN, if there is one
+        if not (low >= 0.0 and high <= 1.0 if is_image else np.isfinite(low) and np.isfinite(high)):
+            raise InvalidInput(_first_fault(x, is_image))
         return x
 
     def _latents(self, z: np.ndarray) -> np.ndarray:
@@ -528,6 +528,17 @@ class Model:
         if not finite.all():
             raise InvalidInput(f"z, row {int(np.argmin(finite))}: expected finite float32 numbers")
         return z
+
+
+def _first_fault(x: np.ndarray, is_image: bool) -> str:
+    """What is wrong with the first row of x that is no row of numbers, or of pixels."""
+    for index, row in enumerate(x):
+        low, high = row.min(), row.max()
+        if is_image and not (low >= 0.0 and high <= 1.0):
+            return f"x, row {index}: pixels span {low} to {high}, expected finite numbers in [0, 1]"
+        if not (np.isfinite(low) and np.isfinite(high)):
+            return f"x, row {index}: expected finite float32 numbers"
+    raise AssertionError("called for rows with a fault")
 
 
 def _floats(name: str, value: np.ndarray) -> np.ndarray:

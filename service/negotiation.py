@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from service.errors import NotAcceptable
+
+MOST_KNOWN = 128  # characters of an Accept that is remembered
 
 
 def negotiate(accept: str, offers: Sequence[str]) -> str:
@@ -13,6 +16,10 @@ def negotiate(accept: str, offers: Sequence[str]) -> str:
     Raises:
         NotAcceptable: every offer has quality 0.
     """
+    return _known(accept, tuple(offers)) if len(accept) <= MOST_KNOWN else _negotiate(accept, offers)
+
+
+def _negotiate(accept: str, offers: Sequence[str]) -> str:
     if not accept.strip():
         return offers[0]
     ranges = [_parse(part) for part in accept.split(",") if part.strip()]
@@ -21,6 +28,9 @@ def negotiate(accept: str, offers: Sequence[str]) -> str:
     if best <= 0:
         raise NotAcceptable(f"Accept {accept[:200]!r} names nothing that this route answers: {', '.join(offers)}")
     return offers[qualities.index(best)]
+
+
+_known = lru_cache(maxsize=256)(_negotiate)
 
 
 def _parse(part: str) -> tuple[str, float]:

@@ -23,6 +23,15 @@ def posterior_noise(seed: int, k: int, noise_dim: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=CACHED)
+def posterior_chunk(seed: int, k: int, noise_dim: int, start: int, chunk: int) -> np.ndarray:
+    """Samples ``start`` to ``start + chunk`` of ``posterior_noise``, [chunk, noise_dim]; beyond k they are 0."""
+    padded = np.zeros((chunk, noise_dim), np.float32)
+    drawn = posterior_noise(seed, k, noise_dim)[start : start + chunk]
+    padded[: len(drawn)] = drawn
+    return _frozen(padded)
+
+
+@lru_cache(maxsize=CACHED)
 def dither(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
     """Uniform numbers in (0, 1), [C,H,W], shared by all images."""
     return _frozen(_uniform(np.random.RandomState([seed, DITHER]), shape))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from service.bundle import Manifest, find_bundles
 from service.calibration import Calibrator
@@ -23,19 +25,21 @@ from service.verify import verify_bundle
 class Served:
     """A loaded, verified and warm model beside its calibration (empty if the bundle has none).
 
-    ``tiled`` is the same model for whole images of any size, if it is one of tiles.
+    ``tiled`` is the same model for whole images of any size, if it is one of tiles. ``known`` keeps what was worked out
+    of a request's parameters for the next with the same ones (service.scoring).
     """
 
     model: Model
     calibrator: Calibrator
     tiled: TiledModel | None = None
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def manifest(self) -> Manifest:
         """The bundle's manifest."""
         return self.model.manifest
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
         """Name, version and digest: what an answer says about who computed it."""
         return {"name": self.manifest.name, "version": self.manifest.version, "digest": self.model.digest}

@@ -13,8 +13,10 @@ slower and still right.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -25,12 +27,15 @@ TWO_PATHS = frozenset(
     | {"Softplus"}
 )
 VECTOR = 4  # float32 numbers that ONNX Runtime's general kernels take at once (SSE, NEON); 2 of float64
-SIZES = (1, 8, 32)
+SIZES = (1, 8, 16, 32)
 # Trials a size: each puts other rows at every place. Large rows bring more places to one, cost more, and take fewer.
 MOST_TRIALS, LEAST_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
 MAX_ELEMENTS = 2**21  # of one input or output at one run: bounds memory, and time at start, for large images
 
+KEPT_SAME, KEPT_BYTES = 16, 2**20  # arrays of ``same`` that a runner keeps spread over rows, and bytes of one
+
 Arrays = dict[str, np.ndarray]
+NOTHING: Mapping[str, np.ndarray] = {}
 
 
 class RowRunner:
@@ -56,34 +61,70 @@ class RowRunner:
         self._vectors = vectors
         self._pool = pool
         self._sizes: tuple[int, ...] | None = (1,) if self._candidates == (1,) else None
+        self._same: OrderedDict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Batch sizes in use, ascending; they are found by trial on first use."""
+        if self._sizes is not None:
+            return self._sizes
         with self._lock:
             if self._sizes is None:
                 self._sizes = self._find_sizes()
         return self._sizes
 
-    def run(self, feeds: Arrays) -> Arrays:
-        """Outputs for ``feeds`` (float32, equal first axes of length at least 1)."""
+    def run(
+        self, feeds: Arrays, same: Mapping[str, np.ndarray] = NOTHING, outputs: Sequence[str] | None = None
+    ) -> Arrays:
+        """Outputs for ``feeds`` (float32, equal first axes of length at least 1) and what is the ``same`` for all rows.
+
+        An array of ``same`` has no axis of rows; it may be kept, and must not be written to afterwards. ``outputs``:
+        those that are wanted, all by default.
+        """
+        names = self._outputs if outputs is None else list(outputs)
         total = len(next(iter(feeds.values())))
+        size = _next_size(self.sizes, total)
+        if size >= total:
+            return dict(zip(names, self._run_at(size, feeds, same, names), strict=True))
         batches: list[tuple[int, Arrays]] = []
         start = 0
         while start < total:
             size = _next_size(self.sizes, total - start)
             batches.append((size, {name: value[start : start + size] for name, value in feeds.items()}))
             start += size
-        spread = self._pool.map if self._pool is not None and len(batches) > 1 else map
-        parts = list(spread(lambda batch: self._run_at(*batch), batches))
-        return {name: _join([part[i] for part in parts]) for i, name in enumerate(self._outputs)}
+        spread = self._pool.map if self._pool is not None else map
+        parts = list(spread(lambda batch: self._run_at(batch[0], batch[1], same, names), batches))
+        return {name: _join([part[i] for part in parts]) for i, name in enumerate(names)}
 
-    def _run_at(self, size: int, feeds: Arrays) -> list[np.ndarray]:
+    def _run_at(
+        self,
+        size: int,
+        feeds: Arrays,
+        same: Mapping[str, np.ndarray] = NOTHING,
+        names: Sequence[str] | None = None,
+    ) -> list[np.ndarray]:
         """Outputs for at most ``size`` rows, which the session sees as exactly so many."""
         count = len(next(iter(feeds.values())))
-        outputs = self._session.run(self._outputs, {name: _padded(value, size) for name, value in feeds.items()})
-        return [output[:count] for output in outputs]
+        whole = {name: _padded(value, size) for name, value in feeds.items()}
+        for name, value in same.items():
+            whole[name] = self._spread(name, value, size)
+        outputs: list[np.ndarray] = self._session.run(names or self._outputs, whole)
+        return outputs if count == size else [output[:count] for output in outputs]
+
+    def _spread(self, name: str, value: np.ndarray, size: int) -> np.ndarray:
+        """``value`` in each of so many rows; small ones are kept, by the array that they are of."""
+        key = (name, size, id(value))
+        kept = self._same.get(key)
+        if kept is not None and kept[0] is value:
+            return kept[1]
+        rows = _padded(value[None], size)
+        if rows.nbytes <= KEPT_BYTES:
+            with self._lock:
+                self._same[key] = value, rows
+                while len(self._same) > KEPT_SAME:
+                    self._same.popitem(last=False)
+        return rows
 
     def _find_sizes(self) -> tuple[int, ...]:
         """The candidates that agree with the smallest size that lets the largest candidate agree."""
@@ -149,12 +190,14 @@ def _next_size(sizes: tuple[int, ...], rows: int) -> int:
 
 def _padded(value: np.ndarray, size: int) -> np.ndarray:
     """A copy at an address divisible by 64, where vectorised kernels always start alike, padded with its last row."""
-    length = size * int(np.prod(value.shape[1:])) * value.itemsize
+    length = size * math.prod(value.shape[1:]) * value.itemsize
     raw = np.empty(length + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    result = raw[start : start + length].view(value.dtype).reshape(size, *value.shape[1:])
-    result[: len(value)] = value
-    result[len(value) :] = value[-1]
+    start = -raw.__array_interface__["data"][0] % 64
+    result: np.ndarray = raw[start : start + length].view(value.dtype).reshape(size, *value.shape[1:])
+    count = len(value)
+    result[:count] = value
+    if count < size:
+        result[count:] = value[-1]
     return result
 
 

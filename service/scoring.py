@@ -24,6 +24,7 @@ from service.tiled import TiledScores
 from service.verbs import refusals
 
 EVERY = "all"
+MOST_KNOWN = 256
 
 Rows = np.ndarray | Sequence[np.ndarray]
 """float32 [N,C,H,W], images in [0, 1]; for a model of tiles images [C,h,w] of any sizes, uint8 or float32."""
@@ -59,6 +60,16 @@ class Judged:
         if self.discoveries is not None:
             return [bool(found) for found in self.discoveries]
         return [bool(p <= self.rate) for p in self.p_values]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What parameters ask of a model: the chosen score, the further ones by name, and what verdicts will rest on."""
+
+    chosen: Chosen
+    also: dict[str, ScoreDefinition]
+    plan: Judged
+    plans: dict[str, Judged]
 
 
 @dataclass(frozen=True)
@@ -130,26 +141,38 @@ def judging(served: Served, x: Rows, asked: ScoreParameters, default_rate: float
         raise InvalidInput(
             "false_positive_rate and false_discovery_rate: a verdict is by one or the other, ask for one"
         )
-    chosen, also = choose(served.manifest, asked), further(served.manifest, asked)
     # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
-    plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
-    plan = _plan(served, chosen, asked, default_rate)
-    scores = yield from _scores(served, x, chosen, asked, also)
-    judged = _judged(served, chosen.name, scores.score, plan, asked)
+    meant = meaning(served, asked, default_rate)
+    chosen, plans = meant.chosen, meant.plans
+    scores = yield from _scores(served, x, chosen, asked, meant.also)
+    judged = _judged(served, chosen.name, scores.score, meant.plan, asked)
     return Verdicts(
         chosen,
         scores,
         judged,
-        {name: _judged(served, name, scores.also[name], plans[name], asked) for name in also},
+        {name: _judged(served, name, scores.also[name], plans[name], asked) for name in plans},
     )
+
+
+def meaning(served: Served, asked: ScoreParameters, default_rate: float) -> Asked:
+    """What the parameters mean for that model, remembered. Raises as ``judge`` and ``choose``."""
+    key = asked, default_rate
+    known: Asked | None = served.known.get(key)
+    if known is not None:
+        return known
+    chosen, also = choose(served.manifest, asked), further(served.manifest, asked)
+    plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
+    found = Asked(chosen, also, _plan(served, chosen, asked, default_rate), plans)
+    if len(served.known) >= MOST_KNOWN:
+        served.known.clear()
+    served.known[key] = found
+    return found
 
 
 def no_verdicts(served: Served, asked: ScoreParameters, default_rate: float) -> list[str]:
     """Why the chosen score will have no verdict, or a further one no p-value, whatever is scored. Raises as judge."""
-    also = further(served.manifest, asked)
-    plans = [_plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()]
-    plan = _plan(served, choose(served.manifest, asked), asked, default_rate)
-    reasons = [plan.reason, *(each.reason for each in plans if each.n is None)]
+    meant = meaning(served, asked, default_rate)
+    reasons = [meant.plan.reason, *(each.reason for each in meant.plans.values() if each.n is None)]
     return list(dict.fromkeys(reason for reason in reasons if reason))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import time
@@ -53,6 +54,15 @@ class DrainingServer(uvicorn.Server):
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def spare_collections() -> None:
+    """Leave what stands by now out of garbage collections: it lives as long as the process.
+
+    Looking all of it over takes 50 ms with two models, in which no request is answered.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def build_server(app: FastAPI, settings: Settings, on_listening: Callable[[], None] | None = None) -> DrainingServer:

@@ -81,6 +81,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
     log_format: Literal["json", "console"] = Field(default="json", description="shape of a log line")
 
+    @property
+    def lanes(self) -> int:
+        """Batches that find a CPU at once in one of the processes, each batch on ``threads`` CPUs."""
+        cpus = available_cpus()
+        return max(1, cpus // (self.workers * (self.threads or cpus))) if isinstance(self.workers, int) else 1
+
     def for_each_worker(self) -> Settings:
         """The same with ``workers`` as a number, and ``threads`` as each one's share of the CPUs if it was left open.
 

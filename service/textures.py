@@ -21,18 +21,20 @@ MOST_PLACES = 2**16
 
 
 def textures(x: np.ndarray, mean: np.ndarray, unit: float, sigma: float) -> np.ndarray:
-    """Of one row x and its E[x|loc], both [C,H,W], in units of ``unit``: float64 [TEXTURES,H,W].
+    """Of rows x and their E[x|loc], both [N,C,H,W], in units of ``unit``: float64 [N,TEXTURES,H,W].
 
     log of the mean slope of x around the place, log of the mean square of what a narrow average takes from x there, the
     mean of E[x|loc] there, and log of the mean slope of the whole row. Around: a Gaussian of WIDE·sigma places.
     """
     u = x.astype(np.float64) / unit
-    slope = _slope(u).mean(axis=0)
-    detail = ((u - smoothed(u, NARROW * sigma)) ** 2).mean(axis=0)
-    brightness = mean.mean(axis=0, dtype=np.float64) / unit
-    slopes, details, brightnesses = smoothed(np.stack([slope, detail, brightness]), WIDE * sigma)
-    overall = np.full(slope.shape, np.log(slope.mean() + LEAST_SLOPE))
-    return np.stack([np.log(slopes + LEAST_SLOPE), np.log(details + LEAST_DETAIL), brightnesses, overall])
+    slope = _slope(u).mean(axis=1)
+    detail = ((u - smoothed(u, NARROW * sigma)) ** 2).mean(axis=1)
+    brightness = mean.mean(axis=1, dtype=np.float64) / unit
+    found = smoothed(np.stack([slope, detail, brightness, slope], axis=1), WIDE * sigma)
+    found[:, 0] = np.log(found[:, 0] + LEAST_SLOPE)
+    found[:, 1] = np.log(found[:, 1] + LEAST_DETAIL)
+    found[:, 3] = np.log(slope.reshape(len(x), -1).mean(axis=1) + LEAST_SLOPE)[:, None, None]
+    return found
 
 
 class Expected:
@@ -57,7 +59,7 @@ class Expected:
     def fit(cls, energies: np.ndarray, found: np.ndarray) -> Expected:
         """From energies [n,H,W] of inliers' places and their textures [n,TEXTURES,H,W]."""
         y = energies.reshape(-1)
-        t = found.transpose(0, 2, 3, 1).reshape(-1, TEXTURES)
+        t = _by_place(found).reshape(-1, TEXTURES)
         step = -(-len(y) // MOST_PLACES)
         y, t = y[::step], t[::step]
         arrays: Arrays = {"low": t.min(axis=0), "high": t.max(axis=0)}
@@ -68,24 +70,32 @@ class Expected:
         arrays["least"] = np.array(max(LEAST_SPREAD * float(away.mean()), 1e-6))
         return cls(arrays)
 
-    def excess(self, energy: np.ndarray, texture: np.ndarray) -> np.ndarray:
-        """How far one row's energies [H,W] lie beyond what its textures [TEXTURES,H,W] let expect, in spreads."""
-        t = texture.reshape(TEXTURES, -1).T
-        columns = _columns(t, self.arrays["low"], self.arrays["high"])
+    def excess(self, energies: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """How far energies [N,H,W] lie beyond what textures [N,TEXTURES,H,W] let expect, in spreads: [N,H,W]."""
+        columns = _columns(_by_place(found), self.arrays["low"], self.arrays["high"])
         expected, spread = columns @ self.arrays["energy"], columns @ self.arrays["spread"]
-        away = (energy.reshape(-1) - expected) / np.maximum(spread, self.arrays["least"])
-        return away.reshape(energy.shape)
+        away = (energies.reshape(expected.shape) - expected) / np.maximum(spread, self.arrays["least"])
+        return away.reshape(energies.shape)
+
+
+def _by_place(found: np.ndarray) -> np.ndarray:
+    """[N,TEXTURES,H,W] -> [N,H·W,TEXTURES]."""
+    return found.reshape(len(found), TEXTURES, -1).transpose(0, 2, 1)
 
 
 def _columns(t: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """1, t and t² of textures [n,TEXTURES], each as a share of the inliers' range and no further: [n,COEFFICIENTS]."""
-    share = np.clip((t - low) / np.maximum(high - low, 1e-9), 0.0, 1.0)
-    return np.concatenate([np.ones((len(t), 1)), share, share**2], axis=1)
+    """1, t and t² of textures […,TEXTURES], each as a share of the inliers' range and no further: […,COEFFICIENTS]."""
+    columns = np.empty((*t.shape[:-1], COEFFICIENTS))
+    share = columns[..., 1 : 1 + TEXTURES]
+    columns[..., 0] = 1.0
+    np.clip((t - low) / np.maximum(high - low, 1e-9), 0.0, 1.0, out=share)
+    np.square(share, out=columns[..., 1 + TEXTURES :])
+    return columns
 
 
 def _slope(u: np.ndarray) -> np.ndarray:
-    """Mean absolute difference to the next place down and the next across, [C,H,W]; 0 beyond the edge."""
+    """Mean absolute difference to the next place down and the next across, [N,C,H,W]; 0 beyond the edge."""
     total = np.zeros_like(u)
-    total[:, :-1] += np.abs(np.diff(u, axis=1))
     total[:, :, :-1] += np.abs(np.diff(u, axis=2))
+    total[..., :-1] += np.abs(np.diff(u, axis=3))
     return total / 2

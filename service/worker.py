@@ -19,7 +19,7 @@ from service.listening import bind_shared
 from service.logs import configure_logs
 from service.metrics import Metrics
 from service.repository import load_repository
-from service.server import DrainingServer, build_server
+from service.server import DrainingServer, build_server, spare_collections
 from service.settings import Settings
 from service.shared_drift import ToldDrift
 
@@ -73,6 +73,7 @@ class Worker:
         drift = ToldDrift(self.line, settings.drift_window, settings.drift_level, metrics.unwatched.inc)
         repository = load_repository(settings, self.bundles)
         self.server = build_server(create_app(settings, repository, metrics, drift), settings, self._ready)
+        spare_collections()
         self.server.run(bind_shared(settings.host, settings.port))
         if self.orphaned:
             self._clean_up()

@@ -14,8 +14,11 @@ from fastapi.responses import Response
 from service.arrays import parse_json
 from service.batching import Batcher
 from service.bundle import InputRule
+from service.codecs import Limits
 from service.drift import DriftWatch
 from service.errors import LimitExceeded
+from service.headers import header
+from service.images import ImageLimits
 from service.jobs import Work
 from service.metrics import Metrics
 from service.negotiation import negotiate
@@ -42,6 +45,17 @@ class House:
     metrics: Metrics
     drift: DriftWatch
     draining: bool = field(default=False)
+
+    @cached_property
+    def of_images(self) -> Limits:
+        """Those of the settings."""
+        settings = self.settings
+        return Limits(
+            settings.max_batch,
+            ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+            settings.max_batch_pixels,
+            settings.max_numbers_in,
+        )
 
     def limit(self, name: str, asked: int, setting: str) -> None:
         """Refuse ``asked`` above the setting of that name.
@@ -91,12 +105,12 @@ class Call:
     served: Served
     body: bytes = b""
 
-    @property
+    @cached_property
     def content_type(self) -> str:
         """The Content-Type header, "" if absent."""
-        return self.request.headers.get("content-type", "")
+        return header(self.request.scope, b"content-type")
 
-    @property
+    @cached_property
     def media_type(self) -> str:
         """The Content-Type without its parameters, in lower case."""
         return self.content_type.partition(";")[0].strip().lower()
@@ -119,7 +133,7 @@ class Call:
         """
         if self.rule.kind != "image":
             offers = [offer for offer in offers if offer not in PICTURES]
-        return negotiate(self.request.headers.get("accept", ""), offers)
+        return negotiate(header(self.request.scope, b"accept"), offers)
 
     async def answer(self, work: Callable[[], Content]) -> Response:
         """Run ``work`` on a worker thread; it gives the answer's body and media type."""

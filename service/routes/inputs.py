@@ -10,9 +10,8 @@ from pydantic import ValidationError
 from service import codecs
 from service.arrays import read_npy
 from service.bundle import ArrayPreprocessing, InputRule, Preprocessing
-from service.codecs import Limits, Reader
+from service.codecs import Reader
 from service.errors import InvalidInput
-from service.images import ImageLimits
 from service.routes.house import JSON, NPY, Call
 from service.schemas import Parameters
 from service.tables import TableReader
@@ -61,23 +60,13 @@ def read_x(call: Call, strict: bool) -> np.ndarray:
     if isinstance(rule, ArrayPreprocessing):
         table = TableReader(rule, settings.max_batch, settings.max_numbers_in)
         return table.read(call.media_type, call.body, lambda: call.document)
-    return Reader(rule, _limits(call), strict).read(call.content_type, call.body, lambda: call.document)
-
-
-def _limits(call: Call) -> Limits:
-    settings = call.house.settings
-    return Limits(
-        settings.max_batch,
-        ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
-        settings.max_batch_pixels,
-        settings.max_numbers_in,
-    )
+    return Reader(rule, call.house.of_images, strict).read(call.content_type, call.body, lambda: call.document)
 
 
 def read_images(call: Call) -> list[np.ndarray]:
     """The body's whole images [C,h,w], for a model of tiles. Raises as wholes.WholeReader.read does."""
     assert isinstance(call.rule, Preprocessing)
-    return WholeReader(call.rule, _limits(call)).read(call.content_type, call.body, lambda: call.document)
+    return WholeReader(call.rule, call.house.of_images).read(call.content_type, call.body, lambda: call.document)
 
 
 def read_latents(call: Call) -> np.ndarray:

@@ -73,7 +73,7 @@ def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
         call.served.model.require("encode.samples")
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
-    call.house.metrics.batch.labels("encode").observe(len(x))
+    call.house.metrics.rows("encode", len(x))
     model, samples, seed = call.served.model, asked.samples, asked.seed
     posterior = yield Job(("encode", model, samples, seed), x, lambda rows: model.encode(rows, samples, seed))
     if media_type == NPY:
@@ -91,7 +91,7 @@ def _decode(call: Call, query: DecodeParameters) -> Work[Content]:
     _require_draw(call, "decode", asked.draw)
     z = read_latents(call)
     call.house.limit_numbers_out(len(z), _numbers(call))
-    call.house.metrics.batch.labels("decode").observe(len(z))
+    call.house.metrics.rows("decode", len(z))
     decoded = yield Job(
         ("decode", call.served.model, asked.draw, asked.seed),
         z,
@@ -106,7 +106,7 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
     call.served.model.require("reconstruct")
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), _numbers(call))
-    call.house.metrics.batch.labels("reconstruct").observe(len(x))
+    call.house.metrics.rows("reconstruct", len(x))
     model, seed = call.served.model, asked.seed
     decoded = yield Job(("reconstruct", model, seed), x, lambda rows: model.reconstruct(rows, seed))
     return _show(call, media_type, decoded)
@@ -121,7 +121,7 @@ def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
     call.house.limit_numbers_out(asked.steps, _numbers(call) + call.served.manifest.signature.latent_dim)
     a, b = read_pair(call, asked.strict)
     z = call.served.model.interpolate(a, b, asked.steps, asked.mode)
-    call.house.metrics.batch.labels("interpolate").observe(len(z))
+    call.house.metrics.rows("interpolate", len(z))
     return _show(call, media_type, _decoded(call, z, asked.draw, asked.seed), latents=z)
 
 
@@ -133,7 +133,7 @@ def _sample(call: Call, query: SampleParameters) -> tuple[bytes, str]:
     call.house.limit("n", asked.n, "max_n")
     call.house.limit_numbers_out(asked.n, _numbers(call) + call.served.manifest.signature.latent_dim)
     z = call.served.model.sample_latents(asked.n, asked.seed, asked.temperature)
-    call.house.metrics.batch.labels("sample").observe(len(z))
+    call.house.metrics.rows("sample", len(z))
     # Draws of one sample are independent of each other: a seed each.
     seeds = [(asked.seed + row) % 2**32 for row in range(len(z))]
     return _show(call, media_type, _decoded(call, z, asked.draw, seeds), latents=z)

@@ -24,10 +24,9 @@ from service.scoring import (
     Rows,
     UsedMap,
     Verdicts,
-    choose,
     draw_maps,
-    further,
     judging,
+    meaning,
     rows,
     top_latents,
     used_map,
@@ -52,8 +51,8 @@ async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Re
 def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     asked = parameters(call, query, *data_names(call.rule))
     media_type = call.negotiate([JSON, NPY, PNG] if asked.map else [JSON, NPY])
-    chosen = choose(call.served.manifest, asked)
-    also = further(call.served.manifest, asked)
+    meant = meaning(call.served, asked, call.house.settings.false_positive_rate)
+    chosen, also = meant.chosen, meant.also
     for definition in (chosen.definition, *also.values()):
         call.served.model.require(f"score.{definition.estimator}")
     used = _required(call, asked)
@@ -155,7 +154,7 @@ def _map_in_words(used: UsedMap) -> dict[str, Any]:
 
 
 def _used(definition: ScoreDefinition) -> dict[str, Any]:
-    return definition.model_dump(include={"estimator", "k", "seed", "unit", "of", "method"})
+    return {name: getattr(definition, name) for name in ("estimator", "k", "seed", "unit", "of", "method")}
 
 
 def _passes(definitions: Iterable[ScoreDefinition]) -> int:
@@ -182,7 +181,7 @@ def _calibration(judged: Judged, asked: ScoreParameters) -> dict[str, Any] | Non
 def _count(call: Call, verdicts: Verdicts) -> None:
     p_values = verdicts.judged.p_values
     metrics, n = call.house.metrics, len(verdicts.scores.score)
-    metrics.batch.labels("score").observe(n)
+    metrics.rows("score", n)
     metrics.scored(call.served.manifest.name, [] if p_values is None else p_values, n)
 
 

@@ -25,7 +25,7 @@ NPY = {"content-type": "application/x-npy"}
 
 def command(repository: Path, *flags: str) -> list[str]:
     """The command line of a service on a free port."""
-    return [sys.executable, "-m", "service.cli", "serve", "--repository", str(repository), "--port", "0", *flags]
+    return [sys.executable, "-m", "service", "serve", "--repository", str(repository), "--port", "0", *flags]
 
 
 def environment() -> dict[str, str]:

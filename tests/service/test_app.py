@@ -299,7 +299,7 @@ def _start(repository: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
     command = [
         sys.executable,
         "-m",
-        "service.cli",
+        "service",
         "serve",
         "--repository",
         str(repository),
@@ -337,10 +337,33 @@ def test_sigterm_drains_and_every_log_line_is_json(ppca_root):
     assert {"ppca"} == {line["name"] for line in lines if line["event"] == "model loaded"}
 
 
+THREADS_OF_BLAS = """
+import sys
+from service.__main__ import main
+sys.argv = ["vaeserve", "models", "--repository", sys.argv[1]]
+try:
+    main()
+except SystemExit:
+    pass
+import json, threadpoolctl
+print(json.dumps([found["num_threads"] for found in threadpoolctl.threadpool_info() if found["user_api"] == "blas"]))
+"""
+
+
+def test_linear_algebra_of_the_service_has_one_thread(ppca_root):
+    """More would spin beside the requests."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-c", THREADS_OF_BLAS, str(ppca_root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found
+    assert set(found) == {1}
+
+
 def test_a_broken_bundle_stops_the_start_with_one_clear_line(tmp_path):
     path, _ = write_ppca_bundle(tmp_path)
     (path / "decoder.onnx").write_bytes(b"no graph")
-    command = [sys.executable, "-m", "service.cli", "serve", "--repository", str(tmp_path), "--port", "0"]
+    command = [sys.executable, "-m", "service", "serve", "--repository", str(tmp_path), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "decoder.onnx" in done.stderr

@@ -23,13 +23,13 @@ async def until(condition):
         await asyncio.sleep(0)
 
 
-def scenario(body, concurrency=1, queue=100, timeout=30):
+def scenario(body, concurrency=1, queue=100, timeout=30, lanes=1):
     """``body(batcher, runs, pool)`` on a loop; ``runs`` collects the rows of every run."""
 
     async def whole():
         pool, runs = WorkerPool(concurrency, queue, timeout), []
         try:
-            return await body(Batcher(pool, runs.append), runs, pool)
+            return await body(Batcher(pool, lanes, runs.append), runs, pool)
         finally:
             pool.close()
 
@@ -105,6 +105,49 @@ def test_what_arrives_while_a_batch_is_under_way_makes_up_the_next_one(monkeypat
         assert runs == [1, 1, 7]
 
     scenario(body)
+
+
+def test_what_would_hold_up_others_on_the_event_loop_goes_to_the_pool_with_them():
+    """Alone a job of 2 ms runs on the loop; of three that wait together, all but the first as one batch of the pool."""
+
+    async def body(batcher, runs, pool):
+        await known(batcher)
+        threads = []
+
+        def here(rows):
+            threads.append(threading.current_thread() is threading.main_thread())
+            return rows
+
+        batcher._seconds["double"] = 0.002
+        await batcher.run(job(0, run=here), never)
+        batcher._seconds["double"] = 0.002
+        await asyncio.gather(*(batcher.run(job(i, run=here), never) for i in range(3)))
+        assert sorted(threads) == [False, True, True]
+        assert sorted(runs) == [1, 1, 1, 2]
+
+    scenario(body)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_as_many_batches_run_at_once_as_find_a_cpu(monkeypatch, lanes):
+    async def body(batcher, runs, pool):
+        release, begun = threading.Event(), []
+
+        def slow(rows):
+            begun.append(len(rows))
+            release.wait()
+            return rows
+
+        await learnt_as_long(batcher, monkeypatch)
+        waiting = []
+        for number in range(4):
+            waiting.append(asyncio.create_task(batcher.run(job(number, run=slow), never)))
+            await until(lambda: len(begun) == min(len(waiting), lanes))
+        release.set()
+        await asyncio.gather(*waiting)
+        assert begun == [1] * lanes + [4 - lanes]
+
+    scenario(body, concurrency=4, lanes=lanes)
 
 
 def test_a_batch_has_so_many_rows_at_most_but_a_larger_job_runs_whole(monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from service.codelength import ESCAPE, LEAST_ERROR, code_length, probability
+from service.codelength import ESCAPE, LEAST_ERROR, code_lengths, probability
 from tests.ppca_bundle import images
 
 pictures = hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)))
@@ -17,7 +17,7 @@ ERRORS = np.arange(-255, 256)
 
 
 def nats(levels: np.ndarray) -> float:
-    return code_length((levels / 255).astype(np.float32))
+    return float(code_lengths((levels / 255).astype(np.float32)[None])[0])
 
 
 def decoder_s_length(levels: np.ndarray) -> float:
@@ -97,7 +97,7 @@ def test_blur_shortens_and_noise_lengthens():
     x = images(20, (1, 16, 16))
     random = np.random.RandomState(1)
     lengths = [
-        np.array([code_length(row) for row in rows])
+        code_lengths(rows)
         for rows in (blurred(blurred(x)), blurred(x), x, np.clip(x + 0.2 * random.standard_normal(x.shape), 0, 1))
     ]
     for shorter, longer in itertools.pairwise(lengths):
@@ -111,7 +111,7 @@ def test_channels_add_up(levels):
 
 @given(pictures, st.floats(-0.4, 0.4))
 def test_pixels_between_levels_are_rounded(levels, shift):
-    assert code_length((levels + shift) / 255) == nats(levels)
+    assert code_lengths(((levels + shift) / 255)[None])[0] == nats(levels)
 
 
 @given(pictures, st.integers(0, 2**31))

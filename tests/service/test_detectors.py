@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
 from service.bundle import DETECTORS, FITTED, Manifest, ScoreDefinition, open_bundle
-from service.codelength import code_length
+from service.codelength import code_lengths
 from service.detectors import (
+    BLOCK,
     CLASSES,
     Combination,
     Complexity,
@@ -32,6 +34,7 @@ from service.detectors import (
 from service.errors import BundleFormatError
 from service.gaussian import normalised, quantiles
 from service.measured import Measured, path_statistics, statistics
+from service.measured import table as table_of
 from service.model import Model
 from tests.ppca_bundle import images
 from tests.service.fitted_bundles import FAMILIES, fit, npz, rewrite
@@ -63,7 +66,7 @@ def simulated(
 
 
 def in_parts(measured: Measured, size: int = 7) -> list[Measured]:
-    return [Measured(*(v[i : i + size] for v in measured)) for i in range(0, len(measured.x), size)]
+    return [measured.rows(slice(i, i + size)) for i in range(0, len(measured.x), size)]
 
 
 # Typicality and complexity.
@@ -80,7 +83,7 @@ def test_typicality_looks_to_both_sides(manifest):
 
 def test_complexity_removes_what_the_length_explains(manifest):
     random, x = np.random.RandomState(0), images(60)
-    lengths = np.array([code_length(row) for row in x])
+    lengths = code_lengths(x)
     surprisals = 0.7 * lengths + 30 + random.standard_normal(60)
     detector = Complexity.fit(in_parts(simulated(x, surprisals)), definition("complexity"), manifest)
     scores = detector.score(simulated(x, surprisals))
@@ -176,7 +179,7 @@ def test_stretching_leaves_its_input_and_a_row_to_itself():
 
 
 def paths(measured: Measured, manifest: Manifest) -> np.ndarray:
-    return np.array([list(path_statistics(measured.row(i), manifest).values()) for i in range(len(measured.x))])
+    return table_of(path_statistics, measured, manifest)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +223,7 @@ def test_the_path_by_copod(manifest, inliers):
 @pytest.mark.parametrize("method", ["mahalanobis", "copod"])
 def test_a_path_outside_the_inliers_scores_higher_than_all_of_them(manifest, inliers, method):
     detector = Path.fit(in_parts(inliers), definition("path", method), manifest)
-    far = inliers._replace(mean=inliers.mean + 1, loc=inliers.loc * 9, scale=inliers.scale * 9)
+    far = replace(inliers, mean=inliers.mean + 1, loc=inliers.loc * 9, scale=inliers.scale * 9)
     assert detector.score(far).min() > detector.score(inliers).max()
 
 
@@ -228,16 +231,28 @@ def test_a_path_outside_the_inliers_scores_higher_than_all_of_them(manifest, inl
 
 
 def coded(codes: np.ndarray) -> Measured:
-    return simulated(images(len(codes)))._replace(loc=codes.astype(np.float32))
+    return replace(simulated(images(len(codes))), loc=codes.astype(np.float32))
 
 
-@pytest.mark.parametrize("n", [1, 3, 5, 200])
+@pytest.mark.parametrize("n", [1, 3, 5, 200, 6 * BLOCK, 2000])
 def test_the_latent_density_is_by_the_nearest_neighbours(manifest, n):
     random = np.random.RandomState(0)
     reference, codes = (random.standard_normal((m, 5)).astype(np.float32) for m in (n, 30))
     detector = Latent.of(reference, definition("latent"), manifest)
     distances, _ = NearestNeighbors(n_neighbors=min(5, n)).fit(reference).kneighbors(codes)
     assert detector.score(coded(codes)) == pytest.approx(5 * np.log(distances.mean(axis=1)), rel=1e-4, abs=1e-4)
+
+
+def test_the_nearest_of_many_are_found_wherever_they_lie_and_whatever_rows_are_beside(manifest):
+    """Codes in order, so that all near ones are in one block; and each row as it is alone, bitwise."""
+    random = np.random.RandomState(1)
+    reference = np.sort(random.standard_normal((3000, 1)), axis=0) * np.ones(5)
+    codes = (random.standard_normal((40, 1)) * np.ones(5)).astype(np.float32)
+    detector = Latent.of(reference, definition("latent"), manifest)
+    distances, _ = NearestNeighbors(n_neighbors=5).fit(reference.astype(np.float32)).kneighbors(codes)
+    scores = detector.score(coded(codes))
+    assert scores == pytest.approx(5 * np.log(distances.mean(axis=1)), rel=1e-4, abs=1e-4)
+    assert np.array_equal(scores, np.concatenate([detector.score(coded(codes[i : i + 1])) for i in range(40)]))
 
 
 def test_the_latent_density_is_one_of_the_latent_space(manifest):
@@ -275,7 +290,7 @@ def tabled(x: np.ndarray, seed: int) -> Measured:
     """A pass of vectors whose reconstruction errs by a tenth of their deviation."""
     measured = simulated(x.astype(np.float32))
     error = 0.1 * np.random.RandomState(seed).standard_normal(x.shape) * x.std(axis=0)
-    return measured._replace(mean=(x - error).astype(np.float32))
+    return replace(measured, mean=(x - error).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -317,12 +332,11 @@ def test_the_channels_of_a_signal_have_units_of_their_own(tmp_path):
 
 def test_statistics_are_judged_by_mahalanobis(manifest, inliers):
     detector = Statistics.fit(in_parts(inliers), definition("statistics"), manifest)
-    rows = np.array([list(statistics(inliers.row(i), manifest).values()) for i in range(150)])
+    rows = table_of(statistics, inliers, manifest)
     scale = rows.std(axis=0)
     covariance = np.linalg.inv(ledoit_wolf(rows / scale)[0] + 1e-6 * np.eye(rows.shape[1]))
     fresh = simulated(images(5, seed=6), seed=7)
-    for i, score in enumerate(detector.score(fresh)):
-        row = np.array(list(statistics(fresh.row(i), manifest).values()))
+    for row, score in zip(table_of(statistics, fresh, manifest), detector.score(fresh), strict=True):
         distance = mahalanobis(row / scale, rows.mean(axis=0) / scale, covariance)
         assert score == pytest.approx(math.log(distance**2 / rows.shape[1]), rel=1e-6)
 

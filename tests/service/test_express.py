@@ -52,14 +52,14 @@ def client(ppca_root):
 @pytest.fixture
 def ways(monkeypatch):
     """Names of the ways that requests took."""
-    taken, find = [], express.Express._find
+    taken, asked = [], express.Express._asked
 
     def told(self, scope):
-        found = find(self, scope)
+        found = asked(self, scope)
         taken.append("fastapi" if found is None else "express")
         return found
 
-    monkeypatch.setattr(express.Express, "_find", told)
+    monkeypatch.setattr(express.Express, "_asked", told)
     return taken
 
 

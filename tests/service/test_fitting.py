@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,11 @@ def test_a_dead_latent_dimension_changes_nothing(tmp_path):
     def dead(measured):
         loc, scale = measured.loc.copy(), measured.scale.copy()
         loc[:, 2], scale[:, 2] = 0, 1
-        return measured._replace(loc=loc, scale=scale)
+        return (
+            measured._replace(loc=loc, scale=scale)
+            if isinstance(measured, tuple)
+            else replace(measured, loc=loc, scale=scale)
+        )
 
     model.measure = lambda *arguments: dead(measure(*arguments))  # type: ignore[method-assign]
     model.encode = lambda *arguments, **more: dead(encode(*arguments, **more))  # type: ignore[method-assign]

@@ -2,8 +2,11 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import sys
@@ -33,6 +36,29 @@ def test_our_lines_and_those_of_libraries_have_one_shape():
     assert "ZeroDivisionError" in error["exception"]
     assert (theirs["event"], theirs["level"]) == ("theirs 1", "warning")
     assert all(line["worker"] == 3 and line["timestamp"].endswith("Z") for line in lines)
+
+
+REQUEST = """
+import sys
+from service.logs import configure_logs, get_logger, log_request
+configure_logs(*sys.argv[1:3], worker=3)
+about = {"request_id": "a", "path": "/é\\n", "status": 200, "milliseconds": 1.5}
+get_logger().info("request", **about)
+log_request(**about)
+"""
+
+
+@pytest.mark.parametrize(
+    ("level", "form", "lines"), [("info", "json", 2), ("info", "console", 2), ("warning", "json", 0)]
+)
+def test_the_short_way_of_a_requests_line_writes_what_the_long_one_does(level, form, lines):
+    done = subprocess.run([sys.executable, "-c", REQUEST, level, form], capture_output=True, check=True)
+    found = done.stderr.decode().splitlines()
+    assert len(found) == lines
+    if lines:
+        long, short = (re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "now", line) for line in found)
+        assert "now" in short
+        assert (json.loads(short) == json.loads(long)) if form == "json" else (short == long)
 
 
 def test_the_level_and_the_console_form_are_kept():

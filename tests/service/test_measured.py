@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import pmean
 
+from service import groups
 from service.bundle import Manifest, open_bundle
-from service.codelength import code_length
-from service.measured import Row, norms, path_statistics, statistic_names, statistics, steepness
+from service.codelength import code_lengths
+from service.measured import norms, path_statistics, statistic_names, statistics, steepness
 from service.model import Model
 from tests.ppca_bundle import images
 from tests.service.fitted_bundles import FAMILIES
@@ -53,17 +54,17 @@ BIJECTION = {
 def test_norms_are_power_means(values):
     size = np.abs(values)
     wanted = [pmean(size, p) for p in (0.5, 1, 2, 4)] + [size.max()]
-    assert np.allclose(norms(values), np.log(wanted), atol=1e-6)
+    assert np.allclose(norms(values[None])[0], np.log(wanted), atol=1e-6)
 
 
 @given(vectors)
 def test_power_means_grow_with_their_order(values):
-    assert (np.diff(norms(values)) >= -1e-9).all()
+    assert (np.diff(norms(values[None])[0]) >= -1e-9).all()
 
 
 @given(vectors.filter(lambda v: np.abs(v).max() > 1e-3), st.floats(1e-2, 1e3))
 def test_a_factor_shifts_the_larger_norms_alike(values, factor):
-    assert np.allclose(np.subtract(norms(values * factor), norms(values))[1:], np.log(factor), atol=1e-4)
+    assert np.allclose((norms(values[None] * factor) - norms(values[None]))[0, 1:], np.log(factor), atol=1e-4)
 
 
 def test_the_norms_of_nothing_are_finite():
@@ -101,8 +102,9 @@ def test_names_are_the_same_for_every_row(tmp_path, runtime, family):
     model = Model.load(open_bundle(FAMILIES[family].write(tmp_path)), runtime)
     measured = model.measure(FAMILIES[family].inliers(2, 0), k=2, seed=0)
     for kind in (statistics, path_statistics):
-        for index in range(2):
-            assert tuple(kind(measured.row(index), model.manifest)) == statistic_names(kind, model.manifest)
+        found = kind(measured, model.manifest)
+        assert tuple(found) == statistic_names(kind, model.manifest)
+        assert all(column.shape == (2,) and column.dtype == np.float64 for column in found.values())
 
 
 def test_statistics_are_what_they_say(model):
@@ -110,14 +112,14 @@ def test_statistics_are_what_they_say(model):
     measured = model.measure(X, k=4, seed=0)
     residual = X - model.reconstruct(X)
     for index, x in enumerate(X):
-        found = statistics(measured.row(index), model.manifest)
+        found = {name: column[index] for name, column in statistics(measured, model.manifest).items()}
         assert found["distortion"] == pytest.approx(scores.distortion[index])
         assert found["rate"] == pytest.approx(scores.rate[index])
         assert found["distortion"] + found["rate"] == pytest.approx(-scores.elbo[index])
         assert found["prior"] == pytest.approx(-measured.log_p_z[index].mean())
         assert found["residual_2"] == pytest.approx(np.log(np.sqrt((residual[index] ** 2).mean())))
-        assert found["code_length"] == pytest.approx(np.log(code_length(x) + 35))
-        assert found["steepness"] == steepness(x)
+        assert found["code_length"] == pytest.approx(np.log(code_lengths(x[None])[0] + 35))
+        assert found["steepness"] == steepness(x[None])[0]
 
 
 # Steepness.
@@ -126,19 +128,19 @@ def test_statistics_are_what_they_say(model):
 @given(st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1))
 def test_the_steepness_of_a_ramp(down, across, level):
     i, j = np.indices((5, 7))
-    assert steepness((down * i + across * j + level)[None]) == pytest.approx(
+    assert steepness((down * i + across * j + level)[None, None])[0] == pytest.approx(
         np.log(abs(down) + abs(across) + 1e-3), abs=1e-6
     )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 1), (1, 4, 4), (2, 1, 9)])
 def test_nothing_is_steep_in_what_is_flat(shape):
-    assert steepness(np.full(shape, 0.3)) == pytest.approx(np.log(1e-3))
+    assert steepness(np.full((1, *shape), 0.3))[0] == pytest.approx(np.log(1e-3))
 
 
 def test_a_signal_is_steep_along_its_steps_alone():
     x = np.cumsum(np.full((2, 1, 9), 0.25), axis=2)
-    assert steepness(x) == pytest.approx(np.log(0.251))
+    assert steepness(x[None])[0] == pytest.approx(np.log(0.251))
 
 
 # Measured.
@@ -164,6 +166,17 @@ def test_fewer_samples_are_the_first(model):
 def test_a_row_is_itself_alone(model):
     together = model.measure(X, k=3, seed=0)
     for index in range(len(X)):
-        alone = model.measure(X[index : index + 1], k=3, seed=0).row(0)
-        assert isinstance(alone, Row)
-        assert all(np.array_equal(a, b) for a, b in zip(together.row(index), alone, strict=True))
+        alone, row = model.measure(X[index : index + 1], k=3, seed=0), together.rows(slice(index, index + 1))
+        assert all(np.array_equal(a, b) for a, b in zip(row.arrays, alone.arrays, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 13, 17), (2, 1, 33), (1, 1, 5), (3, 64, 64)])
+def test_statistics_of_a_row_do_not_depend_on_the_rows_beside_it(monkeypatch, shape):
+    """Bitwise, and whether or not the rows go through in groups."""
+    x = np.random.RandomState(0).random_sample((37, *shape)).astype(np.float32)
+    for function in (norms, steepness, code_lengths):
+        alone = np.concatenate([function(x[i : i + 1]) for i in range(len(x))])
+        for few in (2**30, 5 * x[0].size):
+            monkeypatch.setattr(groups, "NUMBERS", few)
+            assert np.array_equal(function(x), alone)
+            assert np.array_equal(function(x[3:20]), alone[3:20])

@@ -116,7 +116,7 @@ def test_whole_vectors_on_one_thread_are_exact_for_operators_of_two_paths(runtim
     outputs = {name: (["N", width], TensorProto.FLOAT) for name in operators}
     session = runtime.session(g.build({"x": ["N", width]}, outputs), threads=1)
     runner = RowRunner(session, random_rows({"x": (width,)}), vectors=True, pool=runtime.pool)
-    assert runner.sizes == (4, 8, 32)
+    assert runner.sizes == (4, 8, 16, 32)
     x = random.standard_normal((3001, width)).astype(np.float32)
     together = runner.run({"x": x})
     for i in range(0, 3001, 3):

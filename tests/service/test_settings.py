@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from service import settings
 from service.cli import read_settings
 from service.errors import ConfigurationError
 from service.settings import Settings, check_environment
@@ -80,3 +81,19 @@ def test_the_cpus_are_shared_out_among_the_workers(monkeypatch, flags, cpus, wor
     monkeypatch.setattr("service.settings.available_cpus", lambda: cpus)
     settings = read_settings(flags).for_each_worker()
     assert (settings.workers, settings.threads) == (workers, threads)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "given", "lanes"),
+    [
+        (8, {}, 1),  # a session takes all
+        (8, {"threads": 1}, 8),
+        (8, {"threads": 3}, 2),
+        (8, {"workers": 4}, 1),
+        (8, {"workers": 4, "threads": 1}, 2),
+        (2, {"workers": 8}, 1),
+    ],
+)
+def test_as_many_batches_at_once_as_find_a_cpu(monkeypatch, cpus, given, lanes):
+    monkeypatch.setattr(settings, "available_cpus", lambda: cpus)
+    assert Settings(**given).for_each_worker().lanes == lanes

@@ -1,0 +1,32 @@
+"""Many rows, a few at a time: an expression over all of them would hold intermediate arrays of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+
+import numpy as np
+
+NUMBERS = 2**17  # of x that go through at once: a megabyte as float64
+
+F = TypeVar("F", bound=Callable[..., np.ndarray])
+
+
+def in_groups(function: F) -> F:
+    """``function`` of arrays of N rows each, and of nothing else, that gives an array of N rows.
+
+    Each row must come out as it does alone.
+    """
+
+    @wraps(function)
+    def grouped(*arrays: np.ndarray) -> np.ndarray:
+        first = arrays[0]
+        size = max(1, NUMBERS // max(1, first[0].size)) if len(first) else 1
+        if len(first) <= size:
+            return function(*arrays)
+        return np.concatenate(
+            [function(*(array[i : i + size] for array in arrays)) for i in range(0, len(first), size)]
+        )
+
+    return grouped  # type: ignore[return-value]
