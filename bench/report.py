@@ -77,6 +77,8 @@ def _heading(report: Report) -> Iterator[str]:
         f"{settings['workers']} process(es) of each server; {settings['rounds']} rounds of {settings['seconds']:g} s a "
         f"block; {report['took_seconds']:.0f} s in all"
     )
+    for section, reason in report.get("failed", {}).items():
+        yield f"{section} failed: {reason}"
     for name, start in report.get("start", {}).items():
         ready, imports = start["ready_seconds"], start["import_seconds"]
         yield f"cold start, {name}: {ready:.2f} s to ready, imports alone {imports:.2f} s"

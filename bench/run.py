@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from rich.progress import track
 from bench.bodies import FORMATS
 from bench.curve import curve
 from bench.growth import growth
+from bench.load import LoadError
 from bench.models import SETS, repository
 from bench.report import print_report
 from bench.requests import VERBS
 from bench.rivals.measure import rivals
-from bench.servers import ROOT
+from bench.servers import ROOT, ServerFailedError
 from bench.serving import BIG, FULL, Selection, cells, cold_start, memory
-from bench.stage import Effort, find_bundle, stage
+from bench.stage import Effort, Stage, find_bundle, stage
 from service.cpus import available_cpus
 
 SHIPPED = Path("exported")
@@ -68,45 +70,58 @@ def commit() -> str:
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Everything that was asked for; every section starts what it needs, and ends it."""
-    effort = Effort(arguments.seconds, arguments.rounds, arguments.workers)
-    folder, started = arguments.repository or folder_of(arguments.model), time.perf_counter()
-    wanted = arguments.sections
+    """Everything that was asked for; every section starts what it needs, and ends it. One that fails is noted."""
+    effort, wanted = Effort(arguments.seconds, arguments.rounds, arguments.workers), arguments.sections
+    folder = arguments.repository or folder_of(arguments.model)
+    made = {name: repository(name) for name in ("big", "growth") if name in wanted}
     report: Report = {"facts": facts(folder, arguments.model), "settings": vars(effort)}
+    started = time.perf_counter()
     if "start" in wanted:
-        places = {"shipped": SHIPPED, "the measured model": folder}
-        report["start"] = {
-            name: cold_start(place, effort.workers, arguments.starts)
-            for name, place in places.items()
-            if place.is_dir()
-        }
+        with noted(report, "start"):
+            places = {"shipped": SHIPPED, "the measured model": folder}
+            report["start"] = {
+                name: cold_start(place, effort.workers, arguments.starts)
+                for name, place in places.items()
+                if place.is_dir()
+            }
     if {"cells", "rivals", "curve"} & set(wanted):
-        report |= of_one_model(folder, arguments, effort)
+        with noted(report, "service"), stage(folder, arguments.model, effort) as here:
+            of_one_model(report, here, arguments)
     if "big" in wanted:
-        with stage(repository("big"), "big", effort) as big:
+        with noted(report, "big"), stage(made["big"], "big", effort) as big:
             report["big"] = [result for part in BIG for result in cells(big, part, progress)]
     if "growth" in wanted:
-        report["growth"] = growth(repository("growth"), effort, progress)
+        with noted(report, "growth"):
+            report["growth"] = growth(made["growth"], effort, progress)
     return {**report, "took_seconds": time.perf_counter() - started}
 
 
-def of_one_model(folder: Path, arguments: argparse.Namespace, effort: Effort) -> Report:
+def of_one_model(report: Report, here: Stage, arguments: argparse.Namespace) -> None:
     """The sections that ask one service of one model."""
-    report: Report = {}
-    with stage(folder, arguments.model, effort) as here:
-        report["memory"] = {"before": memory(here)}
-        if "cells" in arguments.sections:
+    before = memory(here)
+    if "cells" in arguments.sections:
+        with noted(report, "cells"):
             report["cells"] = cells(here, selection(arguments), progress)
-        report["memory"]["after"] = memory(here)
-        if "curve" in arguments.sections:
+            report["memory"] = {"before": before, "after": memory(here)}
+    if "curve" in arguments.sections:
+        with noted(report, "curve"):
             report["curve"] = curve(here, progress)
-        if "rivals" in arguments.sections:
+    if "rivals" in arguments.sections:
+        with noted(report, "rivals"):
             report["rivals"] = rivals(here, progress)
-        report["tried"] = {
-            verb: [{**block._asdict(), "layout": str(block.layout)} for block in blocks]
-            for verb, blocks in here.arena.raw.tried.items()
-        }
-    return report
+    report["tried"] = {
+        verb: [{**block._asdict(), "layout": str(block.layout)} for block in blocks]
+        for verb, blocks in here.arena.raw.tried.items()
+    }
+
+
+@contextmanager
+def noted(report: Report, section: str) -> Iterator[None]:
+    """A server that fails takes its section along, not what the others found."""
+    try:
+        yield
+    except (LoadError, ServerFailedError, TimeoutError) as error:
+        report.setdefault("failed", {})[section] = f"{type(error).__name__}: {error}"
 
 
 def folder_of(model: str) -> Path:

@@ -33,7 +33,7 @@ from bench.rivals.environments import PACKAGES, installed_version, requirements
 from bench.rivals.measure import OURS, rivals
 from bench.rivals.peers import NAIVE, PEERS
 from bench.rivals.wires import inference_binary, inference_json, ours, plain_json, side_by_side
-from bench.run import parse, selection
+from bench.run import noted, parse, selection
 from bench.servers import Command, Server, ServerFailedError, hello_server, vae_server
 from bench.serving import FULL
 from bench.stage import Effort, Stage, find_bundle
@@ -551,3 +551,10 @@ def test_a_model_that_is_not_there_is_named(ppca_root):
 def test_a_command_without_a_server_is_refused_in_its_own_words():
     with pytest.raises(ServerFailedError, match="nothing to serve"):
         Server(Command(("-c", "raise SystemExit('nothing to serve')"), "/"))
+
+
+def test_a_section_that_fails_does_not_take_the_others_along():
+    report = {"cells": []}
+    with noted(report, "curve"):
+        raise LoadError("answer 3 had status 500, 200 expected")
+    assert report == {"cells": [], "failed": {"curve": "LoadError: answer 3 had status 500, 200 expected"}}
