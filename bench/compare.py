@@ -102,7 +102,7 @@ class Arena:
         for target in [group.hello, *(subject.target for subject in group.subjects)]:
             self.client(target, group.connections, 0)
         self.raw.best(group.verb, self.seconds)
-        self.raw.one(group.verb, group.batch, self.seconds)
+        self.raw.one(group.verb, group.batch, 0)
 
     def _round(self, group: Group) -> list[Row]:
         """One block of everything in a group, shuffled; a row for each subject."""
@@ -163,6 +163,6 @@ def _block(blocks: list[Block]) -> Result:
     return {
         "images_per_second": statistics.median(block.images_per_second for block in blocks),
         "cpu_ms_an_image": 1e3 * statistics.median(block.cpu_per_image for block in blocks),
-        "layout": str(blocks[0].layout),
+        "layout": str(statistics.mode(block.layout for block in blocks)),
         "batch": blocks[0].batch,
     }

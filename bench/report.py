@@ -154,18 +154,8 @@ def _details(results: Iterable[Result]) -> Table:
 
 def _rivals(rivals: list[Report]) -> Table:
     """A row for each server and wire; ours beside each of them, since it was measured in the same rounds."""
-    columns = (
-        "c=64, n=1",
-        "c=1, n=1",
-        "c=4, n=64",
-        "over ours",
-        "p50 ms",
-        "p99 ms",
-        "CPU ms",
-        "ours: c=64",
-        "c=1",
-        "n=64",
-    )
+    loads = ("c=64, n=1", "c=1, n=1", "c=4, n=64")
+    columns = (*loads, "over ours", "p50 ms", "p99 ms", "CPU ms", *(f"ours: {load}" for load in loads), "CPU ms")
     table = _table("server", "version", "wire", *columns, text=3)
     for rival in rivals:
         results = rival.get("results", [])
@@ -182,7 +172,7 @@ def _rivals(rivals: list[Report]) -> Table:
                 rival["name"], rival["version"], wire, *_shares(theirs),
                 f"{many['images_per_second'] / own['images_per_second']:.3f}",
                 *(f"{many[name]:.2f}" for name in ("p50_ms", "p99_ms", "server_cpu_ms")),
-                *_shares(ours),
+                *_shares(ours), f"{own['server_cpu_ms']:.2f}",
             )  # fmt: skip
     return table
 

@@ -21,7 +21,7 @@ from bench.memory import pss, rss
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
-STOP_SECONDS = 5  # in which a server ends that is told to, twice
+STOP_SECONDS = 5  # in which a server ends that is told to; told twice
 POLL_SECONDS = 0.005
 
 
@@ -108,13 +108,13 @@ class Server:
         return found
 
     def stop(self) -> None:
-        """End the processes at once, for nothing is under way: a second SIGTERM cuts a drain short, and what is left of
-        them and of the session is killed."""
+        """End the processes, which have nothing under way: by SIGINT, which lets each tidy up, then SIGTERM, and what is
+        left of them and of the session is killed."""
         left = self.processes() if self._process.poll() is None else []
-        for wait in (0.2, STOP_SECONDS):
-            self._process.terminate()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._process.send_signal(signum)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(wait)
+                self._process.wait(STOP_SECONDS)
         for pid in reversed(left):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
