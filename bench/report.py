@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.table import find, judged
+from bench.table import find, judged, over
 
 Report = dict[str, Any]
 Result = dict[str, Any]
@@ -17,6 +17,10 @@ WIDTH = 170  # of the tables, also where the output is no terminal
 LIMIT = (
     "L is the limit that bare HTTP and raw onnxruntime compose, 1 / (1 / HTTP + n / ORT) requests/s for n images a "
     "request; ORT is at its best batch and layout, for one connection with one request at a time."
+)
+OTHERS = (
+    "\nOther servers of the same encoder, over c·n: c connections, n images a request. n=1: requests/s over L; n=64: "
+    "images/s over raw onnxruntime; ours beside them, in the same rounds. Latency and CPU a request over 64·1"
 )
 REFERENCES = (
     "What it is compared with: images/s of raw onnxruntime in p processes × t threads, at its best batch and alone "
@@ -48,7 +52,7 @@ def _parts(report: Report) -> Iterator[Table | str]:
             yield "Rates, latencies, CPU a request"
             yield _details(results)
     if rivals := report.get("rivals"):
-        yield "\nOther servers of the same encoder. n=1: requests/s over L; n=64: images/s over raw onnxruntime"
+        yield OTHERS
         yield _rivals(rivals)
         yield from (f"{each['name']} left out: {each['left_out']}" for each in rivals if "left_out" in each)
     if curve := report.get("curve"):
@@ -154,8 +158,8 @@ def _details(results: Iterable[Result]) -> Table:
 
 def _rivals(rivals: list[Report]) -> Table:
     """A row for each server and wire; ours beside each of them, since it was measured in the same rounds."""
-    loads = ("c=64, n=1", "c=1, n=1", "c=4, n=64")
-    columns = (*loads, "over ours", "p50 ms", "p99 ms", "CPU ms", *(f"ours: {load}" for load in loads), "CPU ms")
+    loads = ("64·1", "1·1", "4·64")
+    columns = (*loads, "over ours", "p50 ms", "p99 ms", "CPU ms", *(f"ours {load}" for load in loads), "CPU ms")
     table = _table("server", "version", "wire", *columns, text=3)
     for rival in rivals:
         results = rival.get("results", [])
@@ -170,7 +174,7 @@ def _rivals(rivals: list[Report]) -> Table:
             assert own is not None
             table.add_row(
                 rival["name"], rival["version"], wire, *_shares(theirs),
-                f"{many['images_per_second'] / own['images_per_second']:.3f}",
+                f"{over(many, own):.3f}",
                 *(f"{many[name]:.2f}" for name in ("p50_ms", "p99_ms", "server_cpu_ms")),
                 *_shares(ours), f"{own['server_cpu_ms']:.2f}",
             )  # fmt: skip

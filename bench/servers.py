@@ -108,8 +108,8 @@ class Server:
         return found
 
     def stop(self) -> None:
-        """End the processes, which have nothing under way: by SIGINT, which lets each tidy up, then SIGTERM, and what is
-        left of them and of the session is killed."""
+        """End the processes, which have nothing under way: by SIGINT, so that they tidy up, then SIGTERM; what is left
+        of them and of the session is killed."""
         left = self.processes() if self._process.poll() is None else []
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._process.send_signal(signum)

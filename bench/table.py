@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,25 +59,25 @@ def share(name: str, section: str, **labels: Any) -> Callable[[Report], float | 
     return measured
 
 
+def over(one: Report | None, other: Report | None) -> float | None:
+    """Rate of one result over another's that was measured in the same rounds: the median of the rounds' ratios."""
+    if one is None or other is None:
+        return None
+    rates = [each["rounds"]["images_per_second"] for each in (one, other)]
+    return statistics.median(ours / theirs for ours, theirs in zip(*rates, strict=True))
+
+
 def png_over_octets(report: Report) -> float | None:
     """Requests/s with PNG over those with uint8 octets, one image, 64 connections, answered in JSON."""
-    rates = [
-        share("images_per_second", "cells", verb="encode", batch=1, connections=64, answer="json", request=request)(
-            report
-        )
-        for request in ("png", "octet-stream")
-    ]
-    return None if None in rates else rates[0] / rates[1]  # type: ignore[operator]
+    cells, same = report.get("cells", []), {"verb": "encode", "batch": 1, "connections": 64, "answer": "json"}
+    return over(find(cells, request="png", **same), find(cells, request="octet-stream", **same))
 
 
 def json_over_naive(report: Report) -> float | None:
     """Requests/s in JSON over those of the naive server in the same rounds."""
-    naive = next((each for each in report.get("rivals", []) if each["name"] == NAIVE.name), None)
-    if naive is None or not naive.get("results"):
-        return None
-    same = {"wire": "JSON", "batch": 1, "connections": 64}
-    ours, theirs = (find(naive["results"], server=server, **same) for server in (OURS, NAIVE.name))
-    return None if ours is None or theirs is None else ours["images_per_second"] / theirs["images_per_second"]
+    naive = find(report.get("rivals", []), name=NAIVE.name) or {}
+    results, same = naive.get("results", []), {"wire": "JSON", "batch": 1, "connections": 64}
+    return over(find(results, server=OURS, **same), find(results, server=NAIVE.name, **same))
 
 
 def p99_at_half(report: Report) -> float | None:

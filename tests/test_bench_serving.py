@@ -356,8 +356,12 @@ def cell(**labels):
     return {"verb": "encode", "request": "octet-stream", "answer": "npy", "connections": 64, "batch": 1, **labels}
 
 
+def rounds(*rates):
+    return {"rounds": {"images_per_second": rates}}
+
+
 def rival(server, rate):
-    return {"server": server, "wire": "JSON", "batch": 1, "connections": 64, "images_per_second": rate}
+    return {"server": server, "wire": "JSON", "batch": 1, "connections": 64, **rounds(rate, rate)}
 
 
 def test_every_row_of_the_plan_is_judged_by_its_own_number():
@@ -366,8 +370,8 @@ def test_every_row_of_the_plan_is_judged_by_its_own_number():
             cell(of_limit=0.75),
             cell(connections=1, of_limit=0.5),
             cell(batch=64, connections=4, of_raw=1.0),
-            cell(answer="json", images_per_second=1000.0),
-            cell(answer="json", request="png", images_per_second=700.0),
+            cell(answer="json", **rounds(1000.0, 10.0, 500.0)),
+            cell(answer="json", request="png", **rounds(700.0, 1.0, 400.0)),
             cell(verb="score", answer="json", connections=16, of_limit=0.9),
         ],
         "big": [cell(batch=64, connections=4, of_raw=0.91)],
