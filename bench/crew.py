@@ -18,7 +18,7 @@ BATCHES = (1, 8, 32, 64, 128, 256)
 """Tried when the best is looked for."""
 MOST_SECONDS_A_CALL = 0.5
 """Batches whose single call takes longer are left out of the search: so large they win nothing."""
-TRIALS = 2  # blocks that a candidate's time is split into; the best one counts, for neighbours can only slow it down
+TRIALS = 3  # half-length blocks of each candidate; the best one counts, for neighbours can only slow it down
 LEAST_CALLS = 2
 
 
@@ -140,7 +140,7 @@ class RawRuntime:
     def _try(self, verb: str, seconds: float) -> Iterable[Block]:
         for layout in self._crews:
             for batch in BATCHES:
-                blocks = [self._crews[layout].block(verb, batch, seconds / TRIALS) for _ in range(TRIALS)]
+                blocks = [self._crews[layout].block(verb, batch, seconds / 2) for _ in range(TRIALS)]
                 fastest = max(blocks, key=lambda block: block.images_per_second)
                 yield fastest
                 if batch * layout.processes / fastest.images_per_second > MOST_SECONDS_A_CALL:
