@@ -36,6 +36,7 @@ STATUS: dict[type[Exception], int] = {
     errors.DeviceUnavailable: 500,
     errors.ConfigurationError: 500,
     errors.WorkerFailed: 500,
+    errors.MeasurementFailed: 500,
     errors.ModelNotFound: 404,
     errors.UnsupportedVerb: 409,
     errors.InvalidInput: 422,

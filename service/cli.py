@@ -1,4 +1,4 @@
-"""The command line: ``vaeserve serve | score | calibrate | check | models``."""
+"""The command line: ``vaeserve serve | score | calibrate | check | models | autotune``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def main() -> None:
 def serve(context: typer.Context) -> None:
     """Read settings from flags and environment, load every bundle, serve until told to stop."""
     with _errors_in_words():
-        settings = read_settings(context.args).for_each_worker()
+        settings = _with_workers(read_settings(context.args)).for_each_worker()
         if settings.workers == 1:
             _serve_alone(settings)
             return
@@ -62,6 +62,16 @@ def serve(context: typer.Context) -> None:
 
         if code := serve_with_workers(settings):
             raise typer.Exit(code)
+
+
+def _with_workers(settings: Settings) -> Settings:
+    if settings.workers != "auto":
+        return settings
+    from service.auto import decide
+    from service.logs import configure_logs
+
+    configure_logs(settings.log_level, settings.log_format)
+    return decide(settings)
 
 
 def _serve_alone(settings: Settings) -> None:
@@ -80,6 +90,40 @@ def _serve_alone(settings: Settings) -> None:
         return
     if not server.started:
         raise typer.Exit(ERROR)
+
+
+@app.command()
+def autotune(
+    model: Annotated[str | None, typer.Option(help="Compute with this model only; default: with each one")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=3600, help="To measure each layout, beside the time to load the bundles")
+    ] = 5.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write; default: setting autotune_file, or autotune.json in the repository"),
+    ] = None,
+    repository: RepositoryOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Measure how many processes and threads serve best on this machine, for vaeserve serve --workers auto."""
+    from service import autotune as tuning
+    from service.tuned import place, write_tuned
+
+    with _errors_in_words():
+        settings = _settings(repository=repository, device=device, autotune_file=output)
+        file, screen = place(settings), Console(width=UNCUT)
+        with Console(stderr=True).status("measuring") as status:
+            tuned = tuning.autotune(settings, model, seconds, lambda layout: status.update(f"measuring {layout}"))
+        screen.print(tuning.table_of(tuned))
+        typer.echo(f"chosen: {tuned.choice} (processes × threads of each), {tuned.why}")
+        try:
+            write_tuned(tuned, file)
+            typer.echo(f"written to {file}: vaeserve serve --workers auto takes it")
+        except OSError as error:
+            reason = f"{file} cannot be written: {error.strerror}"
+            if output is not None:
+                raise ConfigurationError(reason) from error
+            typer.echo(f"not written: {reason}; give --output, and the setting autotune_file to serve")
 
 
 @app.command()

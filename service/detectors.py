@@ -181,12 +181,12 @@ class Latent(Detector):
 
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
-        self._reference = arrays["reference"].astype(np.float64)  # a far code's square is beyond float32
         # −2 r and |r|² of each code r, in whole blocks, filled up with codes that are infinitely far.
-        count, width = self._reference.shape
+        reference = arrays["reference"].astype(np.float64)  # a far code's square is beyond float32
+        count, width = reference.shape
         self._distances = np.zeros((count + -count % BLOCK, width + 1))
-        self._distances[:count, :-1] = -2 * self._reference
-        self._distances[:count, -1] = (self._reference**2).sum(axis=1)
+        self._distances[:count, :-1] = -2 * reference
+        self._distances[:count, -1] = (reference**2).sum(axis=1)
         self._distances[count:, -1] = np.inf
 
     @classmethod
@@ -205,7 +205,7 @@ class Latent(Detector):
 
     def score(self, rows: Measured) -> np.ndarray:
         locs = rows.loc.astype(np.float64)
-        found = self._reference[self._nearest(locs)] - locs[:, None]
+        found = self.arrays["reference"][self._nearest(locs)].astype(np.float64) - locs[:, None]
         nearest = np.sqrt(np.sort((found**2).sum(axis=2), axis=1)[:, :NEIGHBOURS])
         logs: np.ndarray = locs.shape[1] * np.log(nearest.mean(axis=1) + 1e-12)
         return logs
@@ -216,7 +216,7 @@ class Latent(Detector):
         They lie in as many blocks, those with the least minima: so few distances are looked at twice. The distances are
         rounded as the batch has it, hence the spare ones.
         """
-        near = min(NEIGHBOURS + SPARE, len(self._reference))
+        near = min(NEIGHBOURS + SPARE, len(self.arrays["reference"]))
         squares = np.concatenate([locs, np.ones((len(locs), 1))], axis=1) @ self._distances.T  # but for |loc|²
         blocks = squares.reshape(len(locs), -1, BLOCK)
         chosen = _least(blocks.min(axis=2), min(near, blocks.shape[1]))[:, :, None]

@@ -33,6 +33,29 @@ def refuse_taken(host: str, port: int) -> None:
         _bind(family, address, shared=False).close()
 
 
+def claim(sockets: list[socket.socket]) -> list[socket.socket]:
+    """Locks on the addresses of these sockets, for as long as they are open: one service may have each.
+
+    Two that start at the same moment find nobody listening yet, and SO_REUSEPORT lets both bind. A lock is a name in
+    Linux' abstract namespace, which is as wide as that of ports and forgets the names of the dead. An address and the
+    wildcard that covers it have different names. Raises OSError, in the words of ``bind_shared``.
+    """
+    locks: list[socket.socket] = []
+    try:
+        for each in sockets:
+            locks.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            address = each.getsockname()
+            try:
+                locks[-1].bind(f"\0vaeserve {address[0]} {address[1]}")
+            except OSError as error:
+                raise _in_words(address, error) from None
+    except OSError:
+        for lock in locks:
+            lock.close()
+        raise
+    return locks
+
+
 def _addresses(host: str, port: int) -> list[tuple[int, tuple]]:
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     unique = dict.fromkeys((family, address) for family, _, _, _, address in found)
@@ -58,6 +81,10 @@ def _bind(family: int, address: tuple, shared: bool) -> socket.socket:
         made.bind(address)
     except OSError as error:
         made.close()
-        reason = os.strerror(error.errno or 0).lower()
-        raise OSError(error.errno, f"error while attempting to bind on address {address!r}: {reason}") from None
+        raise _in_words(address, error) from None
     return made
+
+
+def _in_words(address: tuple, error: OSError) -> OSError:
+    reason = os.strerror(error.errno or 0).lower()
+    return OSError(error.errno, f"error while attempting to bind on address {address!r}: {reason}")

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from service.errors import ClientGone, DeadlineExceeded, Overloaded
 
+LOOK_AFTER = 0.05
+
 T = TypeVar("T")
 Gone = Callable[[], Awaitable[None]]
 """Returns when the client has left."""
@@ -45,16 +47,26 @@ class WorkerPool:
         return await self.wait(asyncio.wrap_future(future), gone)
 
     async def wait(self, result: asyncio.Future[T], gone: Gone) -> T:
-        """The result, which is cancelled when nobody waits for it any more.
+        """The result, which is cancelled when nobody waits for it any more; a client is missed after LOOK_AFTER s.
 
         Raises:
             DeadlineExceeded: none within the timeout.
             ClientGone: the client has left; work that had not begun never runs.
         """
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        try:
+            # Most results are here before a look at the client would be worth its cost.
+            await asyncio.wait({result}, timeout=min(LOOK_AFTER, self._timeout))
+            return result.result() if result.done() else await self._watched(result, gone, deadline)
+        finally:
+            result.cancel()
+
+    async def _watched(self, result: asyncio.Future[T], gone: Gone, deadline: float) -> T:
         watcher = asyncio.ensure_future(gone())
         waited: set[asyncio.Future[Any]] = {result, watcher}
         try:
-            await asyncio.wait(waited, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            left = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait(waited, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
             if result.done():
                 return result.result()
             if watcher.done():
@@ -62,7 +74,6 @@ class WorkerPool:
             raise DeadlineExceeded(f"no answer within {self._timeout:g} s (setting request_timeout)")
         finally:
             watcher.cancel()
-            result.cancel()
 
     def start(self, work: Callable[[], T]) -> Future[T]:
         """Have it run for requests that hold their slots already. Raises Overloaded once the pool is closed."""

@@ -66,6 +66,7 @@ class Runtime:
                 f"{self.provider} was asked for, but ONNX Runtime fell back to {active}: {_gpu_instruction()}"
             )
         session.disable_fallback()
+        session._model_bytes = b""  # kept by it only to fall back: as much again as the weights
         return session
 
     def _start_cuda(self, required: bool) -> None:

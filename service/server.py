@@ -15,6 +15,8 @@ from fastapi import FastAPI
 from service.protocol import guarded_protocol
 from service.settings import Settings
 
+TICKS = 10  # of uvicorn a second
+
 
 class DrainingServer(uvicorn.Server):
     """On SIGTERM readiness goes false first and requests are served on for the drain window; then it stops.
@@ -23,13 +25,18 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, app: FastAPI, drain_seconds: float, on_listening: Callable[[], None] | None = None
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        drain_seconds: float,
+        on_listening: Callable[[], None] | None = None,
+        on_second: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
         self._house_app = app
         self._drain_seconds = drain_seconds
         self._stop_at: float | None = None
-        self._on_listening = on_listening
+        self._on_listening, self._on_second = on_listening, on_second
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the app, then listen, then say so."""
@@ -50,9 +57,11 @@ class DrainingServer(uvicorn.Server):
         self._stop_at = time.monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """True when the server should stop (asked by uvicorn ten times a second)."""
+        """True when the server should stop (asked by uvicorn TICKS times a second)."""
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
+        if counter % TICKS == 0 and self._on_second is not None:
+            self._on_second()
         return await super().on_tick(counter)
 
 
@@ -65,8 +74,16 @@ def spare_collections() -> None:
     gc.freeze()
 
 
-def build_server(app: FastAPI, settings: Settings, on_listening: Callable[[], None] | None = None) -> DrainingServer:
-    """A server for ``app`` on settings.host:port; ``run()`` it, or ``serve()`` it in a loop of yours."""
+def build_server(
+    app: FastAPI,
+    settings: Settings,
+    on_listening: Callable[[], None] | None = None,
+    on_second: Callable[[], None] | None = None,
+) -> DrainingServer:
+    """A server for ``app`` on settings.host:port; ``run()`` it, or ``serve()`` it in a loop of yours.
+
+    ``on_listening`` is called once it listens, ``on_second`` from its event loop every second from then on.
+    """
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -79,4 +96,4 @@ def build_server(app: FastAPI, settings: Settings, on_listening: Callable[[], No
         proxy_headers=False,
         timeout_graceful_shutdown=int(settings.request_timeout) + 1,
     )
-    return DrainingServer(config, app, settings.drain_seconds, on_listening)
+    return DrainingServer(config, app, settings.drain_seconds, on_listening, on_second)

@@ -40,7 +40,10 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; no silent fallback")
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
-        default=1, description="processes behind the port, each with all models; auto: as many as the CPUs allowed"
+        default=1, description="processes behind the port, each with all models; auto: measured, see vaeserve autotune"
+    )
+    autotune_file: Path | None = Field(
+        default=None, description="where vaeserve autotune writes its choice; default: autotune.json in the repository"
     )
     threads: int = Field(
         default=0, ge=0, le=1024, description="onnxruntime threads of a process; 0: the CPUs allowed, over the workers"
@@ -78,6 +81,11 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         default=3.0, ge=0, description="seconds served on after SIGTERM, while /readyz already says 503"
     )
+    hang_timeout: float = Field(
+        default=30.0,
+        ge=0,
+        description="seconds a worker's event loop may stand still until it is replaced; 0: for ever",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
     log_format: Literal["json", "console"] = Field(default="json", description="shape of a log line")
 
@@ -88,13 +96,13 @@ class Settings(BaseSettings):
         return max(1, cpus // (self.workers * (self.threads or cpus))) if isinstance(self.workers, int) else 1
 
     def for_each_worker(self) -> Settings:
-        """The same with ``workers`` as a number, and ``threads`` as each one's share of the CPUs if it was left open.
+        """The same with ``threads`` as each worker's share of the CPUs if it was left open.
 
-        One worker's threads stay open: 0 is all of them.
+        One worker's threads stay open: 0 is all of them. ``workers`` must be a number by now (service/auto.py).
         """
-        workers = available_cpus() if self.workers == "auto" else self.workers
-        threads = max(1, available_cpus() // workers) if workers > 1 and not self.threads else self.threads
-        return self.model_copy(update={"workers": workers, "threads": threads})
+        assert self.workers != "auto"
+        threads = max(1, available_cpus() // self.workers) if self.workers > 1 and not self.threads else self.threads
+        return self.model_copy(update={"threads": threads})
 
 
 def check_environment(environ: Mapping[str, str]) -> None:

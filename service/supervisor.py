@@ -8,7 +8,6 @@ its own (service/listening.py), and listens once its models are loaded and warm.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -19,26 +18,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 
-from service.bundle import bundle_digests
 from service.channel import Message, connected_pair, encode, receive_waiting
 from service.errors import ConfigurationError, WorkerFailed
-from service.listening import bind_shared, refuse_taken
+from service.interpreters import fresh_interpreter
+from service.listening import bind_shared, claim, refuse_taken
 from service.logs import configure_logs, get_logger
 from service.settings import Settings
-from service.shared_drift import DriftKeeper
+
+if TYPE_CHECKING:
+    from service.shared_drift import DriftKeeper
 
 STARTUP_FAILURE = 3  # uvicorn's exit code where it cannot listen
 FIRST_DELAY, MOST_DELAY = 0.1, 30.0  # seconds before a worker is started again; doubled with each time
 READ_EVERY = 0.02  # seconds; the kernel keeps some 280 small messages of a worker meanwhile
+WATCH_EVERY = 1.0  # seconds
 STEADY_SECONDS = 60.0  # a worker that has served so long is started again as the first time
-
-# The path of modules is handed on: workers import this very package, whatever lies in the working directory.
-PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from service.worker import main; main(int(sys.argv[2]))"
-)
 
 
 def serve_with_workers(settings: Settings) -> int:
@@ -54,12 +52,15 @@ def serve_with_workers(settings: Settings) -> int:
     try:
         refuse_taken(settings.host, settings.port)
         held = bind_shared(settings.host, settings.port)
+        locks = claim(held)
     except OSError as error:
         get_logger().error(str(error))
         return STARTUP_FAILURE
     with _metrics_folder() as folder:
         supervisor = Supervisor(settings.model_copy(update={"port": held[0].getsockname()[1]}), folder)
         asyncio.run(supervisor.run())
+    for each in held + locks:
+        each.close()
     if supervisor.cut_short is not None:
         signal.raise_signal(supervisor.cut_short)
     return 0
@@ -78,13 +79,17 @@ def _metrics_folder() -> Iterator[Path]:
 
 @dataclass
 class Process:
-    """A running worker: its number, this end of its line, and what it has said."""
+    """A running worker: its number, this end of its line, and what it has said.
+
+    ``silent``: for how many looks of the supervisor nothing has come from it.
+    """
 
     number: int
     child: asyncio.subprocess.Process
     line: socket.socket
     ready: bool = False
     failure: str | None = None
+    silent: int = 0
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     answers: set[asyncio.Task[None]] = field(default_factory=set)
     answering: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -100,8 +105,8 @@ class Supervisor:
         self.cut_short: signal.Signals | None = None
         self._settings = settings
         self._metrics = metrics
-        self._bundles = bundle_digests(settings.repository)
-        self._keeper = DriftKeeper(settings.drift_window, settings.drift_level)
+        self._bundles: asyncio.Task[dict[str, str]] | None = None
+        self._keeper: DriftKeeper | None = None
         self._processes: dict[int, Process] = {}
         self._questions: list[tuple[Process, Message]] = []
         self._stopping = asyncio.Event()
@@ -112,6 +117,7 @@ class Supervisor:
 
         Raises:
             WorkerFailed: a worker could not start, and no other serves.
+            BundleError: there are no bundles, or one that cannot be read.
         """
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -120,13 +126,24 @@ class Supervisor:
         get_logger().info(
             "starting", host=self._settings.host, port=self._settings.port, workers=self._settings.workers
         )
+        # Beside the starting workers, whose interpreters take as long to get ready for their orders.
+        self._bundles = asyncio.create_task(asyncio.to_thread(self._look_at_bundles))
         keepers = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
+        watch = asyncio.create_task(self._watch())
         try:
             await asyncio.gather(*keepers)
         finally:
-            for keeper in keepers:
-                keeper.cancel()
+            for task in (*keepers, watch):
+                task.cancel()
             await self._kill()
+
+    def _look_at_bundles(self) -> dict[str, str]:
+        """Their digests by NAME/VERSION, which all workers are to find again."""
+        from service.bundle import bundle_digests
+        from service.shared_drift import DriftKeeper
+
+        self._keeper = DriftKeeper(self._settings.drift_window, self._settings.drift_level)
+        return bundle_digests(self._settings.repository)
 
     async def _keep(self, number: int) -> None:
         """One worker after another in the same place."""
@@ -155,11 +172,32 @@ class Supervisor:
             await self._pause(delay)
             delay = min(2 * delay, MOST_DELAY)
 
+    async def _watch(self) -> None:
+        while self._settings.hang_timeout:
+            await asyncio.sleep(WATCH_EVERY)
+            for process in list(self._processes.values()):
+                self._look_at(process)
+
+    def _look_at(self, process: Process) -> None:
+        """Kill a worker whose event loop stands still: it would keep its connections, and answer none.
+
+        What counts is how often the supervisor has found it silent, not the clock: that goes on while all are frozen.
+        """
+        self._read(process)
+        if not process.ready or process.gone.is_set() or self._stopping.is_set():
+            return
+        process.silent += 1
+        if process.silent * WATCH_EVERY > self._settings.hang_timeout:
+            process.silent = 0
+            process.failure = f"its event loop stood still for {self._settings.hang_timeout:g} s (setting hang_timeout)"
+            with suppress(ProcessLookupError):
+                process.child.kill()
+
     async def _start(self, number: int) -> Process:
         ours, theirs = connected_pair()
         with theirs:
             child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(theirs.fileno())),
+                *fresh_interpreter("service.worker", theirs.fileno()),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
@@ -168,21 +206,23 @@ class Supervisor:
         process = Process(number, child, ours)
         self._processes[number] = process
         self._listen(process)
+        assert child.stdin is not None
+        assert self._bundles is not None
+        bundles = await self._bundles
         if self._stopping.is_set():
             child.terminate()
-        assert child.stdin is not None
-        child.stdin.write(self._orders(number))
+        child.stdin.write(self._orders(number, bundles))
         child.stdin.close()
         get_logger().info("worker started", worker=number, pid=child.pid)
         return process
 
-    def _orders(self, number: int) -> bytes:
+    def _orders(self, number: int, bundles: dict[str, str]) -> bytes:
         return orjson.dumps(
             {
                 "settings": self._settings.model_dump(mode="json"),
                 "worker": number,
                 "metrics": str(self._metrics),
-                "bundles": self._bundles,
+                "bundles": bundles,
             }
         )
 
@@ -203,7 +243,10 @@ class Supervisor:
 
     def _read(self, process: Process) -> None:
         messages, gone = receive_waiting(process.line)
-        self._keeper.take(message for message in messages if message["kind"] == "rows")
+        if messages:
+            process.silent = 0
+        if self._keeper is not None:  # as it is before a worker has its orders
+            self._keeper.take(message for message in messages if message["kind"] == "rows")
         for message in messages:
             self._take(process, message)
         if gone and not process.gone.is_set():
@@ -215,7 +258,7 @@ class Supervisor:
             self._welcome(process)
         elif message["kind"] == "failed":
             process.failure = message["text"]
-        elif message["kind"] != "rows":
+        elif message["kind"] not in ("rows", "alive"):
             self._questions.append((process, message))
             asyncio.get_running_loop().call_soon(self._answer)
 
@@ -235,6 +278,7 @@ class Supervisor:
         for each in list(self._processes.values()):
             self._read(each)
         for process, question in questions:
+            assert self._keeper is not None
             task = asyncio.create_task(self._send(process, list(self._keeper.answers(question))))
             process.answers.add(task)
             task.add_done_callback(process.answers.discard)

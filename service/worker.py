@@ -72,7 +72,8 @@ class Worker:
         settings = self.settings
         drift = ToldDrift(self.line, settings.drift_window, settings.drift_level, metrics.unwatched.inc)
         repository = load_repository(settings, self.bundles)
-        self.server = build_server(create_app(settings, repository, metrics, drift), settings, self._ready)
+        app = create_app(settings, repository, metrics, drift)
+        self.server = build_server(app, settings, self._ready, self._alive)
         spare_collections()
         self.server.run(bind_shared(settings.host, settings.port))
         if self.orphaned:
@@ -80,6 +81,9 @@ class Worker:
 
     def _ready(self) -> None:
         self.line.tell({"kind": "ready"})
+
+    def _alive(self) -> None:
+        self.line.tell({"kind": "alive"})
 
     def _check_bundles(self) -> None:
         """All workers serve the same: one that is started later must not find other bundles than the first did."""

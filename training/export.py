@@ -22,6 +22,7 @@ from service.errors import BundleGraphError
 from service.graphs import check_operators
 from training.errors import ExportError
 from training.models.base import LatentVariableModel
+from training.rewrites import without_logs_of_exponentials
 
 OPSET: Final = 18
 """The opset that torch's exporter writes natively: every later one is a conversion, which can only add faults."""
@@ -176,6 +177,7 @@ def export_graph(model: LatentVariableModel, manifest: Manifest, role: Graph) ->
     assert program is not None
     proto = program.model_proto
     strip(proto)
+    without_logs_of_exponentials(proto.graph)
     return _checked(proto, role)
 
 

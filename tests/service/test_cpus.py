@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpus import available_cpus, cgroup_quota
+from service.cpus import available_cpus, available_memory, cgroup_quota, cpu_model
 
 
 def files(root: Path, **contents: str) -> Path:
@@ -44,3 +44,26 @@ def test_affinity_counts_not_the_host_s_cores():
         "from service.cpus import available_cpus; print(available_cpus())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("contents", "limit"),
+    [
+        ({"memory_dot_max": "1048576\n"}, 2**20),
+        ({"memory_dot_max": "max\n"}, None),
+        ({"memory__memory_dot_limit_in_bytes": "2097152\n"}, 2**21),
+        ({"memory__memory_dot_limit_in_bytes": "9223372036854771712\n"}, None),
+        ({}, None),
+    ],
+)
+def test_memory_is_the_smaller_of_the_machine_s_and_the_limit_of_both_cgroup_versions(tmp_path, contents, limit):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert available_memory(files(tmp_path, **contents)) == (machine if limit is None else limit)
+
+
+def test_a_processor_is_called_what_it_calls_itself(tmp_path):
+    root = files(
+        tmp_path, cpuinfo="processor\t: 0\nmodel name\t: Abacus 3000\n\nmodel name\t: other\n", silent="x: y\n"
+    )
+    assert cpu_model(root / "cpuinfo") == "Abacus 3000"
+    assert cpu_model(root / "silent") == cpu_model(root / "absent") != ""

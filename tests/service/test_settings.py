@@ -70,8 +70,6 @@ def test_help_shows_every_setting_with_its_default(capsys):
     ("flags", "cpus", "workers", "threads"),
     [
         ([], 8, 1, 0),
-        (["--workers", "auto"], 8, 8, 1),
-        (["--workers", "auto"], 1, 1, 0),
         (["--workers", "3"], 8, 3, 2),
         (["--workers", "16"], 8, 16, 1),
         (["--workers", "3", "--threads", "4"], 8, 3, 4),

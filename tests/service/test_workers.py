@@ -8,16 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
+from service.app import create_app
+from service.channel import connected_pair, encode
 from service.errors import WorkerFailed
-from service.listening import bind_shared, refuse_taken
+from service.listening import bind_shared, claim, refuse_taken
+from service.server import build_server
 from service.settings import Settings
-from service.supervisor import Supervisor
+from service.supervisor import Process, Supervisor
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.http import npy
 from tests.service.processes import NPY, alive, command, environment, until, workers
@@ -100,6 +104,76 @@ def test_a_killed_worker_is_replaced_and_its_counts_stay(tmp_path):
         values = service.metrics()
         assert (values["vaeserve_workers",], values["vaeserve_worker_starts_total",]) == (2, 3)
         assert service.get("/v1/drift").json()["seen"] == 3 * N
+
+
+def test_a_worker_whose_event_loop_stands_still_is_replaced(ppca_root):
+    with workers(ppca_root, "--hang-timeout", "5") as service:
+        stopped = service.pids[1]
+        os.kill(stopped, signal.SIGSTOP)
+        ended = service.wait_for("worker ended")
+        assert (ended["worker"], ended["pid"], ended["exit_code"]) == (1, stopped, -signal.SIGKILL)
+        assert "stood still for 5 s" in ended["reason"]
+        service.wait_for("worker serves again")
+        for i in range(N):
+            service.score(images(1, seed=i), "again")
+        assert set(until(lambda: len(who := service.who_answered("again")) == N and who)) == {0, 1}
+
+
+class Child:
+    killed = False
+
+    def kill(self):
+        self.killed = True
+
+
+def watched(ppca_root, tmp_path, hang_timeout):
+    """A supervisor, a worker that it watches, and that worker's end of the line."""
+    supervisor = Supervisor(Settings(repository=ppca_root, port=1, workers=2, hang_timeout=hang_timeout), tmp_path)
+    ours, theirs = connected_pair()
+    return supervisor, Process(0, Child(), ours, ready=True), theirs
+
+
+def test_only_silence_of_a_worker_that_serves_is_a_hang(ppca_root, tmp_path):
+    supervisor, process, theirs = watched(ppca_root, tmp_path, 3)
+    for _ in range(10):
+        theirs.send(encode({"kind": "alive"}))
+        supervisor._look_at(process)
+    process.ready = False
+    for _ in range(10):
+        supervisor._look_at(process)
+    process.ready = True
+    supervisor._stopping.set()
+    for _ in range(10):
+        supervisor._look_at(process)
+    supervisor._stopping.clear()
+    for _ in range(2):
+        supervisor._look_at(process)
+    assert not process.child.killed
+    supervisor._look_at(process)
+    assert process.child.killed
+    assert "stood still for 3 s" in process.failure
+    process.line.close()
+    theirs.close()
+
+
+def test_the_event_loop_says_that_it_is_alive_while_all_threads_compute(ppca_root):
+    """Each second, however long a computation takes."""
+    settings = Settings(repository=ppca_root, port=0, concurrency=1, drain_seconds=0)
+    app, told, computing = create_app(settings), threading.Semaphore(0), threading.Event()
+    server = build_server(app, settings, on_second=told.release)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        told.acquire()
+        pool = app.state.house.pool
+        pool.enter()
+        pool.start(computing.wait)
+        for _ in range(2):
+            assert told.acquire(timeout=60)
+    finally:
+        computing.set()
+        server.should_exit = True
+        thread.join()
 
 
 def test_a_worker_that_would_serve_other_bundles_does_not_start_and_the_others_go_on(tmp_path):
@@ -186,6 +260,34 @@ def test_the_port_of_running_workers_is_not_shared_with_another_service(service,
     port = str(service.logged("serving")[0]["port"])
     for count in ("1", "2"):
         assert run(ppca_root, "--workers", count, "--port", port).returncode == 3
+
+
+def test_of_services_started_at_once_on_one_port_one_serves(ppca_root):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    flags = command(ppca_root, "--workers", "2", "--port", port)
+    started = [subprocess.Popen(flags, stderr=subprocess.PIPE, text=True, env=environment()) for _ in range(3)]
+    try:
+        until(lambda: sum(each.poll() is not None for each in started) == 2)
+        assert sorted(each.poll() for each in started if each.poll() is not None) == [3, 3]
+    finally:
+        for each in started:
+            each.send_signal(signal.SIGINT)
+        said = [each.communicate(timeout=60)[1] for each in started]
+    assert sum("address already in use" in each for each in said) == 2
+
+
+def test_an_address_is_claimed_once_and_free_when_its_service_ends():
+    first = bind_shared("127.0.0.1", 0)
+    second = bind_shared("127.0.0.1", first[0].getsockname()[1])
+    locks = claim(first)
+    refuse_taken("127.0.0.1", first[0].getsockname()[1])  # nobody listens
+    with pytest.raises(OSError, match=r"error while attempting to bind on address .*: address already in use"):
+        claim(second)
+    for lock in locks:
+        lock.close()
+    for each in first + claim(second) + second:
+        each.close()
 
 
 def test_nothing_is_accepted_before_its_worker_is_ready(ppca_root):

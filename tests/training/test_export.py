@@ -11,7 +11,9 @@ import torch
 from service import noise
 from service.bundle import REFERENCE, open_bundle
 from service.errors import BundleParityError
+from service.graphs import check_operators
 from service.model import Model
+from service.rows import TWO_PATHS
 from service.runtime import Runtime
 from tests.training.finished import finished_run
 from training.batches import to_unit
@@ -19,6 +21,7 @@ from training.errors import DataError, ExportError
 from training.evaluate import batch_bounds
 from training.export import OPSET, export_graph, export_graphs, likelihood, roles, signature
 from training.parity import EDGE, reference_arrays, tolerances
+from training.rewrites import without_logs_of_exponentials
 from training.runs import Run
 from training.staging import contents, export, open_staged, replace_bundle
 
@@ -125,6 +128,39 @@ def test_the_graphs_hold_one_opset_and_no_remarks(exported):
         assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)
         assert "Dropout" not in {node.op_type for node in proto.graph.node}
         assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in proto.graph.initializer)
+
+
+def test_the_encoder_of_a_diagonal_gaussian_lets_single_rows_run_alone(exported):
+    """log(exp(log scale)) is not left in it: its two code paths would make four rows of each."""
+    _, model = exported
+    assert not TWO_PATHS & check_operators(model.bundle.graph("encoder")).keys()
+
+
+def test_only_logs_of_exponentials_are_folded_and_what_else_reads_them_stays():
+    nodes = [
+        onnx.helper.make_node("Exp", ["a"], ["kept"]),
+        onnx.helper.make_node("Log", ["kept"], ["one"]),
+        onnx.helper.make_node("Exp", ["a"], ["dropped"]),
+        onnx.helper.make_node("Log", ["dropped"], ["two"]),
+        onnx.helper.make_node("Log", ["kept"], ["shown"]),
+        onnx.helper.make_node("Log", ["b"], ["other"]),
+        onnx.helper.make_node("Sum", ["one", "two", "other", "kept"], ["total"]),
+    ]
+    tensors = [
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N"]) for name in names]
+        for names in ("ab", ("total", "shown"))
+    ]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", *tensors), opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=10
+    )
+    feeds = {name: np.linspace(0.5, 2, 5, dtype=np.float32) for name in "ab"}
+    runtime = Runtime("cpu", 1)
+    before = runtime.session(model.SerializeToString()).run(None, feeds)
+    without_logs_of_exponentials(model.graph)
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Exp", "Log", "Log", "Sum"]
+    for old, new in zip(before, runtime.session(model.SerializeToString()).run(None, feeds), strict=True):
+        np.testing.assert_allclose(old, new, rtol=1e-6)
 
 
 def test_float_images_are_exported_and_scored_as_they_are(tmp_path):

@@ -1,0 +1,34 @@
+"""Rewriting exported graphs where the exporter leaves a detour that costs the service."""
+
+from __future__ import annotations
+
+import onnx
+
+
+def without_logs_of_exponentials(graph: onnx.GraphProto) -> None:
+    """log(exp(a)) becomes a, in place.
+
+    A diagonal Gaussian's log scale is such a one. ONNX Runtime's Log has two code paths, and because of it
+    service.rows would run a single row as four.
+    """
+    exponents = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Exp"}
+    outputs = {output.name for output in graph.output}
+    logs = [
+        node
+        for node in graph.node
+        if node.op_type == "Log" and node.input[0] in exponents and node.output[0] not in outputs
+    ]
+    instead = {node.output[0]: exponents[node.input[0]] for node in logs}
+    for node in logs:
+        graph.node.remove(node)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = instead.get(name, name)
+    _drop_unused(graph, [node.input[0] for node in logs])
+
+
+def _drop_unused(graph: onnx.GraphProto, names: list[str]) -> None:
+    """Remove nodes that give one of these and nothing that is still read."""
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in [node for node in graph.node if set(node.output) <= set(names) - read]:
+        graph.node.remove(node)
