@@ -23,6 +23,7 @@ from service.jobs import Job, rows_of
 from service.pool import Gone, WorkerPool
 
 MOST_ROWS = 32  # in a batch of several jobs: the largest run of service.rows
+ENOUGH = 16  # jobs of a batch: of more a row is hardly cheaper
 INLINE_SECONDS = 0.003  # what a batch may take on the event loop, where every other connection waits for it
 BATCH_SECONDS = 0.1  # what a batch may take on the pool: nobody waits for others' rows much longer than for its own
 KNOWN_COSTS = 512
@@ -73,8 +74,8 @@ class Batcher:
         """
         self._pool.enter()
         ticket = Ticket(job, asyncio.get_running_loop().create_future())
-        # With others in the house a batch on the pool is worth the hop, unless all of them would be done in a moment.
-        seconds = self._seconds_of(job.key) * len(job.rows) * self._pool.pending
+        # With others in the house a batch on the pool is worth the hop, unless one here would hold enough of them.
+        seconds = self._seconds_of(job.key) * len(job.rows) * min(self._pool.pending, ENOUGH)
         queue = Queue(job.key, seconds <= INLINE_SECONDS)
         self._enqueue(queue, ticket)
         return await (ticket.result if queue.short else self._pool.wait(ticket.result, gone))
@@ -161,12 +162,12 @@ class Batcher:
 
 
 def _computed(tickets: list[Ticket]) -> Computed:
-    """On whatever thread this is."""
+    """On whatever thread this is; the seconds are the thread's own: waiting for the interpreter is not of the rows."""
     first, rows = tickets[0].job, [ticket.job.rows for ticket in tickets]
-    started = time.perf_counter()
+    started = time.thread_time()
     try:
         whole = first.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
-        seconds = time.perf_counter() - started
+        seconds = time.thread_time() - started
         ends = np.cumsum([len(each) for each in rows]).tolist()
         parts = [rows_of(whole, slice(end - len(each), end)) for end, each in zip(ends, rows, strict=True)]
     except Exception as error:  # noqa: BLE001 - whatever it is, it is for the callers

@@ -54,7 +54,8 @@ OnError = Callable[[Request, Exception], Awaitable[Response]]
 class Asked(NamedTuple):
     """A place and a query that are known: of which model which verb with which parameters.
 
-    ``route`` is what FastAPI would have found; ``much`` whether the parameters alone ask for more than a moment's work.
+    ``route`` is what FastAPI would have found; ``much`` whether the parameters alone ask for more than a moment's work;
+    ``numbers`` how many a row of the model has.
     """
 
     served: Served
@@ -62,6 +63,7 @@ class Asked(NamedTuple):
     query: Parameters
     route: APIRoute
     much: bool
+    numbers: int
 
 
 class Express:
@@ -131,7 +133,14 @@ class Express:
                     return None
         except VaeserveError:
             return None  # FastAPI finds the same, and says so
-        return Asked(served, verb, query, self._route(template), _asks_for_much(served, query))
+        return Asked(
+            served,
+            verb,
+            query,
+            self._route(template),
+            _asks_for_much(served, query),
+            math.prod(served.manifest.preprocessing.shape),
+        )
 
     def _route(self, template: str) -> APIRoute:
         """The route that FastAPI would have found: service.middleware names it in metrics and log."""
@@ -167,7 +176,7 @@ async def _body(receive: Receive) -> bytes:
 async def _answer(call: Call, asked: Asked) -> Content:
     """The work's answer; of small requests the jobs are computed with those of others."""
     work = asked.verb.work(call, asked.query)
-    if asked.much or not _is_light(call):
+    if asked.much or not _is_light(call, asked.numbers):
         return await call.answered(lambda: finish(work))
     try:
         job = next(work)
@@ -178,15 +187,15 @@ async def _answer(call: Call, asked: Asked) -> Content:
         return content
 
 
-def _is_light(call: Call) -> bool:
+def _is_light(call: Call, numbers: int) -> bool:
     """Whether all but the jobs takes a moment, for sure: it will run on the event loop.
 
     Few rows of the model's own size that need no decoder but a plain PNG's.
     """
     if len(call.body) > MOST_BYTES:
         return False
-    rows, each = _plain_rows(call), math.prod(call.rule.shape)
-    return rows is not None and rows <= MOST_ROWS and rows * each <= MOST_NUMBERS
+    rows = len(call.body) // numbers if call.media_type == OCTETS else _plain_rows(call)
+    return rows is not None and rows <= MOST_ROWS and rows * numbers <= MOST_NUMBERS
 
 
 def _asks_for_much(served: Served, query: Parameters) -> bool:
@@ -197,8 +206,6 @@ def _asks_for_much(served: Served, query: Parameters) -> bool:
 
 def _plain_rows(call: Call) -> int | None:
     """How many rows the body holds; None where that is not to be seen at once, or where they are to be resized."""
-    if call.media_type == OCTETS:
-        return len(call.body) // math.prod(call.rule.shape)
     if call.media_type == NPY:
         return _npy_rows(call)
     if call.media_type == JSON:

@@ -213,6 +213,6 @@ def _add_headers(start: Message, request_id: str, path: str) -> None:
     headers = list(start.get("headers", ()))
     headers.append((b"x-request-id", request_id.encode()))
     headers.extend(_DOCS_HEADERS if path.startswith("/docs") else _API_HEADERS)
-    if all(name != b"cache-control" for name, _ in headers):
+    if b"cache-control" not in dict(headers):
         headers.append((b"cache-control", b"no-store"))
     start["headers"] = headers

@@ -19,6 +19,47 @@ from service.problems import MEDIA_TYPE, problem
 from service.settings import Settings
 
 LINGER_SECONDS = 0.5
+GATHERED_BYTES = 2**16  # that wait for the end of an iteration at most: what is streamed must feel its reader
+
+
+class GatheringTransport:
+    """A transport that hands on in one piece what is written in one iteration of the event loop.
+
+    uvicorn writes the head of an answer and its body apart: two system calls, two packets, and a reader woken twice.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        """As a transport's; not before the end of the iteration, unless it is much."""
+        if not self._parts:
+            self._loop.call_soon(self.flush)
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > GATHERED_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what was gathered."""
+        parts, self._parts, self._size = self._parts, [], 0
+        if parts:
+            self._transport.writelines(parts)
+
+    def close(self) -> None:
+        """As a transport's, after what was written."""
+        self.flush()
+        self._transport.close()
+
+    def write_eof(self) -> None:
+        """As a transport's, after what was written."""
+        self.flush()
+        self._transport.write_eof()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -38,7 +79,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.headers: list[tuple[bytes, bytes]] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(GatheringTransport(transport, self.loop))  # type: ignore[arg-type]
         _send_at_once(transport)
         self._arm()
 
@@ -134,7 +175,7 @@ def guarded_protocol(settings: Settings) -> type[GuardedProtocol]:
 def _send_at_once(transport: asyncio.Transport) -> None:
     """Set TCP_NODELAY, which event loops do only for sockets that they opened themselves.
 
-    uvicorn writes head and body apart, and with Nagle's algorithm the second write waits 40 ms for an acknowledgement.
+    With Nagle's algorithm the second piece of an answer waits 40 ms for the acknowledgement of the first.
     """
     connection = transport.get_extra_info("socket")
     if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):

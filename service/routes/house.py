@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from service.arrays import parse_json
 from service.batching import Batcher
 from service.bundle import InputRule
-from service.codecs import Limits
+from service.codecs import Limits, media_type
 from service.drift import DriftWatch
 from service.errors import LimitExceeded
 from service.headers import header
@@ -98,32 +98,29 @@ async def default(request: Request, house: HouseDep) -> None:
 
 @dataclass
 class Call:
-    """One request to a verb of a model, once its headers are read."""
+    """One request to a verb of a model, once its headers are read.
+
+    ``rule`` is what a row of that model is, ``content_type`` the header of that name, "" if absent, ``media_type`` that
+    without its parameters.
+    """
 
     request: Request
     house: House
     served: Served
     body: bytes = b""
+    rule: InputRule = field(init=False)
+    content_type: str = field(init=False)
+    media_type: str = field(init=False)
 
-    @cached_property
-    def content_type(self) -> str:
-        """The Content-Type header, "" if absent."""
-        return header(self.request.scope, b"content-type")
-
-    @cached_property
-    def media_type(self) -> str:
-        """The Content-Type without its parameters, in lower case."""
-        return self.content_type.partition(";")[0].strip().lower()
+    def __post_init__(self) -> None:
+        self.rule = self.served.manifest.preprocessing
+        self.content_type = header(self.request.scope, b"content-type")
+        self.media_type = media_type(self.content_type)
 
     @cached_property
     def document(self) -> Any:
         """The JSON body, parsed once. Raises as arrays.parse_json does."""
         return parse_json(self.body)
-
-    @property
-    def rule(self) -> InputRule:
-        """What a row of the addressed model is."""
-        return self.served.manifest.preprocessing
 
     def negotiate(self, offers: Sequence[str]) -> str:
         """The offered media type that Accept prefers; only of images there are pictures.
