@@ -52,8 +52,8 @@ format: $(DEV_READY) ## let ruff format and fix what it can
 train: $(DEV_READY) ## train on DATA (digits, mnist, fashion-mnist or a folder) and end with a bundle in exported/
 	$(BIN)/vaetrain fit --data $(DATA) $(ARGS)
 
-bench: $(DEV_READY) ## measure the service against raw onnxruntime
-	$(BIN)/python -m bench $(ARGS)
+bench: $(DEV_READY) ## measure the service against the machine, and against other servers (see docs/performance.md)
+	$(BIN)/python -m bench --json docs/benchmarks/serving-$$(date +%F).json --figure docs/figures/serving.png $(ARGS)
 
 # The local wheels and extra indexes of this machine are switched off: the lock describes the registry's own releases,
 # so that torch is pinned together with the CUDA packages that it wants elsewhere. pip-tools has an environment of its

@@ -1,6 +1,6 @@
 """``python -m bench``: the serving benchmark."""
 
-from bench.serving import main
+from bench.run import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Every input format of the service as (Content-Type, body) of the same uint8 images [N,C,H,W]."""
+"""Every input format of the service as (Content-Type, body) of the same uint8 images [N,C,H,W], or latents [N,L]."""
 
 from __future__ import annotations
 
@@ -57,3 +57,9 @@ FORMATS: dict[str, Callable[[np.ndarray], Body]] = {
     "json numbers": _json_numbers,
 }
 ONE_IMAGE = frozenset({"png"})  # formats that hold a single image
+COMMON = ("octet-stream", "npy uint8", "png", "multipart png", "json numbers")
+"""Those that are measured unless all are asked for; a batch of PNG files is multipart."""
+LATENT_FORMATS: dict[str, Callable[[np.ndarray], Body]] = {
+    "npy float32": _npy,
+    "json numbers": lambda z: ("application/json", orjson.dumps({"latents": z}, option=orjson.OPT_SERIALIZE_NUMPY)),
+}

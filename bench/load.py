@@ -67,70 +67,95 @@ def drive(target: Target, connections: int, seconds: float) -> Load:
 async def _drive(target: Target, connections: int, seconds: float) -> Load:
     loop, load = asyncio.get_running_loop(), Load()
     made = [
-        await loop.create_connection(lambda: _Connection(target.request, load), target.host, target.port)
+        (await loop.create_connection(lambda: _Busy(target.request, load), target.host, target.port))[1]
         for _ in range(connections)
     ]
     cpu, started = time.process_time(), time.perf_counter()
     try:
         async with asyncio.timeout(seconds + PATIENCE):
-            await asyncio.gather(*(connection.run(started + seconds) for _, connection in made))
+            await asyncio.gather(*(connection.run(started + seconds) for connection in made))
     finally:
-        for _, connection in made:
+        for connection in made:
             connection.close()
     load.seconds, load.cpu = time.perf_counter() - started, time.process_time() - cpu
     return load
 
 
-class _Connection(asyncio.Protocol):
-    """Sends the request, reads the answer, and sends again until the deadline."""
+class Connection(asyncio.Protocol):
+    """A keep-alive connection that parses answers; subclasses say what follows one, and what a failure is."""
 
-    def __init__(self, request: bytes, load: Load) -> None:
-        self._request, self._load = request, load
-        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def __init__(self) -> None:
         self._transport: asyncio.WriteTransport
-        self._deadline = self._started = 0.0
-        self._answered = 0
         self._parser = httptools.HttpResponseParser(self)
 
-    async def run(self, deadline: float) -> None:
-        """Until the first answer after ``deadline`` (on time.perf_counter). Raises LoadError."""
-        self._deadline = deadline
-        self._send()
-        await self._finished
+    def answered(self, status: int) -> None:
+        """An answer is whole."""
+        raise NotImplementedError
 
-    def _send(self) -> None:
-        self._started = time.perf_counter()
-        self._transport.write(self._request)
+    def failed(self, reason: str) -> None:
+        """The connection is of no more use."""
+        raise NotImplementedError
+
+    def send(self, request: bytes) -> None:
+        """Write it."""
+        self._transport.write(request)
 
     def close(self) -> None:
         """Give up what is under way, and the connection."""
-        self._finished.cancel()
         self._transport.abort()
-
-    def _fail(self, reason: str) -> None:
-        if not self._finished.done():
-            self._finished.set_exception(LoadError(reason))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail("the server closed the connection")
+        self.failed("the server closed the connection")
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
     def on_message_complete(self) -> None:
         """httptools: an answer is whole."""
-        now, status = time.perf_counter(), self._parser.get_status_code()
+        self.answered(self._parser.get_status_code())
+
+
+class _Busy(Connection):
+    """Sends the request, reads the answer, and sends again until the deadline."""
+
+    def __init__(self, request: bytes, load: Load) -> None:
+        super().__init__()
+        self._request, self._load = request, load
+        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._deadline = self._started = 0.0
+        self._count = 0
+
+    async def run(self, deadline: float) -> None:
+        """Until the first answer after ``deadline`` (on time.perf_counter). Raises LoadError."""
+        self._deadline = deadline
+        self._again()
+        await self._finished
+
+    def _again(self) -> None:
+        self._started = time.perf_counter()
+        self.send(self._request)
+
+    def close(self) -> None:
+        self._finished.cancel()
+        super().close()
+
+    def failed(self, reason: str) -> None:
+        if not self._finished.done():
+            self._finished.set_exception(LoadError(reason))
+
+    def answered(self, status: int) -> None:
+        now = time.perf_counter()
         if status != 200:
-            self._fail(f"answer {self._answered} had status {status}, 200 expected")
+            self.failed(f"answer {self._count} had status {status}, 200 expected")
         if self._finished.done():
             return
-        self._answered += 1
+        self._count += 1
         self._load.requests += 1
         self._load.latencies.append(now - self._started)
-        if now < self._deadline or self._answered < LEAST_REQUESTS:
-            self._send()
+        if now < self._deadline or self._count < LEAST_REQUESTS:
+            self._again()
         else:
             self._finished.set_result(None)

@@ -1,4 +1,4 @@
-"""Raw ONNX Runtime: each verb's sequence of graphs on arrays that lie ready, and nothing else. What could be reached.
+"""Raw ONNX Runtime: each verb's graphs on arrays that lie ready, one after the other, and nothing else.
 
 The sessions have ONNX Runtime's default options (its threads spin, which the service's do not), a batch goes through in
 one run whatever its size, no output is checked, and nobody keeps rows bitwise independent of their batch.
@@ -6,35 +6,32 @@ one run whatever its size, no output is checked, and nobody keeps rows bitwise i
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnxruntime as ort
 
-from service.bundle import Bundle, Graph
+from service.bundle import FITTED, REFERENCE, Bundle, Graph, Manifest, ScoreDefinition
+from service.detectors import is_stretched
 
 Work = Callable[[], object]
+BOUND = "bound "
 
 
-class Layout(NamedTuple):
-    """So many threads that call, and so many in the pool of each session."""
-
-    callers: int
-    threads: int
+def bound(k: int) -> str:
+    """Name of the verb that computes the bound from k samples, and no other score."""
+    return f"{BOUND}{k}"
 
 
-def layouts(connections: int) -> list[Layout]:
-    """The layouts worth trying: one caller with one thread or all, and for many requests at once a caller a core."""
-    cores = len(os.sched_getaffinity(0))
-    many = [Layout(min(connections, cores), 1)] if connections > 1 else []
-    return list(dict.fromkeys([ALONE, Layout(1, cores), *many]))
+def reference_pixels(bundle: Bundle, batch: int) -> np.ndarray:
+    """``batch`` of the bundle's own reference images, uint8 [N,C,H,W]: such as it was made for."""
+    pixels = np.rint(bundle.arrays(REFERENCE)["x"] * 255).astype(np.uint8)
+    return pixels[np.arange(batch) % len(pixels)]
 
 
-ALONE = Layout(1, 1)
+def to_unit(pixels: np.ndarray) -> np.ndarray:
+    """Float32 in [0, 1] of uint8."""
+    return (pixels / np.float32(255)).astype(np.float32)
 
 
 class RawModel:
@@ -44,16 +41,25 @@ class RawModel:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        roles: tuple[Graph, ...] = ("encoder", "decoder", "density")
+        roles: tuple[Graph, ...] = ("encoder", "decoder", "density", "prior")
         self._manifest = bundle.manifest
         self._sessions = {
             role: ort.InferenceSession(bundle.graph(role), options, providers=["CPUExecutionProvider"])
             for role in roles
+            if role in bundle.manifest.graphs
         }
 
     def verb(self, name: str, x: np.ndarray) -> Work:
-        """The verb as a function of nothing, its inputs made beforehand."""
-        verbs = {"encode": self._encode, "reconstruct": self._reconstruct, "score": self._score, "sample": self._sample}
+        """The verb as a function of nothing, its inputs made beforehand; of ``sample``, as many draws as x has rows."""
+        if name.startswith(BOUND):
+            return self._pass(x, int(name.removeprefix(BOUND)), at_loc=False)
+        verbs = {
+            "encode": self._encode,
+            "decode": self._decode,
+            "reconstruct": self._reconstruct,
+            "score": self._score,
+            "sample": self._sample,
+        }
         return verbs[name](x)
 
     def _inputs(self, x: np.ndarray, k: int) -> dict[str, np.ndarray]:
@@ -68,54 +74,66 @@ class RawModel:
         encoder, feeds = self._sessions["encoder"], self._inputs(x, 1)
         return lambda: encoder.run(["loc", "scale"], feeds)
 
+    def _decode(self, x: np.ndarray) -> Work:
+        latents = np.random.RandomState(0).standard_normal((len(x), self._manifest.signature.latent_dim))
+        decoder, feeds = self._sessions["decoder"], {"z": latents.astype(np.float32)}
+        return lambda: decoder.run(["mean"], feeds)
+
     def _reconstruct(self, x: np.ndarray) -> Work:
         encoder, decoder, feeds = self._sessions["encoder"], self._sessions["decoder"], self._inputs(x, 1)
         return lambda: decoder.run(["mean"], {"z": encoder.run(["loc"], feeds)[0]})
 
     def _sample(self, x: np.ndarray) -> Work:
-        latents = np.random.RandomState(0).standard_normal((len(x), self._manifest.signature.latent_dim))
-        decoder, feeds = self._sessions["decoder"], {"z": latents.astype(np.float32)}
-        return lambda: decoder.run(["mean"], feeds)
+        prior, decode = self._sessions.get("prior"), self._decode(x)
+        if prior is None:
+            return decode
+        decoder, random, rule = self._sessions["decoder"], np.random.RandomState(0), self._manifest.prior
+        feeds = {"noise": random.standard_normal((len(x), rule.noise_dim or 0)).astype(np.float32)}
+        if rule.choice:
+            feeds["choice"] = random.random_sample(len(x)).astype(np.float32)
+        return lambda: decoder.run(["mean"], {"z": prior.run(["z"], feeds)[0]})
 
     def _score(self, x: np.ndarray) -> Work:
-        encoder, decoder, density = (self._sessions[role] for role in ("encoder", "decoder", "density"))
-        manifest, names = self._manifest, self._manifest.likelihood.parameters
-        k, n = manifest.scores[manifest.default_score].k, len(x)
-        feeds = self._inputs(x, k)
+        """The passes that the default score is made of, without the arithmetic on what they give."""
+        passes = [self._pass(x, k, at_loc) for k, at_loc in needed_passes(self._manifest)]
+        return lambda: [run() for run in passes]
 
-        def score() -> object:
-            target, z, log_q = encoder.run(["target", "z", "log_q"], feeds)
-            decoded = decoder.run(names, {"z": z.reshape(n * k, -1)})
-            parameters = {name: value.reshape(n, k, *x.shape[1:]) for name, value in zip(names, decoded, strict=True)}
-            log_p_x, log_p_z = density.run(["log_p_x", "log_p_z"], {"target": target, "z": z, **parameters})
-            return (log_p_x + log_p_z - log_q).mean(axis=1)
+    def _pass(self, x: np.ndarray, k: int, at_loc: bool) -> Work:
+        """k posterior samples through encoder, decoder and density; with ``at_loc`` also loc through the last two."""
+        encoder, feeds = self._sessions["encoder"], self._inputs(x, k)
 
-        return score
+        def run() -> object:
+            loc, target, z, log_q = encoder.run(["loc", "target", "z", "log_q"], feeds)
+            log_p_x, log_p_z = self._densities(target, z, ["log_p_x", "log_p_z"])
+            there = self._densities(target, loc[:, None], ["log_p_x_map"]) if at_loc else []
+            return (log_p_x + log_p_z - log_q).mean(axis=1), there
 
+        return run
 
-def calls_per_second(work: Work, callers: int, seconds: float) -> float:
-    """Calls/s of ``work`` from so many threads at once, each for ``seconds`` and at least twice."""
-    started = time.perf_counter()
-
-    def caller() -> int:
-        calls = 0
-        while calls < 2 or time.perf_counter() - started < seconds:
-            work()
-            calls += 1
-        return calls
-
-    if callers == 1:
-        calls = caller()
-    else:
-        with ThreadPoolExecutor(callers) as pool:
-            calls = sum(future.result() for future in [pool.submit(caller) for _ in range(callers)])
-    return calls / (time.perf_counter() - started)
+    def _densities(self, target: np.ndarray, z: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        """Of z [N,K,L]: decoded, and its density at the target."""
+        names, (n, k) = self._manifest.likelihood.parameters, z.shape[:2]
+        decoded = self._sessions["decoder"].run(["mean", *names], {"z": z.reshape(n * k, -1)})[1:]
+        parameters = {name: value.reshape(n, k, *value.shape[1:]) for name, value in zip(names, decoded, strict=True)}
+        found: list[np.ndarray] = self._sessions["density"].run(outputs, {"target": target, "z": z, **parameters})
+        return found
 
 
-def cpu_per_call(work: Work, seconds: float) -> float:
-    """CPU seconds of a call of ``work`` on one thread, over ``seconds`` and at least two calls."""
-    calls, began, started = 0, time.thread_time(), time.perf_counter()
-    while calls < 2 or time.perf_counter() - started < seconds:
-        work()
-        calls += 1
-    return (time.thread_time() - began) / calls
+def needed_passes(manifest: Manifest) -> list[tuple[int, bool]]:
+    """(k, whether also at loc) of each pass of the default score: one a seed, and another of the contrast-stretched
+    images where a part looks at these (service.estimates)."""
+    longest: dict[tuple[int, bool], int] = {}
+    parts = list(_parts(manifest, manifest.scores[manifest.default_score]))
+    for part in parts:
+        key = (part.seed, is_stretched(part))
+        longest[key] = max(part.k, longest.get(key, 0))
+    fitted = any(part.estimator in FITTED for part in parts)
+    return [(k, fitted) for k in longest.values()]
+
+
+def _parts(manifest: Manifest, definition: ScoreDefinition) -> Iterator[ScoreDefinition]:
+    """The definition, or those that it combines."""
+    if definition.estimator != "combination":
+        yield definition
+    for name in definition.of:
+        yield from _parts(manifest, manifest.scores[name])

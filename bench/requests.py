@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import http.client
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from bench.bodies import FORMATS, ONE_IMAGE
+from bench.bodies import COMMON, FORMATS, LATENT_FORMATS, ONE_IMAGE
 from bench.load import LoadError, Target, http_request
 
 ANSWERS: Final = {"json": "application/json", "npy": "application/x-npy", "png": "image/png"}
 # The answer to every input format, and more answers of the verb (to the cheapest input format).
 VERBS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "encode": ("json", ("npy",)),
-    "score": ("json", ()),
+    "decode": ("npy", ("json",)),
     "reconstruct": ("npy", ("json", "png")),
+    "score": ("json", ("npy",)),
     "sample": ("npy", ("json", "png")),
 }
+TIMEOUT = 60  # seconds for an answer that is checked
 
 
 @dataclass(frozen=True)
@@ -30,21 +33,39 @@ class Case:
     target: Target
 
 
-def cases(model: str, verb: str, pixels: np.ndarray, address: tuple[str, int]) -> list[Case]:
-    """All requests of a verb with the images ``pixels``, uint8 [N,C,H,W], or for N new ones."""
+def cases(
+    model: str,
+    verb: str,
+    pixels: np.ndarray,
+    latent_dim: int,
+    address: tuple[str, int],
+    formats: Collection[str] = COMMON,
+) -> list[Case]:
+    """All requests of a verb in these formats with images ``pixels``, uint8 [N,C,H,W], or with N latents or draws."""
     answer, more = VERBS[verb]
     path = f"/v1/models/{model}/{verb}"
     if verb == "sample":
         asked = [("n", kind, http_request("GET", f"{path}?n={len(pixels)}", _accept(kind))) for kind in (answer, *more)]
+        return [Case(name, kind, Target(*address, request)) for name, kind, request in asked]
+    if verb == "decode":
+        latents = np.random.RandomState(0).standard_normal((len(pixels), latent_dim)).astype(np.float32)
+        bodies = {name: make(latents) for name, make in LATENT_FORMATS.items()}
     else:
-        formats = [name for name in FORMATS if len(pixels) == 1 or name not in ONE_IMAGE]
-        pairs = [*((name, answer) for name in formats), *((formats[0], kind) for kind in more)]
-        asked = []
-        for name, kind in pairs:
-            content_type, body = FORMATS[name](pixels)
-            headers = _accept(kind) | {"content-type": content_type}
-            asked.append((name, kind, http_request("POST", path, headers, body)))
-    return [Case(name, kind, Target(*address, request)) for name, kind, request in asked]
+        fitting = [name for name in FORMATS if name in formats and not _unfit(name, len(pixels), formats)]
+        bodies = {name: FORMATS[name](pixels) for name in fitting}
+    first = next(iter(bodies))
+    pairs = [*((name, answer) for name in bodies), *((first, kind) for kind in more)]
+    return [Case(name, kind, Target(*address, request(path, kind, *bodies[name]))) for name, kind in pairs]
+
+
+def request(path: str, answer: str, content_type: str, body: bytes) -> bytes:
+    """A POST that asks for that kind of answer."""
+    return http_request("POST", path, _accept(answer) | {"content-type": content_type}, body)
+
+
+def _unfit(name: str, batch: int, formats: Collection[str]) -> bool:
+    """A PNG file is one image; one image has no need of multipart, unless every format was asked for."""
+    return (batch > 1 and name in ONE_IMAGE) or (batch == 1 and name == "multipart png" and set(formats) == set(COMMON))
 
 
 def hello_request(size: int) -> bytes:
@@ -57,24 +78,25 @@ def check_answers(made: list[Case]) -> None:
     """Ask each case once: all input formats must give the same bytes. Raises LoadError where they do not."""
     found: dict[str, tuple[str, bytes]] = {}
     for case in made:
-        body = _ask(case)
+        body = ask(case.target, f"{case.format} → {case.answer}")
         first, expected = found.setdefault(case.answer, (case.format, body))
         if body != expected:
             raise LoadError(f"{case.format} and {first} got different answers to the same images")
 
 
-def _ask(case: Case) -> bytes:
-    connection = http.client.HTTPConnection(case.target.host, case.target.port, timeout=60)
+def ask(target: Target, name: str = "a request") -> bytes:
+    """The body of the answer to one request. Raises LoadError for another status than 200."""
+    connection = http.client.HTTPConnection(target.host, target.port, timeout=TIMEOUT)
     try:
         connection.connect()
-        connection.sock.sendall(case.target.request)
+        connection.sock.sendall(target.request)
         response = http.client.HTTPResponse(connection.sock)
         response.begin()
         body = response.read()
     finally:
         connection.close()
     if response.status != 200:
-        raise LoadError(f"{case.format} → {case.answer}: status {response.status}, {body[:500].decode()}")
+        raise LoadError(f"{name}: status {response.status}, {body[:500].decode(errors='replace')}")
     return body
 
 

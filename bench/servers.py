@@ -11,16 +11,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
+from bench.memory import pss, rss
+
+ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
+STOP_SECONDS = 5  # in which a server ends that is told to; told twice
 POLL_SECONDS = 0.005
 
 
 class ServerFailedError(RuntimeError):
     """The server ended, or never became ready; the text is what it logged last."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to run: ``{port}`` in the arguments and in the environment's values is the port to listen on.
+
+    ``ready_path`` answers 200 once the server serves.
+    """
+
+    arguments: tuple[str, ...]
+    ready_path: str
+    python: str = sys.executable
+    folder: Path = ROOT
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 class Server:
@@ -29,20 +49,21 @@ class Server:
     ``seconds_to_ready`` is from the start of the process to the first 200 of ``ready_path``.
     """
 
-    def __init__(self, command: list[str], ready_path: str) -> None:
+    def __init__(self, command: Command) -> None:
         self.host, self.port = "127.0.0.1", free_port()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("VAESERVE_")}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("VAESERVE_")}
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, *command, "--port", str(self.port)],
+            [command.python, *(part.replace("{port}", str(self.port)) for part in command.arguments)],
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=Path(__file__).parents[1],
+            env=inherited | {name: value.replace("{port}", str(self.port)) for name, value in command.environment},
+            cwd=command.folder,
+            start_new_session=True,
         )
         try:
-            self._wait(ready_path, started + START_SECONDS)
+            self._wait(command.ready_path, started + START_SECONDS)
         except BaseException:
             self.stop()
             raise
@@ -60,32 +81,45 @@ class Server:
         try:
             connection.request("GET", path)
             return connection.getresponse().status == 200
-        except ConnectionError:
+        except (ConnectionError, http.client.HTTPException):
             return False
         finally:
             connection.close()
 
     def cpu_seconds(self) -> float:
-        """CPU time of the process and its workers so far, each by its own clock (clock_getcpuclockid(3))."""
-        return sum(time.clock_gettime((~pid << 3) | 2) for pid in self._processes())
+        """CPU time of the process and its descendants so far, each by its own clock (clock_getcpuclockid(3))."""
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in self.processes())
 
-    def memory(self, what: str = "VmRSS") -> int:
-        """Resident bytes now (VmRSS), or the most there ever were (VmHWM), summed over the process and its workers."""
-        return sum(_status(pid, what) for pid in self._processes())
+    def memory(self) -> dict[str, Any]:
+        """Bytes: ``first`` of the process that was started, ``others`` of each that descends from it; PSS and RSS."""
+        first, *others = self.processes()
+        return {
+            "first": {"pss": pss(first), "rss": rss(first)},
+            "others": [{"pss": pss(pid), "rss": rss(pid)} for pid in others],
+        }
 
-    def _processes(self) -> list[int]:
+    def processes(self) -> list[int]:
         """The process and all that descend from it."""
         found = [self._process.pid]
         for pid in found:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
+            with contextlib.suppress(FileNotFoundError):  # it, or a thread of it, has just ended
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    found += map(int, (task / "children").read_text().split())
         return found
 
     def stop(self) -> None:
-        """End the processes: at once, for nothing is under way."""
-        for pid in reversed(self._processes() if self._process.poll() is None else []):
+        """End the processes, which have nothing under way: by SIGINT, so that they tidy up, then SIGTERM; what is left
+        of them and of the session is killed."""
+        left = self.processes() if self._process.poll() is None else []
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._process.send_signal(signum)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        for pid in reversed(left):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._log.close()
 
@@ -105,20 +139,21 @@ def free_port() -> int:
         return port
 
 
-def _status(pid: int, what: str) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
+def uvicorn_command(
+    app: str, workers: int, *, ready_path: str, environment: Mapping[str, str] | None = None
+) -> Command:
+    """An ASGI app under uvicorn, with the parser, the event loop and the processes that the service has."""
+    arguments = ["-m", "uvicorn", app, "--http", "httptools", "--loop", "uvloop", "--ws", "none", "--lifespan", "off"]
+    quiet = ["--no-access-log", "--log-level", "warning", "--workers", str(workers), "--port", "{port}"]
+    return Command((*arguments, *quiet), ready_path, environment=tuple((environment or {}).items()))
 
 
 def hello_server(workers: int = 1) -> Server:
-    """A bare ASGI hello under uvicorn, with the parser, the event loop and the processes that the service has."""
-    command = ["-m", "uvicorn", "bench.hello:app", "--http", "httptools", "--loop", "uvloop", "--ws", "none"]
-    return Server(
-        [*command, "--lifespan", "off", "--no-access-log", "--log-level", "warning", "--workers", str(workers)], "/"
-    )
+    """A bare ASGI hello."""
+    return Server(uvicorn_command("bench.hello:app", workers, ready_path="/"))
 
 
 def vae_server(repository: Path, workers: int = 1) -> Server:
     """``vaeserve serve`` of that folder by so many processes; every protection as it is by default."""
     command = ["-m", "service", "serve", "--repository", str(repository.resolve()), "--workers", str(workers)]
-    return Server(command, "/readyz")
+    return Server(Command((*command, "--port", "{port}"), "/readyz"))
