@@ -107,23 +107,17 @@ def test_what_arrives_while_a_batch_is_under_way_makes_up_the_next_one(monkeypat
     scenario(body)
 
 
-def test_what_would_hold_up_others_on_the_event_loop_goes_to_the_pool_with_them():
-    """Alone a job of 2 ms runs on the loop; of three that wait together, all but the first as one batch of the pool."""
+@pytest.mark.parametrize(("seconds", "here"), [(0.0001, True), (0.001, False)])
+def test_only_what_is_short_many_times_over_runs_on_the_event_loop(seconds, here):
+    """A job of 1 ms alone would hold up nobody, but on the pool others wait with it and make up a batch."""
 
     async def body(batcher, runs, pool):
         await known(batcher)
         threads = []
-
-        def here(rows):
-            threads.append(threading.current_thread() is threading.main_thread())
-            return rows
-
-        batcher._seconds["double"] = 0.002
-        await batcher.run(job(0, run=here), never)
-        batcher._seconds["double"] = 0.002
-        await asyncio.gather(*(batcher.run(job(i, run=here), never) for i in range(3)))
-        assert sorted(threads) == [False, True, True]
-        assert sorted(runs) == [1, 1, 1, 2]
+        batcher._seconds["double"] = seconds
+        seen = job(0, run=lambda rows: threads.append(threading.current_thread() is threading.main_thread()) or rows)
+        await batcher.run(seen, never)
+        assert threads == [here]
 
     scenario(body)
 
