@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -115,12 +116,17 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
         metrics.workers.set(1)
         metrics.worker_starts.inc()
         watched = watch or Drift(settings.drift_window, settings.drift_level)
-        batcher = Batcher(pool, settings.lanes, metrics.run.observe)
+        batcher = Batcher(pool, settings.lanes, metrics.run.observe, _clock(settings))
         app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)
 
     return lifespan
+
+
+def _clock(settings: Settings) -> Callable[[], float]:
+    """What tells how long a batch takes: its thread's own time, unless other threads or a device compute for it."""
+    return time.thread_time if settings.threads == 1 and settings.device == "cpu" else time.perf_counter
 
 
 def _include_routes(app: FastAPI) -> None:
@@ -165,6 +171,7 @@ async def _known_error(request: Request, error: Exception) -> Response:
         headers["connection"] = "close"  # the rest of the body is not wanted
     if status == 500:
         get_logger().error("cannot answer", request_id=request.state.request_id, error=str(error))
+    errors.forget_frames(error)
     text = str(error) if status < 500 or status == 503 else "the service cannot answer; its log says why"
     return problem(status, text or "the client closed the connection", request.state.request_id, headers)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from service.errors import Overloaded
+from service.errors import Overloaded, VaeserveError, forget_frames
 from service.jobs import Job, rows_of
 from service.pool import Gone, WorkerPool
 
@@ -57,11 +57,18 @@ class Batcher:
     """Runs jobs for the requests of one event loop; only that loop may call it.
 
     ``lanes``: batches of a key that run at once on the pool, as many as find a CPU; more would only be smaller ones.
-    ``observe`` is told the rows of every batch.
+    ``observe`` is told the rows of every batch. ``clock``, read on the thread that computes it, tells what one takes;
+    where all is computed there, its own time leaves out the waiting for the interpreter.
     """
 
-    def __init__(self, pool: WorkerPool, lanes: int = 1, observe: Callable[[int], None] = lambda rows: None) -> None:
-        self._pool, self._lanes, self._observe = pool, min(lanes, pool.concurrency), observe
+    def __init__(
+        self,
+        pool: WorkerPool,
+        lanes: int = 1,
+        observe: Callable[[int], None] = lambda rows: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._pool, self._lanes, self._observe, self._clock = pool, min(lanes, pool.concurrency), observe, clock
         self._waiting: dict[Queue, deque[Ticket]] = {}
         self._under_way: Counter[Queue] = Counter()
         self._seconds: OrderedDict[Hashable, float] = OrderedDict()  # a row, by key
@@ -96,11 +103,11 @@ class Batcher:
         if not tickets:
             return
         if queue.short:
-            self._settle(tickets, _computed(tickets))
+            self._settle(tickets, _computed(tickets, self._clock))
             self._go_on(queue)
             return
         try:
-            future = asyncio.wrap_future(self._pool.start(lambda: _computed(tickets)))
+            future = asyncio.wrap_future(self._pool.start(lambda: _computed(tickets, self._clock)))
         except Overloaded as error:
             self._settle(tickets, Computed([error] * len(tickets), 0, 0.0))
             return
@@ -159,16 +166,19 @@ class Batcher:
             self._seconds.popitem(last=False)
 
 
-def _computed(tickets: list[Ticket]) -> Computed:
-    """On whatever thread this is; the seconds are the thread's own: waiting for the interpreter is not of the rows."""
+def _computed(tickets: list[Ticket], clock: Callable[[], float]) -> Computed:
+    """On whatever thread this is."""
     first, rows = tickets[0].job, [ticket.job.rows for ticket in tickets]
-    started = time.thread_time()
+    started = clock()
     try:
         whole = first.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
-        seconds = time.thread_time() - started
+        seconds = clock() - started
         ends = np.cumsum([len(each) for each in rows]).tolist()
         parts = [rows_of(whole, slice(end - len(each), end)) for end, each in zip(ends, rows, strict=True)]
     except Exception as error:  # noqa: BLE001 - whatever it is, it is for the callers
+        if isinstance(error, VaeserveError):
+            forget_frames(error)
         # Of several one may be at fault, and its text may name a row: each alone.
-        return Computed([error] if len(tickets) == 1 else [_computed([each]).results[0] for each in tickets], 0, 0.0)
+        alone = [error] if len(tickets) == 1 else [_computed([each], clock).results[0] for each in tickets]
+        return Computed(alone, 0, 0.0)
     return Computed([whole] if len(rows) == 1 else parts, ends[-1], seconds)

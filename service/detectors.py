@@ -38,6 +38,7 @@ REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle is given: a megaby
 MOST_REFERENCE_NUMBERS = 2**24  # that a bundle may bring: every row that is scored is compared with all of them
 NEIGHBOURS = 5
 BLOCK = 64
+MOST_DISTANCES = 2**21  # between rows and codes that are held at once
 SPARE = 5  # more that are looked at, whose distances rounding may have put before the nearest's
 TAIL = 0.9  # quantile from which a tail is taken for exponential
 LEVELS = 256
@@ -204,14 +205,21 @@ class Latent(Detector):
         return cls({"reference": np.ascontiguousarray(codes, np.float32)}, definition, manifest)
 
     def score(self, rows: Measured) -> np.ndarray:
-        locs = rows.loc.astype(np.float64)
-        found = self.arrays["reference"][self._nearest(locs)].astype(np.float64) - locs[:, None]
+        step = max(1, MOST_DISTANCES // len(self._distances))
+        parts = [self._score(rows.loc[i : i + step].astype(np.float64)) for i in range(0, len(rows.loc), step)]
+        return np.concatenate(parts)
+
+    def _score(self, locs: np.ndarray) -> np.ndarray:
+        finite = np.isfinite(locs).all(axis=1)
+        known = np.where(finite[:, None], locs, 0.0)
+        found = self.arrays["reference"][self._nearest(known)].astype(np.float64) - known[:, None]
         nearest = np.sqrt(np.sort((found**2).sum(axis=2), axis=1)[:, :NEIGHBOURS])
         logs: np.ndarray = locs.shape[1] * np.log(nearest.mean(axis=1) + 1e-12)
-        return logs
+        # What the encoder has sent to infinity is infinitely far; of NaN nothing is known.
+        return np.where(finite, logs, np.where(np.isnan(locs).any(axis=1), np.nan, np.inf))
 
     def _nearest(self, locs: np.ndarray) -> np.ndarray:
-        """Which codes are nearest to each of locs [N,L], NEIGHBOURS + SPARE of them if there are so many: int64 [N,…].
+        """Which codes are nearest to each of finite locs [N,L]: int64 [N, NEIGHBOURS + SPARE], or all that there are.
 
         They lie in as many blocks, those with the least minima: so few distances are looked at twice. The distances are
         rounded as the batch has it, hence the spare ones.

@@ -115,3 +115,14 @@ class DeadlineExceeded(VaeserveError):
 
 class ClientGone(VaeserveError):
     """The caller closed the connection; work that had not begun is dropped."""
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error that is told in words, and of what led to it.
+
+    A future that has failed, its exception, the traceback, a frame that waits for the future: a circle, which would
+    keep the request's body and arrays until the next garbage collection.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -87,6 +87,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._disarm()
         super().connection_lost(exc)
 
+    def eof_received(self) -> None:
+        """The loop closes the transport on the end of what the peer sends: before that goes what was written."""
+        gathered: GatheringTransport = self.transport  # type: ignore[assignment]
+        gathered.flush()
+        super().eof_received()
+
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return

@@ -18,7 +18,7 @@ from service.settings import Settings
 TICKS = 10  # of uvicorn a second
 
 
-YOUNG_OBJECTS = 20_000  # between collections of the youngest; by default 700
+YOUNG_OBJECTS = 5_000  # between collections of the youngest; by default 700
 
 
 class DrainingServer(uvicorn.Server):
@@ -56,7 +56,9 @@ class DrainingServer(uvicorn.Server):
 
     def drain(self) -> None:
         """Say "not ready" from now on, and stop after the drain window."""
-        self._house_app.state.house.draining = True
+        house = getattr(self._house_app.state, "house", None)
+        if house is not None:  # it has started
+            house.draining = True
         self._stop_at = time.monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
@@ -95,6 +97,7 @@ def build_server(
         port=settings.port,
         http=guarded_protocol(settings),
         ws="none",
+        lifespan="on",
         log_config=None,  # service.logs has configured the root logger
         access_log=False,
         server_header=False,

@@ -210,8 +210,10 @@ class Supervisor:
         assert self._bundles is not None
         bundles = await self._bundles
         if self._stopping.is_set():
-            child.terminate()
-        child.stdin.write(self._orders(number, bundles))
+            with suppress(ProcessLookupError):  # it has been told already
+                child.terminate()
+        else:
+            child.stdin.write(self._orders(number, bundles))
         child.stdin.close()
         get_logger().info("worker started", worker=number, pid=child.pid)
         return process

@@ -9,8 +9,10 @@ def without_logs_of_exponentials(graph: onnx.GraphProto) -> None:
     """log(exp(a)) becomes a, in place.
 
     A diagonal Gaussian's log scale is such a one. ONNX Runtime's Log has two code paths, and because of it
-    service.rows would run a single row as four.
+    service.rows would run a single row as four. A graph that has others inside is left as it is.
     """
+    if any(attribute.type == onnx.AttributeProto.GRAPH for node in graph.node for attribute in node.attribute):
+        return
     exponents = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Exp"}
     outputs = {output.name for output in graph.output}
     logs = [
@@ -19,6 +21,10 @@ def without_logs_of_exponentials(graph: onnx.GraphProto) -> None:
         if node.op_type == "Log" and node.input[0] in exponents and node.output[0] not in outputs
     ]
     instead = {node.output[0]: exponents[node.input[0]] for node in logs}
+    for output, name in instead.items():
+        while name in instead:  # the logarithm of another such one
+            name = instead[name]
+        instead[output] = name
     for node in logs:
         graph.node.remove(node)
     for node in graph.node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import httpx
@@ -20,6 +22,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.routes import house
 from service.routes.house import dump
 from service.settings import Settings
 from tests.ppca_bundle import LATENT_DIM, images, write_ppca_bundle
@@ -335,6 +338,29 @@ def test_sigterm_drains_and_every_log_line_is_json(ppca_root):
     known = [line for line in requests if line["request_id"] == "a-known-id"]
     assert [(line["route"], line["status"], line["level"]) for line in known] == [("/livez", 200, "info")]
     assert {"ppca"} == {line["name"] for line in lines if line["event"] == "model loaded"}
+
+
+@pytest.mark.parametrize(
+    ("path", "query"), [("encode", ""), ("encode", "?samples=1"), ("score", ""), ("interpolate", "")]
+)
+def test_a_refused_body_is_let_go_with_its_answer(ppca_root, monkeypatch, path, query):
+    """Not only by the next garbage collection: they come seldom, and bodies may be large."""
+    calls: list[weakref.ref[house.Call]] = []
+    made = house.Call.__post_init__
+    monkeypatch.setattr(house.Call, "__post_init__", lambda self: calls.append(weakref.ref(self)) or made(self))
+    gc.collect()
+    gc.disable()
+    try:
+        with serving(ppca_root) as client:
+            body = npy(np.zeros((1, 5, 16, 16), np.uint8))
+            for _ in range(5):
+                answer = client.post(f"/v1/{path}{query}", content=body, headers=NPY)
+                assert answer.status_code == 422
+            assert client.get("/livez").status_code == 200
+            kept = sum(call() is not None for call in calls)
+    finally:
+        gc.enable()
+    assert kept <= 1  # of the connection's last
 
 
 THREADS_OF_BLAS = """

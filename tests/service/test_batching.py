@@ -122,6 +122,19 @@ def test_only_what_is_short_many_times_over_runs_on_the_event_loop(seconds, here
     scenario(body)
 
 
+def test_the_clock_that_is_given_tells_what_a_row_takes():
+    async def whole():
+        pool, ticks = WorkerPool(1, 10, 30), iter([0.0, 8.0])
+        try:
+            batcher = Batcher(pool, clock=lambda: next(ticks))
+            await batcher.run(job(1, 2, 3, 4), never)
+            assert batcher._seconds["double"] == 2.0
+        finally:
+            pool.close()
+
+    asyncio.run(whole())
+
+
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_as_many_batches_run_at_once_as_find_a_cpu(monkeypatch, lanes):
     async def body(batcher, runs, pool):

@@ -15,6 +15,7 @@ from scipy.stats import expon, gamma, kstest, skew
 from sklearn.covariance import ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
+from service import detectors
 from service.bundle import DETECTORS, FITTED, Manifest, ScoreDefinition, open_bundle
 from service.codelength import code_lengths
 from service.detectors import (
@@ -253,6 +254,31 @@ def test_the_nearest_of_many_are_found_wherever_they_lie_and_whatever_rows_are_b
     scores = detector.score(coded(codes))
     assert scores == pytest.approx(5 * np.log(distances.mean(axis=1)), rel=1e-4, abs=1e-4)
     assert np.array_equal(scores, np.concatenate([detector.score(coded(codes[i : i + 1])) for i in range(40)]))
+
+
+@pytest.mark.parametrize("codes", [5, 70, 1000])
+def test_what_lies_at_infinity_is_infinitely_far_and_of_nan_nothing_is_known(manifest, codes):
+    random = np.random.RandomState(2)
+    detector = Latent.of(random.standard_normal((codes, 5)), definition("latent"), manifest)
+    rows = np.concatenate(
+        [random.standard_normal((2, 5)), [[np.inf, 0, 0, 0, 0], [0, 0, -np.inf, 0, 0]], [[np.nan] * 5]]
+    )
+    scores = detector.score(coded(rows))
+    assert np.array_equal(np.isfinite(scores), [True, True, False, False, False])
+    assert list(scores[2:4]) == [np.inf, np.inf]
+    assert np.isnan(scores[4])
+    assert np.array_equal(scores[:2], detector.score(coded(rows[:2])))
+
+
+def test_many_rows_are_held_against_many_codes_a_few_at_a_time(manifest, monkeypatch):
+    random = np.random.RandomState(3)
+    detector = Latent.of(random.standard_normal((200, 5)), definition("latent"), manifest)
+    rows = coded(random.standard_normal((40, 5)))
+    whole, held, kept = detector.score(rows), [], Latent._nearest
+    monkeypatch.setattr(detectors, "MOST_DISTANCES", 3 * 256)
+    monkeypatch.setattr(Latent, "_nearest", lambda self, locs: held.append(len(locs)) or kept(self, locs))
+    assert np.array_equal(detector.score(rows), whole)
+    assert max(held) == 3
 
 
 def test_the_latent_density_is_one_of_the_latent_space(manifest):

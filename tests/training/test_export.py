@@ -144,7 +144,9 @@ def test_only_logs_of_exponentials_are_folded_and_what_else_reads_them_stays():
         onnx.helper.make_node("Log", ["dropped"], ["two"]),
         onnx.helper.make_node("Log", ["kept"], ["shown"]),
         onnx.helper.make_node("Log", ["b"], ["other"]),
-        onnx.helper.make_node("Sum", ["one", "two", "other", "kept"], ["total"]),
+        onnx.helper.make_node("Exp", ["two"], ["again"]),
+        onnx.helper.make_node("Log", ["again"], ["three"]),
+        onnx.helper.make_node("Sum", ["one", "two", "three", "other", "kept"], ["total"]),
     ]
     tensors = [
         [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N"]) for name in names]
