@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -81,20 +82,20 @@ async def _drive(target: Target, connections: int, seconds: float) -> Load:
     return load
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol, ABC):
     """A keep-alive connection that parses answers; subclasses say what follows one, and what a failure is."""
 
     def __init__(self) -> None:
         self._transport: asyncio.WriteTransport
         self._parser = httptools.HttpResponseParser(self)
 
+    @abstractmethod
     def answered(self, status: int) -> None:
         """An answer is whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failed(self, reason: str) -> None:
         """The connection is of no more use."""
-        raise NotImplementedError
 
     def send(self, request: bytes) -> None:
         """Write it."""

@@ -1,7 +1,7 @@
 """The short way for small requests: POST …/encode, /decode, /reconstruct and /score without FastAPI's machinery.
 
 FastAPI finds the route, resolves dependencies, validates the query and sends work to a thread in three times the time
-that a small model computes for. Here a table finds the verb, a validated query is remembered by its text, and the work
+that a small model computes for. Here path and query, once looked at, are remembered with what they ask, and the work
 runs where it arrives, together with what else has arrived (service.batching). It stands behind all other middleware,
 so caps, deadlines, request ids, log and metrics are the same; work, answers and errors are the routes' own. A
 place or a query that it does not know for certain it hands to FastAPI unread: what is refused there is refused there. A
@@ -36,7 +36,7 @@ MOST_BYTES = 2**16  # of a body: what is read and answered on the event loop, wh
 MOST_PIXELS = 2**16  # of a PNG, by its header: few bytes may hold many
 MOST_ROWS, MOST_NUMBERS = 64, 2**16
 MOST_CHUNKS = 64
-KNOWN_QUERIES = 512
+MOST_KNOWN = 512
 MOST_QUERY_BYTES = 256
 PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 PNG_START = 8 + 12 + 13  # where the second chunk begins
@@ -110,7 +110,7 @@ class Express:
         found = self._find(*key)
         if found is not None:
             self._known[key] = found
-            if len(self._known) > KNOWN_QUERIES:
+            if len(self._known) > MOST_KNOWN:
                 self._known.popitem(last=False)
         return found
 
@@ -194,7 +194,7 @@ def _is_light(call: Call, numbers: int) -> bool:
     """
     if len(call.body) > MOST_BYTES:
         return False
-    rows = len(call.body) // numbers if call.media_type == OCTETS else _plain_rows(call)
+    rows = _plain_rows(call, numbers)
     return rows is not None and rows <= MOST_ROWS and rows * numbers <= MOST_NUMBERS
 
 
@@ -204,8 +204,10 @@ def _asks_for_much(served: Served, query: Parameters) -> bool:
     return served.tiled is not None or any(asked)
 
 
-def _plain_rows(call: Call) -> int | None:
+def _plain_rows(call: Call, numbers: int) -> int | None:
     """How many rows the body holds; None where that is not to be seen at once, or where they are to be resized."""
+    if call.media_type == OCTETS:
+        return len(call.body) // numbers
     if call.media_type == NPY:
         return _npy_rows(call)
     if call.media_type == JSON:

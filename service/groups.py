@@ -13,20 +13,23 @@ NUMBERS = 2**17  # of x that go through at once: a megabyte as float64
 F = TypeVar("F", bound=Callable[..., np.ndarray])
 
 
-def in_groups(function: F) -> F:
-    """``function`` of arrays of N rows each, and of nothing else, that gives an array of N rows.
+def grouped(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """``function`` of arrays of N rows each, which gives an array of N rows: that of all, by a few rows at a time.
 
     Each row must come out as it does alone.
     """
+    first = arrays[0]
+    size = max(1, NUMBERS // max(1, first[0].size)) if len(first) else 1
+    if len(first) <= size:
+        return function(*arrays)
+    return np.concatenate([function(*(array[i : i + size] for array in arrays)) for i in range(0, len(first), size)])
+
+
+def in_groups(function: F) -> F:
+    """A function of arrays of rows, and of nothing else, that goes through them as ``grouped`` does."""
 
     @wraps(function)
-    def grouped(*arrays: np.ndarray) -> np.ndarray:
-        first = arrays[0]
-        size = max(1, NUMBERS // max(1, first[0].size)) if len(first) else 1
-        if len(first) <= size:
-            return function(*arrays)
-        return np.concatenate(
-            [function(*(array[i : i + size] for array in arrays)) for i in range(0, len(first), size)]
-        )
+    def wrapped(*arrays: np.ndarray) -> np.ndarray:
+        return grouped(function, *arrays)
 
-    return grouped  # type: ignore[return-value]
+    return wrapped  # type: ignore[return-value]

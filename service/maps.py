@@ -30,7 +30,7 @@ from service.bundle import DETECTORS, Bundle, Manifest
 from service.detector_arrays import Arrays, Spec, Specs, check_arrays
 from service.detectors import RESERVED, Combination, residual_moments
 from service.errors import BundleFormatError, InvalidInput
-from service.groups import in_groups
+from service.groups import grouped
 from service.textures import TEXTURES, Expected, textures
 
 KEY = RESERVED + "map"
@@ -149,13 +149,11 @@ class AnomalyMap:
 
     def _pairs(self, sight: Sight) -> np.ndarray:
         """A and B, float64 [N,2,H,W]."""
+        return grouped(self._pairs_of_few, *sight)
 
-        @in_groups
-        def pairs(*arrays: np.ndarray) -> np.ndarray:
-            few = Sight(*arrays)
-            return np.stack([self._excess(few), self._distortion(few)], axis=1)
-
-        return pairs(*sight)
+    def _pairs_of_few(self, x: np.ndarray, mean: np.ndarray, distortion: np.ndarray) -> np.ndarray:
+        few = Sight(x, mean, distortion)
+        return np.stack([self._excess(few), self._distortion(few)], axis=1)
 
     def _excess(self, sight: Sight) -> np.ndarray:
         """A: float64 [N,H,W]."""

@@ -17,6 +17,8 @@ from prometheus_client.registry import Collector
 
 from service.drift import Finding, Name, Summary
 
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -29,6 +31,11 @@ class Metrics:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self.registry = CollectorRegistry()
+        self._of_requests()
+        self._of_rows()
+        self._of_processes()
+
+    def _of_requests(self) -> None:
         self.requests = Counter(
             "vaeserve_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
         )
@@ -42,27 +49,36 @@ class Metrics:
             multiprocess_mode="livesum",
         )
         self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
+        # Looking up a child by its labels takes longer than counting.
+        self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
+
+    def _of_rows(self) -> None:
         self.images = Counter("vaeserve_images_scored", "Images scored", ["model"], registry=self.registry)
         self.batch = Histogram(
-            "vaeserve_batch_size",
-            "Images or latents in a request",
-            ["verb"],
-            buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
-            registry=self.registry,
+            "vaeserve_batch_size", "Images or latents in a request", ["verb"], buckets=_ROWS, registry=self.registry
         )
         self.run = Histogram(
             "vaeserve_run_rows",
             "Images or latents computed in one run, those of several requests together",
-            buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
+            buckets=_ROWS,
             registry=self.registry,
         )
         self.p_values = Histogram(
             "vaeserve_p_value",
             "Conformal p-values handed out: uniform as long as the traffic is like the calibration data",
             ["model"],
-            buckets=[0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+            buckets=_P_VALUES,
             registry=self.registry,
         )
+        self.unwatched = Counter(
+            "vaeserve_unwatched_rows",
+            "Scored rows that the drift tests missed, because their keeper was busy or gone",
+            registry=self.registry,
+        )
+        self._rows, self._scored = cache(self.batch.labels), cache(self.images.labels)
+        self._judged = cache(self.p_values.labels)
+
+    def _of_processes(self) -> None:
         self.models = Gauge(
             "vaeserve_model_info",
             "1 for each model served",
@@ -79,15 +95,6 @@ class Metrics:
         self.worker_starts = Counter(
             "vaeserve_worker_starts",
             "Processes that have loaded their models so far, those in place of dead ones too",
-            registry=self.registry,
-        )
-        # Looking up a child by its labels takes longer than counting.
-        self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
-        self._rows, self._scored = cache(self.batch.labels), cache(self.images.labels)
-        self._judged = cache(self.p_values.labels)
-        self.unwatched = Counter(
-            "vaeserve_unwatched_rows",
-            "Scored rows that the drift tests missed, because their keeper was busy or gone",
             registry=self.registry,
         )
 

@@ -47,8 +47,8 @@ class House:
     draining: bool = field(default=False)
 
     @cached_property
-    def of_images(self) -> Limits:
-        """Those of the settings."""
+    def image_limits(self) -> Limits:
+        """What one request's images may take."""
         settings = self.settings
         return Limits(
             settings.max_batch,

@@ -60,13 +60,13 @@ def read_x(call: Call, strict: bool) -> np.ndarray:
     if isinstance(rule, ArrayPreprocessing):
         table = TableReader(rule, settings.max_batch, settings.max_numbers_in)
         return table.read(call.media_type, call.body, lambda: call.document)
-    return Reader(rule, call.house.of_images, strict).read(call.content_type, call.body, lambda: call.document)
+    return Reader(rule, call.house.image_limits, strict).read(call.content_type, call.body, lambda: call.document)
 
 
 def read_images(call: Call) -> list[np.ndarray]:
     """The body's whole images [C,h,w], for a model of tiles. Raises as wholes.WholeReader.read does."""
     assert isinstance(call.rule, Preprocessing)
-    return WholeReader(call.rule, call.house.of_images).read(call.content_type, call.body, lambda: call.document)
+    return WholeReader(call.rule, call.house.image_limits).read(call.content_type, call.body, lambda: call.document)
 
 
 def read_latents(call: Call) -> np.ndarray:
