@@ -147,10 +147,15 @@ def test_as_many_batches_run_at_once_as_find_a_cpu(monkeypatch, lanes):
 
         await learnt_as_long(batcher, monkeypatch)
         waiting = []
-        for number in range(4):
-            waiting.append(asyncio.create_task(batcher.run(job(number, run=slow), never)))
-            await until(lambda: len(begun) == min(len(waiting), lanes))
-        release.set()
+        try:
+            for number in range(4):
+                waiting.append(asyncio.create_task(batcher.run(job(number, run=slow), never)))
+                for _ in range(5):
+                    await asyncio.sleep(0)  # turns of the loop, in which it would be started
+                assert sum(batcher._under_way.values()) == min(len(waiting), lanes)
+                await until(lambda: len(begun) == min(len(waiting), lanes))
+        finally:
+            release.set()
         await asyncio.gather(*waiting)
         assert begun == [1] * lanes + [4 - lanes]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import struct
@@ -207,6 +208,8 @@ def test_queries_are_remembered_within_bounds(client, ways):
         known.add(post(client, "encode", f"seed={seed}", kind, body[: len(body) // 6]).status_code)
     assert known == {200}
     assert set(ways) == {"express"}
+    remembered = [len(each._known) for each in gc.get_objects() if isinstance(each, express.Express)]
+    assert max(remembered) == express.MOST_KNOWN
 
 
 def test_scores_that_differ_in_anything_are_never_computed_together(ppca_path):
