@@ -208,7 +208,7 @@ def test_queries_are_remembered_within_bounds(client, ways):
         known.add(post(client, "encode", f"seed={seed}", kind, body[: len(body) // 6]).status_code)
     assert known == {200}
     assert set(ways) == {"express"}
-    remembered = [len(each._known) for each in gc.get_objects() if isinstance(each, express.Express)]
+    remembered = [len(each._known) for each in gc.get_objects() if type(each) is express.Express]
     assert max(remembered) == express.MOST_KNOWN
 
 
