@@ -200,14 +200,11 @@ class Model:
         _check_count("samples", samples, 0)
         if samples:
             self.require("encode.samples")
-        # Of each chunk only this is kept: its target is as large as x.
-        outputs = self._encode(x, max(samples, 1), _checked_seed(seed))
-        if not samples:
-            encoded = next(outputs)
-            return Encoding(encoded["loc"], encoded["scale"], np.empty((len(x), 0, self._latent_dim), np.float32))
-        chunks = [(output["loc"], output["scale"], output["z"]) for output in outputs]
-        draws = np.concatenate([z for _, _, z in chunks], axis=1)[:, :samples]
-        return Encoding(chunks[0][0], chunks[0][1], draws)
+        # Without the target, which is as large as x.
+        wanted = ("loc", "scale", "z") if samples else ("loc", "scale")
+        chunks = list(self._encode(x, max(samples, 1), _checked_seed(seed), wanted))
+        draws = [chunk["z"] for chunk in chunks] if samples else [np.empty((len(x), 0, self._latent_dim), np.float32)]
+        return Encoding(chunks[0]["loc"], chunks[0]["scale"], np.concatenate(draws, axis=1))
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """E[x|z], float32 [M,C,H,W], of latents z, float32 [M,L]. Raises InvalidInput, UnsupportedVerb."""
@@ -443,16 +440,16 @@ class Model:
         log_p_x_map = outputs["log_p_x_map"].reshape(n, k, *self._shape) if places else np.empty((n, k, 0), np.float32)
         return outputs["log_p_x"].reshape(n, k), outputs["log_p_z"].reshape(n, k), log_p_x_map
 
-    def _encode(self, x: np.ndarray, k: int, seed: int) -> Iterator[Arrays]:
-        """The encoder's outputs for x, a chunk of the seed's k samples at a time."""
+    def _encode(self, x: np.ndarray, k: int, seed: int, outputs: Sequence[str] | None = None) -> Iterator[Arrays]:
+        """The encoder's ``outputs`` for x, all by default, a chunk of the seed's k samples at a time."""
         same = {"dither": noise.dither(seed, self._shape)} if self.manifest.signature.dither else {}
         start = 0
         while start < k:
             chunk = self._chunk(k - start)
             drawn = min(chunk, k - start)
             same["noise"] = noise.posterior_chunk(seed, k, self._noise_dim, start, chunk)
-            outputs = self._encoder(chunk).run({"x": x}, same)
-            yield outputs | {name: outputs[name][:, :drawn] for name in ("z", "log_q")}
+            encoded = self._encoder(chunk).run({"x": x}, same, outputs)
+            yield encoded | {name: encoded[name][:, :drawn] for name in ("z", "log_q") if name in encoded}
             start += chunk
 
     def _chunk(self, samples: int) -> int:
