@@ -41,7 +41,7 @@ class RawModel:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        roles: tuple[Graph, ...] = ("encoder", "decoder", "density", "prior")
+        roles: tuple[Graph, ...] = ("encoder", "decoder", "density", "prior", "corruption")
         self._manifest = bundle.manifest
         self._sessions = {
             role: ort.InferenceSession(bundle.graph(role), options, providers=["CPUExecutionProvider"])
@@ -96,6 +96,9 @@ class RawModel:
     def _score(self, x: np.ndarray) -> Work:
         """The passes that the default score is made of, without the arithmetic on what they give."""
         passes = [self._pass(x, k, at_loc) for k, at_loc in needed_passes(self._manifest)]
+        default = self._manifest.scores[self._manifest.default_score]
+        if any(part.estimator == "corruption" for part in _parts(self._manifest, default)):
+            passes.append(lambda: self._sessions["corruption"].run(["log_odds"], {"x": x}))
         return lambda: [run() for run in passes]
 
     def _pass(self, x: np.ndarray, k: int, at_loc: bool) -> Work:

@@ -13,9 +13,12 @@ features, C×1×T for a signal. Graphs are pure functions; every random number i
     observation.onnx  each of likelihood.parameters [M,C,H,W], noise [M,C,H,W] -> sample [M,C,H,W]
     prior.onnx        noise [M,P], choice [M] (only if prior.choice) -> z [M,L]
     backbone.onnx     x [N,C,H,W] -> features [N,F] or [N,F,h,w]
+    corruption.onnx   x [N,C,H,W] -> log_odds [N,H,W]
 
 The encoder, the decoder and the density are always there. Where there is a backbone, ``x`` below is an image in it
 alone: the other graphs know its frozen features only, F of an image (C×H×W is then 1×1×F) or F at each of h×w places.
+The corruption graph is of images, and never behind a backbone: for each place log p(painted over | x) − log p(not | x),
+nats, of a classifier that was trained on inliers and on noise painted over parts of them (service.corruption).
 
 ``x`` holds pixels in [0, 1], or a vector's or signal's numbers in their own units:
 what scales them stands inside the graphs, with its log-Jacobian in the density. ``target`` is the point at which the
@@ -32,7 +35,7 @@ detectors.npz, an array "SCORE/PARAMETER" each (service.detectors). A model of t
 of its tiles' scores in tiles.npz, by the same keys (service.tiled).
 
 Earlier formats are this one without what the later brought: format 1 knows images, a standard normal prior and a bound
-on the evidence, format 2 the scores elbo, iwae and reconstruction.
+on the evidence, format 2 the scores elbo, iwae and reconstruction, format 3 no corruption graph.
 """
 
 from __future__ import annotations
@@ -57,8 +60,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
 
-FORMAT_VERSION: Final = 3
-READABLE_VERSIONS: Final = (1, 2, 3)
+FORMAT_VERSION: Final = 4
+READABLE_VERSIONS: Final = (1, 2, 3, 4)
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 CALIBRATION = "calibration.npz"
@@ -78,12 +81,14 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 FeatureName = Annotated[str, Field(max_length=128, pattern=r"^\S(.*\S)?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?$")]
-Graph = Literal["encoder", "decoder", "density", "observation", "prior", "backbone"]
+Graph = Literal["encoder", "decoder", "density", "observation", "prior", "backbone", "corruption"]
 LikelihoodEstimator = Literal["elbo", "iwae", "reconstruction", "rate"]
 FittedEstimator = Literal[
     "typicality", "complexity", "debiased", "path", "latent", "residual", "peak", "statistics", "combination"
 ]
-Estimator = Literal[LikelihoodEstimator, FittedEstimator]
+LearnedEstimator = Literal["corruption"]
+"""By a graph of its own: no detector is fitted, and any k and seed give the same."""
+Estimator = Literal[LikelihoodEstimator, FittedEstimator, LearnedEstimator]
 FITTED: Final = frozenset(get_args(FittedEstimator))
 IN_NATS: Final = frozenset({"elbo", "iwae", "rate", "typicality", "complexity", "debiased"})
 """Estimators of a likelihood, or of what is made of one: they want one, and answer in nats."""
@@ -298,7 +303,8 @@ class ScoreDefinition(Strict):
     ``elbo``: −(1/k) Σ log w_i; ``iwae``: −log (1/k) Σ w_i, with log w_i = log p(x|z_i) + log p(z_i) − log q(z_i|x) at
     k sampled z_i (Burda et al. 2016, eq. 8). ``reconstruction``: −(1/k) Σ log p(x|z_i), or a reconstruction error in
     its own ``unit`` where there is no likelihood. ``rate``: (1/k) Σ log q(z_i|x) − log p(z_i). ``seed`` fixes the noise
-    matrix that every row shares. The others are fitted to held-out inliers and defined by service.detectors.
+    matrix that every row shares. ``corruption``: by the graph of that name, in nats, whatever k and seed (defined by
+    service.corruption). The others are fitted to held-out inliers and defined by service.detectors.
     ``of``: the scores that a ``combination`` combines. ``method``: how ``path`` joins its norms.
     """
 
@@ -350,6 +356,7 @@ class Reference(Strict):
     density's ``encoder.target``, ``encoder.z`` and the decoder's parameters, the observation's those parameters and
     ``observation_noise``, so each graph is judged by itself. Every output of encoder, decoder and density is there.
     With a backbone ``x`` are features, and ``backbone_x`` the N images that ``backbone.features`` are of.
+    With a corruption graph also ``corruption.log_odds`` [N,H,W], of ``x``.
     With a prior graph also ``prior_noise`` [M,P] and ``prior_choice`` [M] (if prior.choice), of an M of their own, and
     ``prior.z`` [M,L]. Keys of ``tolerances`` are those output names; ``max_abs_error`` is what was measured at export.
     """
@@ -386,7 +393,7 @@ class Manifest(Strict):
     ``none``: the model has no likelihood (autoencoders, PCA), and scores by reconstruction alone.
     """
 
-    format_version: Literal[1, 2, 3] = FORMAT_VERSION
+    format_version: Literal[1, 2, 3, 4] = FORMAT_VERSION
     name: Name
     version: Version
     family: str = Field(description="vae, ppca, …: shown, never branched on")
@@ -447,6 +454,10 @@ class Manifest(Strict):
                 raise ValueError(f"scores.{name} is by reconstruction, which a bijection does without loss")
             if self.evidence != "none" and score.unit != "nats" and score.estimator in IN_NATS | {"reconstruction"}:
                 raise ValueError(f"scores.{name} is in {score.unit!r}, with a likelihood nats expected")
+            if score.estimator == "corruption" and "corruption" not in self.graphs:
+                raise ValueError(f"scores.{name} is by corruption, of which graphs has none")
+            if score.estimator == "corruption" and score.unit != "nats":
+                raise ValueError(f"scores.{name} is in {score.unit!r}, of log odds nats expected")
             if wrong := [part for part in score.of if part not in self.scores or self.scores[part].of]:
                 raise ValueError(f"scores.{name} is of {wrong}, expected single scores of this bundle")
 
@@ -460,6 +471,9 @@ class Manifest(Strict):
             raise ValueError("backbone is one of graphs and described beside them, or neither")
         if "prior" in self.graphs and self.prior.noise_dim is None:
             raise ValueError(f"graphs has a prior, family {self.prior.family!r} needs none")
+        if "corruption" in self.graphs and self.modelled.kind != "image":
+            whose = "a backbone's features" if self.backbone else f"{self.modelled.kind}s"
+            raise ValueError(f"graphs has a corruption, which is of images: this model is of {whose}")
         needed = {*self.graphs.values(), REFERENCE, *([CALIBRATION] if self.calibration else [])}
         if any(score.estimator in FITTED for score in self.scores.values()):
             needed.add(DETECTORS)
@@ -525,6 +539,8 @@ def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
         return GraphSpec((*parameters, floats("noise", "M", *image)), (floats("sample", "M", *image),))
     if role == "backbone":
         return _backbone_spec(manifest)
+    if role == "corruption":
+        return GraphSpec((floats("x", "N", *image),), (floats("log_odds", "N", *image[1:]),))
     if manifest.prior.noise_dim is None:
         raise BundleFormatError(f"family {manifest.prior.family!r} of the prior is not drawn by a graph")
     choice = (floats("choice", "M"),) if manifest.prior.choice else ()

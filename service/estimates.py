@@ -16,16 +16,28 @@ from service.measured import Measured
 
 OF_SAMPLES = get_args(LikelihoodEstimator)
 """Estimators that are means over posterior samples and need no fitted numbers."""
+Corruption = Callable[[np.ndarray], np.ndarray]
+"""x -> scores by the corruption graph, float64 [N]."""
 Measure = Callable[[np.ndarray, int, int, bool], Measured]
 """x, k, seed, and whether the distortion is wanted by place."""
 
 
 class Passes:
     """The forward passes that some definitions need of x, each made at most once: one a seed, of as many samples as the
-    longest definition takes, and another of contrast-stretched images for the definitions that look at these."""
+    longest definition takes, and another of contrast-stretched images for the definitions that look at these; and that
+    of ``corruption``, which a model without such a graph lacks."""
 
-    def __init__(self, measure: Measure, x: np.ndarray, wanted: Sequence[ScoreDefinition], maps: bool) -> None:
+    def __init__(
+        self,
+        measure: Measure,
+        x: np.ndarray,
+        wanted: Sequence[ScoreDefinition],
+        maps: bool,
+        corruption: Corruption | None = None,
+    ) -> None:
         self._measure, self._x, self._maps = measure, x, maps
+        self._corruption = corruption
+        self._corruption_scores: np.ndarray | None = None
         self._samples: dict[tuple[int, bool], int] = {}
         for definition in wanted:
             key = (definition.seed, is_stretched(definition))
@@ -41,6 +53,13 @@ class Passes:
             x = stretched(self._x) if stretch else self._x
             self._made[key] = self._measure(x, k, definition.seed, self._maps)
         return self._made[key].first(definition.k)
+
+    def corruption(self) -> np.ndarray:
+        """Scores of x by the corruption graph, float64 [N]. Raises BundleGraphError."""
+        if self._corruption_scores is None:
+            assert self._corruption is not None, "a manifest has no score by a graph that is not there"
+            self._corruption_scores = self._corruption(self._x)
+        return self._corruption_scores
 
 
 class Estimates:
@@ -62,6 +81,8 @@ class Estimates:
         infinity that the model did not yield."""
         if definition.estimator in OF_SAMPLES:
             return self._of_weights(definition)
+        if definition.estimator == "corruption":
+            return self._passes.corruption()
         name = self._name(definition)
         if name is None:
             raise InvalidInput(

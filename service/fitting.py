@@ -18,9 +18,10 @@ from service.model import Model
 from service.verbs import refusals
 
 COMBINED = "combined"
-PARTS = ("peak", "latent", "statistics", "complexity")
+PARTS = ("peak", "latent", "statistics", "complexity", "corruption")
 """What the default score combines, as far as the model has them: how far x lies off the model where it does most, its
-code off the codes and its statistics off the usual ones, and its likelihood below what an image so complex has."""
+code off the codes and its statistics off the usual ones, its likelihood below what an image so complex has, and how
+likely parts of it were painted over."""
 LEAST_ROWS = 20  # held-out rows without which nothing is fitted
 MOST_ROWS = 4096  # that are looked at
 MOST_NUMBERS = 2**24  # of their pixels
@@ -39,6 +40,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "residual": "log of the mean squared residual, in inliers' deviations at each place",
     "peak": "mean of the highest places of the anomaly map, deviations of inliers' places",
     "statistics": "log of Mahalanobis' mean square of likelihood, residual, steepness and code length",
+    "corruption": "mean of the highest log odds, by place, that noise was painted there, nats",
     COMBINED: "sum of −log tail probabilities among inliers of the scores it combines, nats",
 }
 
@@ -80,6 +82,8 @@ def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
     if "score.map" not in refused:
         wanted["peak"] = {"estimator": "peak", "unit": UNIT}
     wanted |= {"latent": {"estimator": "latent"}, "statistics": {"estimator": "statistics", "unit": "log"}}
+    if "corruption" in manifest.graphs:
+        wanted["corruption"] = {"estimator": "corruption"}
     wanted[COMBINED] = {"estimator": "combination", "of": [part for part in PARTS if part in wanted]}
     shared = {"k": base.k, "seed": base.seed}
     return {
@@ -191,7 +195,7 @@ def _scores(
     found = []
     for start in range(0, len(x), BATCH):
         rows = x[start : start + BATCH]
-        passes = Passes(lambda each, k, seed, _places: model.measure(each, k, seed), rows, wanted, maps=False)
+        passes = Passes(lambda x, k, seed, _places: model.measure(x, k, seed), rows, wanted, False, model.corruption)
         estimates = Estimates(passes, *fitted)
         found.append(np.stack([estimates.score(each) for each in wanted], axis=1))
         _tell(progress, len(rows))

@@ -25,6 +25,8 @@ import onnxruntime as ort
 from service import estimators, noise
 from service.bundle import FITTED, REFERENCE, Bundle, Graph, ScoreDefinition
 from service.contributions import DRAWS, Marginals, divergences, is_standard_normal
+from service.corruption import SIZES as CORRUPTION_SIZES
+from service.corruption import corruption_scores
 from service.detectors import load_detectors, stretched
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
@@ -117,6 +119,11 @@ class Model:
             self._runner("observation", self._density_rows, sizes=(1,)) if "observation" in sessions else None
         )
         self._prior = self._runner("prior", self._prior_rows) if "prior" in sessions else None
+        self._corruption = (
+            self._runner("corruption", lambda count: {"x": self._typical(count)}, sizes=CORRUPTION_SIZES)
+            if "corruption" in sessions
+            else None
+        )
         self._backbone: FeatureExtractor | None = None
         if self.manifest.backbone is not None:
             pool = runtime.pool if "backbone" in serial else None
@@ -160,6 +167,8 @@ class Model:
             self.features(random_rows({"x": self._backbone.image}, frozenset({"x"}))(1)["x"])
         behind = self.without_backbone()
         behind.score(x)
+        if self._corruption is not None:
+            self.corruption(x)
         latents = behind.encode(x).loc
         if "decode" in self.refused:
             return
@@ -325,6 +334,24 @@ class Model:
         x = self.features(x)
         return self._measure(stretched(x) if stretch else x, k, seed, True, True)
 
+    def corruption(self, x: np.ndarray) -> np.ndarray:
+        """The score ``corruption`` of x, float32 [N,C,H,W] of images in [0, 1]: float64 [N], nats (service.corruption).
+
+        Raises InvalidInput, UnsupportedVerb without such a graph, and BundleGraphError for log odds that are not
+        finite: of pixels in [0, 1] no sound graph gives such.
+        """
+        self.require("score.corruption")
+        return self._corruption_scores(self._checked(x))
+
+    def _corruption_scores(self, x: np.ndarray) -> np.ndarray:
+        assert self._corruption is not None
+        log_odds = self._corruption.run({"x": x})["log_odds"]
+        finite = np.isfinite(log_odds).all(axis=(1, 2))
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise BundleGraphError(f"the model's corruption is {_first_odd(log_odds[row])} for row {row}")
+        return corruption_scores(log_odds)
+
     @cached_property
     def _marginals(self) -> Marginals | None:
         """Of the prior by latent dimension; None of N(0, I). Drawn when first asked for."""
@@ -359,7 +386,13 @@ class Model:
         """The scores of a few rows, and the map that is to be shown."""
         maps = shown == "distortion"
         fitted = any(each.estimator in FITTED for each in wanted)
-        passes = Passes(lambda x, k, seed, places: self._measure(x, k, seed, fitted, places), x, wanted, maps)
+        passes = Passes(
+            lambda x, k, seed, places: self._measure(x, k, seed, fitted, places),
+            x,
+            wanted,
+            maps,
+            self._corruption_scores,
+        )
         every = Estimates(passes, self.manifest.scores, self.detectors, self.anomaly_map)
         scores = [every.score(each) for each in wanted]
         measured = passes.of(main)
@@ -536,6 +569,11 @@ def _first_fault(x: np.ndarray, is_image: bool) -> str:
         if not (np.isfinite(low) and np.isfinite(high)):
             return f"x, row {index}: expected finite float32 numbers"
     raise AssertionError("called for rows with a fault")
+
+
+def _first_odd(values: np.ndarray) -> float:
+    """The first of them that is NaN or infinite."""
+    return float(values[~np.isfinite(values)][0])
 
 
 def _floats(name: str, value: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 from service.bundle import (
     CALIBRATION,
     DETECTORS,
+    FORMAT_VERSION,
     TILES,
     Bundle,
     Manifest,
@@ -102,7 +103,7 @@ def recalibrate(
         files.pop(TILES, None)
     elif plan.fit_share:
         notes.append(f"{len(rows)} {rows.noun} are too few to fit the scores anew: those of the bundle are kept")
-    manifest |= {"format_version": 3, "calibration": None}
+    manifest |= {"format_version": FORMAT_VERSION, "calibration": None}
     files.pop(CALIBRATION, None)
     with _loaded(manifest, files, root) as model:
         tails = rows.tails(model, fit, progress) if n_fit else None

@@ -28,6 +28,8 @@ def refusals(manifest: Manifest) -> dict[str, str]:
         found |= {f"{verb}.draw": reason for verb in DRAWING}
         if manifest.backbone.kind == "vector":
             found["score.map"] = "the backbone's features are pooled over the image: they have no places"
+    if "corruption" not in manifest.graphs:
+        found["score.corruption"] = "the bundle has no corruption graph: it was exported without one"
     if manifest.evidence == "none":
         reason = "the model has no likelihood, and so no bound on log p(x): it scores by reconstruction"
         found |= {"score.elbo": reason, "score.iwae": reason, "score.rate": reason}

@@ -41,7 +41,7 @@ from service.model import Model
 from service.rows import Arrays
 from service.runtime import Runtime
 
-REPLAYED: tuple[Graph, ...] = ("backbone", "encoder", "decoder", "density", "prior")
+REPLAYED: tuple[Graph, ...] = ("backbone", "encoder", "decoder", "density", "prior", "corruption")
 """Graphs whose every output reference.npz must hold, where they are there."""
 BATCH_SIZES = (1, 2, 5)  # and all rows at once
 MOST_TOLERANCE = 0.01
@@ -207,6 +207,8 @@ def _reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Array
         feeds["observation"] = parameters | {"noise": reference["observation_noise"]}
     if "backbone" in manifest.graphs:
         feeds["backbone"] = {"x": reference["backbone_x"]}
+    if "corruption" in manifest.graphs:
+        feeds["corruption"] = {"x": reference["x"]}
     if "prior" in manifest.graphs:
         feeds["prior"] = {
             tensor.name: reference[f"prior_{tensor.name}"] for tensor in graph_spec(manifest, "prior").inputs

@@ -1,0 +1,35 @@
+"""Which places of an image look painted over: a score learned from inliers and noise, with no label and no outlier.
+
+corruption.onnx was trained on inliers x that had noise painted over parts of them. At each place i it gives, in nats,
+
+    t(x)_i = log p(painted at i | x) − log p(not painted at i | x)
+
+An odds is a ratio of densities, here of painted images to untouched ones, up to the share that was painted: estimated
+by classification (Gutmann & Hyvärinen 2010, AISTATS; Sugiyama, Suzuki & Kanamori 2012, Density Ratio Estimation in
+Machine Learning). Zavrtanik et al. 2021 (DRAEM, arXiv:2108.07610) localise anomalies by such a classifier.
+
+The score is the mean of the service.maps.PEAK highest places of G ∗ t, G a Gaussian of one place, and of more in larger
+images as the anomaly map's is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from service.averages import mean_of_highest, smoothed
+from service.groups import grouped
+from service.maps import PEAK, sigma
+
+NARROWER = 2 / 3  # of the map's sigma, one place at 1.5: painted parts have edges, which reconstructions have not
+SIZES = (1, 8)
+"""Rows at once. A U-Net's one row is work enough for a processor, and every size costs its trials at the start."""
+
+
+def corruption_scores(log_odds: np.ndarray) -> np.ndarray:
+    """Scores in nats, float64 [N], of t, float32 [N,H,W]; rows are independent, bitwise."""
+    return grouped(_scores, log_odds)
+
+
+def _scores(log_odds: np.ndarray) -> np.ndarray:
+    height, width = log_odds.shape[1:]
+    return mean_of_highest(smoothed(log_odds.astype(np.float64), NARROWER * sigma(height, width)), PEAK)
