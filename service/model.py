@@ -158,7 +158,8 @@ class Model:
         """The batch sizes in use by each runner made so far (a fact to log): encoder runners by samples a run."""
         with self._lock:
             encoders = {f"encoder[k={k}]": runner.sizes for k, runner in self._encoders.items()}
-        return {**encoders, "decoder": self._decoder.sizes, "density": self._density.sizes}
+        corruption = {} if self._corruption is None else {"corruption": self._corruption.sizes}
+        return {**encoders, "decoder": self._decoder.sizes, "density": self._density.sizes, **corruption}
 
     def warm_up(self) -> None:
         """Run every graph once, with the default score and one sample, so that no request pays for first uses."""

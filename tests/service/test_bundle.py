@@ -142,10 +142,10 @@ def test_a_file_that_changes_after_opening_is_refused_on_reading(copy):
         bundle.graph("encoder")
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, 5, "1", 1.0, True, None])
 def test_another_format_version_is_refused_with_an_instruction(copy, version):
     rewrite(copy, lambda document: document.update(format_version=version))
-    with pytest.raises(BundleFormatError, match="this vaeserve reads 1 to 3: export the bundle again"):
+    with pytest.raises(BundleFormatError, match="this vaeserve reads 1 to 4: export the bundle again"):
         open_bundle(copy)
 
 
@@ -217,7 +217,7 @@ def test_a_manifest_that_contradicts_itself_is_refused_in_words(tmp_path, write,
 def test_a_manifest_of_format_1_is_one_of_today_with_the_defaults(copy):
     """What later formats brought is struck out: the rest is as format 1 had it."""
     before = open_bundle(copy).manifest
-    assert before.format_version == 3
+    assert before.format_version == 4
 
     def strike(document):
         document["format_version"] = 1
@@ -229,6 +229,13 @@ def test_a_manifest_of_format_1_is_one_of_today_with_the_defaults(copy):
     rewrite(copy, strike)
     assert open_bundle(copy).manifest == before.model_copy(update={"format_version": 1})
     jsonschema.validate(json.loads((copy / MANIFEST).read_text()), json.loads(SCHEMA.read_text()))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_manifest_of_formats_2_and_3_is_one_of_today(copy, version):
+    before = open_bundle(copy).manifest
+    rewrite(copy, lambda document: document.update(format_version=version))
+    assert open_bundle(copy).manifest == before.model_copy(update={"format_version": version})
 
 
 @pytest.mark.parametrize("name", ["table", "mixture", "pca", "whitening"])

@@ -1,0 +1,337 @@
+"""The corruption graph and the score by it: alone, in the combination, verified, calibrated, over tiles and HTTP."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from service.bundle import Manifest, ScoreDefinition, open_bundle
+from service.corruption import corruption_scores
+from service.errors import (
+    BundleFormatError,
+    BundleGraphError,
+    BundleParityError,
+    UnsupportedVerb,
+)
+from service.fitting import COMBINED, PARTS, fitted_definitions
+from service.good_rows import Rows
+from service.images import unit_levels
+from service.model import Model
+from service.recalibrate import Plan, recalibrate
+from service.runtime import Runtime
+from service.tiled import TiledModel, fit_tails
+from service.verify import replay, verify_bundle
+from tests.ppca_bundle import SHAPE, GraphBuilder, images, write_ppca_bundle
+from tests.service import linear_bundles as linear
+from tests.service.corruption_bundles import built, corruption_graph, log_odds, with_corruption, write_corruption
+from tests.service.fitted import write_fitted
+from tests.service.http import assert_problem, npy, serving
+from tests.service.test_measured import NO_LIKELIHOOD, of_kind
+from tests.service.test_verify import in_arrays, nudge
+from tests.tiled_bundle import STRIDE, TILE, crops, surface
+
+X = images(7, seed=11)
+
+
+def painted(x):
+    """The images with noise over a corner of 4×4."""
+    x = x.copy()
+    x[:, :, :4, :4] = np.random.RandomState(5).random_sample(x[:, :, :4, :4].shape)
+    return x
+
+
+def expected(t, sigma):
+    """The score, as scipy and sorting give it."""
+    smooth = np.stack([ndimage.gaussian_filter(row.astype(np.float64), sigma, mode="reflect", truncate=3) for row in t])
+    flat = np.sort(smooth.reshape(len(t), -1), axis=1)
+    return flat[:, -max(1, round(0.025 * flat.shape[1])) :].mean(axis=1)
+
+
+def load(path):
+    return Model.load(open_bundle(path), Runtime("cpu"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return load(write_corruption(tmp_path_factory.mktemp("plain")))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """corrupted/2 with every score fitted, and ppca/1 without the graph."""
+    root = tmp_path_factory.mktemp("fitted")
+    draft, _ = write_ppca_bundle(root / ".draft", "corrupted", change=with_corruption)
+    write_fitted(root, draft)
+    write_ppca_bundle(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def fitted(root):
+    return load(root / "corrupted" / "2")
+
+
+# The score.
+
+
+@pytest.mark.parametrize(
+    ("shape", "sigma"), [((8, 8), 1.0), ((96, 64), 1.0), ((128, 40), 4 / 3), ((30, 300), 300 / 96), ((1, 1), 1.0)]
+)
+def test_a_score_is_the_mean_of_the_highest_smoothed_places(shape, sigma):
+    t = np.random.RandomState(0).standard_normal((5, *shape)).astype(np.float32)
+    found = corruption_scores(t)
+    assert found.dtype == np.float64
+    assert found == pytest.approx(expected(t, sigma), rel=1e-9)
+
+
+def test_the_model_scores_by_its_graph_whatever_k_and_seed(plain):
+    wanted = expected(log_odds(X), 1.0)
+    assert plain.corruption(X) == pytest.approx(wanted, abs=1e-4)
+    for k, seed in ((1, 0), (5, 3)):
+        scores = plain.score(X, ScoreDefinition(estimator="corruption", k=k, seed=seed))
+        assert np.array_equal(scores.score, plain.corruption(X))
+        assert np.isnan(scores.standard_error).all()
+        assert np.isnan(scores.bits_per_dim).all()
+    assert plain.corruption(painted(X)).min() > plain.corruption(X).max()
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (3, 70, 33)])
+def test_rows_score_as_they_do_alone_bitwise(tmp_path, shape):
+    model = load(write_corruption(tmp_path, shape=shape, latent_dim=2))
+    x = images(35, shape, seed=1)
+    alone = np.concatenate([model.score(x[i : i + 1], model.manifest.scores["corruption"]).score for i in range(35)])
+    for size in (2, 9, 35):
+        assert np.array_equal(model.score(x[:size], model.manifest.scores["corruption"]).score, alone[:size])
+        assert np.array_equal(corruption_scores(log_odds(x[:size])), corruption_scores(log_odds(x))[:size])
+
+
+def runs(model, monkeypatch):
+    """How many rows go through the graph, a number a call."""
+    found, run = [], model._corruption.run
+    monkeypatch.setattr(model._corruption, "run", lambda feeds: found.append(len(feeds["x"])) or run(feeds))
+    return found
+
+
+def test_the_graph_runs_once_for_all_scores_and_not_at_all_for_others(fitted, monkeypatch):
+    found = runs(fitted, monkeypatch)
+    fitted.score(X, fitted.manifest.scores["elbo"], also={"peak": fitted.manifest.scores["peak"]})
+    assert found == []
+    other = ScoreDefinition(estimator="corruption", k=2, seed=9)
+    together = fitted.score(X, also=fitted.manifest.scores | {"other": other})
+    assert found == [len(X)]
+    assert np.array_equal(together.also["other"], together.also["corruption"])
+
+
+def test_warming_up_runs_the_graph(plain, monkeypatch):
+    found = runs(plain, monkeypatch)
+    plain.warm_up()
+    assert found == [1]
+    assert plain.runners["corruption"][0] == 1
+
+
+@pytest.mark.parametrize(("numerator", "message"), [("x", "nan for row 1"), (np.float32(1), "inf for row 1")])
+def test_log_odds_that_are_no_numbers_are_the_graph_s_fault(tmp_path, numerator, message):
+    g = GraphBuilder()
+    g.add("Squeeze", g.add("Div", numerator, "x"), np.array([1]), output="log_odds")
+
+    def change(_manifest, files):
+        files["corruption.onnx"] = built(g)
+
+    model = load(write_corruption(tmp_path, change))
+    x = np.stack([np.full(SHAPE, 0.5), np.zeros(SHAPE)]).astype(np.float32)
+    with pytest.raises(BundleGraphError, match=message):
+        model.corruption(x)
+    with pytest.raises(BundleGraphError, match=message):
+        model.score(x, model.manifest.scores["corruption"])
+
+
+def test_a_model_without_the_graph_refuses_the_score(model):
+    for score in (lambda: model.corruption(X), lambda: model.score(X, ScoreDefinition(estimator="corruption", k=1,
+                                                                                      seed=0))):  # fmt: skip
+        with pytest.raises(UnsupportedVerb, match="the bundle has no corruption graph"):
+            score()
+    assert "corruption" not in fitted_definitions(model.manifest)
+
+
+# With fitted scores.
+
+
+def test_the_combination_is_of_five_where_there_is_the_graph(fitted, model):
+    combined = fitted.manifest.scores[COMBINED]
+    assert combined.of == list(PARTS) == ["peak", "latent", "statistics", "complexity", "corruption"]
+    assert fitted_definitions(model.manifest)[COMBINED].of == list(PARTS[:4])
+    also = fitted.score(painted(X), also=fitted.manifest.scores).also
+    parts = [also[name] for name in combined.of]
+    assert np.array_equal(also[COMBINED], fitted.detectors[COMBINED].score(parts))
+    without = fitted.detectors[COMBINED].score([*parts[:4], np.full(len(X), -100.0)])
+    assert (also[COMBINED] > without + 1).all(), "painted places count"
+
+
+def test_an_autoencoder_has_it_too(fitted):
+    definitions = fitted_definitions(of_kind(fitted.manifest, **NO_LIKELIHOOD))
+    assert definitions["corruption"].unit == "nats"
+    assert definitions[COMBINED].of == ["peak", "latent", "statistics", "corruption"]
+
+
+def test_calibrating_keeps_the_graph_and_fits_the_combination_anew(root, fitted, tmp_path):
+    rows = np.rint(images(300, seed=21)[..., ::-1] * 255).astype(np.uint8)
+    outcome = recalibrate(fitted.bundle, Rows(rows, unit_levels), None, tmp_path, Plan())
+    again = load(outcome.path)
+    assert again.bundle.graph("corruption") == fitted.bundle.graph("corruption")
+    assert again.manifest.scores == fitted.manifest.scores
+    old, new = (each.detectors[COMBINED].arrays for each in (fitted, again))
+    assert any(not np.array_equal(old[name], new[name]) for name in old)
+    assert {COMBINED, "corruption"} <= set(again.manifest.calibration.quantiles)
+
+
+def test_a_bundle_of_format_3_is_written_anew_in_today_s(tmp_path, ppca_path):
+    bundle = open_bundle(write_fitted(tmp_path, ppca_path))
+    earlier = bundle.manifest.model_copy(update={"format_version": 3})
+    old = type(bundle)(bundle.path, earlier, bundle.digest)
+    outcome = recalibrate(old, Rows(np.rint(X[[0] * 60] * 255).astype(np.uint8), unit_levels), None, tmp_path, Plan(0))
+    assert open_bundle(outcome.path).manifest.format_version == 4
+
+
+# Tiles.
+
+
+def test_tiles_are_scored_by_it_under_both_aggregates(tmp_path):
+    for aggregate in ("top", "maximum"):
+
+        def tiled(manifest, _files, aggregate=aggregate):
+            manifest["preprocessing"]["tiling"] = {"stride": [STRIDE, STRIDE], "aggregate": aggregate, "share": 0.05}
+
+        path = write_corruption(tmp_path / aggregate, tiled, name="weave", shape=(1, TILE, TILE), training=crops(5, 1))
+        model = load(path)
+        tails = fit_tails({"corruption": model.corruption(crops(5, 2))}) if aggregate == "maximum" else {}
+        definition = model.manifest.scores["corruption"]
+        flawed = surface(64, 48, 7)
+        flawed[:, 20:30, 20:30] = np.random.RandomState(0).randint(0, 256, (1, 10, 10))
+        found = TiledModel(model, tails).score([surface(64, 48, 7), flawed], definition)
+        assert found.score[1] > found.score[0]
+        plan = TiledModel(model, tails).plan(flawed)
+        tiles = model.corruption(unit_levels(plan.cut(flawed, 0, len(plan))))
+        assert found.tiles[1].worst_score == tiles.max()
+        if aggregate == "top":
+            assert found.score[1] == np.sort(tiles)[::-1][: round(0.05 * len(tiles))].mean()
+
+
+# What is refused.
+
+
+def test_a_sound_bundle_is_verified_and_its_graph_replayed(plain):
+    report = verify_bundle(plain.bundle.path)
+    assert report.ok, report
+    assert 0 < replay(plain)["corruption.log_odds"] < 1e-5
+
+
+def other_weights(_manifest, files):
+    g = GraphBuilder()
+    g.add("Squeeze", g.add("Abs", "x"), np.array([1]), output="log_odds")
+    files["corruption.onnx"] = built(g)
+
+
+def wrong_shape(_manifest, files):
+    g = GraphBuilder()
+    g.add("Identity", "x", output="log_odds")
+    files["corruption.onnx"] = built(g)
+
+
+def of_other_pixels(_manifest, files):
+    files["corruption.onnx"] = corruption_graph((1, 8, 9))
+
+
+def declared_wrong(_manifest, files):
+    files["corruption.onnx"] = files["backbone.onnx"] = corruption_graph((2, 8, 8))
+    del files["backbone.onnx"]
+
+
+def untold(manifest, _files):
+    del manifest["reference"]["tolerances"]["corruption.log_odds"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (other_weights, BundleParityError, "corruption.log_odds differs by"),
+        (in_arrays("reference.npz", nudge("corruption.log_odds", 1e-3)), BundleParityError, "corruption.log_odds"),
+        (in_arrays("reference.npz", lambda a: a.pop("corruption.log_odds")), BundleFormatError, "lacks"),
+        (untold, BundleFormatError, r"tolerances lacks \['corruption.log_odds'\]"),
+        (wrong_shape, BundleGraphError, "log_odds"),
+        (of_other_pixels, BundleGraphError, "the manifest's signature wants"),
+        (declared_wrong, BundleGraphError, "corruption's x is"),
+    ],
+)
+def test_a_changed_graph_or_reference_is_refused(tmp_path, change, error, message):
+    report = verify_bundle(write_corruption(tmp_path, change))
+    assert not report.ok
+    with pytest.raises(error, match=message):
+        report.raise_if_failed()
+
+
+def without_graph(manifest, files):
+    del manifest["graphs"]["corruption"], files["corruption.onnx"]
+
+
+def in_bits(manifest, _files):
+    manifest["scores"]["corruption"]["unit"] = "bits"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_graph, r"scores\.corruption is by corruption, of which graphs has none"),
+        (in_bits, r"scores\.corruption is in 'bits', of log odds nats expected"),
+    ],
+)
+def test_a_score_that_contradicts_its_bundle_is_refused_in_words(tmp_path, change, message):
+    with pytest.raises(BundleFormatError, match=message):
+        write_corruption(tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    ("write", "whose"), [(linear.write_table, "vectors"), (linear.write_mixture, "signals")], ids=["table", "signals"]
+)
+def test_the_graph_is_of_images_alone(tmp_path, write, whose):
+    graphs = open_bundle(write(tmp_path / "sound")).manifest.graphs
+    with pytest.raises(
+        BundleFormatError, match=f"graphs has a corruption, which is of images: this model is of {whose}"
+    ):
+        write(tmp_path, graphs={**graphs, "corruption": "encoder.onnx"})
+
+
+def test_the_graph_never_stands_behind_a_backbone(plain):
+    document = plain.manifest.model_dump(mode="json")
+    document["graphs"]["backbone"] = "decoder.onnx"
+    with pytest.raises(ValueError, match="this model is of a backbone's features"):
+        Manifest.model_validate(document | {"backbone": {"kind": "map", "natural": [1, 8, 8]}})
+
+
+# HTTP.
+
+
+@pytest.fixture(scope="module")
+def client(root):
+    with serving(root, default_model="corrupted") as client:
+        yield client
+
+
+def post(client, model="corrupted", **query):
+    body = {"content": npy(painted(X)), "headers": {"content-type": "application/x-npy"}}
+    return client.post(f"/v1/models/{model}/score", params=query, **body)
+
+
+def test_it_is_asked_for_by_name_and_beside_another(client, fitted):
+    alone = post(client, score="corruption").json()
+    assert alone["definition"]["unit"] == "nats"
+    wanted = fitted.corruption(painted(X))
+    assert [row["score"] for row in alone["results"]] == wanted.tolist()
+    assert all(row["p_value"] == 0.01 and row["is_anomaly"] for row in alone["results"])
+    assert {row["standard_error"] for row in alone["results"]} == {None}
+    beside = post(client, also="corruption").json()
+    assert beside["definition"]["of"] == list(PARTS)
+    assert [row["also"]["corruption"]["score"] for row in beside["results"]] == wanted.tolist()
+
+
+def test_a_bundle_without_the_graph_answers_409_and_says_why(client):
+    for query in ({"score": "corruption"}, {"also": "corruption"}):
+        assert "has no corruption graph" in assert_problem(post(client, "ppca", **query), 409)["detail"]
