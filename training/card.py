@@ -85,6 +85,7 @@ def _what(manifest: Manifest) -> str:
         f"A latent variable model of {_shape(manifest)}: {parts} (family: {manifest.family}). "
         f"{' '.join(filter(None, sentences))}",
         _backbone(manifest),
+        _corruption(manifest),
         f"{_rule(manifest)} `vaeserve serve` serves it, `vaeserve check` verifies it.",
     ]))  # fmt: skip
 
@@ -101,6 +102,19 @@ def _backbone(manifest: Manifest) -> str:
         f"It does not see the image itself: a frozen network, `{manifest.graphs['backbone']}`, makes {kind} of it "
         f"({size}; tensor `{found.output}` of the file with SHA-256 `{found.sha256}`), and the model is of these. It "
         f"encodes and scores; there is no way back from features to images, so that it does not decode.{normalised}"
+    )
+
+
+def _corruption(manifest: Manifest) -> str:
+    """The network beside the model, if there is one."""
+    facts = manifest.provenance.training.get("corruption")
+    if "corruption" not in manifest.graphs or facts is None:
+        return ""
+    return (
+        f"Beside it stands a small network, `{manifest.graphs['corruption']}`, which tells at each pixel whether noise "
+        "was painted over it: the score `corruption`. It was trained on the training images and on noise over parts of "
+        f"them, {facts['epochs']} epochs in {duration(facts['seconds'])}; cross-entropy {facts['cross_entropy']:.4f} "
+        "nats a pixel on validation images."
     )
 
 

@@ -21,7 +21,7 @@ EARLIER_LIMITS = (2000.0, 1e5)
 def identity(config: Config) -> dict[str, Any]:
     """The part of the configuration that must not change between a run and its resume."""
     tree = config.model_dump(mode="json", exclude={"run": {"threads", "validate_every", "checkpoint_seconds"}})
-    for key in ("description", "evaluate", "score"):
+    for key in ("description", "evaluate", "score", "corruption"):  # the last has a checkpoint of its own
         tree.pop(key)
     tree["data"].pop("directory", None)
     if tree["backbone"]:

@@ -267,6 +267,16 @@ class RunConfig(Section):
     checkpoint_seconds: float = Field(default=60.0, ge=0, description="seconds between checkpoints")
 
 
+class CorruptionConfig(Section):
+    """A network that tells places that noise was painted over, for the score of that name (training.corruption)."""
+
+    width: int = Field(default=32, ge=8, multiple_of=8, description="channels of its finest level")
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=48, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    ema_decay: float = Field(default=0.998, ge=0, lt=1, description="moving average of the weights: decay a step")
+
+
 class EvaluateConfig(Section):
     """The final evaluation on the test split."""
 
@@ -282,7 +292,7 @@ class EvaluateConfig(Section):
 
 ScoreName = Literal[
     "combined", "elbo", "iwae", "rate", "reconstruction", "typicality", "complexity", "debiased", "path", "path-copod",
-    "latent", "residual", "peak", "statistics",
+    "latent", "residual", "peak", "statistics", "corruption",
 ]  # fmt: skip
 
 
@@ -311,6 +321,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     run: RunConfig = RunConfig()
+    corruption: CorruptionConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     score: ScoreConfig = ScoreConfig()
 

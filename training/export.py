@@ -151,17 +151,29 @@ def export_graphs(model: LatentVariableModel, preprocessing: InputRule) -> dict[
     """
     if model.training:
         raise ExportError("the model is in training mode: dropout would become part of the graphs")
-    # graph_spec reads these parts only; the rest of the manifest does not exist yet.
-    draft = Manifest.model_construct(
+    draft = _draft(model, preprocessing)
+    return {role: export_graph(model, draft, role) for role in roles(model)}
+
+
+def export_corruption(network: nn.Module, model: LatentVariableModel, preprocessing: InputRule) -> bytes:
+    """The graph ``corruption`` of a network beside ``model``, in eval mode. Raises ExportError."""
+    return _exported(network, 1, _draft(model, preprocessing), "corruption")
+
+
+def _draft(model: LatentVariableModel, preprocessing: InputRule) -> Manifest:
+    """What graph_spec reads of a manifest; the rest does not exist yet."""
+    return Manifest.model_construct(
         preprocessing=preprocessing, signature=signature(model), likelihood=likelihood(model), prior=prior(model)
     )
-    return {role: export_graph(model, draft, role) for role in roles(model)}
 
 
 def export_graph(model: LatentVariableModel, manifest: Manifest, role: Graph) -> bytes:
     """One graph, checked by onnx.checker and against the contract's operators. Raises ExportError."""
+    return _exported(MODULES[role](model).eval(), MODULES[role].positional, manifest, role)
+
+
+def _exported(module: nn.Module, positional: int, manifest: Manifest, role: Graph) -> bytes:
     spec = graph_spec(manifest, role)
-    module = MODULES[role](model).eval()
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             module,
@@ -169,7 +181,7 @@ def export_graph(model: LatentVariableModel, manifest: Manifest, role: Graph) ->
             dynamo=True,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_shapes=_dynamic_shapes(spec.inputs, MODULES[role].positional),
+            dynamic_shapes=_dynamic_shapes(spec.inputs, positional),
             opset_version=OPSET,
             optimize=True,
             verbose=False,

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from service.bundle import Backbone, Tolerance
 from training.batches import derived_seed, to_unit
@@ -75,6 +75,12 @@ def backbone_arrays(images: Dataset, features: Dataset, backbone: Backbone) -> A
         "backbone_x": to_unit(images.pixels(indices)).numpy(),
         "backbone.features": features.pixels(indices).reshape(-1, *backbone.natural),
     }
+
+
+@torch.no_grad()
+def corruption_arrays(network: nn.Module, x: np.ndarray) -> Arrays:
+    """The network's log odds of the reference's images."""
+    return {"corruption.log_odds": network(torch.from_numpy(x)).numpy()}
 
 
 def _prior_arrays(model: LatentVariableModel, generator: torch.Generator) -> dict[str, Tensor]:

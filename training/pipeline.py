@@ -26,6 +26,7 @@ from training.card import duration
 from training.checkpoint import FILE as CHECKPOINT
 from training.checkpoint import load_checkpoint
 from training.config import Config, parse_override
+from training.corruption import CorruptionTrainer, check_corruption
 from training.data.folders import cut_off
 from training.data.load import NAMED
 from training.dimensions import FAMILIES as TRUNCATED
@@ -33,6 +34,7 @@ from training.dimensions import adapted, with_latent_dim
 from training.errors import TrainingError
 from training.evaluate import evaluate, summary
 from training.fit import Fitted, fit, make_fabric
+from training.interrupts import Interrupt
 from training.models.build import FAMILIES
 from training.provenance import commit, machine, versions
 from training.publish import publish
@@ -78,7 +80,23 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
         )
         write_text(folder / FIT, record.model_dump_json(indent=2) + "\n")
         say(console, f"fit: {_kept(fitted)}, {duration(fitted.state.seconds)}")
+    if fabric.is_global_zero and run.config.corruption is not None:
+        corruption_stage(run, fabric, console)
     return run, fabric
+
+
+def corruption_stage(run: Run, fabric: Fabric, console: Console) -> None:
+    """Train, or go on with, the network of the section ``corruption``. Raises CheckpointError."""
+    trainer = CorruptionTrainer(run.config, run.dataset, run.folder, fabric)
+    if trainer.resume():
+        say(console, f"corruption: {trainer.standing}")
+    with progress_bar(console, "corruption", trainer.total_steps) as advance, Interrupt() as interrupt:
+        trainer.run(interrupt, advance)
+    say(
+        console,
+        f"corruption: cross-entropy {trainer.cross_entropy:.4f} nats a pixel on validation, "
+        f"{duration(trainer.seconds)}",
+    )
 
 
 def _kept(fitted: Fitted) -> str:
@@ -123,6 +141,7 @@ def _adapted(run: Run, launch: Launch) -> Run:
 def _prepare(run: Run) -> None:
     """A folder that fits the configuration, refused if its checkpoint is of another one."""
     load_checkpoint(run.folder, run.config)
+    check_corruption(run.config, run.dataset)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.save_config()
 

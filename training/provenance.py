@@ -139,6 +139,7 @@ def _training(record: FitRecord, state: dict[str, Any], run: Run) -> dict[str, A
         "machine": record.machine,
         "versions": record.versions,
         "weights_sha256": run.weights_digest,
+        **({} if run.corruption_facts is None else {"corruption": run.corruption_facts}),
         "fit_command": fit_command(record.launch),
         "evaluate_command": evaluate_command(run),
     }

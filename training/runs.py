@@ -29,6 +29,8 @@ from training.backbone import Imported
 from training.checkpoint import FILE as CHECKPOINT
 from training.checkpoint import load_checkpoint
 from training.config import Config
+from training.corruption import FILE as CORRUPTION
+from training.corruption import CorruptionNetwork, describe_corruption, fitted_corruption
 from training.data import Dataset, load_dataset
 from training.data.load import ARRAY_SUFFIXES
 from training.data.source import slug
@@ -39,7 +41,7 @@ from training.models.base import LatentVariableModel
 from training.models.build import build_model
 
 CONFIG, FIT, METRICS, HISTORY, SCORES = "config.json", "fit.json", "metrics.json", "history.csv", "scores.npz"
-LEFTOVERS = (CHECKPOINT, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard", BACKBONE)
+LEFTOVERS = (CHECKPOINT, CORRUPTION, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard", BACKBONE)
 
 
 class Launch(BaseModel):
@@ -151,6 +153,20 @@ class Run:
         model = build_model(self.dataset.preprocessing, self.config.model)
         model.load_state_dict(self.checkpoint["best"])
         return model.eval()
+
+    @cached_property
+    def corruption(self) -> CorruptionNetwork | None:
+        """The network of the score ``corruption`` in eval mode, if the run has one. Raises CheckpointError."""
+        if self.config.corruption is None:
+            return None
+        return fitted_corruption(self.folder, self.config, self.dataset)
+
+    @cached_property
+    def corruption_facts(self) -> dict[str, Any] | None:
+        """How that network came about, if the run has one. Raises CheckpointError."""
+        if self.config.corruption is None:
+            return None
+        return describe_corruption(self.folder, self.config, self.dataset)
 
     @cached_property
     def weights_digest(self) -> str:

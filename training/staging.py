@@ -24,9 +24,9 @@ from service.runtime import Runtime
 from service.verify import replay, verified
 from training.config import ScoreConfig
 from training.errors import ExportError
-from training.export import export_graphs, likelihood, posterior, prior, signature
+from training.export import export_corruption, export_graphs, likelihood, posterior, prior, signature
 from training.models.base import LatentVariableModel
-from training.parity import backbone_arrays, reference_arrays, rounds, to_npz, tolerances
+from training.parity import backbone_arrays, corruption_arrays, reference_arrays, rounds, to_npz, tolerances
 from training.provenance import provenance
 from training.runs import Run
 
@@ -111,6 +111,9 @@ def export(run: Run) -> Path:
     if run.backbone is not None:
         graphs["backbone"] = run.backbone.graph
         reference |= backbone_arrays(run.images, run.dataset, run.backbone.backbone)
+    if run.corruption is not None:
+        graphs["corruption"] = export_corruption(run.corruption, run.model, run.input_rule)
+        reference |= corruption_arrays(run.corruption, reference["x"])
     files = {f"{role}.onnx": graph for role, graph in graphs.items()} | {REFERENCE: to_npz(reference)}
     allowed = tolerances(reference, rounds(run.model.likelihood))
     scores = score_definitions(run.model, run.config.score)
@@ -170,7 +173,8 @@ def open_staged(run: Run, calibrated: bool = False) -> Bundle:
         bundle = open_bundle(run.staged)
     except VaeserveError as error:
         raise ExportError(f"{run.folder} holds no bundle ({error}): run {command} first") from error
-    if bundle.manifest.provenance.training.get("weights_sha256") != run.weights_digest:
+    known = bundle.manifest.provenance.training
+    if known.get("weights_sha256") != run.weights_digest or known.get("corruption") != run.corruption_facts:
         raise ExportError(f"the bundle in {run.staged} is of other weights: run {command} again")
     if calibrated and CALIBRATION not in bundle.manifest.files:
         raise ExportError(f"the bundle in {run.staged} is not calibrated: run `vaetrain calibrate {run.folder}` first")
