@@ -42,6 +42,7 @@ from bench.timer import Timer
 from service.bundle import open_bundle
 from service.codecs import Limits, Reader
 from service.images import ImageLimits
+from tests.service.corruption_bundles import log_odds, write_corruption
 from training.config import load_config
 from training.models.build import build_model
 
@@ -278,6 +279,19 @@ def test_the_raw_reference_computes_what_the_service_answers(model, ppca, thread
     np.testing.assert_allclose(raw.verb(bound(3), x)()[0], ppca.log_likelihood(x), atol=1e-4)
     for verb in ("sample", "decode"):
         assert raw.verb(verb, x)()[0].shape == x.shape
+
+
+def test_the_raw_reference_runs_the_corruption_graph_where_the_default_score_has_it(tmp_path):
+    def by_default(manifest, _files):
+        manifest["default_score"] = "corruption"
+
+    for change, passes in ((None, 1), (by_default, 2)):
+        bundle = open_bundle(write_corruption(tmp_path / str(passes), *([change] if change else [])))
+        x = reference_pixels(bundle, 6) / np.float32(255)
+        found = RawModel(bundle, 1).verb("score", x)()
+        assert len(found) == passes
+        if change:
+            np.testing.assert_allclose(found[1][0], log_odds(x), atol=1e-5)
 
 
 def test_a_score_is_compared_with_the_passes_that_its_parts_need():
