@@ -98,10 +98,13 @@ def _convolution(inputs: int, outputs: int) -> nn.Sequential:
 class CorruptionTrainer:
     """The network, its optimiser and moving average, and the steps that advance them.
 
-    One process trains it, on ``fabric``'s device and at its precision: it is small.
+    One process trains it, on ``fabric``'s device and at its precision: it is small. ``commit``: of the source tree,
+    kept as a fact of a training that begins.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, folder: Path, fabric: Fabric) -> None:
+    def __init__(
+        self, config: Config, dataset: Dataset, folder: Path, fabric: Fabric, commit: str | None = None
+    ) -> None:
         self.config, self.dataset, self.folder, self.fabric = config, dataset, folder, fabric
         self.options = asked_for(config)
         torch.manual_seed(derived_seed(config.seed, "corruption weights"))
@@ -111,6 +114,7 @@ class CorruptionTrainer:
         self.average = AveragedModel(self.network, multi_avg_fn=self._blend)
         self.step, self.seconds, self.finished = 0, 0.0, False
         self.cross_entropy = math.nan
+        self.commit = commit
         self.steps_per_epoch = steps_per_epoch(len(dataset.splits["train"]), self.options.batch_size)
         self.total_steps = self.steps_per_epoch * self.options.epochs
         self._saved = time.perf_counter()
@@ -124,7 +128,7 @@ class CorruptionTrainer:
         self.average.load_state_dict(content["average"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.step, self.seconds, self.finished = content["step"], content["seconds"], content["finished"]
-        self.cross_entropy = content["cross_entropy"]
+        self.cross_entropy, self.commit = content["cross_entropy"], content["commit"]
         return True
 
     @property
@@ -146,6 +150,7 @@ class CorruptionTrainer:
             "seconds": self.seconds,
             "finished": self.finished,
             "cross_entropy": self.cross_entropy,
+            "commit": self.commit,
         }
         temporary = self.folder / (FILE + ".part")
         torch.save(content, temporary)
@@ -291,5 +296,6 @@ def describe_corruption(folder: Path, config: Config, dataset: Dataset) -> dict[
         "steps": content["step"],
         "seconds": round(content["seconds"], 1),
         "cross_entropy": content["cross_entropy"],
+        "commit": content["commit"],
         "weights_sha256": digest.hexdigest(),
     }

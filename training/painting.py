@@ -81,7 +81,7 @@ def _field(x: Tensor, down: int, across: int) -> Tensor:
     fine = F.interpolate(nodes, size=(rows * down, columns * across), mode="bilinear", align_corners=False)
     top, left = down // 2 + _whole(0, down - 1), across // 2 + _whole(0, across - 1)
     field = fine[:, :, top : top + height, left : left + width]
-    return field / field.std(dim=(2, 3), keepdim=True).clamp(min=1e-6)
+    return field / field.std(dim=(2, 3), correction=0, keepdim=True).clamp(min=1e-3)
 
 
 def _uniform(x: Tensor, n: int) -> Tensor:

@@ -87,7 +87,7 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
 
 def corruption_stage(run: Run, fabric: Fabric, console: Console) -> None:
     """Train, or go on with, the network of the section ``corruption``. Raises CheckpointError."""
-    trainer = CorruptionTrainer(run.config, run.dataset, run.folder, fabric)
+    trainer = CorruptionTrainer(run.config, run.dataset, run.folder, fabric, commit())
     if trainer.resume():
         say(console, f"corruption: {trainer.standing}")
     with progress_bar(console, "corruption", trainer.total_steps) as advance, Interrupt() as interrupt:

@@ -1,0 +1,217 @@
+"""Noise over parts of images, and the network that finds it: what it learns, how it resumes, how it is served."""
+
+import numpy as np
+import pytest
+import torch
+
+from service.bundle import REFERENCE, open_bundle
+from service.model import Model
+from service.runtime import Runtime
+from tests.training.finished import finished_run
+from training.batches import to_unit
+from training.config import load_config
+from training.corruption import (
+    FILE,
+    CorruptionNetwork,
+    CorruptionTrainer,
+    check_corruption,
+    cross_entropy,
+    load_corruption,
+    painted_batch,
+)
+from training.data import load_dataset
+from training.errors import CheckpointError, ConfigError
+from training.fit import make_fabric
+from training.interrupts import Interrupt
+from training.painting import MOST_SHARE, UNPAINTED, VISIBLE, painted
+from training.runs import Run
+from training.staging import export
+
+SMALL = ["corruption.width=8", "corruption.epochs=1", "corruption.batch_size=32", "run.threads=1"]
+
+
+def images(n=400, shape=(1, 12, 10), seed=0):
+    return torch.from_numpy(np.random.RandomState(seed).rand(n, *shape).astype(np.float32))
+
+
+def trainer(folder, *overrides, data=None):
+    config = load_config("digits", [*SMALL, *overrides])
+    folder.mkdir(exist_ok=True)
+    return CorruptionTrainer(config, data or load_dataset(config.data), folder, make_fabric(config))
+
+
+def trained(folder, *overrides):
+    found = trainer(folder, *overrides)
+    found.resume()
+    with Interrupt() as interrupt:
+        found.run(interrupt, lambda steps: None)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 10), (3, 7, 9), (1, 1, 1), (1, 64, 5)])
+def test_the_mask_is_exactly_where_the_noise_shows(shape):
+    torch.manual_seed(0)
+    x = images(200, shape)
+    found = painted(x)
+    assert found.x.shape == x.shape
+    assert found.mask.shape == (200, *shape[1:])
+    assert found.x.min() >= 0
+    assert found.x.max() <= 1
+    assert found.x.isfinite().all()
+    assert torch.equal(found.mask, ((found.x - x).abs() > VISIBLE).any(1).float())
+    assert found.mask.sum() > 0
+
+
+def test_some_images_stay_as_they_are_and_no_image_is_mostly_noise():
+    torch.manual_seed(0)
+    x = images(2000, (1, 28, 28))
+    found = torch.cat([painted(part).mask for part in x.split(20)])
+    share = found.mean((1, 2))
+    assert (
+        UNPAINTED - 0.03 < float((share == 0).float().mean()) < UNPAINTED + 0.15
+    )  # and noise that happens not to show
+    assert 0.01 < float(share.mean()) < 0.15
+    assert float((share > MOST_SHARE + 0.15).float().mean()) < 0.01  # soft edges reach beyond the threshold
+
+
+def test_the_noise_lies_in_specks_and_in_areas():
+    """Neighbours are painted alike, more or less so as the field's scale was drawn."""
+    torch.manual_seed(0)
+    alike = []
+    for part in images(800, (1, 28, 28)).split(20):
+        mask = painted(part).mask
+        pairs = mask[:, :, 1:] * mask[:, :, :-1]
+        alike.append(float(pairs.sum() / mask[:, :, 1:].sum().clamp(min=1)))
+    assert min(alike) < 0.4
+    assert max(alike) > 0.7
+
+
+def test_painting_is_a_function_of_the_generator():
+    x = images(30)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(painted_batch(x))
+    assert torch.equal(found[0].x, found[1].x)
+    assert torch.equal(found[0].mask, found[1].mask)
+    assert not torch.equal(found[0].x, found[2].x)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 11), (1, 2, 3), (1, 1, 1)])
+def test_the_network_answers_every_size_and_rows_apart(shape):
+    torch.manual_seed(0)
+    network = CorruptionNetwork(shape, 8).eval()
+    x = images(3, shape)
+    with torch.no_grad():
+        together = network(x)
+        assert together.shape == (3, *shape[1:])
+        torch.testing.assert_close(together[1:2], network(x[1:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_cross_entropy_is_least_at_the_log_odds():
+    """Of places of which a tenth are painted: log odds log(1/9), entropy of that share."""
+    mask = torch.zeros(1, 10, 10)
+    mask[0, 0] = 1
+    at = torch.full_like(mask, float(np.log(1 / 9)), requires_grad=True)
+    loss = cross_entropy(at, mask)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(-(0.1 * np.log(0.1) + 0.9 * np.log(0.9)), rel=1e-6)
+    assert float(at.grad.sum().abs()) < 1e-6
+
+
+def test_it_learns_where_the_noise_is(tmp_path):
+    """Of slopes of grey, which noise leaves anywhere."""
+    down, across = np.random.RandomState(0).rand(2, 800, 1, 1)
+    row, column = np.indices((16, 16)) / 15
+    np.save(tmp_path / "slopes.npy", (255 * (down * row + across * column) / 2).astype(np.uint8))
+    config = load_config(None, [*SMALL, "corruption.epochs=40"], {"data": {"source": str(tmp_path / "slopes.npy")}})
+    found = CorruptionTrainer(config, load_dataset(config.data), tmp_path, make_fabric(config))
+    with Interrupt() as interrupt:
+        found.run(interrupt, lambda steps: None)
+    torch.manual_seed(1)
+    noisy = painted_batch(to_unit(found.dataset.pixels(found.dataset.splits["test"])))
+    with torch.no_grad():
+        log_odds = found.average.module.eval()(noisy.x)
+    there, elsewhere = log_odds[noisy.mask > 0].numpy(), log_odds[noisy.mask == 0].numpy()
+    assert (there[:, None] > np.random.RandomState(0).choice(elsewhere, 2000)).mean() > 0.9
+    share = float(noisy.mask.mean())
+    assert found.cross_entropy < -(share * np.log(share) + (1 - share) * np.log(1 - share))  # which the share alone has
+
+
+def test_a_training_that_was_stopped_ends_with_the_same_weights(tmp_path):
+    whole = trained(tmp_path / "whole")
+    stopped = trainer(tmp_path / "stopped", "run.checkpoint_seconds=0")
+    interrupt = Interrupt()
+
+    def stop(steps):
+        interrupt.requested = stopped.step >= 5
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(interrupt, stop)
+    assert 0 < load_corruption(tmp_path / "stopped", stopped.config, stopped.dataset)["step"] < whole.total_steps
+    again = trained(tmp_path / "stopped")
+    assert again.finished
+    assert again.cross_entropy == whole.cross_entropy
+    for name, value in whole.average.state_dict().items():
+        assert torch.equal(value, again.average.state_dict()[name]), name
+
+
+def test_a_finished_training_is_not_repeated(tmp_path):
+    first = trained(tmp_path / "run")
+    before = (tmp_path / "run" / FILE).read_bytes()
+    again = trained(tmp_path / "run")
+    assert (tmp_path / "run" / FILE).read_bytes() == before
+    assert (again.step, again.cross_entropy) == (first.step, first.cross_entropy)
+    assert "done before" in again.standing
+
+
+@pytest.mark.parametrize("change", ["corruption.width=16", "seed=3", "data.split_seed=5"])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
+    trained(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another section corruption, seed or data"):
+        trainer(tmp_path / "run", change).resume()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    found = trained(tmp_path / "run")
+    (tmp_path / "run" / FILE).write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_corruption(tmp_path / "run", found.config, found.dataset)
+
+
+def with_network(folder, shape):
+    """A finished run whose network was trained for one epoch."""
+    run = finished_run(
+        folder, shape, {"latent_dim": 3, "network": {"hidden": [16]}}, corruption={"width": 8, "epochs": 1}
+    )
+    found = CorruptionTrainer(run.config, run.dataset, run.folder, make_fabric(run.config))
+    with Interrupt() as interrupt:
+        found.run(interrupt, lambda steps: None)
+    return Run.open(run.folder)
+
+
+def test_the_graph_gives_what_the_network_gives(tmp_path):
+    run = with_network(tmp_path, (13, 10))
+    bundle = open_bundle(export(run))
+    reference = bundle.arrays(REFERENCE)
+    with torch.no_grad():
+        wanted = run.corruption(torch.from_numpy(reference["x"])).numpy()
+    np.testing.assert_allclose(reference["corruption.log_odds"], wanted, rtol=1e-5, atol=1e-5)
+    served = Model.load(bundle, Runtime("cpu", threads=1)).run_graph("corruption", {"x": reference["x"]})
+    np.testing.assert_allclose(served["log_odds"], wanted, rtol=1e-4, atol=1e-4)
+    facts = bundle.manifest.provenance.training["corruption"]
+    assert facts["epochs"] == 1
+    assert facts["weights_sha256"] == run.corruption_facts["weights_sha256"]
+
+
+def test_an_unfinished_network_is_not_exported(tmp_path):
+    run = finished_run(tmp_path, (12, 12), {"latent_dim": 3}, corruption={"width": 8, "epochs": 1})
+    with pytest.raises(CheckpointError, match="vaetrain fit"):
+        export(run)
+
+
+def test_it_is_about_images(tmp_path):
+    run = finished_run(tmp_path, (5,), {"latent_dim": 2, "likelihood": {"family": "gaussian"}}, dtype=np.float32)
+    config = run.config.model_copy(update={"corruption": load_config("digits", SMALL).corruption})
+    with pytest.raises(ConfigError, match="painted over images"):
+        check_corruption(config, run.dataset)
