@@ -1,4 +1,4 @@
-"""Averages over places of a row: Gaussian ones of neighbours, and the mean of the highest."""
+"""Gaussian averages over the neighbouring places of a row."""
 
 from __future__ import annotations
 
@@ -20,14 +20,6 @@ def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
     height, width = values.shape[-2:]
     down = _along(values, sigma, -2) if height > 1 else values
     return _along(down, sigma, -1) if width > 1 else down
-
-
-def mean_of_highest(values: np.ndarray, share: float) -> np.ndarray:
-    """The mean of the highest ``share`` of each row's places, of one at least: float64 [N], of [N,H,W]."""
-    flat = values.reshape(len(values), -1)
-    count = max(1, round(share * flat.shape[1]))
-    highest = np.partition(flat, -count, axis=1)[:, -count:]
-    return np.asarray(np.sort(highest, axis=1).mean(axis=1))
 
 
 def _along(values: np.ndarray, sigma: float, axis: int) -> np.ndarray:

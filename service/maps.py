@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
-from service.averages import mean_of_highest, smoothed
+from service.averages import smoothed
 from service.bundle import DETECTORS, Bundle, Manifest
 from service.detector_arrays import Arrays, Spec, Specs, check_arrays
 from service.detectors import RESERVED, Combination, residual_moments
@@ -76,10 +76,11 @@ class AnomalyMap:
         shape, by_place = manifest.signature.shape, _are_apart(manifest)
         tail = {name: array for name, array in arrays.items() if name.startswith("tail.")}
         check_arrays("map", {k: v for k, v in arrays.items() if k not in tail}, _specs(shape, by_place))
-        self.arrays, self._sigma = arrays, 0.0 if by_place else sigma(*shape[1:])
+        self.arrays, self._sigma = arrays, 0.0 if by_place else max(SIGMA, max(shape[1:]) / SIZE)
         self._unit = float(np.sqrt((arrays["scale"].astype(np.float64) ** 2).mean()))
         self._expected = None if by_place else Expected(_without(TEXTURE, arrays))
         self._tail = Combination(_without(TAIL, tail), 2)
+        self._highest = max(1, round(PEAK * shape[1] * shape[2]))
 
     @classmethod
     def fit(cls, first: Iterable[Sight], second: Iterable[Sight], manifest: Manifest) -> Self:
@@ -115,7 +116,9 @@ class AnomalyMap:
     def peaks(self, sight: Sight) -> np.ndarray:
         """The mean of the highest places of each row's map: the score ``peak``, float64 [N]."""
         maps = self._standardised(self._surprisals(self._pairs(sight)))
-        return mean_of_highest(maps, PEAK)
+        flat = maps.reshape(len(maps), -1)
+        highest = np.partition(flat, -self._highest, axis=1)[:, -self._highest :]
+        return np.sort(highest, axis=1).mean(axis=1)
 
     def scale(self, kind: MapKind) -> Scale:
         """Colours of a map of that kind."""
@@ -177,11 +180,6 @@ class AnomalyMap:
     def _standardised(self, surprisals: np.ndarray) -> np.ndarray:
         standardised: np.ndarray = (surprisals - self.arrays["location"]) / self.arrays["deviation"]
         return standardised
-
-
-def sigma(height: int, width: int) -> float:
-    """Of G, in places, in images of that size."""
-    return max(SIGMA, max(height, width) / SIZE)
 
 
 def load_map(bundle: Bundle) -> AnomalyMap | None:
