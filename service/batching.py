@@ -23,7 +23,7 @@ from service.jobs import Job, rows_of
 from service.pool import Gone, WorkerPool
 
 MOST_ROWS = 32  # in a batch of several jobs: the largest run of service.rows
-ENOUGH = 16  # jobs that make a good batch: only those of which so many would be short run on the event loop
+ENOUGH = 16  # rows that make a good batch: what runs on the event loop must be short with so many of them, or its own
 INLINE_SECONDS = 0.003  # what a batch may take on the event loop, where every other connection waits for it
 BATCH_SECONDS = 0.1  # what a batch may take on the pool: nobody waits for others' rows much longer than for its own
 KNOWN_COSTS = 512
@@ -81,7 +81,7 @@ class Batcher:
         """
         self._pool.enter()
         ticket = Ticket(job, asyncio.get_running_loop().create_future())
-        queue = Queue(job.key, self._seconds_of(job.key) * len(job.rows) * ENOUGH <= INLINE_SECONDS)
+        queue = Queue(job.key, self._seconds_of(job.key) * max(len(job.rows), ENOUGH) <= INLINE_SECONDS)
         self._enqueue(queue, ticket)
         return await (ticket.result if queue.short else self._pool.wait(ticket.result, gone))
 

@@ -107,15 +107,18 @@ def test_what_arrives_while_a_batch_is_under_way_makes_up_the_next_one(monkeypat
     scenario(body)
 
 
-@pytest.mark.parametrize(("seconds", "here"), [(0.0001, True), (0.001, False)])
-def test_only_what_is_short_many_times_over_runs_on_the_event_loop(seconds, here):
-    """A job of 1 ms alone would hold up nobody, but on the pool others wait with it and make up a batch."""
+@pytest.mark.parametrize(
+    ("seconds", "rows", "here"), [(0.0001, 1, True), (0.001, 1, False), (0.00004, 64, True), (0.00006, 64, False)]
+)
+def test_only_what_is_short_as_a_good_batch_runs_on_the_event_loop(seconds, rows, here):
+    """A row of 1 ms alone would hold up nobody, but on the pool others wait with it and make up a batch. Many rows are
+    one already."""
 
     async def body(batcher, runs, pool):
         await known(batcher)
         threads = []
         batcher._seconds["double"] = seconds
-        seen = job(0, run=lambda rows: threads.append(threading.current_thread() is threading.main_thread()) or rows)
+        seen = job(*range(rows), run=lambda rows: threads.append(threading.current_thread() is threading.main_thread()) or rows)
         await batcher.run(seen, never)
         assert threads == [here]
 
