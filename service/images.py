@@ -25,6 +25,7 @@ from service.errors import InvalidInput, PayloadTooLarge
 from service.tiles import check_size
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+BAND = 2**18  # pixels that go from Pillow to an array at once
 RESAMPLE = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -266,9 +267,17 @@ def _contain(image: Image.Image, size: tuple[int, int], method: Image.Resampling
 
 
 def _planes(image: Image.Image) -> np.ndarray:
-    """A Pillow image in mode L or RGB -> uint8 [C,H,W], contiguous."""
-    pixels = np.array(image, dtype=np.uint8)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    """A Pillow image in mode L or RGB -> uint8 [C,H,W], contiguous.
+
+    A band of rows at a time: Pillow hands out pixels by way of bytes, which of a whole image would be two more copies.
+    """
+    width, height = image.size
+    planes = np.empty((len(image.getbands()), height, width), np.uint8)
+    rows = max(1, BAND // width)
+    for top in range(0, height, rows):
+        band = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+        planes[:, top : top + rows] = np.atleast_3d(np.asarray(band)).transpose(2, 0, 1)
+    return planes
 
 
 def _from_planes(planes: np.ndarray) -> Image.Image:

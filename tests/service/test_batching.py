@@ -118,7 +118,9 @@ def test_only_what_is_short_as_a_good_batch_runs_on_the_event_loop(seconds, rows
         await known(batcher)
         threads = []
         batcher._seconds["double"] = seconds
-        seen = job(*range(rows), run=lambda rows: threads.append(threading.current_thread() is threading.main_thread()) or rows)
+        seen = job(
+            *range(rows), run=lambda rows: threads.append(threading.current_thread() is threading.main_thread()) or rows
+        )
         await batcher.run(seen, never)
         assert threads == [here]
 

@@ -18,7 +18,7 @@ from PIL import Image
 from service import images
 from service.bundle import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
-from service.images import ImageLimits, apply, decode_image, resize_array, unit_levels
+from service.images import BAND, ImageLimits, _planes, apply, decode_image, resize_array, unit_levels
 from tests import hostile
 from tests.hostile import chunk, header, png, saved
 
@@ -195,3 +195,23 @@ def test_only_one_place_of_the_service_divides_by_255():
     found = [path.name for path in package.rglob("*.py") if re.search(r"/ (np\.float32\()?255", path.read_text())]
     assert found == ["images.py"]
     assert len(re.findall(r"/ np\.float32\(255", (package / "images.py").read_text())) == 1
+
+
+@pytest.mark.parametrize("shape", [(700, 901), (2, BAND), (3, BAND + 1), (1000, 777, 3), (1, 1), (5, 3, 3)])
+def test_pixels_are_the_same_in_bands(shape):
+    pixels = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+    found = _planes(Image.fromarray(pixels))
+    assert np.array_equal(found, np.atleast_3d(pixels).transpose(2, 0, 1))
+    assert found.flags.c_contiguous
+    assert found.flags.writeable
+
+
+@pytest.mark.parametrize("shape", [(4000, 1500), (2000, 1000, 3)])
+def test_a_large_image_is_copied_once(shape):
+    """Beside the array that it becomes no more than a few bands are held."""
+    image = Image.fromarray(np.zeros(shape, np.uint8))
+    tracemalloc.start()
+    found = _planes(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < found.nbytes + 10 * BAND
