@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -101,29 +102,26 @@ def parse_json(body: bytes) -> Any:
 def from_json(value: Any, row: str = "") -> np.ndarray:
     """A number or nested lists of numbers -> float64 or int64 array. ``row`` names the value in errors.
 
-    Raises:
-        InvalidInput: ragged, too deep, or holding anything but numbers.
+    A level of lists at a time, each read by one pass over it. Raises:
+        InvalidInput: ragged, too deep, or holding anything but numbers. numpy would read true as 1, and give each text
+            the room of the longest.
     """
-    _check_numbers(value, row)
-    try:
-        array = np.asarray(value)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInput(f"{row}the lists are ragged: numbers in equally long lists expected") from error
+    shape: list[int] = []
+    level = [value]
+    while (kinds := set(map(type, level))) == {list}:
+        if len(shape) == MAX_DIMENSIONS:
+            raise InvalidInput(f"{row}lists are nested too deep: at most {MAX_DIMENSIONS} expected")
+        lengths = set(map(len, level))
+        if len(lengths) > 1:
+            raise InvalidInput(f"{row}the lists are ragged: numbers in equally long lists expected")
+        shape += lengths
+        level = list(chain.from_iterable(level))
+    if not kinds <= {int, float}:
+        raise InvalidInput(f"{row}numbers in nested lists expected")
+    array = np.array(level)
     if array.dtype.kind not in "iuf":
         raise InvalidInput(f"{row}numbers of 64 bits expected")
-    return array
-
-
-def _check_numbers(value: Any, row: str, depth: int = 0) -> None:
-    """Only numbers, in lists not too deep. numpy would read true as 1, and give each text the room of the longest."""
-    if depth >= MAX_DIMENSIONS:
-        raise InvalidInput(f"{row}lists are nested too deep: at most {MAX_DIMENSIONS} expected")
-    kinds = set(map(type, value)) if isinstance(value, list) else {type(value)}
-    if kinds == {list} and isinstance(value, list):
-        for inner in value:
-            _check_numbers(inner, row, depth + 1)
-    elif not kinds <= {int, float}:
-        raise InvalidInput(f"{row}numbers in nested lists expected")
+    return array.reshape(shape)
 
 
 def to_unit(images: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> np.ndarray:

@@ -42,6 +42,8 @@ def parameters(call: Call, query: P, *data: str) -> P:
     if foreign:
         raise InvalidInput(f'"{foreign[0]}" is not read here: expected {" and ".join(data) or "parameters alone"}')
     beside = {name: value for name, value in document.items() if name not in data}
+    if not beside:
+        return query
     try:
         said = type(query).model_validate(beside, strict=True).model_dump(exclude_unset=True)
     except ValidationError as error:

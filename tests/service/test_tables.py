@@ -282,8 +282,8 @@ def test_a_draw_of_x_is_in_raw_units(client):
 
 
 REFUSED = {
-    "table": {"score.map.anomaly"},
-    "mixture": {"score.map.anomaly"},
+    "table": {"score.map.anomaly", "score.corruption"},
+    "mixture": {"score.map.anomaly", "score.corruption"},
     "pca": {
         "sample",
         "encode.samples",
@@ -292,6 +292,7 @@ REFUSED = {
         "score.rate",
         "score.top_latents",
         "score.map.anomaly",
+        "score.corruption",
         "decode.draw",
         "interpolate.draw",
         "sample.draw",
@@ -300,6 +301,7 @@ REFUSED = {
         "encode.samples",
         "score.map",
         "score.map.anomaly",
+        "score.corruption",
         "score.rate",
         "score.top_latents",
         "score.reconstruction",
@@ -314,6 +316,7 @@ ASKS = {
     "score.elbo": {"estimator": "elbo"},
     "score.iwae": {"estimator": "iwae"},
     "score.reconstruction": {"estimator": "reconstruction"},
+    "score.corruption": {"score": "corruption"},
     "score.map": {"map": True},
     "score.top_latents": {"top_latents": 2},
     "decode.draw": {"draw": True},
@@ -356,7 +359,7 @@ def test_a_model_tells_its_kind_evidence_prior_and_posterior(client):
     card = client.get("/v1/models/table").json()
     assert card["preprocessing"]["features"] == linear.FEATURES
     assert card["refused"] == listed["table"]["refused"]
-    assert card["refused"].keys() == {"score.map.anomaly"}
+    assert card["refused"].keys() == {"score.map.anomaly", "score.corruption"}
 
 
 @pytest.mark.parametrize(
