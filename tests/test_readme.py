@@ -30,6 +30,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SHORT = " --set optimiser.epochs=1 --set evaluate.k=2 --set optimiser.batch_size=16"
+OF_IMAGES = " --set corruption.epochs=1"
 BLOCK = re.compile(r"^```bash ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -160,7 +161,7 @@ def test_every_command_of_the_readme_runs(copy, idx):
                     servers.append(shell.start(command))
                     shell.wait_until_ready(servers[-1])
                 elif block.kind in ("example", "long"):
-                    shell.run(command + SHORT + (" --fit-only" if block.kind == "long" else ""))
+                    shell.run(command + SHORT + OF_IMAGES + (" --fit-only" if block.kind == "long" else ""))
                 elif block.kind == "table":
                     shell.run(command + (SHORT if "vaetrain fit" in command else ""))
                 elif block.kind == "docker":
