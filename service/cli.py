@@ -192,7 +192,7 @@ def score(
         Path | None, typer.Option(help="Folder for pictures that show where each image is anomalous, as PNG")
     ] = None,
     map_kind: Annotated[
-        str | None, typer.Option(help="anomaly or distortion; default: anomaly, where the bundle has it")
+        str | None, typer.Option(help="anomaly (default, where the bundle has it), distortion or corruption")
     ] = None,
     map_picture: Annotated[str | None, typer.Option(help="heat-map (default) or overlay, over the image")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Skip images of another size, do not resize them")] = False,

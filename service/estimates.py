@@ -9,6 +9,7 @@ import numpy as np
 
 from service import estimators
 from service.bundle import LikelihoodEstimator, ScoreDefinition
+from service.corruption import corruption_scores
 from service.detectors import Combination, Detector, is_stretched, stretched
 from service.errors import BundleGraphError, InvalidInput
 from service.maps import AnomalyMap, Sight
@@ -17,7 +18,7 @@ from service.measured import Measured
 OF_SAMPLES = get_args(LikelihoodEstimator)
 """Estimators that are means over posterior samples and need no fitted numbers."""
 Corruption = Callable[[np.ndarray], np.ndarray]
-"""x -> scores by the corruption graph, float64 [N]."""
+"""x -> log odds by the corruption graph, float32 [N,H,W]."""
 Measure = Callable[[np.ndarray, int, int, bool], Measured]
 """x, k, seed, and whether the distortion is wanted by place."""
 
@@ -37,7 +38,7 @@ class Passes:
     ) -> None:
         self._measure, self._x, self._maps = measure, x, maps
         self._corruption = corruption
-        self._corruption_scores: np.ndarray | None = None
+        self._log_odds: np.ndarray | None = None
         self._samples: dict[tuple[int, bool], int] = {}
         for definition in wanted:
             key = (definition.seed, is_stretched(definition))
@@ -54,12 +55,12 @@ class Passes:
             self._made[key] = self._measure(x, k, definition.seed, self._maps)
         return self._made[key].first(definition.k)
 
-    def corruption(self) -> np.ndarray:
-        """Scores of x by the corruption graph, float64 [N]. Raises BundleGraphError."""
-        if self._corruption_scores is None:
-            assert self._corruption is not None, "a manifest has no score by a graph that is not there"
-            self._corruption_scores = self._corruption(self._x)
-        return self._corruption_scores
+    def log_odds(self) -> np.ndarray:
+        """Of x by the corruption graph, float32 [N,H,W]. Raises BundleGraphError."""
+        if self._log_odds is None:
+            assert self._corruption is not None, "nothing asks for a graph that is not there"
+            self._log_odds = self._corruption(self._x)
+        return self._log_odds
 
 
 class Estimates:
@@ -82,7 +83,7 @@ class Estimates:
         if definition.estimator in OF_SAMPLES:
             return self._of_weights(definition)
         if definition.estimator == "corruption":
-            return self._passes.corruption()
+            return corruption_scores(self._passes.log_odds())
         name = self._name(definition)
         if name is None:
             raise InvalidInput(

@@ -195,7 +195,7 @@ def _scores(
     found = []
     for start in range(0, len(x), BATCH):
         rows = x[start : start + BATCH]
-        passes = Passes(lambda x, k, seed, _places: model.measure(x, k, seed), rows, wanted, False, model.corruption)
+        passes = Passes(lambda x, k, seed, _places: model.measure(x, k, seed), rows, wanted, False, model.log_odds)
         estimates = Estimates(passes, *fitted)
         found.append(np.stack([estimates.score(each) for each in wanted], axis=1))
         _tell(progress, len(rows))

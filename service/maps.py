@@ -47,7 +47,10 @@ LEAST = 1e-6
 PASSES = 1  # through encoder, decoder and density
 EMPTY = "a map is fitted to two halves of the rows, and one is empty"
 
-MapKind = Literal["anomaly", "distortion"]
+FittedMapKind = Literal["anomaly", "distortion"]
+"""Kinds whose colours are fitted to inliers."""
+MapKind = Literal[FittedMapKind, "corruption"]
+"""``corruption``: the log odds of service.corruption, by a graph of its own."""
 
 
 class Sight(NamedTuple):
@@ -120,7 +123,7 @@ class AnomalyMap:
         highest = np.partition(flat, -self._highest, axis=1)[:, -self._highest :]
         return np.sort(highest, axis=1).mean(axis=1)
 
-    def scale(self, kind: MapKind) -> Scale:
+    def scale(self, kind: FittedMapKind) -> Scale:
         """Colours of a map of that kind."""
         if kind == "distortion":
             return Scale(*map(float, self.arrays["distortion"]))

@@ -62,7 +62,8 @@ class Scores(NamedTuple):
     ``score``: minus the estimate of the definition's estimator, higher is more anomalous. ``elbo``: (1/k) Σ log w.
     ``log_likelihood``: log (1/k) Σ w. ``rate``: mean of log q(z|x) − log p(z). ``distortion``: mean of −log p(x|z).
     ``bits_per_dim``: of the estimator's bound. ``standard_error``: Monte-Carlo error of ``score``, NaN when k = 1.
-    ``map``: by place, float32 [N,H,W], or None: the anomaly map (service.maps) or the distortion, summed over channels.
+    ``map``: by place, float32 [N,H,W], or None: the anomaly map (service.maps), the distortion, summed over channels,
+    or the log odds in nats that the place was painted over (service.corruption).
     ``latents``: KL divergences by latent dimension that make up the rate (service.contributions), [N,L], or None.
     ``also``: further scores by name.
 
@@ -184,6 +185,11 @@ class Model:
         """Raise UnsupportedVerb, with the reason, if ``verb`` is among ``refused``."""
         if verb in self.refused:
             raise UnsupportedVerb(f"{self.manifest.name} does not answer {verb}: {self.refused[verb]}")
+
+    def require_map(self, kind: MapKind) -> None:
+        """As ``require``, of maps of that kind. Log odds need no log p(x) that comes apart into places."""
+        for verb in (["score.map"] if kind != "corruption" else []) + [f"score.map.{kind}"]:
+            self.require(verb)
 
     def features(self, x: np.ndarray) -> np.ndarray:
         """What the model is of: float32 [N, *signature.shape], the backbone's features of images x, or x itself.
@@ -308,8 +314,7 @@ class Model:
             self.require(f"score.{each.estimator}")
         kind = map_kind or self.default_map
         if maps:
-            self.require("score.map")
-            self.require(f"score.map.{kind}")
+            self.require_map(kind)
         if latents:
             self.require("score.top_latents")
         x = self.features(x)
@@ -338,20 +343,27 @@ class Model:
     def corruption(self, x: np.ndarray) -> np.ndarray:
         """The score ``corruption`` of x, float32 [N,C,H,W] of images in [0, 1]: float64 [N], nats (service.corruption).
 
+        Raises as ``log_odds``.
+        """
+        return corruption_scores(self.log_odds(x))
+
+    def log_odds(self, x: np.ndarray) -> np.ndarray:
+        """Log odds in nats that a place was painted over, float32 [N,H,W], of x as ``corruption`` takes them.
+
         Raises InvalidInput, UnsupportedVerb without such a graph, and BundleGraphError for log odds that are not
         finite: of pixels in [0, 1] no sound graph gives such.
         """
         self.require("score.corruption")
-        return self._corruption_scores(self._checked(x))
+        return self._log_odds(self._checked(x))
 
-    def _corruption_scores(self, x: np.ndarray) -> np.ndarray:
+    def _log_odds(self, x: np.ndarray) -> np.ndarray:
         assert self._corruption is not None
         log_odds = self._corruption.run({"x": x})["log_odds"]
         finite = np.isfinite(log_odds).all(axis=(1, 2))
         if not finite.all():
             row = int(np.argmin(finite))
             raise BundleGraphError(f"the model's corruption is {_first_odd(log_odds[row])} for row {row}")
-        return corruption_scores(log_odds)
+        return log_odds
 
     @cached_property
     def _marginals(self) -> Marginals | None:
@@ -392,7 +404,7 @@ class Model:
             x,
             wanted,
             maps,
-            self._corruption_scores,
+            self._log_odds,
         )
         every = Estimates(passes, self.manifest.scores, self.detectors, self.anomaly_map)
         scores = [every.score(each) for each in wanted]
@@ -408,14 +420,16 @@ class Model:
             bits_per_dim=self._bits_per_dim(-scores[0], main),
             standard_error=every.standard_error(main),
             k=main.k,
-            map=self._map(x, measured, shown),
+            map=self._map(passes, measured, shown),
             latents=divergences(measured.loc, measured.scale, self._marginals) if latents else None,
             also={str(index): values for index, values in enumerate(scores[1:])},
         )
 
-    def _map(self, x: np.ndarray, measured: Measured, shown: MapKind | None) -> np.ndarray | None:
+    def _map(self, passes: Passes, measured: Measured, shown: MapKind | None) -> np.ndarray | None:
+        if shown == "corruption":
+            return passes.log_odds()
         if shown == "anomaly" and self.anomaly_map is not None:
-            return self.anomaly_map.values(self._sight(x))
+            return self.anomaly_map.values(self._sight(measured.x))
         if shown is None:
             return None
         return np.stack([row.sum(axis=0) for row in measured.distortion]).astype(np.float32)

@@ -117,7 +117,8 @@ class ScoreParameters(Parameters):
     map_kind: MapKind | None = Field(
         default=None,
         description="anomaly: how far a place is from what held-out inliers show there, in deviations of inliers' "
-        "places; distortion: −E[log p(x|z)], summed over channels. Default: anomaly where the bundle has it",
+        "places; distortion: −E[log p(x|z)], summed over channels; corruption: log odds in nats that the place was "
+        "painted over, by the corruption graph. Default: anomaly where the bundle has it, else distortion",
     )
     map_picture: MapPicture | None = Field(
         default=None,
@@ -278,8 +279,8 @@ class UsedMap(BaseModel):
 
     kind: MapKind
     unit: str
-    low: float | None = Field(description="the first colour: the median place of held-out inliers")
-    high: float | None = Field(description="the last colour: what 90% of held-out inliers nowhere exceed")
+    low: float | None = Field(description="the first colour: the median place of held-out inliers; of corruption -5")
+    high: float | None = Field(description="the last: what 90% of held-out inliers nowhere exceed; of corruption 5")
 
 
 class Scored(Answer):

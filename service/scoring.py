@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from service.bundle import Manifest, ScoreDefinition
+from service.corruption import HIGH, LOW
+from service.corruption import UNIT as UNIT_OF_CORRUPTION
 from service.errors import InvalidInput, UnsupportedVerb
 from service.false_discovery import benjamini_hochberg, least_discoveries, q_values
 from service.jobs import Job, Work, finish
@@ -230,18 +232,23 @@ def _judged(served: Served, name: str | None, scores: np.ndarray, plan: Judged, 
 
 @dataclass(frozen=True)
 class UsedMap:
-    """The kind of a map, the unit of its numbers, and its colours' fixed scale, None where none was fitted."""
+    """The kind of a map, the unit of its numbers, its colours' scale, None where none was fitted, and whose that is."""
 
     kind: MapKind
     unit: str
     scale: Scale | None
+    origin: Literal["calibration", "fixed", "of these maps"]
 
 
 def used_map(model: Model, kind: MapKind | None) -> UsedMap:
     """What a map of that kind is, or of the kind that ``model`` gives unasked."""
     kind = kind or model.default_map
-    scale = None if model.anomaly_map is None else model.anomaly_map.scale(kind)
-    return UsedMap(kind, UNIT if kind == "anomaly" else _unit_of_distortion(model.manifest), scale)
+    if kind == "corruption":
+        return UsedMap(kind, UNIT_OF_CORRUPTION, Scale(LOW, HIGH), "fixed")
+    unit = UNIT if kind == "anomaly" else _unit_of_distortion(model.manifest)
+    if model.anomaly_map is None:
+        return UsedMap(kind, unit, None, "of these maps")
+    return UsedMap(kind, unit, model.anomaly_map.scale(kind), "calibration")
 
 
 def draw_maps(x: Rows, maps: Sequence[np.ndarray] | np.ndarray, used: UsedMap, picture: MapPicture | None) -> bytes:
@@ -249,7 +256,7 @@ def draw_maps(x: Rows, maps: Sequence[np.ndarray] | np.ndarray, used: UsedMap, p
 
     Its text entries say ``kind``, ``unit`` and ``scale``.
     """
-    text = {"kind": used.kind, "unit": used.unit, "scale": "of these maps" if used.scale is None else "calibration"}
+    text = {"kind": used.kind, "unit": used.unit, "scale": used.origin}
     if picture == "overlay":
         return encode_overlays(list(x), list(maps), used.scale, text)
     return encode_heat_maps(list(maps), used.scale, text)

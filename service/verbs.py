@@ -11,7 +11,10 @@ SHOWING = ("decode", "reconstruct", "interpolate", "sample")
 
 
 def refusals(manifest: Manifest) -> dict[str, str]:
-    """Verb, or ``verb.parameter``, or ``score.estimator`` -> why this model cannot answer it."""
+    """Verb, or ``verb.parameter``, or ``score.estimator`` -> why this model cannot answer it.
+
+    ``score.map`` is of the maps by log p(x), which are all but ``score.map.corruption``.
+    """
     found: dict[str, str] = {}
     if manifest.prior.family == "none":
         found["sample"] = "the model has no prior p(z) to draw from"
@@ -29,7 +32,8 @@ def refusals(manifest: Manifest) -> dict[str, str]:
         if manifest.backbone.kind == "vector":
             found["score.map"] = "the backbone's features are pooled over the image: they have no places"
     if "corruption" not in manifest.graphs:
-        found["score.corruption"] = "the bundle has no corruption graph: it was exported without one"
+        reason = "the bundle has no corruption graph: it was exported without one"
+        found |= {"score.corruption": reason, "score.map.corruption": reason}
     if manifest.evidence == "none":
         reason = "the model has no likelihood, and so no bound on log p(x): it scores by reconstruction"
         found |= {"score.elbo": reason, "score.iwae": reason, "score.rate": reason}

@@ -19,15 +19,16 @@ from bench.anomaly.defects import DEFECTS, LEAST_CHANGE, VISIBLE, NoRoomForDefec
 from bench.anomaly.figure import dots
 from bench.anomaly.measures import auroc, pixel_auroc, rates, resplit
 from bench.anomaly.ours import BundleMissing, Ours
-from bench.anomaly.report import ROWS, markdown, matches, reduced, unseen
+from bench.anomaly.report import ROWS, by_pixel, markdown, matches, reduced, unseen
 from bench.anomaly.results import Key, Record, Results, read_records
 from bench.anomaly.rivals import RIVALS, LinearFloor, NearestNeighboursOnPixels, NotInstalled, PyodVAE, flat
 from bench.anomaly.run import Fitted, main, makers_of, measure, parse, run
 from bench.anomaly.surfaces import FLAWS, SURFACES, flawed, surfaces
-from bench.anomaly.task import Inliers
+from bench.anomaly.task import Inliers, Outliers, Task
 from bench.anomaly.tasks import GROUPS, Part, Source, Suite, load_sources
 from bench.anomaly.transforms import TRANSFORMS
 from tests.ppca_bundle import images
+from tests.service.corruption_bundles import log_odds, write_corruption
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 40
@@ -341,6 +342,56 @@ def test_ours_is_the_models_own_default_score(served, model):
     np.testing.assert_array_equal(served.score(x), model.score(x / np.float32(255)).score)
     assert list(served.scores(x)) == list(model.manifest.scores)
     assert served.maps(x).shape == (7, *x.shape[2:])
+
+
+def with_spots(x):
+    """The images with a chequered 3×3 spot, and the places that it changed."""
+    found = x.copy()
+    found[:, :, 2:5, 2:5] = 255 * (np.indices((3, 3)).sum(axis=0) % 2)
+    return found, (found != x).any(axis=1)
+
+
+@pytest.mark.parametrize("has_graph", [True, False])
+def test_the_corruption_map_is_measured_beside_the_default_one_where_there_is_the_graph(
+    has_graph, tmp_path, ppca_root, monkeypatch
+):
+    root = write_corruption(tmp_path).parents[1] if has_graph else ppca_root
+    x = np.round(255 * images(20)).astype(np.uint8)
+    inliers = Inliers("ppca", "ppca", None, x[:10], x[:10])
+    fitted = Fitted(Ours(root, tmp_path / "none"), inliers, 0)
+    calls, mapped = [], Ours.corruption_maps
+    monkeypatch.setattr(Ours, "corruption_maps", lambda self, x: calls.append(len(x)) or mapped(self, x))
+    bad, masks = with_spots(x[10:])
+    task = Task("ppca/spot", "defects", inliers, lambda: Outliers(bad, masks))
+    found = [fitted.record(task, None) for _ in range(2)][0]
+    default = [fitted.detector.model.score(part / np.float32(255), maps=True).map for part in (x[:10], bad)]
+    assert found.pixel_auroc == pixel_auroc(*default, masks)
+    if not has_graph:
+        assert found.corruption_pixel_auroc is None
+        return
+    wanted = [log_odds(part / np.float32(255)).astype(np.float32) for part in (x[:10], bad)]
+    assert found.corruption_pixel_auroc == pytest.approx(pixel_auroc(*wanted, masks), abs=1e-3)
+    assert found.corruption_pixel_auroc != found.pixel_auroc
+    assert calls == [10, 10, 10], "held-out inliers once"
+
+
+def test_results_of_before_the_corruption_map_are_read_and_have_no_number_in_its_column(tmp_path):
+    path = tmp_path / "r.json"
+    new = record("a/stain", "vaeserve", pixel_auroc=0.5, corruption_pixel_auroc=0.75)
+    Results(path).take([new, record("a/worn", "vaeserve", pixel_auroc=0.25), record("a/stain", pixel_auroc=0.125)])
+    content = json.loads(path.read_text())
+    for old in content["records"][1:]:
+        del old["corruption_pixel_auroc"]
+    path.write_text(json.dumps(content))
+    lines = by_pixel(read_records(path)).splitlines()
+    assert lines[0] == "| task | vaeserve | PPCA | corruption map |"
+    assert lines[2:] == ["| a/stain | 0.5000 | 0.1250 | 0.7500 |", "| a/worn | 0.2500 | – | – |"]
+    path.write_text(json.dumps({"records": content["records"][1:]}))
+    assert "corruption" not in by_pixel(read_records(path))
+    results = Results(tmp_path / "all.json")
+    results.take(read_records(path))
+    results.take([new])
+    assert [each.corruption_pixel_auroc for each in results] == [None, None, 0.75]
 
 
 def test_a_bundle_that_was_never_shipped_is_named(tmp_path):

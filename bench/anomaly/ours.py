@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from bench.anomaly.measures import SPLITS, Rates, rates, resplit
-from bench.anomaly.rivals import BATCH, Detector
+from bench.anomaly.rivals import BATCH, Detector, Maps
 from bench.anomaly.task import Inliers
 from service.bundle import CALIBRATION, Bundle, open_bundle
 from service.calibration import Calibrator
@@ -68,6 +68,12 @@ class Ours(Detector):
     def maps(self, x: np.ndarray) -> np.ndarray | None:
         found = [self.model.score(part, maps=True).map for part in _batches(x)]
         return np.concatenate([part for part in found if part is not None])
+
+    def corruption_maps(self, x: np.ndarray) -> Maps | None:
+        """Log odds by the corruption graph, x as for ``maps``; None where the bundle has no such graph."""
+        if "score.map.corruption" in self.model.refused:
+            return None
+        return np.concatenate([self.model.log_odds(part) for part in _batches(x)])
 
     def unseen(self, scores: np.ndarray) -> dict[str, Rates]:
         """Default scores of unseen inliers [N] against the bundle's calibration, and against SPLITS calibrations anew.

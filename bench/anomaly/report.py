@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
+from types import MappingProxyType
 from typing import NamedTuple
 
 from bench.anomaly.measures import RATE
@@ -14,6 +15,7 @@ from bench.anomaly.rivals import RIVALS
 
 DETECTORS = (Ours.name, *(rival.name for rival in RIVALS.values()))
 NOTHING = "–"
+NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
 class Row(NamedTuple):
@@ -80,16 +82,19 @@ def every_task(records: Sequence[Record]) -> str:
 
 
 def by_pixel(records: Sequence[Record]) -> str:
-    """AUROC of the maps, where masks are known."""
-    return by_task([record for record in records if record.pixel_auroc is not None], "pixel_auroc")
+    """AUROC of the maps, where masks are known; that of our corruption map in a column of its own, where measured."""
+    known = [record for record in records if record.pixel_auroc is not None]
+    measured = any(record.corruption_pixel_auroc is not None for record in known)
+    return by_task(known, "pixel_auroc", {"corruption map": "corruption_pixel_auroc"} if measured else {})
 
 
-def by_task(records: Sequence[Record], measure: str) -> str:
-    """A row a task, a column a detector."""
+def by_task(records: Sequence[Record], measure: str, ours: Mapping[str, str] = NO_COLUMNS) -> str:
+    """A row a task, a column a detector, and one each of further measures of ours, by title."""
     names = detectors(records)
+    columns = [(name, measure) for name in names] + [(Ours.name, further) for further in ours.values()]
     tasks = dict.fromkeys(record.task for record in records if getattr(record, measure) is not None)
-    rows = [[task, *(shown_seeds(values_of(records, name, task, measure)) for name in names)] for task in tasks]
-    return table(["task", *names], rows)
+    rows = [[task, *(shown_seeds(values_of(records, name, task, of)) for name, of in columns)] for task in tasks]
+    return table(["task", *names, *ours], rows)
 
 
 def unseen(records: Sequence[Record]) -> str:

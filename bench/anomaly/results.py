@@ -24,8 +24,9 @@ class Key(NamedTuple):
 class Record(BaseModel):
     """One detector on one task. ``auroc`` is None where there are no outliers, ``pixel_auroc`` without masks or maps.
 
+    ``corruption_pixel_auroc`` is that of the corruption map, None where a bundle has none or it was not measured.
     ``by_score`` has the AUROC of every score that the bundle defines, ``rates`` the error rates on unseen inliers (see
-    bench.anomaly.measures.Rates); both are ours alone. Seconds are of one thread.
+    bench.anomaly.measures.Rates); these three are ours alone. Seconds are of one thread.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class Record(BaseModel):
     n_outliers: int
     auroc: float | None
     pixel_auroc: float | None = None
+    corruption_pixel_auroc: float | None = None
     by_score: dict[str, float] = {}
     rates: dict[str, dict[str, float]] = {}
     fit_seconds: float

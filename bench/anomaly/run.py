@@ -28,7 +28,7 @@ from bench.anomaly.measures import auroc, pixel_auroc
 from bench.anomaly.ours import BundleMissing, Ours
 from bench.anomaly.report import markdown
 from bench.anomaly.results import Key, Record, Results, read_records
-from bench.anomaly.rivals import RIVALS, Detector, NotInstalled
+from bench.anomaly.rivals import RIVALS, Detector, Maps, NotInstalled
 from bench.anomaly.task import Inliers, Task
 from bench.anomaly.tasks import GROUPS, Suite, load_sources
 from service.errors import VaeserveError
@@ -49,7 +49,7 @@ class Fitted:
         self.fit_seconds = time.perf_counter() - started
         self.detector, self.inliers, self.seed = detector, inliers, seed
         self._held_out: dict[str, np.ndarray] | None = None
-        self._maps: np.ndarray | None = None
+        self._maps: dict[str, Maps] = {}
 
     def record(self, task: Task, limit: int | None) -> Record:
         """The detector on that task of its inliers."""
@@ -81,15 +81,25 @@ class Fitted:
         images, masks = task.outliers()
         scores = self._scores(images)
         by_score = {name: auroc(self.held_out[name], found) for name, found in scores.items()}
-        maps = None if masks is None else self.detector.maps(images)
-        located = None if maps is None else pixel_auroc(self.maps, maps, masks)
         default = next(iter(scores)) if not isinstance(self.detector, Ours) else self.detector.default
         return {
             "n_outliers": len(images),
             "auroc": by_score[default],
-            "pixel_auroc": located,
+            **({} if masks is None else self._by_pixel(images, masks)),
             "by_score": by_score if isinstance(self.detector, Ours) else {},
         }
+
+    def _by_pixel(self, images: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+        """AUROC by pixel of each of its maps, as a record names them."""
+        ways = {"pixel_auroc": self.detector.maps}
+        if isinstance(self.detector, Ours):
+            ways["corruption_pixel_auroc"] = self.detector.corruption_maps
+        found = {}
+        for name, mapped in ways.items():
+            maps = mapped(images)
+            if maps is not None:
+                found[name] = pixel_auroc(self._held_out_maps(name, mapped), maps, masks)
+        return found
 
     def _scores(self, x: np.ndarray) -> dict[str, np.ndarray]:
         if isinstance(self.detector, Ours):
@@ -103,14 +113,13 @@ class Fitted:
             self._held_out = self._scores(self.inliers.held_out)
         return self._held_out
 
-    @property
-    def maps(self) -> np.ndarray:
-        """Maps of the held-out inliers."""
-        if self._maps is None:
-            found = self.detector.maps(self.inliers.held_out)
+    def _held_out_maps(self, name: str, mapped: Callable[[np.ndarray], Maps | None]) -> Maps:
+        """Maps of the held-out inliers, kept by name."""
+        if name not in self._maps:
+            found = mapped(self.inliers.held_out)
             assert found is not None
-            self._maps = found
-        return self._maps
+            self._maps[name] = found
+        return self._maps[name]
 
 
 def measure(

@@ -42,8 +42,8 @@ async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Re
     As npy: the maps [N, H, W] with map=true ([N, D] of vectors, [N, T] of signals), else the scores [N]. As PNG
     (map=true): the maps of images, as heat maps or laid over the images. Their colours are fixed by the calibration and
     do not depend on the request: from the median place of inliers (black) to what 90% of inliers nowhere exceed (the
-    last, light colour, which all above it has, too); the text entries minimum, maximum, kind, unit and scale say so. A
-    model of tiles takes images of any size that holds a tile.
+    last, light colour, which all above it has, too), and of map_kind=corruption from -5 to 5 nats; the text entries
+    minimum, maximum, kind, unit and scale say so. A model of tiles takes images of any size that holds a tile.
     """
     return await call.answer(lambda: finish(_score(call, query)))
 
@@ -58,7 +58,7 @@ def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     used = _required(call, asked)
     call.house.limit("k", chosen.definition.k, "max_k")
     x = read_x(call, asked.strict) if call.served.tiled is None else read_images(call)
-    passes = _passes([chosen.definition, *also.values()]) + (PASSES if asked.map and used.kind == "anomaly" else 0)
+    passes = _passes([chosen.definition, *also.values()]) + (PASSES if asked.map and used.kind != "distortion" else 0)
     _limit_work(call, x, passes, asked)
     if asked.map and media_type != JSON:
         _check_one_size(x)
@@ -81,8 +81,8 @@ def _required(call: Call, asked: ScoreParameters) -> UsedMap:
         if not asked.map and getattr(asked, name) is not None:
             raise InvalidInput(f"{name} without map=true")
     used = used_map(model, asked.map_kind)
-    for verb in ["score.map", f"score.map.{used.kind}"] if asked.map else []:
-        model.require(verb)
+    if asked.map:
+        model.require_map(used.kind)
     if asked.top_latents:
         model.require("score.top_latents")
     return used

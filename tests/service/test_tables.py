@@ -282,8 +282,8 @@ def test_a_draw_of_x_is_in_raw_units(client):
 
 
 REFUSED = {
-    "table": {"score.map.anomaly", "score.corruption"},
-    "mixture": {"score.map.anomaly", "score.corruption"},
+    "table": {"score.map.anomaly", "score.map.corruption", "score.corruption"},
+    "mixture": {"score.map.anomaly", "score.map.corruption", "score.corruption"},
     "pca": {
         "sample",
         "encode.samples",
@@ -292,6 +292,7 @@ REFUSED = {
         "score.rate",
         "score.top_latents",
         "score.map.anomaly",
+        "score.map.corruption",
         "score.corruption",
         "decode.draw",
         "interpolate.draw",
@@ -301,6 +302,7 @@ REFUSED = {
         "encode.samples",
         "score.map",
         "score.map.anomaly",
+        "score.map.corruption",
         "score.corruption",
         "score.rate",
         "score.top_latents",
@@ -318,6 +320,7 @@ ASKS = {
     "score.reconstruction": {"estimator": "reconstruction"},
     "score.corruption": {"score": "corruption"},
     "score.map": {"map": True},
+    "score.map.corruption": {"map": True, "map_kind": "corruption"},
     "score.top_latents": {"top_latents": 2},
     "decode.draw": {"draw": True},
     "interpolate.draw": {"draw": True},
@@ -359,7 +362,7 @@ def test_a_model_tells_its_kind_evidence_prior_and_posterior(client):
     card = client.get("/v1/models/table").json()
     assert card["preprocessing"]["features"] == linear.FEATURES
     assert card["refused"] == listed["table"]["refused"]
-    assert card["refused"].keys() == {"score.map.anomaly", "score.corruption"}
+    assert card["refused"].keys() == REFUSED["table"]
 
 
 @pytest.mark.parametrize(
