@@ -1,18 +1,27 @@
-"""The corruption graph and the score by it: alone, in the combination, verified, calibrated, over tiles and HTTP."""
+"""The corruption graph, score and map by it: alone, in the combination, verified, calibrated, over tiles and HTTP."""
+
+import io
 
 import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
 from service.bundle import Manifest, ScoreDefinition, open_bundle
+from service.cli import app
 from service.corruption import corruption_scores
 from service.errors import BundleFormatError, BundleGraphError, BundleParityError, UnsupportedVerb
 from service.fitting import COMBINED, PARTS, fitted_definitions
 from service.good_rows import Rows
 from service.images import unit_levels
 from service.model import Model
+from service.pictures import encode_heat_maps, encode_overlays
 from service.recalibrate import Plan, recalibrate
 from service.runtime import Runtime
+from service.schemas import Scored
+from service.scoring import UsedMap, used_map
 from service.tiled import TiledModel, fit_tails
+from service.tiles import Stitcher
 from service.verify import replay, verify_bundle
 from tests.ppca_bundle import SHAPE, GraphBuilder, images, write_ppca_bundle
 from tests.service import linear_bundles as linear
@@ -134,10 +143,60 @@ def test_log_odds_that_are_no_numbers_are_the_graph_s_fault(tmp_path, numerator,
 
 def test_a_model_without_the_graph_refuses_the_score(model):
     definition = ScoreDefinition(estimator="corruption", k=1, seed=0)
-    for score in (lambda: model.corruption(X), lambda: model.score(X, definition)):
+    for score in (lambda: model.corruption(X), lambda: model.score(X, definition), lambda: mapped(model)):
         with pytest.raises(UnsupportedVerb, match="the bundle has no corruption graph"):
             score()
     assert "corruption" not in fitted_definitions(model.manifest)
+
+
+# The map.
+
+
+def mapped(model, x=X, **more):
+    return model.score(x, maps=True, map_kind="corruption", **more)
+
+
+def test_the_map_is_the_log_odds_whatever_is_scored_and_its_highest_place_the_score(fitted):
+    found = mapped(fitted, painted(X), also={"corruption": fitted.manifest.scores["corruption"]})
+    assert (found.map.dtype, found.map.shape) == (np.float32, (7, 8, 8))
+    np.testing.assert_allclose(found.map, log_odds(painted(X)), atol=1e-4)
+    assert found.also["corruption"].tolist() == expected(found.map).tolist()
+    other = mapped(fitted, painted(X), definition=fitted.manifest.scores["elbo"])
+    assert np.array_equal(other.map, found.map)
+    assert np.array_equal(other.score, fitted.score(painted(X), fitted.manifest.scores["elbo"]).score)
+
+
+def test_rows_are_mapped_as_they_are_alone_bitwise(tmp_path):
+    model = load(write_corruption(tmp_path, shape=(3, 19, 11), latent_dim=2))
+    x = images(35, (3, 19, 11), seed=1)
+    alone = np.concatenate([mapped(model, x[i : i + 1]).map for i in range(35)])
+    for size in (2, 9, 35):
+        assert np.array_equal(mapped(model, x[:size]).map, alone[:size])
+
+
+def test_score_and_map_are_of_one_run_of_the_graph(fitted, monkeypatch):
+    found = runs(fitted, monkeypatch)
+    mapped(fitted, also=fitted.manifest.scores)
+    assert found == [len(X)]
+    mapped(fitted, definition=fitted.manifest.scores["elbo"])
+    assert found == [len(X)] * 2
+
+
+def test_the_default_map_stays_what_it_is_without_the_graph(fitted, plain):
+    assert (fitted.default_map, plain.default_map) == ("anomaly", "distortion")
+    assert not np.array_equal(fitted.score(X, maps=True).map, mapped(fitted).map)
+
+
+def test_it_needs_no_log_p_x_by_place(tmp_path):
+    """As an image flow, whose log p(x) does not come apart."""
+
+    def whole(manifest, _files):
+        manifest["likelihood"]["pixelwise"] = False
+
+    model = load(write_corruption(tmp_path, whole))
+    np.testing.assert_allclose(mapped(model).map, log_odds(X), atol=1e-4)
+    with pytest.raises(UnsupportedVerb, match="come apart"):
+        model.score(X, maps=True, map_kind="distortion")
 
 
 # With fitted scores.
@@ -182,6 +241,12 @@ def test_a_bundle_of_format_3_is_written_anew_in_today_s(tmp_path, ppca_path):
 # Tiles.
 
 
+def stitched(plan, maps):
+    stitcher = Stitcher(plan)
+    stitcher.add(maps)
+    return stitcher.whole()
+
+
 def test_tiles_are_scored_by_it_under_both_aggregates(tmp_path):
     for aggregate in ("top", "maximum"):
 
@@ -197,8 +262,12 @@ def test_tiles_are_scored_by_it_under_both_aggregates(tmp_path):
         found = TiledModel(model, tails).score([surface(64, 48, 7), flawed], definition)
         assert found.score[1] > found.score[0]
         plan = TiledModel(model, tails).plan(flawed)
-        tiles = model.corruption(unit_levels(plan.cut(flawed, 0, len(plan))))
+        cut = unit_levels(plan.cut(flawed, 0, len(plan)))
+        tiles = model.corruption(cut)
         assert found.tiles[1].worst_score == tiles.max()
+        shown = mapped(TiledModel(model, tails), [flawed], definition=definition).map[0]
+        assert np.array_equal(shown, stitched(plan, model.log_odds(cut)))
+        assert shown.argmax() // 48 in range(18, 32)
         if aggregate == "top":
             assert found.score[1] == np.sort(tiles)[::-1][: round(0.05 * len(tiles))].mean()
 
@@ -302,8 +371,8 @@ def client(root):
         yield client
 
 
-def post(client, model="corrupted", **query):
-    body = {"content": npy(painted(X)), "headers": {"content-type": "application/x-npy"}}
+def post(client, model="corrupted", accept="application/json", **query):
+    body = {"content": npy(painted(X)), "headers": {"content-type": "application/x-npy", "accept": accept}}
     return client.post(f"/v1/models/{model}/score", params=query, **body)
 
 
@@ -320,5 +389,54 @@ def test_it_is_asked_for_by_name_and_beside_another(client, fitted):
 
 
 def test_a_bundle_without_the_graph_answers_409_and_says_why(client):
-    for query in ({"score": "corruption"}, {"also": "corruption"}):
+    for query in ({"score": "corruption"}, {"also": "corruption"}, {"map": True, "map_kind": "corruption"}):
         assert "has no corruption graph" in assert_problem(post(client, "ppca", **query), 409)["detail"]
+    refused = client.get("/v1/models/ppca").json()["refused"]
+    assert refused["score.map.corruption"] == refused["score.corruption"]
+    assert (
+        not {"score.corruption", "score.map.corruption"} & client.get("/v1/models/corrupted").json()["refused"].keys()
+    )
+
+
+SHOWN = {"map": True, "map_kind": "corruption"}
+
+
+def test_the_map_is_answered_as_json_and_as_npy(client, fitted):
+    wanted, answer = mapped(fitted, painted(X)).map, post(client, **SHOWN).json()
+    Scored.model_validate(answer)
+    assert answer["map"] == {"kind": "corruption", "unit": "nats", "low": -5.0, "high": 5.0}
+    assert np.array_equal(np.float32([row["map"] for row in answer["results"]]), wanted)
+    found = np.load(io.BytesIO(post(client, accept="application/x-npy", **SHOWN).content))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, wanted)
+
+
+def test_its_colours_are_fixed_at_odds(client, fitted):
+    heat, overlay = (post(client, accept="image/png", map_picture=each, **SHOWN) for each in ("heat-map", "overlay"))
+    told = {"minimum": "-5.0", "maximum": "5.0", "kind": "corruption", "unit": "nats", "scale": "fixed"}
+    assert Image.open(io.BytesIO(heat.content)).text == told
+    maps, further = mapped(fitted, painted(X)).map, {name: told[name] for name in ("kind", "unit", "scale")}
+    assert heat.content == encode_heat_maps(maps, (-5.0, 5.0), further)
+    assert overlay.content == encode_overlays(painted(X), maps, (-5.0, 5.0), further)
+
+
+def test_an_offline_picture_is_the_service_s(client, root, tmp_path):
+    Image.fromarray(np.rint(painted(X)[0, 0] * 255).astype(np.uint8)).save(tmp_path / "0.png")
+    options = ("--model", "corrupted", "--repository", root, "--maps", tmp_path / "maps", "--map-kind", "corruption")
+    done = CliRunner().invoke(app, ["score", *map(str, (tmp_path / "0.png", *options))])
+    assert done.exit_code == 0, done.output
+    headers = {"content-type": "image/png", "accept": "image/png"}
+    content = (tmp_path / "0.png").read_bytes()
+    answer = client.post("/v1/models/corrupted/score", content=content, headers=headers, params=SHOWN)
+    assert (tmp_path / "maps/0.png").read_bytes() == answer.content
+
+
+def test_an_uncalibrated_bundle_has_the_same_colours(plain):
+    assert used_map(plain, "corruption") == UsedMap("corruption", "nats", (-5, 5), "fixed")
+    assert used_map(plain, None).origin == "of these maps"
+
+
+def test_the_map_s_pass_counts_as_work(root):
+    with serving(root, default_model="corrupted", max_evaluated_pixels=7 * 64 * 3) as client:
+        assert post(client, score="elbo", k=2, **SHOWN).status_code == 200
+        assert "max_evaluated_pixels" in assert_problem(post(client, score="elbo", k=3, **SHOWN), 422)["detail"]
