@@ -253,12 +253,15 @@ def build_corruption(dataset: Dataset, options: CorruptionConfig) -> CorruptionN
 
 
 def fitted_corruption(folder: Path, config: Config, dataset: Dataset) -> CorruptionNetwork:
-    """The averaged weights, in eval mode on the CPU. Raises CheckpointError if they are not there."""
+    """The averaged weights in half precision, in eval mode on the CPU: the half is what a bundle has room for.
+
+    Raises CheckpointError if they are not there.
+    """
     content = load_corruption(folder, config, dataset)
     if content is None or not content["finished"]:
         raise CheckpointError(f"{folder} holds no finished {FILE}: go on with `vaetrain fit`")
     network = build_corruption(dataset, asked_for(config))
-    network.load_state_dict(content["weights"])
+    network.load_state_dict({name: value.half().float() for name, value in content["weights"].items()})
     return network.eval()
 
 

@@ -22,7 +22,7 @@ from service.errors import BundleGraphError
 from service.graphs import check_operators
 from training.errors import ExportError
 from training.models.base import LatentVariableModel
-from training.rewrites import without_logs_of_exponentials
+from training.rewrites import with_weights_in_half, without_logs_of_exponentials
 
 OPSET: Final = 18
 """The opset that torch's exporter writes natively: every later one is a conversion, which can only add faults."""
@@ -190,6 +190,7 @@ def _exported(module: nn.Module, positional: int, manifest: Manifest, role: Grap
     proto = program.model_proto
     strip(proto)
     without_logs_of_exponentials(proto.graph)
+    with_weights_in_half(proto.graph)
     return _checked(proto, role)
 
 

@@ -1,8 +1,12 @@
-"""Rewriting exported graphs where the exporter leaves a detour that costs the service."""
+"""Rewriting exported graphs where the exporter leaves a detour that costs the service, or room."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+LEAST_WEIGHTS = 256  # of a tensor that is worth a Cast
 
 
 def without_logs_of_exponentials(graph: onnx.GraphProto) -> None:
@@ -38,3 +42,25 @@ def _drop_unused(graph: onnx.GraphProto, names: list[str]) -> None:
     read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     for node in [node for node in graph.node if set(node.output) <= set(names) - read]:
         graph.node.remove(node)
+
+
+def with_weights_in_half(graph: onnx.GraphProto) -> None:
+    """Store float32 weights that float16 holds exactly as such, in place, with a Cast before them.
+
+    It halves the file and changes no number: ONNX Runtime undoes it once, as it loads the graph.
+    """
+    casts = []
+    for weight in graph.initializer:
+        if weight.data_type != TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(weight)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if values.size < LEAST_WEIGHTS or not np.array_equal(half, values):
+            continue
+        name = weight.name
+        weight.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
+        casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*casts, *nodes])

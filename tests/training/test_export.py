@@ -21,7 +21,7 @@ from training.errors import DataError, ExportError
 from training.evaluate import batch_bounds
 from training.export import OPSET, export_graph, export_graphs, likelihood, roles, signature
 from training.parity import EDGE, reference_arrays, tolerances
-from training.rewrites import without_logs_of_exponentials
+from training.rewrites import with_weights_in_half, without_logs_of_exponentials
 from training.runs import Run
 from training.staging import contents, export, open_staged, replace_bundle
 
@@ -163,6 +163,30 @@ def test_only_logs_of_exponentials_are_folded_and_what_else_reads_them_stays():
     assert [node.op_type for node in model.graph.node] == ["Exp", "Log", "Log", "Sum"]
     for old, new in zip(before, runtime.session(model.SerializeToString()).run(None, feeds), strict=True):
         np.testing.assert_allclose(old, new, rtol=1e-6)
+
+
+def test_weights_that_half_precision_holds_are_stored_in_it_and_give_the_same_numbers():
+    random = np.random.RandomState(0)
+    halves, others = (random.standard_normal((32, 32)).astype(np.float32) for _ in range(2))
+    halves = halves.astype(np.float16).astype(np.float32)
+    large = np.full((32, 32), 1e6, np.float32)  # beyond float16
+    nodes = [
+        onnx.helper.make_node("MatMul", [a, b], [c]) for a, b, c in zip("xyz", ("h", "o", "l"), "yzw", strict=True)
+    ]
+    tensors = [[onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 32])] for name in "xw"]
+    weights = [onnx.numpy_helper.from_array(w, n) for w, n in ((halves, "h"), (others, "o"), (large, "l"))]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", *tensors, weights),
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=10,
+    )
+    feeds, runtime = {"x": random.standard_normal((3, 32)).astype(np.float32)}, Runtime("cpu", 1)
+    before, size = runtime.session(model.SerializeToString()).run(None, feeds), model.ByteSize()
+    with_weights_in_half(model.graph)
+    onnx.checker.check_model(model, full_check=True)
+    assert [weight.data_type == onnx.TensorProto.FLOAT16 for weight in model.graph.initializer] == [True, False, False]
+    assert size - model.ByteSize() > 1900
+    assert np.array_equal(before, runtime.session(model.SerializeToString()).run(None, feeds))
 
 
 def test_float_images_are_exported_and_scored_as_they_are(tmp_path):
