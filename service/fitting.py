@@ -40,7 +40,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "residual": "log of the mean squared residual, in inliers' deviations at each place",
     "peak": "mean of the highest places of the anomaly map, deviations of inliers' places",
     "statistics": "log of Mahalanobis' mean square of likelihood, residual, steepness and code length",
-    "corruption": "mean of the highest log odds, by place, that noise was painted there, nats",
+    "corruption": "highest log odds of any place that noise was painted there, nats",
     COMBINED: "sum of −log tail probabilities among inliers of the scores it combines, nats",
 }
 
