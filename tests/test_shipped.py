@@ -14,7 +14,7 @@ from service.verify import verify_bundle
 from training.data import DataConfig, load_dataset
 
 EXPORTED = Path(__file__).parents[1] / "exported"
-SHIPPED = {"mnist/6": "bernoulli", "fashion-mnist/6": "discretised_logistic", "ppca/3": "gaussian"}
+SHIPPED = {"mnist/5": "bernoulli", "fashion-mnist/6": "discretised_logistic", "ppca/3": "gaussian"}
 FLOOR = -82.43
 """Nats: the published VampPrior with one stochastic layer on dynamic MNIST (Norouzi et al. 2020, table 1)."""
 
@@ -64,7 +64,7 @@ def test_realised_false_positive_rates_are_what_was_asked(path):
 
 
 def test_mnist_reaches_the_published_floor():
-    metrics = open_bundle(EXPORTED / "mnist" / "6").manifest.provenance.metrics["test"]
+    metrics = open_bundle(EXPORTED / "mnist" / "5").manifest.provenance.metrics["test"]
     assert metrics["k"] == 5000
     assert metrics["log_likelihood"] >= FLOOR
 
