@@ -108,6 +108,16 @@ def test_the_network_answers_every_size_and_rows_apart(shape):
         torch.testing.assert_close(together[1:2], network(x[1:2]), rtol=1e-5, atol=1e-5)
 
 
+def test_odd_images_are_continued_at_their_ends_and_places_stay_where_they_are():
+    torch.manual_seed(0)
+    odd, whole = (CorruptionNetwork(shape, 8).eval() for shape in ((1, 9, 11), (1, 16, 16)))
+    whole.load_state_dict(odd.state_dict())
+    x = images(2, (1, 9, 11))
+    continued = torch.nn.functional.pad(x, (0, 5, 0, 7), mode="replicate")
+    with torch.no_grad():
+        torch.testing.assert_close(odd(x), whole(continued)[:, :9, :11])
+
+
 def test_the_cross_entropy_is_least_at_the_log_odds():
     """Of places of which a tenth are painted: log odds log(1/9), entropy of that share."""
     mask = torch.zeros(1, 10, 10)
