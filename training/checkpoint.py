@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from training.config import Config
 from training.errors import CheckpointError
@@ -31,13 +33,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 def save_checkpoint(folder: Path, config: Config, content: dict[str, Any]) -> None:
     """Write ``content`` (tensors and plain values) so that a crash leaves the old checkpoint or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (FILE + ".part")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "identity": identity(config), **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / FILE)
+    write_content(folder / FILE, {"format": FORMAT, "identity": identity(config), **content})
 
 
 def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any] | None:
@@ -48,10 +44,7 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any
     path = folder / FILE
     if not path.is_file():
         return None
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file: all mean the same here
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    content = read_content(path)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {content.get('format')!r}: expected {FORMAT}")
     if config is not None:
@@ -62,6 +55,34 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any
                 "use --restart to discard it, or another --run-dir"
             )
     return content
+
+
+def write_content(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values so that a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What ``write_content`` wrote, on the CPU. Raises CheckpointError for a file that cannot be read."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file: all mean the same here
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return content
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """SHA-256, hex, of weights by name, on the CPU."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _completed(stored: dict[str, Any], wanted: Config) -> dict[str, Any]:

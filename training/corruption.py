@@ -14,9 +14,7 @@ compares each place with what surrounds it.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from training.batches import derived_seed, epoch_batches, pixel_batches, steps_per_epoch, to_unit
+from training.checkpoint import digest_of, read_content, write_content
 from training.config import Config, CorruptionConfig
 from training.data.dataset import Dataset
 from training.errors import CheckpointError, ConfigError
@@ -152,9 +151,7 @@ class CorruptionTrainer:
             "cross_entropy": self.cross_entropy,
             "commit": self.commit,
         }
-        temporary = self.folder / (FILE + ".part")
-        torch.save(content, temporary)
-        os.replace(temporary, self.folder / FILE)
+        write_content(self.folder / FILE, content)
 
     def run(self, interrupt: Interrupt, progress: Progress) -> None:
         """The steps that are left, of which ``progress`` is told, then the cross-entropy on the validation split."""
@@ -257,9 +254,7 @@ def fitted_corruption(folder: Path, config: Config, dataset: Dataset) -> Corrupt
 
     Raises CheckpointError if they are not there.
     """
-    content = load_corruption(folder, config, dataset)
-    if content is None or not content["finished"]:
-        raise CheckpointError(f"{folder} holds no finished {FILE}: go on with `vaetrain fit`")
+    content = _finished(folder, config, dataset)
     network = build_corruption(dataset, asked_for(config))
     network.load_state_dict({name: value.half().float() for name, value in content["weights"].items()})
     return network.eval()
@@ -270,14 +265,19 @@ def load_corruption(folder: Path, config: Config, dataset: Dataset) -> dict[str,
     path = folder / FILE
     if not path.is_file():
         return None
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file: all mean the same here
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    content = read_content(path)
     if content.get("identity") != identity(config, dataset):
         raise CheckpointError(
             f"{path} was made with another section corruption, seed or data: remove it, or use another --run-dir"
         )
+    return content
+
+
+def _finished(folder: Path, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """As ``load_corruption``, of a training that has come to its end. Raises CheckpointError where there is none."""
+    content = load_corruption(folder, config, dataset)
+    if content is None or not content["finished"]:
+        raise CheckpointError(f"{folder} holds no finished {FILE}: go on with `vaetrain fit`")
     return content
 
 
@@ -288,17 +288,12 @@ def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 def describe_corruption(folder: Path, config: Config, dataset: Dataset) -> dict[str, Any]:
     """Facts of the finished training, for the manifest's provenance. Raises CheckpointError."""
-    content = load_corruption(folder, config, dataset)
-    if content is None or not content["finished"]:
-        raise CheckpointError(f"{folder} holds no finished {FILE}: go on with `vaetrain fit`")
-    digest = hashlib.sha256()
-    for name, value in sorted(content["weights"].items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    content = _finished(folder, config, dataset)
     return {
         "epochs": asked_for(config).epochs,
         "steps": content["step"],
         "seconds": round(content["seconds"], 1),
         "cross_entropy": content["cross_entropy"],
         "commit": content["commit"],
-        "weights_sha256": digest.hexdigest(),
+        "weights_sha256": digest_of(content["weights"]),
     }

@@ -13,7 +13,6 @@ runs/NAME/config.json      the whole configuration
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from service.bundle import Backbone, InputRule
 from training.backbone import Imported
 from training.checkpoint import FILE as CHECKPOINT
-from training.checkpoint import load_checkpoint
+from training.checkpoint import digest_of, load_checkpoint
 from training.config import Config
 from training.corruption import FILE as CORRUPTION
 from training.corruption import CorruptionNetwork, describe_corruption, fitted_corruption
@@ -171,10 +170,7 @@ class Run:
     @cached_property
     def weights_digest(self) -> str:
         """SHA-256, hex, of the weights: ties metrics and bundle to what they were computed from."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.checkpoint["best"].items()):
-            digest.update(name.encode() + value.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of(self.checkpoint["best"])
 
     @property
     def has_record(self) -> bool:
