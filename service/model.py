@@ -1,10 +1,11 @@
 """Model: one bundle, loaded, answering on arrays. Every number that leaves vaeserve is computed here.
 
-Rows (images, vectors, signals) are float32 [N,C,H,W] here, whatever shape the outside sees. They are independent,
-bitwise: N of them (or of latents) together give what N single calls give, since every row sees the same noise, graphs
-run through service.rows, and reductions run a row at a time. A score's work is cut into parts that depend on the model
-and on k, never on N: beside x, the answer and the parts of log w, [N,k] each, it holds up to some 8 arrays of
-MAX_ELEMENTS float32 numbers (64 MB), or of one sample of one row where that is more.
+Rows (images, vectors, signals) are float32 [N,C,H,W] here, whatever shape the outside sees; of images also their 8-bit
+levels, uint8, which stand for the pixels level/255. They are independent, bitwise: N of them (or of latents) together
+give what N single calls give, since every row sees the same noise, graphs run through service.rows, and reductions run
+a row at a time. A score's work is cut into parts that depend on the model and on k, never on N: beside x, the answer
+and the parts of log w, [N,k] each, it holds up to some 8 arrays of MAX_ELEMENTS float32 numbers (64 MB), or of one
+sample of one row where that is more.
 
 >>> model = Model.load(open_bundle("exported/digits/1"), Runtime("cpu"))  # doctest: +SKIP
 >>> model.score(images).score  # doctest: +SKIP
@@ -32,6 +33,7 @@ from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
 from service.features import FeatureExtractor
 from service.graphs import check_operators, check_signature
+from service.images import unit_levels
 from service.maps import AnomalyMap, MapKind, Sight, load_map
 from service.measured import Measured
 from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
@@ -216,11 +218,13 @@ class Model:
         _check_count("samples", samples, 0)
         if samples:
             self.require("encode.samples")
-        # Without the target, which is as large as x.
-        wanted = ("loc", "scale", "z") if samples else ("loc", "scale")
-        chunks = list(self._encode(x, max(samples, 1), _checked_seed(seed), wanted))
-        draws = [chunk["z"] for chunk in chunks] if samples else [np.empty((len(x), 0, self._latent_dim), np.float32)]
-        return Encoding(chunks[0]["loc"], chunks[0]["scale"], np.concatenate(draws, axis=1))
+        seed = _checked_seed(seed)
+        if not samples:  # the target, which is as large as x, does not leave the graph
+            encoded = next(self._encode(x, 1, seed, ("loc", "scale")))
+            return Encoding(encoded["loc"], encoded["scale"], np.empty((len(x), 0, self._latent_dim), np.float32))
+        chunks = list(self._encode(x, samples, seed, ("loc", "scale", "z")))
+        draws = np.concatenate([chunk["z"] for chunk in chunks], axis=1)
+        return Encoding(chunks[0]["loc"], chunks[0]["scale"], draws)
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """E[x|z], float32 [M,C,H,W], of latents z, float32 [M,L]. Raises InvalidInput, UnsupportedVerb."""
@@ -553,12 +557,15 @@ class Model:
         return ((a + t * (b - a)) * (1 + 0.01 * random.standard_normal(a.shape))).astype(np.float32)
 
     def _checked(self, x: np.ndarray) -> np.ndarray:
-        """x as float32 [N,C,H,W], after its type, shape and range were checked."""
-        x = _floats("x", x)
+        """x as float32 [N,C,H,W], after its type, shape and range were checked; of 8-bit levels their pixels."""
+        is_image = self._backbone is not None or self.manifest.modelled.kind == "image"
+        are_levels = is_image and isinstance(x, np.ndarray) and x.dtype == np.uint8
+        x = x if are_levels else _floats("x", x)
         shape = self._shape if self._backbone is None else self._backbone.image
         if x.ndim != 4 or x.shape[1:] != shape or len(x) == 0:
             raise InvalidInput(f"x has shape {x.shape}, expected (N, {', '.join(map(str, shape))}) with N ≥ 1")
-        is_image = self._backbone is not None or self.manifest.modelled.kind == "image"
+        if are_levels:
+            return unit_levels(x)
         low, high = x.min(), x.max()  # NaN, if there is one
         if not (low >= 0.0 and high <= 1.0 if is_image else np.isfinite(low) and np.isfinite(high)):
             raise InvalidInput(_first_fault(x, is_image))

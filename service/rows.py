@@ -13,7 +13,6 @@ slower and still right.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,8 @@ from concurrent.futures import Executor
 
 import numpy as np
 import onnxruntime as ort
+
+from service.aligned import aligned_empty, is_aligned
 
 TWO_PATHS = frozenset(
     {"Acos", "Asin", "Atan", "Celu", "Cos", "Elu", "Log", "Mish", "ReduceLogSum", "ReduceLogSumExp", "Selu", "Sin"}
@@ -189,12 +190,11 @@ def _next_size(sizes: tuple[int, ...], rows: int) -> int:
 
 
 def _padded(value: np.ndarray, size: int) -> np.ndarray:
-    """A copy at an address divisible by 64, where vectorised kernels always start alike, padded with its last row."""
-    length = size * math.prod(value.shape[1:]) * value.itemsize
-    raw = np.empty(length + 64, np.uint8)
-    start = -raw.__array_interface__["data"][0] % 64
-    result: np.ndarray = raw[start : start + length].view(value.dtype).reshape(size, *value.shape[1:])
+    """``value`` in an aligned array, padded with its last row; itself where nothing is to be done."""
     count = len(value)
+    if count == size and is_aligned(value):
+        return value
+    result = aligned_empty((size, *value.shape[1:]), value.dtype)
     result[:count] = value
     if count < size:
         result[count:] = value[-1]

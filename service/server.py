@@ -95,7 +95,7 @@ def build_server(
         app,
         host=settings.host,
         port=settings.port,
-        http=guarded_protocol(settings),
+        http=guarded_protocol(settings, app.state.direct),
         ws="none",
         lifespan="on",
         log_config=None,  # service.logs has configured the root logger
