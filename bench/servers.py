@@ -153,7 +153,7 @@ def hello_server(workers: int = 1) -> Server:
     return Server(uvicorn_command("bench.hello:app", workers, ready_path="/"))
 
 
-def vae_server(repository: Path, workers: int = 1) -> Server:
+def vae_server(repository: Path, workers: int = 1, device: str = "cpu") -> Server:
     """``vaeserve serve`` of that folder by so many processes; every protection as it is by default."""
     command = ["-m", "service", "serve", "--repository", str(repository.resolve()), "--workers", str(workers)]
-    return Server(Command((*command, "--port", "{port}"), "/readyz"))
+    return Server(Command((*command, "--device", device, "--port", "{port}"), "/readyz"))

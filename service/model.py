@@ -36,7 +36,7 @@ from service.graphs import check_operators, check_signature
 from service.images import unit_levels
 from service.maps import AnomalyMap, MapKind, Sight, load_map
 from service.measured import Measured
-from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
+from service.rows import TWO_PATHS, Arrays, RowRunner, random_rows, sizes_in
 from service.runtime import Runtime
 from service.verbs import refusals
 
@@ -44,7 +44,6 @@ SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of a row that go through the gra
 MAX_ELEMENTS = 2**21  # of one decoder output: rows × samples × C·H·W that go through the graphs at once
 MAX_TEMPERATURE = 1000
 NO_MAP = "nothing was fitted for it: `vaeserve calibrate` or `vaetrain calibrate` write a bundle that has it"
-ROWS = 32  # rows that go through the graphs at once, at most
 
 
 class Encoding(NamedTuple):
@@ -111,6 +110,7 @@ class Model:
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
         self._parameters = self.manifest.likelihood.parameters
         self._sessions, self._serial = sessions, serial
+        self._rows = max(sizes_in(runtime.memory))  # that go through the graphs of a score at once, at most
         self._encoders: dict[int, RowRunner] = {}
         self._lock = threading.Lock()
         self._decoder = self._runner("decoder", random_rows({"z": (self._latent_dim,)}))
@@ -131,7 +131,7 @@ class Model:
         if self.manifest.backbone is not None:
             pool = runtime.pool if "backbone" in serial else None
             self._backbone = FeatureExtractor(
-                sessions["backbone"], self.manifest.backbone, self.manifest.preprocessing.shape, pool
+                sessions["backbone"], self.manifest.backbone, self.manifest.preprocessing.shape, pool, runtime.memory
             )
         self._dimensions = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._dimensions <= MAX_ELEMENTS]
@@ -322,7 +322,7 @@ class Model:
         if latents:
             self.require("score.top_latents")
         x = self.features(x)
-        rows = min(ROWS, max(1, MAX_ELEMENTS // (self._chunk(max(each.k for each in wanted)) * self._dimensions)))
+        rows = min(self._rows, max(1, MAX_ELEMENTS // (self._chunk(max(each.k for each in wanted)) * self._dimensions)))
         shown = kind if maps else None
         parts = [self._score(x[i : i + rows], main, wanted, shown, latents) for i in range(0, len(x), rows)]
         together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-4]}
@@ -508,11 +508,13 @@ class Model:
         """How many of so many samples a row go through the graphs next, some of them padding."""
         return next((size for size in self._chunks if size >= samples), self._chunks[-1])
 
-    def _runner(self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] = SIZES) -> RowRunner:
+    def _runner(
+        self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] | None = None
+    ) -> RowRunner:
         """The graph's runner. A session of one thread leaves it to Python threads to run several batches at once."""
         serial = role in self._serial
         pool = self.runtime.pool if serial and self.runtime.threads > 1 else None
-        return RowRunner(self._sessions[role], trial_rows, sizes, serial, pool)
+        return RowRunner(self._sessions[role], trial_rows, sizes, serial, pool, self.runtime.memory)
 
     def _encoder(self, chunk: int) -> RowRunner:
         """The runner for so many samples a row: few sizes, since each is tried for row independence."""
