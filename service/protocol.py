@@ -21,6 +21,7 @@ from service.problems import MEDIA_TYPE, problem
 from service.settings import Settings
 
 LINGER_SECONDS = 0.5
+HELD_SECONDS = 0.05  # between a request's headers and the end of its body, if it is not to go by ASGI
 GATHERED_BYTES = 2**16  # that wait for the end of an iteration at most: what is streamed must feel its reader
 
 
@@ -72,8 +73,8 @@ class GatheringTransport:
 class GuardedProtocol(HttpToolsProtocol):
     """Answers 431 to more or longer headers than allowed and 408 to headers that do not arrive in time.
 
-    A request that service.direct takes never reaches ASGI: its headers are held back until its body has been read,
-    which is at once or not at all.
+    A request that service.direct takes never reaches ASGI: its headers are held back until its body has been read. One
+    whose body is long in coming goes on to ASGI, where the time and the memory that it takes are counted.
     """
 
     max_headers = 100
@@ -111,8 +112,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         super().data_received(data)
-        if self._held is not None:
-            self._let_go()  # more of the body is to come
+        if self._held is not None and self._timer is None:  # many clients send the body apart
+            self._timer = self.loop.call_later(HELD_SECONDS, self._let_go)
         if self._in_headers and self.parser is not None:
             self._partial += len(data)  # a header line without an end is reported by no callback
             self._check(self._partial)
@@ -159,6 +160,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self._held is not None and self._taken(*self._held):
             self._held, self._parts = None, []
+            self._disarm()
             return
         self._let_go()
         super().on_message_complete()
@@ -174,10 +176,16 @@ class GuardedProtocol(HttpToolsProtocol):
         """Hand the request on whose headers were held back, as far as it has come."""
         if self._held is None:
             return
+        self._disarm()
         self._held, parts, self._parts = None, self._parts, []
         self._by_asgi()
         for part in parts:
             super().on_body(part)
+
+    def shutdown(self) -> None:
+        """Close the connection as soon as what has begun on it is answered."""
+        self._let_go()
+        super().shutdown()
 
     def answer(self, data: bytes, keep_alive: bool) -> None:
         """Write a whole answer, and close the connection after it or go on to the next request."""
