@@ -1,0 +1,152 @@
+"""The supervisor's way to a new worker: it asks the nursery (service/nursery.py), and has another where that is gone.
+
+The first nursery is a fork of the supervisor's process before that has a second thread or an event loop, and so has
+what the command line has imported. Later ones are fresh interpreters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from typing import NamedTuple
+
+import orjson
+
+from service.adoption import Child
+from service.channel import MOST_BYTES, Message, connected_pair, encode
+from service.errors import WorkerFailed
+from service.interpreters import fresh_interpreter
+from service.logs import get_logger
+
+
+class Started(NamedTuple):
+    """A nursery's process and this end of the line to it."""
+
+    pid: int
+    line: socket.socket
+
+
+def fork_nursery() -> Started | None:
+    """The first nursery. It returns from here too, and so does each worker, with None, when it is to end."""
+    from service import nursery
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if nursery.threads_of_process() > 1:
+        return spawn_nursery()
+    ours, theirs = connected_pair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        nursery.main(theirs.detach())
+        return None
+    theirs.close()
+    return Started(pid, ours)
+
+
+def spawn_nursery() -> Started:
+    """Another one. Raises OSError: no process is to be had."""
+    ours, theirs = connected_pair()
+    with theirs:
+        theirs.set_inheritable(True)
+        command = fresh_interpreter("service.nursery", theirs.fileno())
+        return Started(os.posix_spawn(command[0], command, os.environ), ours)
+
+
+class Forker:
+    """Gets workers from a nursery: the one that is there, or another. Made and used where an event loop runs.
+
+    Arguments: ``first`` nursery; ``orders`` of every nursery; ``patience`` in seconds, in which one that has loaded all
+    must fork a worker, None: for ever. ``bundles``: their digests by NAME/VERSION as the first nursery found them,
+    None until then.
+    """
+
+    def __init__(self, first: Started | None, orders: Message, patience: float | None) -> None:
+        self.bundles: dict[str, str] | None = None
+        self._orders, self._patience = orders, patience
+        self._turn = asyncio.Lock()
+        self._nursery = None if first is None else self._know(first)
+
+    async def fork(self, end: socket.socket) -> Child:
+        """A new worker that has a copy of ``end``.
+
+        Raises:
+            OSError: no process is to be had, or the nursery is gone.
+            WorkerFailed: the bundles cannot be loaded; the text says why.
+        """
+        async with self._turn:
+            if self._nursery is None:
+                self._nursery = self._know(spawn_nursery())
+            nursery = self._nursery
+            try:
+                await self._prepare(nursery)
+                return Child(await asyncio.wait_for(nursery.fork(end), self._patience))
+            except TimeoutError:
+                self.close()
+                raise OSError("the nursery does not answer") from None
+            except (ConnectionError, WorkerFailed):
+                self.close()
+                raise
+
+    async def _prepare(self, nursery: _Nursery) -> None:
+        """Wait until it has loaded everything."""
+        if nursery.prepared:
+            return
+        await nursery.tell({**self._orders, "bundles": self.bundles})
+        answer = await nursery.answer()
+        if answer["kind"] == "failed":
+            raise WorkerFailed(answer["text"])
+        self.bundles, nursery.prepared = answer["bundles"], True
+
+    def _know(self, started: Started) -> _Nursery:
+        nursery = _Nursery(started)
+        nursery.watcher = asyncio.create_task(self._watch(nursery))
+        return nursery
+
+    async def _watch(self, nursery: _Nursery) -> None:
+        """Workers live on without it; the next one needs another."""
+        code = await nursery.child.wait()
+        if nursery is self._nursery and not self._turn.locked():  # else whoever waits for it is told
+            get_logger().error("nursery ended", pid=nursery.child.pid, exit_code=code)
+            self.close()
+
+    def close(self) -> None:
+        """End the nursery, if there is one."""
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
+
+
+class _Nursery:
+    """This side of one nursery."""
+
+    def __init__(self, started: Started) -> None:
+        self.child, self.prepared = Child(started.pid), False
+        self.watcher: asyncio.Task[None] | None = None
+        self._line = started.line
+
+    async def tell(self, message: Message) -> None:
+        await asyncio.get_running_loop().sock_sendall(self._line, encode(message))
+
+    async def answer(self) -> Message:
+        """What it says next. Raises ConnectionError: it has ended."""
+        data = await asyncio.get_running_loop().sock_recv(self._line, MOST_BYTES)
+        if not data:
+            raise ConnectionError("the nursery has ended")
+        answer: Message = orjson.loads(data)
+        return answer
+
+    async def fork(self, end: socket.socket) -> int:
+        """The pid of a new worker. Raises OSError: no process is to be had; ConnectionError: see ``answer``."""
+        socket.send_fds(self._line, [encode({"kind": "fork"})], [end.fileno()])
+        answer = await self.answer()
+        if answer["kind"] == "failed":
+            raise OSError(answer["text"])
+        pid: int = answer["pid"]
+        return pid
+
+    def close(self) -> None:
+        self._line.close()
+        self.child.kill()
