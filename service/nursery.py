@@ -106,6 +106,9 @@ class Nursery:
         digests = bundle_digests(settings.repository) if bundles is None else bundles
         with ThreadPoolExecutor(1) as beside:
             loading = beside.submit(self._load, settings, digests)
+            import uvicorn.lifespan.on
+            import uvicorn.loops.auto  # noqa: F401 - uvloop's, where that is there
+
             import service.worker  # noqa: F401 - and with it the whole app
 
             loading.result()

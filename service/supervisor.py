@@ -50,7 +50,7 @@ def serve_with_workers(settings: Settings) -> int:
     if sys.platform != "linux":
         raise ConfigurationError("setting workers: only Linux spreads connections over several processes; give 1")
     first = fork_nursery()
-    if first is None:  # a worker of it, which has ended
+    if first is None:  # this is the nursery or a worker, and ends
         return 0
     configure_logs(settings.log_level, settings.log_format)
     try:
@@ -58,6 +58,7 @@ def serve_with_workers(settings: Settings) -> int:
         held = bind_shared(settings.host, settings.port)
         locks = claim(held)
     except OSError as error:
+        first.end()
         get_logger().error(str(error))
         return STARTUP_FAILURE
     with _metrics_folder() as folder:
@@ -102,7 +103,8 @@ class Process:
 class Supervisor:
     """Keeps settings.workers processes alive on settings.port, whose number must be known.
 
-    ``nursery`` is the first one, if there is one already. ``cut_short`` is the signal that asked for an end at once: before all served, or once more while draining.
+    ``nursery`` is the first one, if there is one already. ``cut_short`` is the signal that asked for an end at once:
+    before all served, or once more while draining.
     """
 
     def __init__(self, settings: Settings, metrics: Path, nursery: Started | None = None) -> None:

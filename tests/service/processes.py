@@ -50,6 +50,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def open_files(pid: int) -> list[str]:
+    """What the descriptors of that process refer to."""
+    return [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+
+
 class Service:
     """The supervisor's process, and the lines that it and the workers have logged."""
 
@@ -89,8 +94,14 @@ class Service:
     @property
     def folder(self) -> Path:
         """Where the metrics of all workers lie."""
-        variables = Path(f"/proc/{self.pids[0]}/environ").read_text().split("\0")
-        return Path(dict(each.partition("=")[::2] for each in variables)["PROMETHEUS_MULTIPROC_DIR"])
+        return next(Path(file).parent for file in open_files(self.pids[0]) if file.endswith(".db"))
+
+    @property
+    def nursery(self) -> int:
+        """The process that forks the workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (pid,) = (int(child) for child in children if Path(f"/proc/{child}/comm").read_text() == "nursery\n")
+        return pid
 
     def client(self) -> httpx.Client:
         """A client with a connection of its own: the kernel chooses which worker gets it."""
