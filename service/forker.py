@@ -73,7 +73,7 @@ class Forker:
     def __init__(self, first: Started | None, orders: Message, patience: float | None) -> None:
         self.bundles: dict[str, str] | None = None
         self._orders, self._patience = orders, patience
-        self._turn = asyncio.Lock()
+        self._turn, self._ended = asyncio.Lock(), False
         self._nursery = None if first is None else self._know(first)
 
     async def fork(self, end: socket.socket) -> Child:
@@ -84,6 +84,8 @@ class Forker:
             WorkerFailed: the bundles cannot be loaded; the text says why.
         """
         async with self._turn:
+            if self._ended:
+                raise OSError("no more workers are forked")
             if self._nursery is None:
                 self._nursery = self._know(spawn_nursery())
             nursery = self._nursery
@@ -91,10 +93,10 @@ class Forker:
                 await self._prepare(nursery)
                 return Child(await asyncio.wait_for(nursery.fork(end), self._patience))
             except TimeoutError:
-                self.close()
+                self._drop()
                 raise OSError("the nursery does not answer") from None
             except (ConnectionError, WorkerFailed):
-                self.close()
+                self._drop()
                 raise
 
     async def _prepare(self, nursery: _Nursery) -> None:
@@ -116,14 +118,27 @@ class Forker:
         """Workers live on without it; the next one needs another."""
         code = await nursery.child.wait()
         if nursery is self._nursery and not self._turn.locked():  # else whoever waits for it is told
-            get_logger().error("nursery ended", pid=nursery.child.pid, exit_code=code)
-            self.close()
+            if not self._ended:
+                get_logger().error("nursery ended", pid=nursery.child.pid, exit_code=code)
+            self._drop()
 
-    def close(self) -> None:
-        """End the nursery, if there is one."""
+    def _drop(self) -> None:
         if self._nursery is not None:
-            self._nursery.close()
+            self._nursery.child.kill()
+            self._nursery.line.close()
             self._nursery = None
+
+    def end(self) -> None:
+        """Fork no more workers; who waits for one is told."""
+        self._ended = True
+        if self._nursery is not None:
+            self._nursery.child.kill()  # and not its line closed: a closed socket wakes nobody
+
+    async def ended(self) -> None:
+        """Wait until no nursery is left."""
+        if self._nursery is not None and self._nursery.watcher is not None:
+            await self._nursery.watcher
+            self._drop()
 
 
 class _Nursery:
@@ -132,14 +147,14 @@ class _Nursery:
     def __init__(self, started: Started) -> None:
         self.child, self.prepared = Child(started.pid), False
         self.watcher: asyncio.Task[None] | None = None
-        self._line = started.line
+        self.line = started.line
 
     async def tell(self, message: Message) -> None:
-        await asyncio.get_running_loop().sock_sendall(self._line, encode(message))
+        await asyncio.get_running_loop().sock_sendall(self.line, encode(message))
 
     async def answer(self) -> Message:
         """What it says next. Raises ConnectionError: it has ended."""
-        data = await asyncio.get_running_loop().sock_recv(self._line, MOST_BYTES)
+        data = await asyncio.get_running_loop().sock_recv(self.line, MOST_BYTES)
         if not data:
             raise ConnectionError("the nursery has ended")
         answer: Message = orjson.loads(data)
@@ -147,13 +162,9 @@ class _Nursery:
 
     async def fork(self, end: socket.socket) -> int:
         """The pid of a new worker. Raises OSError: no process is to be had; ConnectionError: see ``answer``."""
-        socket.send_fds(self._line, [encode({"kind": "fork"})], [end.fileno()])
+        socket.send_fds(self.line, [encode({"kind": "fork"})], [end.fileno()])
         answer = await self.answer()
         if answer["kind"] == "failed":
             raise OSError(answer["text"])
         pid: int = answer["pid"]
         return pid
-
-    def close(self) -> None:
-        self._line.close()
-        self.child.kill()

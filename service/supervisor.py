@@ -313,13 +313,14 @@ class Supervisor:
             self.cut_short = signum
         self._stopping.set()
         if self._forker is not None:
-            self._forker.close()  # no worker is wanted any more, nor one that is being made
+            self._forker.end()
         for process in self._processes.values():
             process.child.send_signal(signum if process.ready else signal.SIGTERM)
 
     async def _kill(self) -> None:
         if self._forker is not None:
-            self._forker.close()
+            self._forker.end()
+            await self._forker.ended()
         for process in self._processes.values():
             process.child.kill()
             await process.child.wait()
