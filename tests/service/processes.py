@@ -149,10 +149,11 @@ def _end(service: Service) -> None:
 
 
 @contextmanager
-def workers(repository: Path, *flags: str) -> Iterator[Service]:
-    """A service that serves with two workers, unless flags say otherwise."""
-    process = subprocess.Popen(
-        command(repository, "--workers", "2", *flags), stderr=subprocess.PIPE, text=True, env=environment()
+def workers(repository: Path, *flags: str, **options: Any) -> Iterator[Service]:
+    """A service that serves with two workers, unless flags say otherwise. ``options`` of Popen."""
+    options = {"env": environment(), **options}
+    process: subprocess.Popen[str] = subprocess.Popen(
+        command(repository, "--workers", "2", *flags), stderr=subprocess.PIPE, text=True, **options
     )
     service = Service(process)
     try:
