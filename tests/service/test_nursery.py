@@ -89,6 +89,7 @@ def test_without_its_nursery_the_service_goes_on_and_the_next_worker_has_a_new_o
         os.kill(first[0], signal.SIGTERM)  # it drains
         assert service.wait_for("worker ended")["exit_code"] in (0, -signal.SIGTERM)  # told though its forker is gone
         assert service.wait_for("worker serves again")["pid"] not in first.values()
+        assert not service.logged("worker not started")  # a new nursery is asked, not the dead one
         assert service.nursery != nursery
         assert service.pids[1] == first[1]
         for i in range(N):
@@ -168,6 +169,7 @@ def test_sigterm_ends_a_service_that_is_still_starting(ppca_root, said, threads)
         assert children
         assert service.end(signal.SIGTERM) == -signal.SIGTERM
         assert not any(alive(pid) for pid in [*children, *service.pids.values()])
+        assert said != "starting" or not service.pids  # the nursery was not waited for
         assert not service.logged("serving")
         assert service.words == []
 
