@@ -16,7 +16,6 @@ import shutil
 import socket
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 FAILED = 1
 QUIET_SECONDS = 1.0  # in which threads that were joined must have left the process
-SWITCH_SECONDS = 0.0005  # between threads while some load and one imports: each run of a graph waits for its turn
 PID_BYTES = 4
 
 
@@ -45,6 +43,9 @@ def main(descriptor: int) -> None:
     """
     _settle(descriptor)
     nursery = Nursery(socket.socket(fileno=descriptor))
+    gc.disable()  # what is made now stays
+    import service.model  # noqa: F401 - while the supervisor takes its port
+
     data = nursery.line.recv(MOST_BYTES)
     if not data:
         return
@@ -98,35 +99,25 @@ class Nursery:
         Raises:
             BundleError, ConfigurationError, DeviceUnavailable: see load_repository.
         """
-        gc.disable()  # what is made now stays
         from service.bundle import bundle_digests
         from service.logs import configure_logs, get_logger
 
         configure_logs(settings.log_level, settings.log_format)
         digests = bundle_digests(settings.repository) if bundles is None else bundles
-        with ThreadPoolExecutor(1) as beside:
-            loading = beside.submit(self._load, settings, digests)
-            import uvicorn.lifespan.on
-            import uvicorn.loops.auto  # noqa: F401 - uvloop's, where that is there
+        import uvicorn.lifespan.on
+        import uvicorn.loops.auto  # noqa: F401 - uvloop's, where that is there
 
-            import service.worker  # noqa: F401 - and with it the whole app
+        import service.worker  # noqa: F401 - and with it the whole app
+        from service.repository import load_repository
 
-            loading.result()
+        if settings.threads == 1 and settings.device == "cpu":
+            self.repository = load_repository(settings, digests)
         gc.collect()
         gc.freeze()  # a collection would write to every object, and so copy all pages
         gc.enable()
         if not _falls_quiet():
             get_logger().warning("workers share no memory", reason=f"{threads_of_process()} threads in the nursery")
         self.tell({"kind": "prepared", "bundles": digests})
-
-    def _load(self, settings: Settings, digests: dict[str, str]) -> None:
-        from service.repository import load_repository
-
-        if settings.threads == 1 and settings.device == "cpu":
-            usual = sys.getswitchinterval()
-            sys.setswitchinterval(SWITCH_SECONDS)
-            self.repository = load_repository(settings, digests)
-            sys.setswitchinterval(usual)
 
     def watch(self) -> socket.socket | None:
         """Fork a worker for every socket that comes; in a worker that socket, None in the nursery at the end."""
