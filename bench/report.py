@@ -94,8 +94,8 @@ def _heading(report: Report) -> Iterator[str]:
         yield f"cold start, {name}: {ready:.2f} s to ready, imports alone {imports:.2f} s"
     for when, memory in report.get("memory", {}).items():
         workers = ", ".join(_size(each) for each in memory["workers"])
-        supervisor = f"; supervisor {_size(memory['supervisor'])}" if memory["supervisor"] else ""
-        yield f"memory {when} the load, PSS (RSS): workers {workers}{supervisor}"
+        beside = "".join(f"; {name} {_size(memory[name])}" for name in ("supervisor", "nursery") if memory[name])
+        yield f"memory {when} the load, PSS (RSS): workers {workers}{beside}"
 
 
 def _size(found: dict[str, int]) -> str:

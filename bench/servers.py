@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from bench.memory import pss, rss
+from bench.memory import name, pss, rss
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
@@ -91,11 +91,12 @@ class Server:
         return sum(time.clock_gettime((~pid << 3) | 2) for pid in self.processes())
 
     def memory(self) -> dict[str, Any]:
-        """Bytes: ``first`` of the process that was started, ``others`` of each that descends from it; PSS and RSS."""
+        """Bytes, PSS and RSS: ``first`` of the process that was started, ``others`` of each that descends from it, with
+        the name that it goes by."""
         first, *others = self.processes()
         return {
             "first": {"pss": pss(first), "rss": rss(first)},
-            "others": [{"pss": pss(pid), "rss": rss(pid)} for pid in others],
+            "others": [{"name": name(pid), "pss": pss(pid), "rss": rss(pid)} for pid in others],
         }
 
     def processes(self) -> list[int]:

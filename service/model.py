@@ -89,8 +89,8 @@ class Scores(NamedTuple):
 class Model:
     """A bundle in memory. Made by ``Model.load``; safe to call from several threads.
 
-    ``bundle``, ``manifest`` and ``digest`` tell what was loaded, ``runtime`` on what, ``refused`` which verbs it cannot
-    answer and why (service.verbs).
+    ``bundle``, ``manifest`` and ``digest`` tell what was loaded, ``runtime`` on what, ``nodes`` how many each graph
+    has, ``refused`` which verbs it cannot answer and why (service.verbs).
     """
 
     def __init__(
@@ -99,7 +99,9 @@ class Model:
         runtime: Runtime,
         sessions: dict[Graph, ort.InferenceSession],
         serial: frozenset[Graph],
+        nodes: dict[Graph, int],
     ) -> None:
+        self.nodes = nodes
         self.bundle, self.manifest, self.digest, self.runtime = bundle, bundle.manifest, bundle.digest, runtime
         self.refused = refusals(self.manifest)
         self.detectors = load_detectors(bundle)
@@ -145,16 +147,19 @@ class Model:
         """
         sessions: dict[Graph, ort.InferenceSession] = {}
         serial: set[Graph] = set()
+        nodes: dict[Graph, int] = {}
         for role in bundle.manifest.graphs:
             data = bundle.graph(role)
             try:
-                if TWO_PATHS & check_operators(data).keys() or role == "density":
+                operators = check_operators(data)
+                nodes[role] = operators.total()
+                if TWO_PATHS & operators.keys() or role == "density":
                     serial.add(role)
                 sessions[role] = runtime.session(data, threads=1 if role in serial else None)
                 check_signature(sessions[role], bundle.manifest, role)
             except BundleGraphError as error:
                 raise BundleGraphError(f"{bundle.manifest.graphs[role]}: {error}") from error
-        return cls(bundle, runtime, sessions, frozenset(serial))
+        return cls(bundle, runtime, sessions, frozenset(serial), nodes)
 
     @property
     def runners(self) -> dict[str, tuple[int, ...]]:

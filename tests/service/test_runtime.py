@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import onnxruntime as ort
 import pytest
@@ -19,6 +23,22 @@ def test_a_cpu_session_has_the_asked_provider_and_threads():
     options = session.get_session_options()
     assert options.intra_op_num_threads == 3
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads by /proc")
+def test_the_runtime_reports_to_nobody(tmp_path):
+    """Its own builds write to the home directory and start a thread as soon as they are imported."""
+    code = "import os, service.runtime; service.runtime.Runtime(); print(len(os.listdir('/proc/self/task')))"
+    environ = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "OPENBLAS_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, list(tmp_path.iterdir())) == ("1\n", [])
 
 
 def test_threads_default_to_the_cpus_available():
