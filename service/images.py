@@ -23,6 +23,7 @@ from service.aligned import aligned_empty
 from service.bundle import Preprocessing
 from service.containers import check_container, check_exif
 from service.errors import InvalidInput, PayloadTooLarge
+from service.plain_png import read_plain_png
 from service.tiles import check_size
 
 LEVELS = np.float32(255)
@@ -108,7 +109,7 @@ def _quietly() -> Iterator[None]:
 
 
 def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
-    """The image by its header: its size is known, its pixels are not decoded yet.
+    """The image by its header: its size is known, its pixels are not decoded yet unless they are few.
 
     Raises:
         PayloadTooLarge: more bytes or pixels than ``limits``.
@@ -116,6 +117,9 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
     """
     if len(data) > limits.max_bytes:
         raise PayloadTooLarge(f"the image has {len(data)} bytes: at most {limits.max_bytes} expected")
+    plain = read_plain_png(data)
+    if plain is not None and plain.width * plain.height <= limits.max_pixels:
+        return plain
     check_container(data)
     try:
         with _quietly():
@@ -277,12 +281,18 @@ def _planes(image: Image.Image) -> np.ndarray:
     A band of rows at a time: Pillow hands out pixels by way of bytes, which of a whole image would be two more copies.
     """
     width, height = image.size
-    planes = np.empty((len(image.getbands()), height, width), np.uint8)
     rows = max(1, BAND // width)
+    if rows >= height:
+        return np.array(_levels(image), order="C")
+    planes = np.empty((len(image.getbands()), height, width), np.uint8)
     for top in range(0, height, rows):
-        band = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
-        planes[:, top : top + rows] = np.atleast_3d(np.asarray(band)).transpose(2, 0, 1)
+        planes[:, top : top + rows] = _levels(image.crop((0, top, width, min(top + rows, height))))
     return planes
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+    """As ``_planes``, read-only, in the order in which Pillow gives them."""
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 def _from_planes(planes: np.ndarray) -> Image.Image:
