@@ -12,6 +12,7 @@ from pathlib import Path
 import orjson
 
 from service.app import create_app
+from service.balance import Balance
 from service.bundle import bundle_digests
 from service.channel import WorkerLine
 from service.errors import BundleIntegrityError, VaeserveError
@@ -56,7 +57,8 @@ class Worker:
         self.line = WorkerLine(end)
         self.server: DrainingServer | None = None
         self.orphaned = False
-        configure_logs(self.settings.log_level, self.settings.log_format, worker=orders["worker"])
+        self.number: int = orders["worker"]
+        configure_logs(self.settings.log_level, self.settings.log_format, worker=self.number)
 
     def run(self) -> None:
         """Load the bundles, then listen, then say so; until the end.
@@ -73,7 +75,9 @@ class Worker:
         drift = ToldDrift(self.line, settings.drift_window, settings.drift_level, metrics.unwatched.inc)
         repository = load_repository(settings, self.bundles)
         app = create_app(settings, repository, metrics, drift)
-        self.server = build_server(app, settings, self._ready, self._alive)
+        assert isinstance(settings.workers, int)
+        balance = Balance(self.folder, self.number, settings.workers)
+        self.server = build_server(app, settings, self._ready, self._alive, balance)
         spare_collections()
         self.server.run(bind_shared(settings.host, settings.port))
         if self.orphaned:
