@@ -37,32 +37,38 @@ class Table:
 
     Each number is an aligned int64 with one writer, so that nobody waits for a lock:
     ``present`` [n], one more than the connections of each worker, 0 where none serves (a new file's content);
-    ``sent`` [n, n], by sender and receiver, the number of the last connection sent;
+    ``sent`` [n, n], by receiver and sender, the number of the last connection sent;
     ``taken`` [n, n], the same, of the last one taken, written by the receiver.
 
     Raises OSError where the file cannot be had.
     """
 
     def __init__(self, path: Path, workers: int) -> None:
+        rows = 2 * workers + 1
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            size = (2 * workers + 1) * workers * 8
-            os.posix_fallocate(descriptor, 0, size)  # a full file system is an error here, not a signal later
-            memory = mmap.mmap(descriptor, size)
+            os.posix_fallocate(descriptor, 0, rows * workers * 8)  # a full disk is an error here, not a signal later
+            memory = mmap.mmap(descriptor, rows * workers * 8)
         finally:
             os.close(descriptor)
-        self.present = memoryview(memory).cast("q")[:workers]  # read for each connection, ten times as fast as by numpy
-        numbers = np.frombuffer(memory, np.int64).reshape(2 * workers + 1, workers)
-        self._present, self.sent, self.taken = numbers[0], numbers[1 : workers + 1], numbers[workers + 1 :]
+        numbers = np.frombuffer(memory, np.int64).reshape(rows, workers)
+        self.present, self.sent, self.taken = numbers[0], numbers[1 : workers + 1], numbers[workers + 1 :]
+        flat = memoryview(memory).cast("q")
+        self._rows = [flat[i : i + workers] for i in range(0, len(flat), workers)]  # quicker than numpy for few numbers
+        self._workers = workers
 
     def fewest(self) -> int:
         """The least number of connections that a worker has, those on their way left out; 0 where none serves."""
-        return min(filter(None, self.present), default=1) - 1
+        return min(filter(None, self._rows[0]), default=1) - 1
+
+    def coming(self, worker: int) -> int:
+        """How many connections are on their way to that worker."""
+        return sum(self._rows[1 + worker]) - sum(self._rows[1 + self._workers + worker])
 
     def emptiest(self) -> tuple[int, int]:
         """The worker with fewest connections, with those that are on their way to it, and how many these are."""
-        coming = (self.sent - self.taken).sum(axis=0)
-        numbers = np.where(self._present > 0, self._present - 1 + coming, np.iinfo(np.int64).max)
+        coming = (self.sent - self.taken).sum(axis=1)
+        numbers = np.where(self.present > 0, self.present - 1 + coming, np.iinfo(np.int64).max)
         worker = int(numbers.argmin())
         return worker, int(numbers[worker])
 
@@ -108,7 +114,7 @@ class Balance:
             get_logger().warning("connections stay where they are accepted", reason=str(error))
             return
         mine = self._number
-        self._table.sent[mine] = self._table.taken[mine]  # those of a dead worker in this place have come back or ended
+        self._table.sent[:, mine] = self._table.taken[:, mine]  # nothing of a dead worker in this place is on its way
         self._loop.add_reader(self._listening, self._welcome)
         self._is_open = True
         self.changed()
@@ -125,10 +131,13 @@ class Balance:
 
     def hand_over(self, transport: asyncio.BaseTransport) -> bool:
         """Whether a connection of which nothing was read is another's from now on; the transport is closed then."""
-        if not self._is_open or self._count() + 1 - self._table.fewest() < UNEVEN:
+        if not self._is_open:
             return False
-        other, has = self._table.emptiest()
-        if self._count() + 1 - has < UNEVEN:
+        here = self._count() + 1 + self._table.coming(self._number)
+        if here - self._table.fewest() < UNEVEN:
+            return False
+        other, there = self._table.emptiest()
+        if here - there < UNEVEN:
             return False
         try:
             self._send(other, transport.get_extra_info("socket").dup())
@@ -170,13 +179,13 @@ class Balance:
     def _send(self, other: int, connection: socket.socket) -> None:
         """Raises OSError, with ``connection`` closed, if it was not sent."""
         sent, mine = self._table.sent, self._number
-        number = int(sent[mine, other]) + 1
+        number = int(sent[other, mine]) + 1
         try:
             link = self._links.get(other) or self._connect(other)
-            sent[mine, other] = number  # before it is taken
+            sent[other, mine] = number  # before it is taken
             socket.send_fds(link.end, [MESSAGE.pack(mine, number)], [connection.fileno()], socket.MSG_DONTWAIT)
         except OSError:
-            sent[mine, other] = number - 1
+            sent[other, mine] = number - 1
             connection.close()
             raise
         link.kept.append((number, connection))
@@ -202,13 +211,13 @@ class Balance:
             return
         except OSError:
             gone = True
-        taken = int(self._table.taken[self._number, other])
+        taken = int(self._table.taken[other, self._number])
         link.release(taken)
         if gone:
             del self._links[other]
             self._loop.remove_reader(link.end)
             link.end.close()
-            self._table.sent[self._number, other] = taken
+            self._table.sent[other, self._number] = taken
             self._table.present[other] = 0
             for _, connection in link.kept:
                 self._adopt(connection)
@@ -253,7 +262,7 @@ class Balance:
                 self._drop(end)
                 return
             sender, number, connection = received
-            self._table.taken[sender, self._number] = number
+            self._table.taken[self._number, sender] = number
             self._adopt(connection)
         with suppress(OSError):  # the sender has ended, or finds many such words when it wakes
             end.send(TAKEN)
@@ -266,7 +275,7 @@ class Balance:
     def _adopt(self, connection: socket.socket) -> None:
         """Serve it here."""
         protocol = self._protocol()
-        protocol.stays = True
+        protocol.adopted = connection
         self._arriving.add(protocol)
         self.changed()
         task = self._loop.create_task(self._take_up(protocol, connection))
@@ -301,11 +310,11 @@ class BalancedProtocol(GuardedProtocol):
     """Hands a new connection over where another worker should have it; counts those that stay."""
 
     balance: Balance
-    stays = False  # it was handed over, or came back
+    adopted: socket.socket | None = None  # it was handed over, or came back: it stays
     _is_away = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if not self.stays and self.balance.hand_over(transport):
+        if self.adopted is None and self.balance.hand_over(transport):
             self._is_away = True
             return
         super().connection_made(transport)
@@ -314,17 +323,18 @@ class BalancedProtocol(GuardedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._is_away:
             return
-        if self.stays:
-            self._shut_down()
+        if self.adopted is not None:
+            _shut_down(self.adopted)
         super().connection_lost(exc)
         self.balance.changed()
-
-    def _shut_down(self) -> None:
-        """Tell the client of the end: closing alone does not while a sender that is late keeps its descriptor."""
-        with suppress(OSError):
-            self.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def balanced_protocol(settings: Settings, balance: Balance) -> type[BalancedProtocol]:
     """The protocol class for ``uvicorn.Config(http=…)`` of a worker."""
     return type("WorkersProtocol", (BalancedProtocol, guarded_protocol(settings)), {"balance": balance})
+
+
+def _shut_down(connection: socket.socket) -> None:
+    """Tell the client of the end: closing alone does not while a sender that is late keeps its descriptor."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
