@@ -264,6 +264,32 @@ def test_what_the_other_has_no_room_for_stays(two):
         assert not two.table.sent.any()
 
 
+def test_what_is_on_its_way_here_counts(two):
+    with ExitStack() as stack:
+        listening = two.serves(stack)
+        two.table.sent[0, 1] = 1
+        connect(stack, two.address)
+        number, received = receive(stack.enter_context(listening.accept()[0]))
+        received.close()
+        assert number == 1
+
+
+def test_what_was_taken_counts_before_it_begins(tmp_path):
+    given, client = socket.socketpair()
+    balance, numbers = Balance(tmp_path, 0, 2), Table(tmp_path / "connections", 2)
+
+    async def taken():
+        balance.open(set(), type("Served", (asyncio.Protocol,), {}))
+        balance._adopt(given)
+        at_once = numbers.present[0]
+        client.close()
+        await asyncio.gather(*balance._tasks)
+        balance.close()
+        return at_once
+
+    assert asyncio.run(taken()) == 2
+
+
 def test_a_connection_handed_here_is_served_and_ends_though_its_sender_keeps_it(two):
     with ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as given:
         client, end = two.send(stack, 7, given)
