@@ -163,8 +163,11 @@ def pair(repository, folder, loop="uvloop", **settings):
     listening = socket.create_server(("127.0.0.1", 0))
     address = listening.getsockname()
 
+    errors = []
+
     def run():
         with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+            runner.get_loop().set_exception_handler(lambda _, context: errors.append(context))
             runner.run(server.serve([listening]))
 
     thread = threading.Thread(target=run)
@@ -175,6 +178,7 @@ def pair(repository, folder, loop="uvloop", **settings):
     finally:
         server.should_exit = True
         thread.join()
+    assert not errors
 
 
 @pytest.fixture(params=LOOPS)
