@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from service.app import create_app
-from service.balance import MESSAGE, TAKEN, Balance, Table
+from service.balance import MANY_BRIEF, MESSAGE, TAKEN, Balance, Table
 from service.server import build_server
 from service.settings import Settings
 from tests.service.processes import until, workers
@@ -76,21 +76,16 @@ def shares(service, connections, name):
 
 def test_lasting_connections_are_spread_evenly(ppca_root):
     """The kernel alone does so with probability 3/8 for four of them."""
-    with workers(ppca_root) as service:
+    with workers(ppca_root) as service, ExitStack() as stack:
         for i in range(10):
-            with ExitStack() as stack:
-                assert shares(service, one_by_one(stack, service, 4), f"even-{i}") == {0: 2, 1: 2}
-            settled(service, 0)
+            assert shares(service, one_by_one(stack, service, 4), f"even-{i}") == {0: 2, 1: 2}
 
 
 def test_many_connections_at_once_are_all_answered_and_almost_even(ppca_root):
-    """Both workers look at the same numbers at the same time. The kernel's share of one has a variance of 16."""
-    with workers(ppca_root) as service:
-        for i in range(8):
-            with ExitStack() as stack:
-                made = [connect(stack, ("127.0.0.1", port(service))) for _ in range(64)]
-                assert abs(shares(service, made, f"many-{i}")[0] - 32) <= 3
-            settled(service, 0)
+    """Both workers look at the same numbers at the same time. The kernel's share of one has a variance of 64."""
+    with workers(ppca_root) as service, ExitStack() as stack:
+        made = [connect(stack, ("127.0.0.1", port(service))) for _ in range(256)]
+        assert abs(shares(service, made, "many")[0] - 128) <= 4
 
 
 def test_the_connections_of_a_dead_worker_are_forgotten_and_its_successor_gets_the_next(ppca_root):
@@ -266,6 +261,23 @@ def test_what_the_other_has_no_room_for_stays(two):
             two.stays(stack)
         assert two.table.present[0] == 5
         assert not two.table.sent.any()
+
+
+@pytest.mark.parametrize(("seconds", "are_brief"), [(1000.0, True), (0.0, False)])
+def test_where_connections_end_as_soon_as_they_begin_they_stay(two, monkeypatch, seconds, are_brief):
+    monkeypatch.setattr("service.balance.BRIEF_SECONDS", seconds)
+    with ExitStack() as stack:
+        for _ in range(MANY_BRIEF):
+            with ExitStack() as brief:
+                two.stays(brief)
+            until(lambda: two.table.present[0] == 1)
+        listening = two.serves(stack)
+        two.stays(stack)
+        connect(stack, two.address)
+        until(lambda: two.table.present[0] == 3 or two.table.sent[1, 0] == 1)
+        if not are_brief:
+            receive(stack.enter_context(listening.accept()[0]))[1].close()
+        assert two.table.sent[1, 0] == (not are_brief)
 
 
 def test_what_is_on_its_way_here_counts(two):
