@@ -50,10 +50,10 @@ def measure(work: Work, batch: int, seconds: float) -> tuple[int, float, float]:
     return calls * batch, time.perf_counter() - started, time.process_time() - cpu
 
 
-def _member(line: Connection, path: Path, threads: int) -> None:
+def _member(line: Connection, path: Path, threads: int, device: str) -> None:
     """One process of a crew: answers (verb, batch, seconds) with what ``measure`` says."""
     bundle = open_bundle(path)
-    model, works = RawModel(bundle, threads), dict[tuple[str, int], Work]()
+    model, works = RawModel(bundle, threads, device), dict[tuple[str, int], Work]()
     with contextlib.suppress(EOFError):  # the other end is gone: so are we
         line.send("ready")
         while True:
@@ -67,16 +67,16 @@ def _member(line: Connection, path: Path, threads: int) -> None:
 
 
 class Crew:
-    """The processes of one layout, each with the bundle's graphs loaded."""
+    """The processes of one layout, each with the bundle's graphs loaded on that device."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, device: str = "cpu") -> None:
         self.layout = layout
         context = multiprocessing.get_context("spawn")
         self._lines: list[Connection] = []
         self._processes = []
         for _ in range(layout.processes):
             here, there = context.Pipe()
-            process = context.Process(target=_member, args=(there, path, layout.threads), daemon=True)
+            process = context.Process(target=_member, args=(there, path, layout.threads, device), daemon=True)
             process.start()
             there.close()
             self._lines.append(here)
@@ -111,9 +111,9 @@ class RawRuntime:
     ``tried``: images/s of every candidate, by verb.
     """
 
-    def __init__(self, path: Path, cores: int) -> None:
+    def __init__(self, path: Path, cores: int, device: str = "cpu") -> None:
         layouts = dict.fromkeys([Layout(1, 1), Layout(cores, 1), Layout(1, cores)])
-        self._crews = {layout: Crew(path, layout) for layout in layouts}
+        self._crews = {layout: Crew(path, layout, device) for layout in layouts}
         self._best: dict[str, tuple[Layout, int]] = {}
         self.tried: dict[str, list[Block]] = {}
 

@@ -15,6 +15,11 @@ def rss(pid: int) -> int:
     return _field(Path(f"/proc/{pid}/status"), "VmRSS")
 
 
+def name(pid: int) -> str:
+    """What lists of processes call it."""
+    return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+
+
 def _field(path: Path, name: str) -> int:
     lines = path.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

@@ -1,7 +1,8 @@
 """Raw ONNX Runtime: each verb's graphs on arrays that lie ready, one after the other, and nothing else.
 
 The sessions have ONNX Runtime's default options (its threads spin, which the service's do not), a batch goes through in
-one run whatever its size, no output is checked, and nobody keeps rows bitwise independent of their batch.
+one run whatever its size, no output is checked, and nobody keeps rows bitwise independent of their batch. On a GPU the
+provider has the service's options (TF32 would be another computation), and what goes from graph to graph crosses twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import onnxruntime as ort
 
 from service.bundle import FITTED, REFERENCE, Bundle, Graph, Manifest, ScoreDefinition
 from service.detectors import is_stretched
+from service.errors import DeviceUnavailable
+from service.runtime import CPU, CUDA, providers_of
 
 Work = Callable[[], object]
 BOUND = "bound "
@@ -35,19 +38,28 @@ def to_unit(pixels: np.ndarray) -> np.ndarray:
 
 
 class RawModel:
-    """The sessions of one bundle with so many threads each, and the verbs on ``x`` float32 [N,C,H,W] in [0, 1]."""
+    """The sessions of one bundle with so many threads each, and the verbs on ``x`` float32 [N,C,H,W] in [0, 1].
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    ``device``: cpu or cuda. Raises DeviceUnavailable where ONNX Runtime took another.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int, device: str = "cpu") -> None:
+        provider = CUDA if device == "cuda" else CPU
+        if provider == CUDA:
+            ort.preload_dlls()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         roles: tuple[Graph, ...] = ("encoder", "decoder", "density", "prior", "corruption")
         self._manifest = bundle.manifest
         self._sessions = {
-            role: ort.InferenceSession(bundle.graph(role), options, providers=["CPUExecutionProvider"])
+            role: ort.InferenceSession(bundle.graph(role), options, providers=providers_of(provider))
             for role in roles
             if role in bundle.manifest.graphs
         }
+        taken = {session.get_providers()[0] for session in self._sessions.values()}
+        if taken != {provider}:
+            raise DeviceUnavailable(f"{provider} was asked for, ONNX Runtime took {', '.join(sorted(taken))}")
 
     def verb(self, name: str, x: np.ndarray) -> Work:
         """The verb as a function of nothing, its inputs made beforehand; of ``sample``, as many draws as x has rows."""

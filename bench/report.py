@@ -26,6 +26,10 @@ REFERENCES = (
     "What it is compared with: images/s of raw onnxruntime in p processes × t threads, at its best batch and alone "
     "with one request's images, CPU ms an image; requests/s of bare HTTP and of both limits"
 )
+DEVICES = (
+    "Octets in, npy out, c connections, n images a request; gpu over cpu in the same rounds; of raw: over raw "
+    "onnxruntime's best on that device; apart: the largest difference between both answers, over the largest number"
+)
 CELLS = "requests/s over L · images/s over raw onnxruntime at its best · its share of the server's CPU time"
 
 
@@ -62,6 +66,8 @@ def _parts(report: Report) -> Iterator[Table | str]:
     if growth := report.get("growth"):
         yield "\nGrowth of cost"
         yield _growth(growth)
+    if gpu := report.get("gpu"):
+        yield from _gpu(gpu)
 
 
 def _goals(report: Report) -> Table:
@@ -88,8 +94,8 @@ def _heading(report: Report) -> Iterator[str]:
         yield f"cold start, {name}: {ready:.2f} s to ready, imports alone {imports:.2f} s"
     for when, memory in report.get("memory", {}).items():
         workers = ", ".join(_size(each) for each in memory["workers"])
-        supervisor = f"; supervisor {_size(memory['supervisor'])}" if memory["supervisor"] else ""
-        yield f"memory {when} the load, PSS (RSS): workers {workers}{supervisor}"
+        beside = "".join(f"; {name} {_size(memory[name])}" for name in ("supervisor", "nursery") if memory[name])
+        yield f"memory {when} the load, PSS (RSS): workers {workers}{beside}"
 
 
 def _size(found: dict[str, int]) -> str:
@@ -206,3 +212,39 @@ def _growth(growth: list[Result]) -> Table:
         service, raw = point["server_cpu_ms"], point["raw_cpu_ms"]
         table.add_row(point["grows"], str(point["value"]), f"{service:.3f}", f"{raw:.3f}", f"{service / raw:.2f}")
     return table
+
+
+def _gpu(gpu: Report) -> Iterator[Table | str]:
+    if "none" in gpu:
+        yield f"\nGPU: there was none, nothing was measured on one. {gpu['none']}"
+        return
+    yield f"\nCPU and GPU side by side ({gpu['device']}). {DEVICES}"
+    yield _devices(gpu)
+    table = _table(
+        "raw onnxruntime", "verb", "cpu images/s", "p × t", "batch", "gpu images/s", "batch", "gpu/cpu", text=2
+    )
+    for each in gpu["raw"]:
+        cpu, other = each["cpu"], each["gpu"]
+        numbers = (f"{cpu['images_per_second']:.0f}", cpu["layout"], str(cpu["batch"]))
+        others = (f"{other['images_per_second']:.0f}", str(other["batch"]), f"{each['gpu_over_cpu']:.2f}")
+        table.add_row(each["model"], each["verb"], *numbers, *others)
+    yield table
+
+
+def _devices(gpu: Report) -> Table:
+    """A row for each verb and load of a model: the service on the CPU, on the GPU, one over the other."""
+    side = ("images/s", "p50 ms", "p99 ms", "of raw")
+    columns = (*(f"{device} {name}" for device in ("cpu", "gpu") for name in side), "gpu/cpu", "apart")
+    table = _table("model", "verb", "n", "c", *columns, text=2)
+    for row in gpu["results"]:
+        raw = find(gpu["raw"], model=row["model"], verb=row["cpu"]["verb"])
+        assert raw is not None
+        cells = [_side(row[device], raw[device]["images_per_second"]) for device in ("cpu", "gpu")]
+        name, load = (row["model"], row["cpu"]["verb"]), (str(row["cpu"]["batch"]), str(row["cpu"]["connections"]))
+        table.add_row(*name, *load, *cells[0], *cells[1], f"{over(row['gpu'], row['cpu']):.2f}", f"{row['apart']:.0e}")
+    return table
+
+
+def _side(result: Result, raw: float) -> list[str]:
+    rate = result["images_per_second"]
+    return [f"{rate:.0f}", f"{result['p50_ms']:.2f}", f"{result['p99_ms']:.2f}", f"{rate / raw:.2f}"]

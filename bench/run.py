@@ -21,6 +21,7 @@ from rich.progress import track
 
 from bench.bodies import FORMATS
 from bench.curve import curve
+from bench.devices import side_by_side
 from bench.growth import growth
 from bench.load import LoadError
 from bench.models import SETS, repository
@@ -33,7 +34,7 @@ from bench.stage import Effort, Stage, find_bundle, stage
 from service.cpus import available_cpus
 
 SHIPPED = Path("exported")
-SECTIONS = ("start", "cells", "rivals", "curve", "big", "growth")
+SECTIONS = ("start", "cells", "rivals", "curve", "big", "growth", "gpu")
 Report = dict[str, Any]
 
 
@@ -93,6 +94,10 @@ def run(arguments: argparse.Namespace) -> Report:
     if "growth" in wanted:
         with noted(report, "growth"):
             report["growth"] = growth(made["growth"], effort, progress)
+    if "gpu" in wanted:
+        with noted(report, "gpu"):
+            places = {arguments.model: folder} | {name: made[name] for name in ("big",) if name in made}
+            report["gpu"] = side_by_side(places, effort, progress)
     return {**report, "took_seconds": time.perf_counter() - started}
 
 
@@ -117,10 +122,10 @@ def of_one_model(report: Report, here: Stage, arguments: argparse.Namespace) -> 
 
 @contextmanager
 def noted(report: Report, section: str) -> Iterator[None]:
-    """A server that fails takes its section along, not what the others found."""
+    """A server that fails, or a process that ends (EOFError), takes its section along, not what the others found."""
     try:
         yield
-    except (LoadError, ServerFailedError, TimeoutError) as error:
+    except (LoadError, ServerFailedError, TimeoutError, EOFError) as error:
         report.setdefault("failed", {})[section] = f"{type(error).__name__}: {error}"
 
 

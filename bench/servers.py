@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from bench.memory import pss, rss
+from bench.memory import name, pss, rss
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
@@ -91,11 +91,12 @@ class Server:
         return sum(time.clock_gettime((~pid << 3) | 2) for pid in self.processes())
 
     def memory(self) -> dict[str, Any]:
-        """Bytes: ``first`` of the process that was started, ``others`` of each that descends from it; PSS and RSS."""
+        """Bytes, PSS and RSS: ``first`` of the process that was started, ``others`` of each that descends from it, with
+        the name that it goes by."""
         first, *others = self.processes()
         return {
             "first": {"pss": pss(first), "rss": rss(first)},
-            "others": [{"pss": pss(pid), "rss": rss(pid)} for pid in others],
+            "others": [{"name": name(pid), "pss": pss(pid), "rss": rss(pid)} for pid in others],
         }
 
     def processes(self) -> list[int]:
@@ -153,7 +154,7 @@ def hello_server(workers: int = 1) -> Server:
     return Server(uvicorn_command("bench.hello:app", workers, ready_path="/"))
 
 
-def vae_server(repository: Path, workers: int = 1) -> Server:
+def vae_server(repository: Path, workers: int = 1, device: str = "cpu") -> Server:
     """``vaeserve serve`` of that folder by so many processes; every protection as it is by default."""
     command = ["-m", "service", "serve", "--repository", str(repository.resolve()), "--workers", str(workers)]
-    return Server(Command((*command, "--port", "{port}"), "/readyz"))
+    return Server(Command((*command, "--device", device, "--port", "{port}"), "/readyz"))

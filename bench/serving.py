@@ -66,10 +66,13 @@ def group(stage: Stage, verb: str, connections: int, batch: int, formats: Collec
 
 
 def memory(stage: Stage) -> dict[str, Any]:
-    """Bytes of the supervisor, and of each worker: PSS and RSS. One process is worker and supervisor in one."""
+    """Bytes of the supervisor, the nursery and each worker: PSS and RSS. One process is all of them in one."""
     found = stage.server.memory()
-    alone = stage.effort.workers == 1
-    return {"supervisor": None if alone else found["first"], "workers": [found["first"]] if alone else found["others"]}
+    if stage.effort.workers == 1:
+        return {"supervisor": None, "nursery": None, "workers": [found["first"]]}
+    (nursery,) = (each for each in found["others"] if each["name"] == "nursery")
+    workers = [each for each in found["others"] if each is not nursery]
+    return {"supervisor": found["first"], "nursery": nursery, "workers": workers}
 
 
 def cold_start(repository: Path, workers: int, count: int) -> dict[str, float]:

@@ -87,9 +87,12 @@ def p99_at_half(report: Report) -> float | None:
 
 
 def memory_a_worker(report: Report) -> float | None:
-    """MiB: the largest PSS of a worker after the whole load."""
-    workers = report.get("memory", {}).get("after", {}).get("workers")
-    return max(each["pss"] for each in workers) / MIB if workers else None
+    """MiB: the largest PSS of a worker after the whole load, and its part of the nursery's."""
+    after = report.get("memory", {}).get("after")
+    if after is None:
+        return None
+    nursery = after["nursery"]["pss"] if after["nursery"] else 0
+    return (max(each["pss"] for each in after["workers"]) + nursery / len(after["workers"])) / MIB
 
 
 def cold_start(report: Report) -> float | None:

@@ -19,12 +19,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
+from service.asked import Addresses
 from service.batching import Batcher
+from service.direct import Direct
 from service.drift import Drift, DriftWatch
 from service.express import Express
 from service.logs import get_logger
 from service.metrics import Metrics
-from service.middleware import BodyGuard, RequestContext
+from service.middleware import Bodies, BodyGuard, RequestContext
 from service.pool import WorkerPool
 from service.problems import problem
 from service.repository import ModelRepository, load_repository
@@ -86,14 +88,12 @@ def create_app(
     )
     metrics = metrics or Metrics()
     app.state.metrics = metrics
-    app.add_middleware(Express, fastapi=app, verbs=latents.SHORT + scoring.SHORT, on_error=_known_error)
-    app.add_middleware(
-        BodyGuard,
-        max_bytes=settings.max_body_bytes,
-        max_total=settings.max_buffered_bytes,
-        timeout=settings.receive_timeout,
-    )
+    addresses = Addresses(app, latents.SHORT + scoring.SHORT)
+    app.add_middleware(Express, addresses=addresses, on_error=_known_error)
+    bodies = Bodies(settings.max_body_bytes, settings.max_buffered_bytes)
+    app.add_middleware(BodyGuard, bodies=bodies, timeout=settings.receive_timeout)
     app.add_middleware(RequestContext, metrics=metrics)
+    app.state.direct = Direct(addresses, bodies, _known_error)
     _include_routes(app)
     _handle_errors(app)
     return app
@@ -116,7 +116,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
         metrics.workers.set(1)
         metrics.worker_starts.inc()
         watched = watch or Drift(settings.drift_window, settings.drift_level)
-        batcher = Batcher(pool, settings.lanes, metrics.run.observe, _clock(settings))
+        batcher = Batcher(pool, settings.lanes, metrics.ran, _clock(settings))
         app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
         yield
         await asyncio.to_thread(pool.close)

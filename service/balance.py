@@ -5,8 +5,8 @@ four and none, for as long as these last. A worker that has just accepted a conn
 the worker with fewest, passes the socket on to that one (SCM_RIGHTS), which serves it as its own. Nothing has been read
 of it: event loops read only once ``connection_made`` has returned. A connection that has begun stays where it is.
 
-Where many connections end soon after they began, they stay where they are, too: handing over one in three of those that
-carry a single request takes a sixth more CPU, and the hash alone spreads these well enough.
+Where many connections end soon after they began, new ones stay where they are, too: with one request a connection,
+handing over took a sixth more CPU, and gained nothing.
 
 What has been sent is kept open until the other has taken it: if that one ends before, it comes back and is served here.
 """
@@ -27,8 +27,7 @@ from typing import Any
 import numpy as np
 
 from service.logs import get_logger
-from service.protocol import GuardedProtocol, guarded_protocol
-from service.settings import Settings
+from service.protocol import GuardedProtocol
 
 UNEVEN = 2  # connections more than another worker has; with one more, handing over would only turn it round
 BRIEF_SECONDS, MANY_BRIEF = 1.0, 16  # so many connections that were no older ended in that time: few are lasting ones
@@ -345,9 +344,9 @@ class BalancedProtocol(GuardedProtocol):
         self.balance.ended(self._began, self.loop.time())
 
 
-def balanced_protocol(settings: Settings, balance: Balance) -> type[BalancedProtocol]:
-    """The protocol class for ``uvicorn.Config(http=…)`` of a worker."""
-    return type("WorkersProtocol", (BalancedProtocol, guarded_protocol(settings)), {"balance": balance})
+def balanced_protocol(protocol: type[GuardedProtocol], balance: Balance) -> type[BalancedProtocol]:
+    """That protocol class, for ``uvicorn.Config(http=…)`` of a worker."""
+    return type("WorkersProtocol", (BalancedProtocol, protocol), {"balance": balance})
 
 
 def _shut_down(connection: socket.socket) -> None:

@@ -14,7 +14,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,25 +23,53 @@ from service.jobs import Job, rows_of
 from service.pool import Gone, WorkerPool
 
 MOST_ROWS = 32  # in a batch of several jobs: the largest run of service.rows
-ENOUGH = 16  # rows that make a good batch: what runs on the event loop must be short with so many of them, or its own
+ENOUGH = 4  # rows so many of which must be short: what runs on the event loop keeps all others waiting
 INLINE_SECONDS = 0.003  # what a batch may take on the event loop, where every other connection waits for it
 BATCH_SECONDS = 0.1  # what a batch may take on the pool: nobody waits for others' rows much longer than for its own
 KNOWN_COSTS = 512
 NEWEST = 0.3  # weight of the newest measurement of a cost
 
 
+class Ticket(Protocol):
+    """One caller's job, and where its result goes."""
+
+    job: Job
+
+    @property
+    def abandoned(self) -> bool:
+        """Nobody waits for the result any more."""
+
+    def settle(self, result: Any) -> None:
+        """Take the result, or the exception that is the result. Must not raise."""
+
+
 @dataclass
-class Ticket:
-    """One caller's job, and where its result is awaited."""
+class AwaitedTicket:
+    """A ticket whose result is awaited."""
 
     job: Job
     result: asyncio.Future[Any]
 
+    @property
+    def abandoned(self) -> bool:
+        """The result has been cancelled."""
+        return self.result.done()
+
+    def settle(self, result: Any) -> None:
+        """Wake who waits, unless nobody does."""
+        if self.result.done():
+            return
+        if isinstance(result, Exception):
+            self.result.set_exception(result)
+        else:
+            self.result.set_result(result)
+
 
 class Queue(NamedTuple):
-    """Jobs that may be computed together: of one key, all of them short or none."""
+    """Jobs that may be computed together: of one key and one dtype of rows, all of them short or none."""
 
     key: Hashable
+    dtype: str
     short: bool
 
 
@@ -80,10 +108,23 @@ class Batcher:
             Overloaded, DeadlineExceeded, ClientGone: as WorkerPool.run does; and what the job itself raises.
         """
         self._pool.enter()
-        ticket = Ticket(job, asyncio.get_running_loop().create_future())
-        queue = Queue(job.key, self._seconds_of(job.key) * max(len(job.rows), ENOUGH) <= INLINE_SECONDS)
+        ticket = AwaitedTicket(job, asyncio.get_running_loop().create_future())
+        queue = Queue(job.key, job.rows.dtype.str, self.is_short(job.key, len(job.rows)))
         self._enqueue(queue, ticket)
         return await (ticket.result if queue.short else self._pool.wait(ticket.result, gone))
+
+    def is_short(self, key: Hashable, rows: int) -> bool:
+        """Whether so many rows of that key are known to be computed on the event loop."""
+        return self._seconds_of(key) * max(rows, ENOUGH) <= INLINE_SECONDS
+
+    def take(self, ticket: Ticket) -> None:
+        """Have a job computed on the event loop that ``is_short``; its ticket is settled in a moment.
+
+        Raises:
+            Overloaded: there is no slot.
+        """
+        self._pool.enter()
+        self._enqueue(Queue(ticket.job.key, ticket.job.rows.dtype.str, True), ticket)
 
     def _enqueue(self, queue: Queue, ticket: Ticket) -> None:
         waiting = self._waiting.setdefault(queue, deque())
@@ -123,7 +164,7 @@ class Batcher:
         waiting, rows = self._waiting.get(queue, deque()), 0
         while waiting and (not chosen or rows + len(waiting[0].job.rows) <= most):
             ticket = waiting.popleft()
-            if ticket.result.done():
+            if ticket.abandoned:
                 self._pool.leave()
                 continue
             chosen.append(ticket)
@@ -144,12 +185,7 @@ class Batcher:
         """Hand each ticket its result, or raise it where it is awaited, and give back the slots."""
         self._pool.leave(len(tickets))
         for ticket, result in zip(tickets, computed.results, strict=True):
-            if ticket.result.done():
-                continue
-            if isinstance(result, Exception):
-                ticket.result.set_exception(result)
-            else:
-                ticket.result.set_result(result)
+            ticket.settle(result)
         if computed.rows:
             self._learn(tickets[0].job.key, computed.seconds / computed.rows)
             self._observe(computed.rows)

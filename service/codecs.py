@@ -28,7 +28,7 @@ from service.arrays import NPY_MAGIC, DType, as_images, as_latents, from_json, r
 from service.bundle import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.forms import FIELD, read_multipart
-from service.images import ImageLimits, open_image, read_image, resize_array
+from service.images import ImageLimits, open_image, read_image, resize_array, unit_levels
 from service.pictures import encode_gif, encode_png, encode_webp
 
 __all__ = [
@@ -102,6 +102,10 @@ class Reader:
 
     def read(self, content_type: str, body: bytes, document: Callable[[], Any]) -> np.ndarray:
         """A body -> float32 [N,C,H,W] in [0,1]. ``document`` parses the body as JSON, once, if it is needed."""
+        return _pixels(self.read_levels(content_type, body, document))
+
+    def read_levels(self, content_type: str, body: bytes, document: Callable[[], Any]) -> np.ndarray:
+        """As ``read``, but 8-bit pixels stay what they are: their levels, uint8 [N,C,H,W]."""
         kind = media_type(content_type)
         if kind not in INPUT_TYPES:
             raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(INPUT_TYPES)} expected")
@@ -132,7 +136,7 @@ class Reader:
             if dtype != "uint8":
                 return resize_array(unit, self.preprocessing, self.strict)
             images = images.astype(np.uint8)
-        return to_unit(resize_array(images, self.preprocessing, self.strict))
+        return resize_array(images, self.preprocessing, self.strict)
 
     def _octets(self, body: bytes) -> np.ndarray:
         shape = self.preprocessing.shape
@@ -140,7 +144,7 @@ class Reader:
         if len(body) % size:
             raise InvalidInput(f"{len(body)} bytes: a multiple of {size} expected, uint8 pixels of shape {shape}")
         self._count(len(body) // size)
-        return to_unit(np.frombuffer(body, np.uint8).reshape(-1, *shape))
+        return np.frombuffer(body, np.uint8).reshape(-1, *shape)
 
     def _many(self, parts: list[bytes]) -> np.ndarray:
         """Files: npy by their magic, else pictures. All headers are read before the first pixel is decoded."""
@@ -159,12 +163,13 @@ class Reader:
             with named(f"image {index}: "):
                 found.append(self._one(image))
             self._count(sum(map(len, found)))
-        return np.concatenate(found)
+        alike = len({rows.dtype for rows in found}) == 1
+        return np.concatenate(found if alike else [_pixels(rows) for rows in found])
 
     def _one(self, image: np.ndarray | Image.Image) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return self._array(image)
-        return to_unit(read_image(image, self.preprocessing, self.strict)[None])
+        return read_image(image, self.preprocessing, self.strict)[None]
 
     def _json(self, document: Any) -> np.ndarray:
         if not isinstance(document, dict) or "images" not in document:
@@ -199,6 +204,10 @@ class Reader:
         if not parts:
             raise InvalidInput(f"the form holds no files: at least one field {FIELD!r} expected")
         return self._many(parts)
+
+
+def _pixels(rows: np.ndarray) -> np.ndarray:
+    return unit_levels(rows) if rows.dtype == np.uint8 else rows
 
 
 class named:  # noqa: N801  # a context manager reads as a verb

@@ -22,15 +22,21 @@ Shape = tuple[int, int, int]
 class FeatureExtractor:
     """Runs backbone.onnx on images of shape ``image`` (C, H, W); rows are independent, bitwise (service.rows).
 
-    ``pool`` is given where the session has one thread: a graph with operators of two paths.
+    ``pool`` is given where the session has one thread: a graph with operators of two paths. ``memory``: see RowRunner.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, backbone: Backbone, image: Shape, pool: Executor | None = None
+        self,
+        session: ort.InferenceSession,
+        backbone: Backbone,
+        image: Shape,
+        pool: Executor | None = None,
+        memory: str | None = None,
     ) -> None:
         self.backbone, self.image = backbone, image
         sizes = SIZES if backbone.batch == "any" else (1,)
-        self._rows = RowRunner(session, random_rows({"x": image}, frozenset({"x"})), sizes, pool is not None, pool)
+        trial_rows, vectors = random_rows({"x": image}, frozenset({"x"})), pool is not None
+        self._rows = RowRunner(session, trial_rows, sizes, vectors, pool, memory)
         self._session = session
 
     @classmethod
@@ -38,7 +44,7 @@ class FeatureExtractor:
         """Of a serialised backbone.onnx that no bundle holds yet. Raises BundleGraphError."""
         serial = bool(TWO_PATHS & check_operators(graph).keys())
         session = runtime.session(graph, threads=1 if serial else None)
-        return cls(session, backbone, image, runtime.pool if serial else None)
+        return cls(session, backbone, image, runtime.pool if serial else None, runtime.memory)
 
     def run(self, x: np.ndarray) -> np.ndarray:
         """Features, float32 [N,*backbone.shape], of images x, float32 [N,*image] in [0, 1].

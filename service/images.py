@@ -19,11 +19,13 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from service.aligned import aligned_empty
 from service.bundle import Preprocessing
 from service.containers import check_container, check_exif
 from service.errors import InvalidInput, PayloadTooLarge
 from service.tiles import check_size
 
+LEVELS = np.float32(255)
 FORMATS = ("PNG", "JPEG", "WEBP")
 BAND = 2**18  # pixels that go from Pillow to an array at once
 RESAMPLE = {
@@ -65,7 +67,10 @@ def unit_levels(levels: np.ndarray) -> np.ndarray:
 
     The division is float32's, the same number everywhere: k/255 rounded once.
     """
-    return levels.astype(np.float32) / np.float32(255)
+    pixels = aligned_empty(levels.shape, np.float32)
+    pixels[...] = levels
+    pixels /= LEVELS
+    return pixels
 
 
 def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits, strict: bool = False) -> np.ndarray:

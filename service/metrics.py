@@ -6,20 +6,39 @@ prometheus_client's multiprocess mode, which it reads off the environment when i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from service.drift import Finding, Name, Summary
+from service.turns import Gathered
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Answered(NamedTuple):
+    """An answered request: its route's template, and the seconds from its headers to the end of the answer."""
+
+    method: str
+    route: str
+    status: int
+    seconds: float
+
+
+class Observed(NamedTuple):
+    """A number for a histogram."""
+
+    by: Histogram
+    amount: float
 
 
 class Metrics:
@@ -30,6 +49,8 @@ class Metrics:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
+        if folder is not None:
+            _know_process()
         self.registry = CollectorRegistry()
         self._of_requests()
         self._of_rows()
@@ -49,6 +70,8 @@ class Metrics:
             multiprocess_mode="livesum",
         )
         self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
+        self._under_way = 0
+        self._turn: Gathered[Answered | Observed | None] = Gathered(self._sum_up)
         # Looking up a child by its labels takes longer than counting.
         self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
 
@@ -98,14 +121,37 @@ class Metrics:
             registry=self.registry,
         )
 
-    def request(self, method: str, route: str, status: int, seconds: float) -> None:
+    def begun(self) -> None:
+        """Count a request as under way, until it is counted as answered."""
+        self._under_way += 1
+        self._turn.add(None)
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; ``route`` is a template such as /v1/models/{model}/score."""
-        self._answered(method if method in _METHODS else "other", route, str(status)).inc()
-        self._taken(route).observe(seconds)
+        self._under_way -= 1
+        self._turn.add(Answered(method, route, status, seconds))
 
     def rows(self, verb: str, n: int) -> None:
         """Count a request of ``n`` images or latents."""
-        self._rows(verb).observe(n)
+        self._turn.add(Observed(self._rows(verb), n))
+
+    def ran(self, n: int) -> None:
+        """Count a run of ``n`` images or latents."""
+        self._turn.add(Observed(self.run, n))
+
+    def _sum_up(self, turn: list[Answered | Observed | None]) -> None:
+        """Of one turn of the event loop: what was answered and observed (None: what was begun)."""
+        self.in_flight.set(self._under_way)
+        many: dict[tuple[str, str, int], int] = {}
+        for each in turn:
+            if type(each) is Answered:
+                kind = each.method, each.route, each.status
+                many[kind] = many.get(kind, 0) + 1
+                self._taken(each.route).observe(each.seconds)
+            elif type(each) is Observed:
+                each.by.observe(each.amount)
+        for (method, route, status), count in many.items():
+            self._answered(method if method in _METHODS else "other", route, str(status)).inc(count)
 
     def scored(self, model: str, p_values: Iterable[float | None], n: int) -> None:
         """Count ``n`` scored images of a model and their p-values, where there are any."""
@@ -117,6 +163,7 @@ class Metrics:
 
     def render(self, drift: Iterable[tuple[Name, Summary]] = ()) -> bytes:
         """The exposition format (text, version 0.0.4), with what the drift tests say."""
+        self._turn.flush()
         shown = self.registry
         if self.folder is not None:
             shown = CollectorRegistry()
@@ -124,6 +171,12 @@ class Metrics:
         drifts = CollectorRegistry()
         drifts.register(_DriftCollector(drift))
         return generate_latest(shown) + generate_latest(drifts)
+
+
+def _know_process() -> None:
+    """Look this process's number up once: prometheus_client asks for it with every number that it writes."""
+    own = os.getpid()
+    values.ValueClass = values.MultiProcessValue(lambda: own)
 
 
 class _DriftCollector(Collector):

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import random
 import re
 import time
 from collections.abc import Coroutine, Generator
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,6 +30,9 @@ _DOCS_POLICY = (
 _SECURITY = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 _API_HEADERS = (*_SECURITY, (b"content-security-policy", _API_POLICY.encode()))
 _DOCS_HEADERS = (*_SECURITY, (b"content-security-policy", _DOCS_POLICY.encode()))
+_NO_STORE = (b"cache-control", b"no-store")
+ANSWER_HEADERS = (*_API_HEADERS, _NO_STORE)
+"""What every answer of the API carries beside its request id."""
 _LINGER_SECONDS = 0.5
 
 
@@ -47,7 +51,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(header(scope, b"x-request-id"))
+        request_id = asked_id(header(scope, b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
         status, started = 0, time.perf_counter()
 
@@ -58,7 +62,7 @@ class RequestContext:
                 _add_headers(message, request_id, scope["path"])
             await send(message)
 
-        self.metrics.in_flight.inc()
+        self.metrics.begun()
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception:
@@ -67,20 +71,33 @@ class RequestContext:
                 text = "an unexpected error, which the log explains under this request id"
                 await problem(500, text, request_id)(scope, receive, send_with_headers)
         finally:
-            self.metrics.in_flight.dec()
             self._report(scope, status, time.perf_counter() - started)
 
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
-        route = route_template(scope)
-        self.metrics.request(scope["method"], route, status, seconds)
-        log_request(
-            request_id=scope["state"]["request_id"],
-            method=scope["method"],
-            route=route,
-            path=scope["path"][:200],
-            status=status,
-            milliseconds=round(seconds * 1e3, 3),
-        )
+        request_id = scope["state"]["request_id"]
+        report(self.metrics, request_id, scope["method"], route_template(scope), scope["path"], status, seconds)
+
+
+def report(metrics: Metrics, request_id: str, method: str, route: str, path: str, status: int, seconds: float) -> None:
+    """Count and log an answered request; ``route`` is its template."""
+    metrics.answered(method, route, status, seconds)
+    log_request(
+        request_id=request_id,
+        method=method,
+        route=route,
+        path=path[:200],
+        status=status,
+        milliseconds=round(seconds * 1e3, 3),
+    )
+
+
+@dataclass
+class Bodies:
+    """The bodies of an app's requests: ``most`` bytes of one, ``most_together`` of all that are ``held`` at once."""
+
+    most: int
+    most_together: int
+    held: int = 0
 
 
 class BodyGuard:
@@ -90,12 +107,10 @@ class BodyGuard:
     inside the route, and so end in the one table of app.py.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_total: int, timeout: float) -> None:
+    def __init__(self, app: ASGIApp, bodies: Bodies, timeout: float) -> None:
         self.app = app
-        self.max_bytes = max_bytes
-        self.max_total = max_total
+        self.bodies = bodies
         self.timeout = timeout
-        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,7 +120,7 @@ class BodyGuard:
         try:
             await self.app(scope, body.receive, send)
         finally:
-            self.held -= body.size
+            self.bodies.held -= body.size
 
 
 class _Body:
@@ -148,19 +163,19 @@ class _Body:
     async def _check_declared(self) -> None:
         if self.encoding not in ("", "identity"):
             await self._refuse(UnsupportedMediaType("a Content-Encoding is not read: send the body uncompressed"))
-        if self.declared.isdecimal() and int(self.declared[:20]) > self.guard.max_bytes:
+        if self.declared.isdecimal() and int(self.declared[:20]) > self.guard.bodies.most:
             await self._refuse(self._too_large())
 
     async def _account(self, size: int) -> None:
         self.size += size
-        self.guard.held += size
-        if self.size > self.guard.max_bytes:
+        self.guard.bodies.held += size
+        if self.size > self.guard.bodies.most:
             await self._refuse(self._too_large())
-        if self.guard.held > self.guard.max_total:
+        if self.guard.bodies.held > self.guard.bodies.most_together:
             await self._refuse(Overloaded("the bodies of other requests fill the memory set aside: try again later"))
 
     def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body is larger than {self.guard.max_bytes} bytes (setting max_body_bytes)")
+        return PayloadTooLarge(f"the body is larger than {self.guard.bodies.most} bytes (setting max_body_bytes)")
 
     async def _refuse(self, error: Exception) -> None:
         """Raise, but first drop what the caller is still sending, for a moment.
@@ -204,8 +219,9 @@ def route_template(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", "unmatched")
 
 
-def _request_id(asked: str) -> str:
-    return asked if _REQUEST_ID.fullmatch(asked) else os.urandom(16).hex()
+def asked_id(asked: str) -> str:
+    """The request id that was asked for if it is harmless, else a new one."""
+    return asked if asked and _REQUEST_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
 
 
 def _add_headers(start: Message, request_id: str, path: str) -> None:
@@ -214,5 +230,5 @@ def _add_headers(start: Message, request_id: str, path: str) -> None:
     headers.append((b"x-request-id", request_id.encode()))
     headers.extend(_DOCS_HEADERS if path.startswith("/docs") else _API_HEADERS)
     if b"cache-control" not in dict(headers):
-        headers.append((b"cache-control", b"no-store"))
+        headers.append(_NO_STORE)
     start["headers"] = headers

@@ -1,10 +1,11 @@
 """Model: one bundle, loaded, answering on arrays. Every number that leaves vaeserve is computed here.
 
-Rows (images, vectors, signals) are float32 [N,C,H,W] here, whatever shape the outside sees. They are independent,
-bitwise: N of them (or of latents) together give what N single calls give, since every row sees the same noise, graphs
-run through service.rows, and reductions run a row at a time. A score's work is cut into parts that depend on the model
-and on k, never on N: beside x, the answer and the parts of log w, [N,k] each, it holds up to some 8 arrays of
-MAX_ELEMENTS float32 numbers (64 MB), or of one sample of one row where that is more.
+Rows (images, vectors, signals) are float32 [N,C,H,W] here, whatever shape the outside sees; of images also their 8-bit
+levels, uint8, which stand for the pixels level/255. They are independent, bitwise: N of them (or of latents) together
+give what N single calls give, since every row sees the same noise, graphs run through service.rows, and reductions run
+a row at a time. A score's work is cut into parts that depend on the model and on k, never on N: beside x, the answer
+and the parts of log w, [N,k] each, it holds up to some 8 arrays of MAX_ELEMENTS float32 numbers (64 MB), or of one
+sample of one row where that is more.
 
 >>> model = Model.load(open_bundle("exported/digits/1"), Runtime("cpu"))  # doctest: +SKIP
 >>> model.score(images).score  # doctest: +SKIP
@@ -32,9 +33,10 @@ from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
 from service.features import FeatureExtractor
 from service.graphs import check_operators, check_signature
+from service.images import unit_levels
 from service.maps import AnomalyMap, MapKind, Sight, load_map
 from service.measured import Measured
-from service.rows import SIZES, TWO_PATHS, Arrays, RowRunner, random_rows
+from service.rows import TWO_PATHS, Arrays, RowRunner, random_rows, sizes_in
 from service.runtime import Runtime
 from service.verbs import refusals
 
@@ -42,7 +44,6 @@ SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of a row that go through the gra
 MAX_ELEMENTS = 2**21  # of one decoder output: rows × samples × C·H·W that go through the graphs at once
 MAX_TEMPERATURE = 1000
 NO_MAP = "nothing was fitted for it: `vaeserve calibrate` or `vaetrain calibrate` write a bundle that has it"
-ROWS = 32  # rows that go through the graphs at once, at most
 
 
 class Encoding(NamedTuple):
@@ -88,8 +89,8 @@ class Scores(NamedTuple):
 class Model:
     """A bundle in memory. Made by ``Model.load``; safe to call from several threads.
 
-    ``bundle``, ``manifest`` and ``digest`` tell what was loaded, ``runtime`` on what, ``refused`` which verbs it cannot
-    answer and why (service.verbs).
+    ``bundle``, ``manifest`` and ``digest`` tell what was loaded, ``runtime`` on what, ``nodes`` how many each graph
+    has, ``refused`` which verbs it cannot answer and why (service.verbs).
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class Model:
         runtime: Runtime,
         sessions: dict[Graph, ort.InferenceSession],
         serial: frozenset[Graph],
+        nodes: dict[Graph, int],
     ) -> None:
+        self.nodes = nodes
         self.bundle, self.manifest, self.digest, self.runtime = bundle, bundle.manifest, bundle.digest, runtime
         self.refused = refusals(self.manifest)
         self.detectors = load_detectors(bundle)
@@ -109,6 +112,7 @@ class Model:
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
         self._parameters = self.manifest.likelihood.parameters
         self._sessions, self._serial = sessions, serial
+        self._rows = max(sizes_in(runtime.memory))  # that go through the graphs of a score at once, at most
         self._encoders: dict[int, RowRunner] = {}
         self._lock = threading.Lock()
         self._decoder = self._runner("decoder", random_rows({"z": (self._latent_dim,)}))
@@ -129,7 +133,7 @@ class Model:
         if self.manifest.backbone is not None:
             pool = runtime.pool if "backbone" in serial else None
             self._backbone = FeatureExtractor(
-                sessions["backbone"], self.manifest.backbone, self.manifest.preprocessing.shape, pool
+                sessions["backbone"], self.manifest.backbone, self.manifest.preprocessing.shape, pool, runtime.memory
             )
         self._dimensions = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._dimensions <= MAX_ELEMENTS]
@@ -143,16 +147,19 @@ class Model:
         """
         sessions: dict[Graph, ort.InferenceSession] = {}
         serial: set[Graph] = set()
+        nodes: dict[Graph, int] = {}
         for role in bundle.manifest.graphs:
             data = bundle.graph(role)
             try:
-                if TWO_PATHS & check_operators(data).keys() or role == "density":
+                operators = check_operators(data)
+                nodes[role] = operators.total()
+                if TWO_PATHS & operators.keys() or role == "density":
                     serial.add(role)
                 sessions[role] = runtime.session(data, threads=1 if role in serial else None)
                 check_signature(sessions[role], bundle.manifest, role)
             except BundleGraphError as error:
                 raise BundleGraphError(f"{bundle.manifest.graphs[role]}: {error}") from error
-        return cls(bundle, runtime, sessions, frozenset(serial))
+        return cls(bundle, runtime, sessions, frozenset(serial), nodes)
 
     @property
     def runners(self) -> dict[str, tuple[int, ...]]:
@@ -216,11 +223,13 @@ class Model:
         _check_count("samples", samples, 0)
         if samples:
             self.require("encode.samples")
-        # Without the target, which is as large as x.
-        wanted = ("loc", "scale", "z") if samples else ("loc", "scale")
-        chunks = list(self._encode(x, max(samples, 1), _checked_seed(seed), wanted))
-        draws = [chunk["z"] for chunk in chunks] if samples else [np.empty((len(x), 0, self._latent_dim), np.float32)]
-        return Encoding(chunks[0]["loc"], chunks[0]["scale"], np.concatenate(draws, axis=1))
+        seed = _checked_seed(seed)
+        if not samples:  # the target, which is as large as x, does not leave the graph
+            encoded = next(self._encode(x, 1, seed, ("loc", "scale")))
+            return Encoding(encoded["loc"], encoded["scale"], np.empty((len(x), 0, self._latent_dim), np.float32))
+        chunks = list(self._encode(x, samples, seed, ("loc", "scale", "z")))
+        draws = np.concatenate([chunk["z"] for chunk in chunks], axis=1)
+        return Encoding(chunks[0]["loc"], chunks[0]["scale"], draws)
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """E[x|z], float32 [M,C,H,W], of latents z, float32 [M,L]. Raises InvalidInput, UnsupportedVerb."""
@@ -318,7 +327,7 @@ class Model:
         if latents:
             self.require("score.top_latents")
         x = self.features(x)
-        rows = min(ROWS, max(1, MAX_ELEMENTS // (self._chunk(max(each.k for each in wanted)) * self._dimensions)))
+        rows = min(self._rows, max(1, MAX_ELEMENTS // (self._chunk(max(each.k for each in wanted)) * self._dimensions)))
         shown = kind if maps else None
         parts = [self._score(x[i : i + rows], main, wanted, shown, latents) for i in range(0, len(x), rows)]
         together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-4]}
@@ -504,11 +513,13 @@ class Model:
         """How many of so many samples a row go through the graphs next, some of them padding."""
         return next((size for size in self._chunks if size >= samples), self._chunks[-1])
 
-    def _runner(self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] = SIZES) -> RowRunner:
+    def _runner(
+        self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] | None = None
+    ) -> RowRunner:
         """The graph's runner. A session of one thread leaves it to Python threads to run several batches at once."""
         serial = role in self._serial
         pool = self.runtime.pool if serial and self.runtime.threads > 1 else None
-        return RowRunner(self._sessions[role], trial_rows, sizes, serial, pool)
+        return RowRunner(self._sessions[role], trial_rows, sizes, serial, pool, self.runtime.memory)
 
     def _encoder(self, chunk: int) -> RowRunner:
         """The runner for so many samples a row: few sizes, since each is tried for row independence."""
@@ -553,12 +564,15 @@ class Model:
         return ((a + t * (b - a)) * (1 + 0.01 * random.standard_normal(a.shape))).astype(np.float32)
 
     def _checked(self, x: np.ndarray) -> np.ndarray:
-        """x as float32 [N,C,H,W], after its type, shape and range were checked."""
-        x = _floats("x", x)
+        """x as float32 [N,C,H,W], after its type, shape and range were checked; of 8-bit levels their pixels."""
+        is_image = self._backbone is not None or self.manifest.modelled.kind == "image"
+        are_levels = is_image and isinstance(x, np.ndarray) and x.dtype == np.uint8
+        x = x if are_levels else _floats("x", x)
         shape = self._shape if self._backbone is None else self._backbone.image
         if x.ndim != 4 or x.shape[1:] != shape or len(x) == 0:
             raise InvalidInput(f"x has shape {x.shape}, expected (N, {', '.join(map(str, shape))}) with N ≥ 1")
-        is_image = self._backbone is not None or self.manifest.modelled.kind == "image"
+        if are_levels:
+            return unit_levels(x)
         low, high = x.min(), x.max()  # NaN, if there is one
         if not (low >= 0.0 and high <= 1.0 if is_image else np.isfinite(low) and np.isfinite(high)):
             raise InvalidInput(_first_fault(x, is_image))

@@ -10,13 +10,13 @@ from service.errors import NotAcceptable
 MOST_KNOWN = 128  # characters of an Accept that is remembered
 
 
-def negotiate(accept: str, offers: Sequence[str]) -> str:
+def negotiate(accept: str, offers: tuple[str, ...]) -> str:
     """The offer with the highest quality; among equals the earliest offer. No header accepts anything.
 
     Raises:
         NotAcceptable: every offer has quality 0.
     """
-    return _known(accept, tuple(offers)) if len(accept) <= MOST_KNOWN else _negotiate(accept, offers)
+    return _known(accept, offers) if len(accept) <= MOST_KNOWN else _negotiate(accept, offers)
 
 
 def _negotiate(accept: str, offers: Sequence[str]) -> str:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import uuid
+from collections.abc import Coroutine
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.direct import Direct, Plan
 from service.logs import get_logger
 from service.problems import MEDIA_TYPE, problem
 from service.settings import Settings
 
 LINGER_SECONDS = 0.5
+HELD_SECONDS = 0.05  # between a request's headers and the end of its body, if it is not to go by ASGI
 GATHERED_BYTES = 2**16  # that wait for the end of an iteration at most: what is streamed must feel its reader
 
 
@@ -42,6 +45,11 @@ class GatheringTransport:
         if self._size > GATHERED_BYTES:
             self.flush()
 
+    def write_whole(self, data: bytes) -> None:
+        """Hand on a whole answer, after what was gathered."""
+        self.flush()
+        self._transport.write(data)
+
     def flush(self) -> None:
         """Hand on what was gathered."""
         parts, self._parts, self._size = self._parts, [], 0
@@ -63,19 +71,26 @@ class GatheringTransport:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """Answers 431 to more or longer headers than allowed and 408 to headers that do not arrive in time."""
+    """Answers 431 to more or longer headers than allowed and 408 to headers that do not arrive in time.
+
+    A request that service.direct takes never reaches ASGI: its headers are held back until its body has been read. One
+    whose body is long in coming goes on to ASGI, where the time and the memory that it takes are counted.
+    """
 
     max_headers = 100
     max_header_bytes = 32 * 2**10
     header_timeout = 10.0
+    direct: Direct | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timer: asyncio.TimerHandle | None = None
-        self._complete = 0  # bytes of whole header lines
         self._partial = 0  # bytes received while the headers were unfinished
         self._in_headers = True
         self._refused = False
+        self._held: tuple[Plan, str] | None = None  # what the request asks for whose headers are held back
+        self._parts: list[bytes] = []  # of its body
+        self._keep_alive = True
         self.headers: list[tuple[bytes, bytes]] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -97,39 +112,109 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         super().data_received(data)
+        if self._held is not None and self._timer is None:  # many clients send the body apart
+            self._timer = self.loop.call_later(HELD_SECONDS, self._let_go)
         if self._in_headers and self.parser is not None:
             self._partial += len(data)  # a header line without an end is reported by no callback
-            self._check()
+            self._check(self._partial)
+            if self._timer is None and not self._refused:
+                self._arm()
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_headers, self._complete, self._partial = True, 0, 0
-        self._arm()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._complete += len(name) + len(value) + 4
-        self._check()
+        self.url, self.headers, self.expect_100_continue = b"", [], False
+        self._in_headers, self._partial = True, 0
 
     def on_headers_complete(self) -> None:
         self._disarm()
         self._in_headers = False
+        self._check(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
         if self._refused:
             raise httptools.HttpParserError("headers refused")
+        self._held = self._plan()
+        if self._held is None:
+            self._by_asgi()
+
+    def _by_asgi(self) -> None:
+        """Hand the headers on to uvicorn, whose message begins here."""
+        url, headers, expected = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expected
+        self.headers += headers  # the scope's own list
         super().on_headers_complete()
 
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._complete += len(url)
-        self._check()
+    def _plan(self) -> tuple[Plan, str] | None:
+        """What service.direct may answer; nothing of what comes while another answer is under way."""
+        if self.direct is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
+            return None
+        if self.flow.write_paused or not (self.cycle is None or self.cycle.response_complete):
+            return None
+        self._keep_alive = self.parser.should_keep_alive()
+        return self.direct.plan(self.url, self.headers)
+
+    def on_body(self, body: bytes) -> None:
+        if self._held is None:
+            super().on_body(body)
+        else:
+            self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._held is not None and self._taken(*self._held):
+            self._held, self._parts = None, []
+            self._disarm()
+            return
+        self._let_go()
+        super().on_message_complete()
+
+    def _taken(self, plan: Plan, request_id: str) -> bool:
+        assert self.direct is not None
+        exchange = self.direct.take(self, plan, request_id, b"".join(self._parts), self._keep_alive)
+        if exchange is not None:
+            self.cycle = exchange  # type: ignore[assignment]
+        return exchange is not None
+
+    def _let_go(self) -> None:
+        """Hand the request on whose headers were held back, as far as it has come."""
+        if self._held is None:
+            return
+        self._disarm()
+        self._held, parts, self._parts = None, self._parts, []
+        self._by_asgi()
+        for part in parts:
+            super().on_body(part)
+
+    def shutdown(self) -> None:
+        """Close the connection as soon as what has begun on it is answered."""
+        self._let_go()
+        super().shutdown()
+
+    def answer(self, data: bytes, keep_alive: bool) -> None:
+        """Write a whole answer, and close the connection after it or go on to the next request."""
+        if self.transport.is_closing():
+            return
+        gathered: GatheringTransport = self.transport  # type: ignore[assignment]
+        gathered.write_whole(data)
+        if not keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        """Those that uvicorn adds to every answer."""
+        return self.server_state.default_headers
+
+    def start(self, task: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that uvicorn waits for when it stops."""
+        started = self.loop.create_task(task)
+        started.add_done_callback(self.tasks.discard)
+        self.tasks.add(started)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
 
-    def _check(self) -> None:
+    def _check(self, size: int) -> None:
+        """Refuse headers that are too many, or whose ``size`` in bytes is too large."""
         if len(self.headers) > self.max_headers:
             self._refuse(431, f"more than {self.max_headers} header lines (setting max_headers)")
-        elif max(self._complete, self._partial) > self.max_header_bytes:
+        elif size > self.max_header_bytes:
             self._refuse(431, f"more than {self.max_header_bytes} bytes of headers (setting max_header_bytes)")
 
     def _arm(self) -> None:
@@ -168,9 +253,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
-def guarded_protocol(settings: Settings) -> type[GuardedProtocol]:
-    """The protocol class for ``uvicorn.Config(http=…)`` with the caps of ``settings``."""
+def guarded_protocol(settings: Settings, direct: Direct | None = None) -> type[GuardedProtocol]:
+    """The protocol class for ``uvicorn.Config(http=…)`` with the caps of ``settings`` and the app's direct way."""
     caps = {
+        "direct": direct,
         "max_headers": settings.max_headers,
         "max_header_bytes": settings.max_header_bytes,
         "header_timeout": settings.header_timeout,

@@ -13,7 +13,6 @@ slower and still right.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,12 +21,16 @@ from concurrent.futures import Executor
 import numpy as np
 import onnxruntime as ort
 
+from service.aligned import aligned_empty, is_aligned
+from service.binding import BoundSession, Value
+
 TWO_PATHS = frozenset(
     {"Acos", "Asin", "Atan", "Celu", "Cos", "Elu", "Log", "Mish", "ReduceLogSum", "ReduceLogSumExp", "Selu", "Sin"}
     | {"Softplus"}
 )
 VECTOR = 4  # float32 numbers that ONNX Runtime's general kernels take at once (SSE, NEON); 2 of float64
 SIZES = (1, 8, 16, 32)
+DEVICE_SIZES = (*SIZES, 64, 128)  # a device has more to do at once; how far this pays was never measured
 # Trials a size: each puts other rows at every place. Large rows bring more places to one, cost more, and take fewer.
 MOST_TRIALS, LEAST_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
 MAX_ELEMENTS = 2**21  # of one input or output at one run: bounds memory, and time at start, for large images
@@ -42,26 +45,31 @@ class RowRunner:
     """Runs a session on any number of rows, all inputs and outputs having the rows as their first axis.
 
     Arguments: ``session``; ``trial_rows`` gives that many typical rows, all different, for the trials (called on first
-    use); ``sizes`` the batch sizes to try, (1,) for one row at a time without a trial; ``vectors`` whether the graph
-    has operators of two paths, and so wants batches of whole vectors; ``pool`` runs several batches at once.
+    use); ``sizes`` the batch sizes to try, (1,) for one row at a time without a trial, by default those of ``memory``;
+    ``vectors`` whether the graph has operators of two paths, and so wants batches of whole vectors; ``pool`` runs
+    several batches at once; ``memory`` the device that inputs and outputs are bound to (service.binding), None for
+    plain runs.
     """
 
     def __init__(
         self,
         session: ort.InferenceSession,
         trial_rows: Callable[[int], Arrays],
-        sizes: Sequence[int] = SIZES,
+        sizes: Sequence[int] | None = None,
         vectors: bool = False,
         pool: Executor | None = None,
+        memory: str | None = None,
     ) -> None:
-        self._session = session
+        bound = None if memory is None else BoundSession(session, memory)
+        self._run_session = session.run if bound is None else bound.run
+        self._keep: Callable[[np.ndarray], Value] = _itself if bound is None else bound.keep
         self._trial_rows = trial_rows
         self._outputs = [output.name for output in session.get_outputs()]
-        self._candidates = tuple(sizes)
+        self._candidates = sizes_in(memory) if sizes is None else tuple(sizes)
         self._vectors = vectors
         self._pool = pool
         self._sizes: tuple[int, ...] | None = (1,) if self._candidates == (1,) else None
-        self._same: OrderedDict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._same: OrderedDict[tuple[str, int, int], tuple[np.ndarray, Value]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -106,25 +114,27 @@ class RowRunner:
     ) -> list[np.ndarray]:
         """Outputs for at most ``size`` rows, which the session sees as exactly so many."""
         count = len(next(iter(feeds.values())))
-        whole = {name: _padded(value, size) for name, value in feeds.items()}
+        whole: dict[str, Value] = {name: _padded(value, size) for name, value in feeds.items()}
         for name, value in same.items():
             whole[name] = self._spread(name, value, size)
-        outputs: list[np.ndarray] = self._session.run(names or self._outputs, whole)
+        outputs: list[np.ndarray] = self._run_session(names or self._outputs, whole)
         return outputs if count == size else [output[:count] for output in outputs]
 
-    def _spread(self, name: str, value: np.ndarray, size: int) -> np.ndarray:
-        """``value`` in each of so many rows; small ones are kept, by the array that they are of."""
+    def _spread(self, name: str, value: np.ndarray, size: int) -> Value:
+        """``value`` in each of so many rows; small ones are kept there where graphs read, by the array they are of."""
         key = (name, size, id(value))
         kept = self._same.get(key)
         if kept is not None and kept[0] is value:
             return kept[1]
         rows = _padded(value[None], size)
-        if rows.nbytes <= KEPT_BYTES:
-            with self._lock:
-                self._same[key] = value, rows
-                while len(self._same) > KEPT_SAME:
-                    self._same.popitem(last=False)
-        return rows
+        if rows.nbytes > KEPT_BYTES:
+            return rows
+        placed = self._keep(rows)
+        with self._lock:
+            self._same[key] = value, placed
+            while len(self._same) > KEPT_SAME:
+                self._same.popitem(last=False)
+        return placed
 
     def _find_sizes(self) -> tuple[int, ...]:
         """The candidates that agree with the smallest size that lets the largest candidate agree."""
@@ -169,6 +179,11 @@ class RowRunner:
         return True
 
 
+def sizes_in(memory: str | None) -> tuple[int, ...]:
+    """Batch sizes to try where a graph computes in that memory, None for the host's."""
+    return SIZES if memory is None else DEVICE_SIZES
+
+
 def random_rows(shapes: dict[str, tuple[int, ...]], uniform: frozenset[str] = frozenset()) -> Callable[[int], Arrays]:
     """Trial rows of random float32 numbers: in [0, 1) for the inputs named in ``uniform``, else standard normal."""
 
@@ -189,16 +204,19 @@ def _next_size(sizes: tuple[int, ...], rows: int) -> int:
 
 
 def _padded(value: np.ndarray, size: int) -> np.ndarray:
-    """A copy at an address divisible by 64, where vectorised kernels always start alike, padded with its last row."""
-    length = size * math.prod(value.shape[1:]) * value.itemsize
-    raw = np.empty(length + 64, np.uint8)
-    start = -raw.__array_interface__["data"][0] % 64
-    result: np.ndarray = raw[start : start + length].view(value.dtype).reshape(size, *value.shape[1:])
+    """``value`` in an aligned array, padded with its last row; itself where nothing is to be done."""
     count = len(value)
+    if count == size and is_aligned(value):
+        return value
+    result = aligned_empty((size, *value.shape[1:]), value.dtype)
     result[:count] = value
     if count < size:
         result[count:] = value[-1]
     return result
+
+
+def _itself(value: np.ndarray) -> np.ndarray:
+    return value
 
 
 def _elements(values: Iterable[np.ndarray]) -> int:

@@ -28,7 +28,8 @@ class Runtime:
     """Makes sessions for one device.
 
     Arguments: ``device`` is "cpu", "cuda", or "auto" (cuda where its provider loads, else cpu); ``threads`` the size of
-    each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen.
+    each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen; ``memory``
+    is the device in whose memory sessions compute (service.binding), None where that is the host's.
     ``pool`` has as many Python threads, for the batches of sessions that have one thread themselves.
 
     Raises DeviceUnavailable when cuda is asked for and this installation has no such provider.
@@ -49,14 +50,19 @@ class Runtime:
         if self.provider == CUDA:
             self._start_cuda(required=device == "cuda")
 
+    @property
+    def memory(self) -> str | None:
+        """The name ONNX Runtime gives to the memory of this runtime's device, None for the host's."""
+        return "cuda" if self.provider == CUDA else None
+
     def session(self, model: bytes, threads: int | None = None) -> ort.InferenceSession:
         """A session of that serialised ONNX model, on this runtime's provider, with its number of threads or another.
 
         Raises BundleGraphError when ONNX Runtime refuses the model, DeviceUnavailable when the provider fails to start.
         """
-        providers = [(CUDA, CUDA_OPTIONS), CPU] if self.provider == CUDA else [CPU]
+        options, providers = self._options(threads or self.threads), providers_of(self.provider)
         try:
-            session = ort.InferenceSession(model, self._options(threads or self.threads), providers=providers)
+            session = ort.InferenceSession(model, options, providers=providers)
         except Exception as error:
             # ONNX Runtime's exceptions have no common base of their own but Exception.
             raise BundleGraphError(f"ONNX Runtime refuses the graph: {_first_line(error)}") from error
@@ -92,6 +98,11 @@ class Runtime:
         # The arena stays on: it grows to the largest batch seen, and service.rows bounds that batch.
         options.enable_cpu_mem_arena = True
         return options
+
+
+def providers_of(provider: str) -> list[str | tuple[str, dict[str, str]]]:
+    """What a session is to be given: ``provider`` with its options, and the CPU for operators that it does not have."""
+    return [(CUDA, CUDA_OPTIONS), CPU] if provider == CUDA else [CPU]
 
 
 def _gpu_instruction() -> str:

@@ -112,11 +112,12 @@ def build_server(
     ``on_listening`` is called once it listens, ``on_second`` from its event loop every second from then on;
     ``balance`` evens out the connections of several such servers.
     """
+    protocol = guarded_protocol(settings, app.state.direct)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=guarded_protocol(settings) if balance is None else balanced_protocol(settings, balance),
+        http=protocol if balance is None else balanced_protocol(protocol, balance),
         ws="none",
         lifespan="on",
         log_config=None,  # service.logs has configured the root logger

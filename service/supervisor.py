@@ -1,8 +1,9 @@
 """Several worker processes behind one port, and the process that starts, restarts and stops them.
 
-The supervisor loads no model: it holds the port, the folder of the metrics and the watches of drift. Workers are fresh
-interpreters, not forks, so that no lock or thread of another process comes with them. Each has a listening socket of
-its own (service/listening.py), and listens once its models are loaded and warm.
+The supervisor loads no model: it holds the port, the folder of the metrics and the watches of drift. Workers are forks
+of another process, the nursery (service/nursery.py), so that no lock or thread of this one comes with them, and are
+children of this one. Each has a listening socket of its own (service/listening.py), and listens once its models are
+loaded and warm.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import orjson
-
+from service.adoption import Child, adopt_orphans
 from service.channel import Message, connected_pair, encode, receive_waiting
 from service.errors import ConfigurationError, WorkerFailed
-from service.interpreters import fresh_interpreter
+from service.forker import Forker, Started, fork_nursery
 from service.listening import bind_shared, claim, refuse_taken
 from service.logs import configure_logs, get_logger
 from service.settings import Settings
@@ -48,16 +49,20 @@ def serve_with_workers(settings: Settings) -> int:
     """
     if sys.platform != "linux":
         raise ConfigurationError("setting workers: only Linux spreads connections over several processes; give 1")
+    first = fork_nursery()
+    if first is None:  # this is the nursery or a worker, and ends
+        return 0
     configure_logs(settings.log_level, settings.log_format)
     try:
         refuse_taken(settings.host, settings.port)
         held = bind_shared(settings.host, settings.port)
         locks = claim(held)
     except OSError as error:
+        first.end()
         get_logger().error(str(error))
         return STARTUP_FAILURE
     with _metrics_folder() as folder:
-        supervisor = Supervisor(settings.model_copy(update={"port": held[0].getsockname()[1]}), folder)
+        supervisor = Supervisor(settings.model_copy(update={"port": held[0].getsockname()[1]}), folder, first)
         asyncio.run(supervisor.run())
     for each in held + locks:
         each.close()
@@ -85,7 +90,7 @@ class Process:
     """
 
     number: int
-    child: asyncio.subprocess.Process
+    child: Child
     line: socket.socket
     ready: bool = False
     failure: str | None = None
@@ -98,15 +103,16 @@ class Process:
 class Supervisor:
     """Keeps settings.workers processes alive on settings.port, whose number must be known.
 
-    ``cut_short`` is the signal that asked for an end at once: before all served, or once more while draining.
+    ``nursery`` is the first one, if there is one already. ``cut_short`` is the signal that asked for an end at once:
+    before all served, or once more while draining.
     """
 
-    def __init__(self, settings: Settings, metrics: Path) -> None:
+    def __init__(self, settings: Settings, metrics: Path, nursery: Started | None = None) -> None:
         self.cut_short: signal.Signals | None = None
         self._settings = settings
         self._metrics = metrics
-        self._bundles: asyncio.Task[dict[str, str]] | None = None
-        self._keeper: DriftKeeper | None = None
+        self._first = nursery
+        self._forker: Forker | None = None
         self._processes: dict[int, Process] = {}
         self._questions: list[tuple[Process, Message]] = []
         self._stopping = asyncio.Event()
@@ -126,8 +132,9 @@ class Supervisor:
         get_logger().info(
             "starting", host=self._settings.host, port=self._settings.port, workers=self._settings.workers
         )
-        # Beside the starting workers, whose interpreters take as long to get ready for their orders.
-        self._bundles = asyncio.create_task(asyncio.to_thread(self._look_at_bundles))
+        adopt_orphans()
+        orders = {"settings": self._settings.model_dump(mode="json"), "metrics": str(self._metrics)}
+        self._forker = Forker(self._first, orders, self._settings.hang_timeout or None)
         keepers = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
         watch = asyncio.create_task(self._watch())
         try:
@@ -137,13 +144,12 @@ class Supervisor:
                 task.cancel()
             await self._kill()
 
-    def _look_at_bundles(self) -> dict[str, str]:
-        """Their digests by NAME/VERSION, which all workers are to find again."""
-        from service.bundle import bundle_digests
+    @cached_property
+    def _drift(self) -> DriftKeeper:
+        """Made when a worker tells of rows or asks: what it imports would delay the start."""
         from service.shared_drift import DriftKeeper
 
-        self._keeper = DriftKeeper(self._settings.drift_window, self._settings.drift_level)
-        return bundle_digests(self._settings.repository)
+        return DriftKeeper(self._settings.drift_window, self._settings.drift_level)
 
     async def _keep(self, number: int) -> None:
         """One worker after another in the same place."""
@@ -151,9 +157,12 @@ class Supervisor:
         while not self._stopping.is_set():
             try:
                 process, started = await self._start(number), loop.time()
-            except OSError as error:  # no memory or no process is to be had: those that serve, serve on
+            except (OSError, WorkerFailed) as error:  # such as no memory: those that serve, serve on
+                if self._stopping.is_set():
+                    return
                 if not self._others_serve():
-                    raise WorkerFailed(f"a worker cannot be started: {error}") from error
+                    why = str(error) if isinstance(error, WorkerFailed) else f"a worker cannot be started: {error}"
+                    raise WorkerFailed(why) from error
                 get_logger().error("worker not started", worker=number, reason=str(error), wait=delay)
                 await self._pause(delay)
                 delay = min(2 * delay, MOST_DELAY)
@@ -190,43 +199,34 @@ class Supervisor:
         if process.silent * WATCH_EVERY > self._settings.hang_timeout:
             process.silent = 0
             process.failure = f"its event loop stood still for {self._settings.hang_timeout:g} s (setting hang_timeout)"
-            with suppress(ProcessLookupError):
-                process.child.kill()
+            process.child.kill()
 
     async def _start(self, number: int) -> Process:
+        assert self._forker is not None
         ours, theirs = connected_pair()
-        with theirs:
-            child = await asyncio.create_subprocess_exec(
-                *fresh_interpreter("service.worker", theirs.fileno()),
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
-                process_group=0,  # a terminal's Ctrl-C is for the supervisor, who hands it on
-            )
+        try:
+            with theirs:
+                child = await self._forker.fork(theirs)
+        except BaseException:
+            ours.close()
+            raise
         process = Process(number, child, ours)
         self._processes[number] = process
         self._listen(process)
-        assert child.stdin is not None
-        assert self._bundles is not None
-        bundles = await self._bundles
         if self._stopping.is_set():
-            with suppress(ProcessLookupError):  # it has been told already
-                child.terminate()
-        else:
-            child.stdin.write(self._orders(number, bundles))
-        child.stdin.close()
+            child.send_signal(signal.SIGTERM)  # the others have been told already
+        await self._send(process, [self._orders(number)])
         get_logger().info("worker started", worker=number, pid=child.pid)
         return process
 
-    def _orders(self, number: int, bundles: dict[str, str]) -> bytes:
-        return orjson.dumps(
-            {
-                "settings": self._settings.model_dump(mode="json"),
-                "worker": number,
-                "metrics": str(self._metrics),
-                "bundles": bundles,
-            }
-        )
+    def _orders(self, number: int) -> Message:
+        assert self._forker is not None
+        return {
+            "settings": self._settings.model_dump(mode="json"),
+            "worker": number,
+            "metrics": str(self._metrics),
+            "bundles": self._forker.bundles,
+        }
 
     def _listen(self, process: Process) -> None:
         """Read as soon as something comes, then not before READ_EVERY seconds: what comes together costs less."""
@@ -247,8 +247,8 @@ class Supervisor:
         messages, gone = receive_waiting(process.line)
         if messages:
             process.silent = 0
-        if self._keeper is not None:  # as it is before a worker has its orders
-            self._keeper.take(message for message in messages if message["kind"] == "rows")
+        if rows := [message for message in messages if message["kind"] == "rows"]:
+            self._drift.take(rows)
         for message in messages:
             self._take(process, message)
         if gone and not process.gone.is_set():
@@ -280,8 +280,7 @@ class Supervisor:
         for each in list(self._processes.values()):
             self._read(each)
         for process, question in questions:
-            assert self._keeper is not None
-            task = asyncio.create_task(self._send(process, list(self._keeper.answers(question))))
+            task = asyncio.create_task(self._send(process, list(self._drift.answers(question))))
             process.answers.add(task)
             task.add_done_callback(process.answers.discard)
 
@@ -313,12 +312,15 @@ class Supervisor:
         if not self._served or (self._stopping.is_set() and signum == signal.SIGTERM):
             self.cut_short = signum
         self._stopping.set()
+        if self._forker is not None:
+            self._forker.end()
         for process in self._processes.values():
-            with suppress(ProcessLookupError):
-                process.child.send_signal(signum if process.ready else signal.SIGTERM)
+            process.child.send_signal(signum if process.ready else signal.SIGTERM)
 
     async def _kill(self) -> None:
+        if self._forker is not None:
+            self._forker.end()
+            await self._forker.ended()
         for process in self._processes.values():
-            with suppress(ProcessLookupError):
-                process.child.kill()
+            process.child.kill()
             await process.child.wait()

@@ -36,7 +36,6 @@ from service.errors import (
     DeviceUnavailable,
     VaeserveError,
 )
-from service.graphs import check_operators
 from service.model import Model
 from service.rows import Arrays
 from service.runtime import Runtime
@@ -131,10 +130,10 @@ def _check(report: Report, runtime: Runtime | None) -> None:
     bundle = open_bundle(report.path)
     files = len(bundle.manifest.files)
     passed("files", f"{files} files, sizes and sha256 as the manifest says, nothing else beside them")
-    nodes = {role: check_operators(bundle.graph(role)).total() for role in bundle.manifest.graphs}
+    model = Model.load(bundle, runtime or Runtime("cpu"))
+    nodes = model.nodes
     found = ", ".join(f"{role} {count}" for role, count in nodes.items())
     passed("operators", f"all of the allowed ones of ai.onnx, no external data (nodes: {found})")
-    model = Model.load(bundle, runtime or Runtime("cpu"))
     passed("signature", f"inputs and outputs of {', '.join(nodes)} are the manifest's")
     errors = check_parity(model)
     worst = max(errors, key=lambda name: errors[name])
@@ -320,13 +319,14 @@ def check_calibration(bundle: Bundle) -> str:
         raise BundleFormatError(
             f"calibration.quantiles tells of {sorted(declared.quantiles)}, {calibrator.names} are there"
         )
+    held_out = bundle.arrays(CALIBRATION)
     for name in calibrator.names:
         if calibrator.n(name) != declared.n:
             raise BundleFormatError(f"calibration.n is {declared.n}, {CALIBRATION} has {calibrator.n(name)} of {name}")
         groups = {group: calibrator.n(name, group) for group in calibrator.groups(name)}
         if groups != declared.groups:
             raise BundleFormatError(f"calibration.groups is {declared.groups}, {CALIBRATION} has {groups} of {name}")
-        _check_quantiles(name, declared.quantiles[name], bundle.arrays(CALIBRATION)[name])
+        _check_quantiles(name, declared.quantiles[name], held_out[name])
     return f"{declared.n} scores of split {declared.split!r} for {', '.join(calibrator.names)}, sorted and finite"
 
 

@@ -1,4 +1,7 @@
-"""A worker: one of several processes that serve the same bundles on the same port. service/supervisor.py starts it."""
+"""A worker: one of several processes that serve the same bundles on the same port.
+
+service/supervisor.py starts and ends it, service/nursery.py forks it.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ import orjson
 from service.app import create_app
 from service.balance import Balance
 from service.bundle import bundle_digests
-from service.channel import WorkerLine
+from service.channel import MOST_BYTES, WorkerLine
 from service.errors import BundleIntegrityError, VaeserveError
 from service.listening import bind_shared
 from service.logs import configure_logs
 from service.metrics import Metrics
-from service.repository import load_repository
+from service.nursery import name_process
+from service.repository import ModelRepository, load_repository
 from service.server import DrainingServer, build_server, spare_collections
 from service.settings import Settings
 from service.shared_drift import ToldDrift
@@ -29,12 +33,20 @@ FAILED = 1
 
 
 def main(descriptor: int) -> None:
+    """As ``serve``, with nothing loaded yet; ``descriptor`` is that of the line."""
+    serve(socket.socket(fileno=descriptor), None)
+
+
+def serve(end: socket.socket, repository: ModelRepository | None) -> None:
     """Serve until told to stop, or until the supervisor is gone.
 
-    ``descriptor`` is this end of the line; the orders come on standard input: settings, number of the worker, folder of
-    the metrics, digests of the bundles by NAME/VERSION.
+    ``end`` is this end of the line; the orders come first over it: settings, number of the worker, folder of the
+    metrics, digests of the bundles by NAME/VERSION. ``repository`` holds the bundles, unless they are to be loaded.
     """
-    worker = Worker(orjson.loads(sys.stdin.buffer.read()), socket.socket(fileno=descriptor))
+    data = end.recv(MOST_BYTES)
+    if not data:
+        return
+    worker = Worker(orjson.loads(data), end, repository)
     try:
         worker.run()
     except KeyboardInterrupt:
@@ -50,18 +62,20 @@ def main(descriptor: int) -> None:
 class Worker:
     """What its orders say, its line to the supervisor, and the server once it is built."""
 
-    def __init__(self, orders: dict, end: socket.socket) -> None:
+    def __init__(self, orders: dict, end: socket.socket, repository: ModelRepository | None) -> None:
         self.settings = Settings(**orders["settings"])
         self.folder = Path(orders["metrics"])
         self.bundles: dict[str, str] = orders["bundles"]
         self.line = WorkerLine(end)
+        self.repository = repository
         self.server: DrainingServer | None = None
         self.orphaned = False
         self.number: int = orders["worker"]
+        name_process(f"worker {self.number}")
         configure_logs(self.settings.log_level, self.settings.log_format, worker=self.number)
 
     def run(self) -> None:
-        """Load the bundles, then listen, then say so; until the end.
+        """Load the bundles unless they are, then listen, then say so; until the end.
 
         Raises:
             BundleError, ConfigurationError, DeviceUnavailable: see load_repository.
@@ -73,7 +87,7 @@ class Worker:
         metrics = Metrics(self.folder)
         settings = self.settings
         drift = ToldDrift(self.line, settings.drift_window, settings.drift_level, metrics.unwatched.inc)
-        repository = load_repository(settings, self.bundles)
+        repository = self.repository or load_repository(settings, self.bundles)
         app = create_app(settings, repository, metrics, drift)
         assert isinstance(settings.workers, int)
         balance = Balance(self.folder, self.number, settings.workers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import orjson
 from fastapi import Depends, Request
 from fastapi.responses import Response
+from starlette.types import Receive
 
 from service.arrays import parse_json
 from service.batching import Batcher
@@ -100,37 +101,44 @@ async def default(request: Request, house: HouseDep) -> None:
 class Call:
     """One request to a verb of a model, once its headers are read.
 
-    ``rule`` is what a row of that model is, ``content_type`` the header of that name, "" if absent, ``media_type`` that
-    without its parameters.
+    ``content_type`` and ``accept`` are the headers of these names, "" if absent, ``media_type`` the former without its
+    parameters; ``receive`` is what else comes of the connection, where somebody may wait for that.
     """
 
-    request: Request
     house: House
     served: Served
+    content_type: str
+    media_type: str
+    accept: str
     body: bytes = b""
-    rule: InputRule = field(init=False)
-    content_type: str = field(init=False)
-    media_type: str = field(init=False)
+    receive: Receive | None = None
 
-    def __post_init__(self) -> None:
-        self.rule = self.served.manifest.preprocessing
-        self.content_type = header(self.request.scope, b"content-type")
-        self.media_type = media_type(self.content_type)
+    @classmethod
+    def of(cls, request: Request, house: House, served: Served, body: bytes = b"") -> Call:
+        """The call of an ASGI request."""
+        content_type = header(request.scope, b"content-type")
+        accept = header(request.scope, b"accept")
+        return cls(house, served, content_type, media_type(content_type), accept, body, request.receive)
+
+    @property
+    def rule(self) -> InputRule:
+        """What a row of the model is."""
+        return self.served.manifest.preprocessing
 
     @cached_property
     def document(self) -> Any:
         """The JSON body, parsed once. Raises as arrays.parse_json does."""
         return parse_json(self.body)
 
-    def negotiate(self, offers: Sequence[str]) -> str:
+    def negotiate(self, offers: tuple[str, ...]) -> str:
         """The offered media type that Accept prefers; only of images there are pictures.
 
         Raises:
             NotAcceptable: none of them.
         """
         if self.rule.kind != "image":
-            offers = [offer for offer in offers if offer not in PICTURES]
-        return negotiate(header(self.request.scope, b"accept"), offers)
+            offers = tuple(offer for offer in offers if offer not in PICTURES)
+        return negotiate(self.accept, offers)
 
     async def answer(self, work: Callable[[], Content]) -> Response:
         """Run ``work`` on a worker thread; it gives the answer's body and media type."""
@@ -143,7 +151,8 @@ class Call:
 
     async def gone(self) -> None:
         """Returns when the client has left."""
-        while (await self.request.receive())["type"] != "http.disconnect":
+        assert self.receive is not None
+        while (await self.receive())["type"] != "http.disconnect":
             pass
 
 
@@ -159,7 +168,7 @@ class Verb:
 async def get_call(request: Request, house: HouseDep) -> Call:
     """Dependency: the call with its whole body (the middleware caps it)."""
     chunks = [chunk async for chunk in request.stream()]
-    return Call(request, house, request.state.served, b"".join(chunks))
+    return Call.of(request, house, request.state.served, b"".join(chunks))
 
 
 CallDep = Annotated[Call, Depends(get_call)]

@@ -57,12 +57,16 @@ def parameters(call: Call, query: P, *data: str) -> P:
 
 
 def read_x(call: Call, strict: bool) -> np.ndarray:
-    """The body's rows: float32 [N,C,H,W]. Raises as codecs.Reader.read does, or tables.TableReader.read."""
+    """The body's rows, as model.Model takes them: float32 [N,C,H,W], or images' 8-bit levels, uint8.
+
+    Raises as codecs.Reader.read does, or tables.TableReader.read.
+    """
     settings, rule = call.house.settings, call.rule
     if isinstance(rule, ArrayPreprocessing):
         table = TableReader(rule, settings.max_batch, settings.max_numbers_in)
         return table.read(call.media_type, call.body, lambda: call.document)
-    return Reader(rule, call.house.image_limits, strict).read(call.content_type, call.body, lambda: call.document)
+    reader = Reader(rule, call.house.image_limits, strict)
+    return reader.read_levels(call.content_type, call.body, lambda: call.document)
 
 
 def read_images(call: Call) -> list[np.ndarray]:

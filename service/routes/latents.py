@@ -28,6 +28,10 @@ from service.schemas import (
 
 router = APIRouter(tags=["latents"])
 
+NUMBERS = (JSON, NPY)
+ROWS = (JSON, NPY, PNG)
+"""What answers of numbers, and of rows, are offered as."""
+
 
 @router.post("/encode", openapi_extra=DATA_BODY, responses=answers(Encoded, JSON, NPY))
 async def encode(call: CallDep, query: Annotated[EncodeParameters, Query()]) -> Response:
@@ -66,16 +70,16 @@ async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]
 
 
 def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
-    media_type = call.negotiate([JSON, NPY])
+    media_type = call.negotiate(NUMBERS)
     asked = parameters(call, query, *data_names(call.rule))
     call.house.limit("samples", asked.samples, "max_samples")
     if asked.samples:
         call.served.model.require("encode.samples")
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
-    call.house.metrics.rows("encode", len(x))
     model, samples, seed = call.served.model, asked.samples, asked.seed
     posterior = yield Job(("encode", model, samples, seed), x, lambda rows: model.encode(rows, samples, seed))
+    call.house.metrics.rows("encode", len(x))
     if media_type == NPY:
         return codecs.encode_npy(getattr(posterior, asked.array)), NPY
     content: dict[str, Any] = {"model": call.served.identity, "loc": posterior.loc, "scale": posterior.scale}
@@ -85,35 +89,35 @@ def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
 
 
 def _decode(call: Call, query: DecodeParameters) -> Work[Content]:
-    media_type = call.negotiate([JSON, NPY, PNG])
+    media_type = call.negotiate(ROWS)
     asked = parameters(call, query, *LATENTS)
     call.served.model.require("decode")
     _require_draw(call, "decode", asked.draw)
     z = read_latents(call)
     call.house.limit_numbers_out(len(z), _numbers(call))
-    call.house.metrics.rows("decode", len(z))
     decoded = yield Job(
         ("decode", call.served.model, asked.draw, asked.seed),
         z,
         lambda rows: _decoded(call, rows, asked.draw, asked.seed),
     )
+    call.house.metrics.rows("decode", len(z))
     return _show(call, media_type, decoded)
 
 
 def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
-    media_type = call.negotiate([JSON, NPY, PNG])
+    media_type = call.negotiate(ROWS)
     asked = parameters(call, query, *data_names(call.rule))
     call.served.model.require("reconstruct")
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), _numbers(call))
-    call.house.metrics.rows("reconstruct", len(x))
     model, seed = call.served.model, asked.seed
     decoded = yield Job(("reconstruct", model, seed), x, lambda rows: model.reconstruct(rows, seed))
+    call.house.metrics.rows("reconstruct", len(x))
     return _show(call, media_type, decoded)
 
 
 def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
-    media_type = call.negotiate([JSON, NPY, PNG, GIF, WEBP])
+    media_type = call.negotiate((*ROWS, GIF, WEBP))
     asked = parameters(call, query, *data_names(call.rule), *LATENTS)
     call.served.model.require("interpolate")
     _require_draw(call, "interpolate", asked.draw)
@@ -126,7 +130,7 @@ def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
 
 
 def _sample(call: Call, query: SampleParameters) -> tuple[bytes, str]:
-    media_type = call.negotiate([JSON, NPY, PNG])
+    media_type = call.negotiate(ROWS)
     asked = parameters(call, query)
     call.served.model.require("sample")
     _require_draw(call, "sample", asked.draw)

@@ -50,7 +50,7 @@ async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Re
 
 def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     asked = parameters(call, query, *data_names(call.rule))
-    media_type = call.negotiate([JSON, NPY, PNG] if asked.map else [JSON, NPY])
+    media_type = call.negotiate((JSON, NPY, PNG) if asked.map else (JSON, NPY))
     meant = meaning(call.served, asked, call.house.settings.false_positive_rate)
     chosen, also = meant.chosen, meant.also
     for definition in (chosen.definition, *also.values()):

@@ -50,6 +50,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def open_files(pid: int) -> list[str]:
+    """What the descriptors of that process refer to."""
+    return [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+
+
 class Service:
     """The supervisor's process, and the lines that it and the workers have logged."""
 
@@ -89,8 +94,14 @@ class Service:
     @property
     def folder(self) -> Path:
         """Where the metrics of all workers lie."""
-        variables = Path(f"/proc/{self.pids[0]}/environ").read_text().split("\0")
-        return Path(dict(each.partition("=")[::2] for each in variables)["PROMETHEUS_MULTIPROC_DIR"])
+        return next(Path(file).parent for file in open_files(self.pids[0]) if file.endswith(".db"))
+
+    @property
+    def nursery(self) -> int:
+        """The process that forks the workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (pid,) = (int(child) for child in children if Path(f"/proc/{child}/comm").read_text() == "nursery\n")
+        return pid
 
     def client(self) -> httpx.Client:
         """A client with a connection of its own: the kernel chooses which worker gets it."""
@@ -138,10 +149,11 @@ def _end(service: Service) -> None:
 
 
 @contextmanager
-def workers(repository: Path, *flags: str) -> Iterator[Service]:
-    """A service that serves with two workers, unless flags say otherwise."""
-    process = subprocess.Popen(
-        command(repository, "--workers", "2", *flags), stderr=subprocess.PIPE, text=True, env=environment()
+def workers(repository: Path, *flags: str, **options: Any) -> Iterator[Service]:
+    """A service that serves with two workers, unless flags say otherwise. ``options`` of Popen."""
+    options = {"env": environment(), **options}
+    process: subprocess.Popen[str] = subprocess.Popen(
+        command(repository, "--workers", "2", *flags), stderr=subprocess.PIPE, text=True, **options
     )
     service = Service(process)
     try:

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from service import express
+from service.asked import MOST_KNOWN, Addresses
+from service.light import MOST_BYTES
 from service.repository import load_bundle
 from service.runtime import Runtime
 from service.schemas import ScoreParameters
@@ -65,8 +67,9 @@ def ways(monkeypatch):
 
 
 def post(client, verb, query, kind, body, accept=JSON, at="/v1/models/ppca"):
+    """In chunks, which service.direct leaves alone."""
     address = f"{at}/{verb}?{query}" if query else f"{at}/{verb}"
-    return client.post(address, content=body, headers={"content-type": kind, "accept": accept})
+    return client.post(address, content=iter([body]), headers={"content-type": kind, "accept": accept})
 
 
 @pytest.mark.parametrize(
@@ -193,10 +196,10 @@ HEAVY = {
 @pytest.mark.parametrize(("name", "light"), [*((name, False) for name in HEAVY), *((name, True) for name in BODIES)])
 def test_only_what_is_read_in_a_moment_for_sure_is_read_on_the_event_loop(client, monkeypatch, name, light):
     """Few bytes may hold many pixels, or many rows to resize."""
-    found, kept = [], express._is_light
-    monkeypatch.setattr(express, "_is_light", lambda *given: found.append(kept(*given)) or found[-1])
+    found, kept = [], express.is_light
+    monkeypatch.setattr(express, "is_light", lambda *given: found.append(kept(*given)) or found[-1])
     kind, body = (BODIES if light else HEAVY)[name]
-    assert len(body) < express.MOST_BYTES
+    assert len(body) < MOST_BYTES
     assert post(client, "encode", "", kind, body).status_code in ((200,) if light else (200, 422))
     assert found == [light]
 
@@ -204,12 +207,12 @@ def test_only_what_is_read_in_a_moment_for_sure_is_read_on_the_event_loop(client
 def test_queries_are_remembered_within_bounds(client, ways):
     kind, body = BODIES["octets"]
     known = set()
-    for seed in range(express.MOST_KNOWN + 5):
+    for seed in range(MOST_KNOWN + 5):
         known.add(post(client, "encode", f"seed={seed}", kind, body[: len(body) // 6]).status_code)
     assert known == {200}
     assert set(ways) == {"express"}
-    remembered = [len(each._known) for each in gc.get_objects() if type(each) is express.Express]
-    assert max(remembered) == express.MOST_KNOWN
+    remembered = [len(each._known) for each in gc.get_objects() if type(each) is Addresses]
+    assert max(remembered) == MOST_KNOWN
 
 
 def test_scores_that_differ_in_anything_are_never_computed_together(ppca_path):

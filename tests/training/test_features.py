@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from typer.testing import CliRunner
 
+from service.binding import BoundSession
 from service.bundle import BundleFormatError, open_bundle, write_bundle
 from service.errors import BundleParityError
 from service.images import unit_levels
@@ -25,6 +26,7 @@ from service.model import Model
 from service.runtime import Runtime
 from service.verify import verified, verify_bundle
 from tests.service.http import assert_problem, npy, serving
+from tests.service.test_binding import Bound
 from training.cli import app
 from training.errors import BackboneError
 from training.export import _quiet_exporter
@@ -186,6 +188,13 @@ def test_rows_together_are_rows_alone_bitwise(published, digits):
     x = unit_levels(digits[0][:11])[:, None]
     alone = np.concatenate([model.score(row[None]).score for row in x])
     np.testing.assert_array_equal(model.score(x).score, alone)
+
+
+def test_a_bound_model_runs_its_backbone_bound_too(published, digits):
+    plain, bound = (Model.load(open_bundle(published[1]), kind("cpu")) for kind in (Runtime, Bound))
+    x = unit_levels(digits[0][:11])[:, None]
+    assert bound.features(x).tobytes() == plain.features(x).tobytes()
+    assert bound._backbone._rows._run_session.__func__ is BoundSession.run
 
 
 def test_classes_that_were_never_seen_score_higher(published, digits):

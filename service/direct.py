@@ -1,0 +1,238 @@
+"""The shortest way: a small request that has arrived whole goes from HTTP's parser to the batcher and back, past ASGI.
+
+ASGI's messages, its task and the middleware around the routes cost a small model's request more than its computation.
+Taken are requests of the verbs that service.express knows, too, with plain headers and a light body, whose jobs are
+known to be short: each is answered in the next turn of the event loop, so that no deadline can pass and no caller need
+be watched. Everything else goes by ASGI, unread. Work, errors, limits, headers, log and metrics are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import httptools
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from service.asked import Addresses, Asked
+from service.batching import Batcher
+from service.codecs import media_type
+from service.errors import VaeserveError
+from service.jobs import Job, Work
+from service.light import MOST_BYTES, is_light
+from service.logs import get_logger
+from service.metrics import Metrics
+from service.middleware import ANSWER_HEADERS, Bodies, asked_id, report
+from service.problems import problem
+from service.routes.house import Call, Content
+
+OnError = Callable[[Request, Exception], Awaitable[Response]]
+Headers = list[tuple[bytes, bytes]]
+
+MOST_KNOWN = 512
+MOST_KEY_BYTES = 512  # of target, Content-Type and Accept
+REFUSED_HEADERS = (b"content-encoding", b"transfer-encoding", b"expect", b"upgrade")
+HEAD = b"%b%bcontent-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n"
+CLOSE = b"connection: close\r\n"
+
+
+@dataclass
+class Plan:
+    """What a target with a Content-Type and an Accept asks for. ``key``: of its last job, None before the first."""
+
+    asked: Asked
+    content_type: str
+    media_type: str
+    accept: str
+    path: str
+    key: Hashable = None
+
+
+class Connection(Protocol):
+    """What is asked of the protocol that a request came by."""
+
+    def answer(self, data: bytes, keep_alive: bool) -> None:
+        """Write a whole answer, and close the connection after it or go on to the next request."""
+
+    def default_headers(self) -> Headers:
+        """Those that the server adds to every answer."""
+
+    def start(self, task: Any) -> None:
+        """Run a coroutine that the server waits for when it stops."""
+
+
+class Direct:
+    """The way of one app, for all connections of its event loop. ``on_error`` gives its answers to errors."""
+
+    def __init__(self, addresses: Addresses, bodies: Bodies, on_error: OnError) -> None:
+        self._addresses, self.bodies, self.on_error = addresses, bodies, on_error
+        self._plans: OrderedDict[tuple[bytes, bytes, bytes], Plan] = OrderedDict()
+        self._most_bytes = min(MOST_BYTES, bodies.most)
+        self._server_headers: Headers | None = None
+        self._common = b""
+
+    @property
+    def fastapi(self) -> FastAPI:
+        """The app."""
+        return self._addresses.fastapi
+
+    @property
+    def metrics(self) -> Metrics:
+        """Those of the app."""
+        metrics: Metrics = self.fastapi.state.metrics
+        return metrics
+
+    def common(self, server: Headers) -> bytes:
+        """The header lines of every answer: those of the ``server``, whose list is another every second, and ours."""
+        if server is not self._server_headers:
+            self._server_headers, self._common = server, b"".join(map(header_line, [*server, *ANSWER_HEADERS]))
+        return self._common
+
+    def plan(self, target: bytes, headers: Headers) -> tuple[Plan, str] | None:
+        """What a POST with these headers (names in lower case) asks for, and its request id; None: by ASGI."""
+        named = dict(headers)
+        if len(named) < len(headers) or any(name in named for name in REFUSED_HEADERS):
+            return None
+        length = named.get(b"content-length", b"")
+        if not length.isdigit() or not 0 < int(length[:20]) <= self._most_bytes:
+            return None
+        key = target, named.get(b"content-type", b""), named.get(b"accept", b"")
+        found = self._plans.get(key) or self._make(key)
+        if found is None or (found.key is not None and not self.batcher.is_short(found.key, 1)):
+            return None
+        return found, asked_id(named.get(b"x-request-id", b"").decode("latin-1"))
+
+    @property
+    def batcher(self) -> Batcher:
+        """That of the app, once it has started."""
+        return self._addresses.house.batcher
+
+    def _make(self, key: tuple[bytes, bytes, bytes]) -> Plan | None:
+        target, content_type, accept = key
+        if sum(map(len, key)) > MOST_KEY_BYTES or b"%" in target or not hasattr(self.fastapi.state, "house"):
+            return None
+        url = httptools.parse_url(target)
+        path = url.path.decode("ascii")
+        asked = self._addresses.find(path, url.query or b"")
+        if asked is None or asked.much:
+            return None
+        text = content_type.decode("latin-1")
+        plan = Plan(asked, text, media_type(text), accept.decode("latin-1"), path)
+        self._plans[key] = plan
+        if len(self._plans) > MOST_KNOWN:
+            self._plans.popitem(last=False)
+        return plan
+
+    def take(
+        self, connection: Connection, plan: Plan, request_id: str, body: bytes, keep_alive: bool
+    ) -> Exchange | None:
+        """The exchange that answers this request, under way; None: it is to go by ASGI."""
+        house, asked = self._addresses.house, plan.asked
+        call = Call(house, asked.served, plan.content_type, plan.media_type, plan.accept, body)
+        try:
+            if not is_light(call, asked.numbers) or self.bodies.held + len(body) > self.bodies.most_together:
+                return None
+            work = asked.verb.work(call, asked.query)
+            job = next(work)
+            plan.key = job.key
+            if not house.batcher.is_short(job.key, len(job.rows)):
+                return None
+            exchange = Exchange(self, connection, plan, request_id, keep_alive, work, job, len(body))
+            house.batcher.take(exchange)
+        except VaeserveError:
+            return None  # refused there in the same words
+        exchange.enter()
+        return exchange
+
+
+def header_line(pair: tuple[bytes, bytes]) -> bytes:
+    """One header as it goes out."""
+    return b"%b: %b\r\n" % pair
+
+
+class _Event:
+    """In the place of an asyncio.Event that nobody waits for."""
+
+    def set(self) -> None: ...
+
+
+NOBODY = _Event()
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A request that was taken: a ticket of the batcher, and in the eyes of uvicorn's protocol a cycle."""
+
+    direct: Direct
+    connection: Connection
+    plan: Plan
+    request_id: str
+    keep_alive: bool
+    work: Work[Content]
+    job: Job
+    size: int
+    started: float = field(default_factory=time.perf_counter)
+    disconnected: bool = False
+    response_started: bool = False
+    response_complete: bool = False
+    message_event: _Event = NOBODY
+
+    def enter(self) -> None:
+        """Count it as under way."""
+        self.direct.bodies.held += self.size
+        self.direct.metrics.begun()
+
+    @property
+    def abandoned(self) -> bool:
+        """Never: what is computed in a moment is not worth a look."""
+        return False
+
+    def settle(self, result: Any) -> None:
+        """Answer with what the work makes of its job's result, or of the exception that is the result."""
+        try:
+            self._answer(200, *self._content(result))
+        except VaeserveError as error:
+            self.connection.start(self._refuse(error))
+        except Exception:  # noqa: BLE001 - whatever it is, it must not stop the answers of others
+            get_logger().exception("unexpected error", request_id=self.request_id)
+            self.connection.start(self._fail())
+
+    def _content(self, result: Any) -> Content:
+        if isinstance(result, Exception):
+            raise result
+        try:
+            self.work.send(result)
+        except StopIteration as done:
+            content: Content = done.value
+            return content
+        raise RuntimeError("work with a second job was taken")
+
+    async def _fail(self) -> None:
+        text = "an unexpected error, which the log explains under this request id"
+        self._respond(problem(500, text, self.request_id))
+
+    async def _refuse(self, error: VaeserveError) -> None:
+        scope = {"type": "http", "app": self.direct.fastapi, "headers": [], "state": {"request_id": self.request_id}}
+        self._respond(await self.direct.on_error(Request(scope), error))
+
+    def _respond(self, response: Response) -> None:
+        kind = response.headers["content-type"]
+        more = [pair for pair in response.raw_headers if pair[0] not in (b"content-type", b"content-length")]
+        self._answer(response.status_code, bytes(response.body), kind, b"".join(map(header_line, more)))
+
+    def _answer(self, status: int, content: bytes, kind: str, more: bytes = b"") -> None:
+        plan, direct = self.plan, self.direct
+        self.response_started = self.response_complete = True
+        direct.bodies.held -= self.size
+        if not self.disconnected:
+            common = direct.common(self.connection.default_headers())
+            more += b"" if self.keep_alive else CLOSE
+            head = HEAD % (STATUS_LINE[status], common, kind.encode(), len(content), self.request_id.encode(), more)
+            self.connection.answer(head + content, self.keep_alive)
+        seconds = time.perf_counter() - self.started
+        report(direct.metrics, self.request_id, "POST", plan.asked.route.path, plan.path, status, seconds)

@@ -1,0 +1,91 @@
+"""Which bodies are read in a moment for sure, by a look at their first bytes: few rows that need no great decoder.
+
+Such are read on the event loop, where all other connections wait.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+
+from service.routes.house import JSON, NPY, PNG, Call
+
+OCTETS = "application/octet-stream"
+MOST_BYTES = 2**16  # of a body
+MOST_PIXELS = 2**16  # of a PNG, by its header: few bytes may hold many
+MOST_ROWS, MOST_NUMBERS = 64, 2**16
+MOST_CHUNKS = 64
+PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+PNG_START = 8 + 12 + 13  # where the second chunk begins
+PNG_CHUNKS = frozenset(
+    {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"IDAT", b"IEND"}
+)
+NPY_HEAD = 256
+NPY_SHAPE = re.compile(rb"'shape': \(([0-9, ]{1,60})\)")
+
+
+def is_light(call: Call, numbers: int) -> bool:
+    """Whether all but the jobs takes a moment, for sure: it will run on the event loop.
+
+    Few rows of the model's own size that need no decoder but a plain PNG's.
+    """
+    if len(call.body) > MOST_BYTES:
+        return False
+    rows = _plain_rows(call, numbers)
+    return rows is not None and rows <= MOST_ROWS and rows * numbers <= MOST_NUMBERS
+
+
+def _plain_rows(call: Call, numbers: int) -> int | None:
+    """How many rows the body holds; None where that is not to be seen at once, or where they are to be resized."""
+    if call.media_type == OCTETS:
+        return len(call.body) // numbers
+    if call.media_type == NPY:
+        return _npy_rows(call)
+    if call.media_type == JSON:
+        return _json_rows(call)
+    if call.media_type == PNG and _is_plain_png(call.body):
+        return 1
+    return None
+
+
+def _npy_rows(call: Call) -> int | None:
+    """By the header: latents [M,L], or rows that end in the model's own height and width."""
+    found = NPY_SHAPE.search(call.body[:NPY_HEAD])
+    shape = [int(side) for side in found[1].split(b",") if side.strip()] if found else []
+    natural = list(call.rule.natural)
+    width = call.served.manifest.signature.latent_dim
+    if len(shape) == 2 and shape[1] == width:
+        return shape[0]
+    if shape[-len(natural) :] == natural or (call.rule.kind == "image" and shape[-2:] == natural[:2]):
+        return math.prod(shape) // math.prod(natural) if math.prod(natural) else None
+    return None
+
+
+def _json_rows(call: Call) -> int | None:
+    """Nested lists of numbers alone; parameters beside them may ask for much, strings may hold pictures."""
+    document = call.document
+    if not isinstance(document, dict) or not document.keys() <= {"images", "dtype", "rows", "latents"}:
+        return None
+    rows = document.get("images", document.get("rows", document.get("latents")))
+    if not isinstance(rows, list) or len(rows) > MOST_ROWS or not all(isinstance(row, list) for row in rows):
+        return None
+    return len(rows)
+
+
+def _is_plain_png(body: bytes) -> bool:
+    """A PNG of few pixels and chunks, none of which could be large inflated but the pixels themselves."""
+    if not body.startswith(PNG_HEAD) or len(body) < PNG_START:
+        return False
+    width, height = struct.unpack_from(">II", body, len(PNG_HEAD))
+    if width * height > MOST_PIXELS:
+        return False
+    at = PNG_START
+    for _ in range(MOST_CHUNKS):
+        if at + 8 > len(body):
+            return True  # cut short: refused in a moment
+        size, kind = struct.unpack_from(">I4s", body, at)
+        if kind not in PNG_CHUNKS:
+            return False
+        at += 12 + size
+    return False

@@ -1,0 +1,326 @@
+"""The shortest way, past ASGI: the same answers, errors, metrics and limits, on connections of every kind."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from service import direct, express, protocol
+from service.batching import Batcher
+from service.direct import MOST_KNOWN, Direct
+from service.errors import InvalidInput
+from service.model import Model
+from tests.ppca_bundle import LATENT_DIM
+from tests.service.http import assert_problem, npy, send_raw, serving
+from tests.service.test_express import BODIES, FASTAPI, JSON, LEVELS, NPY, OCTETS, REFUSED, counted
+
+ROW = LEVELS[0].tobytes()
+
+
+@pytest.fixture(autouse=True)
+def all_are_short(monkeypatch):
+    """However slow this machine is."""
+    monkeypatch.setattr(Batcher, "is_short", lambda self, key, rows: True)
+
+
+@pytest.fixture(scope="module")
+def client(ppca_root):
+    with serving(ppca_root, max_batch=8) as client:
+        yield client
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Names of the ways that requests took."""
+    taken, take, asked = [], Direct.take, express.Express._asked
+
+    def told_taken(self, *given):
+        exchange = take(self, *given)
+        if exchange is not None:
+            taken.append("direct")
+        return exchange
+
+    def told_asked(self, scope):
+        if scope["type"] == "http" and scope["method"] == "POST":
+            taken.append("asgi")
+        return asked(self, scope)
+
+    monkeypatch.setattr(Direct, "take", told_taken)
+    monkeypatch.setattr(express.Express, "_asked", told_asked)
+    return taken
+
+
+def post(client, verb, query, kind, body, accept=JSON, **headers):
+    address = f"/v1/models/ppca/{verb}?{query}" if query else f"/v1/models/ppca/{verb}"
+    return client.post(address, content=body, headers={"content-type": kind, "accept": accept, **headers})
+
+
+def raw(body=ROW, verb="encode", version="1.1", **headers):
+    """The bytes of a request, for a socket of one's own."""
+    named = {"host": "x", "content-type": OCTETS, "accept": NPY, "content-length": len(body), **headers}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in named.items())
+    return f"POST /v1/models/ppca/{verb} HTTP/{version}\r\n{lines}\r\n".encode() + body
+
+
+@pytest.mark.parametrize("verb", ["encode", "reconstruct", "score"])
+@pytest.mark.parametrize("name", BODIES)
+def test_all_ways_lead_to_the_same_bytes(client, ways, verb, name):
+    kind, body = BODIES[name]
+    for accept in (JSON, NPY):
+        plain = post(client, verb, "seed=0", kind, body, accept)
+        others = [
+            post(client, verb, "seed=0", kind, iter([body]), accept),
+            post(client, verb, FASTAPI, kind, body, accept),
+        ]
+        for other in others:
+            assert plain.status_code == other.status_code == 200, plain.text
+            assert plain.content == other.content
+            assert {*plain.headers} == {*other.headers}
+            for header in ("content-type", "content-length", "cache-control", "x-content-type-options"):
+                assert plain.headers[header] == other.headers[header]
+    assert ways == ["direct", "asgi", "asgi"] * 2
+
+
+def test_latents_are_decoded_alike(client, ways):
+    body = npy(np.random.RandomState(0).standard_normal((3, LATENT_DIM)).astype(np.float32))
+    plain, other = post(client, "decode", "", NPY, body, NPY), post(client, "decode", "", NPY, iter([body]), NPY)
+    assert plain.content == other.content
+    assert ways == ["direct", "asgi"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_all_ways_refuse_alike(client, name):
+    verb, query, kind, body, status = REFUSED[name]
+    problems = [assert_problem(post(client, verb, query, kind, sent), status) for sent in (body, iter([body]))]
+    for problem in problems:
+        problem.pop("request_id")
+    assert problems[0] == problems[1]
+
+
+@pytest.mark.parametrize("much", ["samples=2", "samples=2&seed=1"])
+def test_what_asks_for_much_goes_by_asgi(client, ways, much):
+    assert post(client, "encode", much, *BODIES["octets"]).status_code == 200
+    assert ways == ["asgi"]
+
+
+def test_nothing_is_taken_that_is_not_known_to_be_short(client, ways, monkeypatch):
+    """It would keep all other connections waiting."""
+    monkeypatch.setattr(Batcher, "is_short", lambda self, key, rows: False)
+    assert post(client, "encode", "seed=3", *BODIES["octets"]).status_code == 200
+    assert ways == ["asgi"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content-encoding": "gzip"}, 415),
+        ({"expect": "100-continue"}, 200),
+    ],
+)
+def test_headers_that_ask_for_more_go_by_asgi(client, ways, headers, status):
+    assert post(client, "encode", "", *BODIES["octets"], **headers).status_code == status
+    assert "direct" not in ways
+
+
+def test_a_header_that_is_said_twice_goes_by_asgi(client, ways):
+    request = raw(connection="close").replace(b"accept: ", b"accept: application/json\r\naccept: ")
+    assert send_raw(client, request)[0] == 200
+    assert ways == ["asgi"]
+
+
+def test_request_ids(client, ways):
+    assert (
+        post(client, "encode", "", *BODIES["octets"], **{"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    )
+    made = [post(client, "encode", "", *BODIES["octets"], **{"x-request-id": "not harmless!"}) for _ in range(2)]
+    ids = {answer.headers["x-request-id"] for answer in made}
+    assert len(ids) == 2
+    assert all(len(each) == 32 for each in ids)
+    assert ways == ["direct"] * 3
+
+
+def test_a_connection_is_closed_where_that_is_asked(client, ways):
+    status, head, body = send_raw(client, raw(connection="close"))  # returns when the server has closed
+    assert (status, body[:6]) == (200, b"\x93NUMPY")
+    assert b"connection: close" in head
+    assert ways == ["direct"]
+    assert send_raw(client, raw(version="1.0"))[0] == 200
+    assert ways == ["direct", "asgi"]
+
+
+def answers(stream, count):
+    """(headers, body) of so many answers on one connection, in their order."""
+    found = []
+    for _ in range(count):
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += stream.read(1)
+        length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length"))
+        found.append((head, stream.read(length)))
+    return found
+
+
+def test_requests_that_come_at_once_are_answered_in_their_order(client, ways):
+    """Pipelined: the second comes while the first is under way."""
+    rows = [LEVELS[i].tobytes() for i in range(4)]
+    alone = [post(client, "encode", "", OCTETS, row, NPY).content for row in rows]
+    ways.clear()
+    requests = b"".join(raw(row, x_request_id=f"id-{i}") for i, row in enumerate(rows))
+    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+        connection.sendall(requests)
+        with connection.makefile("rb") as stream:
+            found = answers(stream, len(rows))
+    assert [body for _, body in found] == alone
+    assert [f"x-request-id: id-{i}".encode() in head for i, (head, _) in enumerate(found)] == [True] * 4
+    assert ways[0] == "direct"
+    assert set(ways[1:]) <= {"direct", "asgi"}
+
+
+@pytest.mark.parametrize("cut", [20, -200, -1])
+@pytest.mark.parametrize("patience", [60.0, 0.0])
+def test_a_request_in_pieces_is_answered_all_the_same(client, ways, monkeypatch, cut, patience):
+    """One whose body is long in coming goes by ASGI, as far as it has come."""
+    alone, all_rows = (post(client, "encode", "", OCTETS, body, NPY).content for body in (ROW, LEVELS.tobytes()))
+    monkeypatch.setattr(protocol, "HELD_SECONDS", patience)
+    ways.clear()
+    request = raw(LEVELS.tobytes())
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), 10)
+    with connection, connection.makefile("rb") as stream:
+        connection.sendall(request[:cut])
+        assert client.get("/livez").status_code == 200  # the first piece has been read by then
+        while patience == 0 and cut < 0 and not ways:
+            assert client.get("/livez").status_code == 200
+        connection.sendall(request[cut:])
+        assert answers(stream, 1)[0][1] == all_rows
+        connection.sendall(raw())
+        assert answers(stream, 1)[0][1] == alone
+    assert ways == ["asgi" if patience == 0 and cut < 0 else "direct", "direct"]
+
+
+def test_a_server_that_stops_waits_for_the_body_of_a_request_that_has_begun(ppca_root, ways, monkeypatch):
+    monkeypatch.setattr(protocol, "HELD_SECONDS", 60.0)
+    with serving(ppca_root, receive_timeout=0.2) as client:
+        connection = socket.create_connection((client.base_url.host, client.base_url.port), 10)
+        connection.sendall(raw()[:-10])
+        assert client.get("/livez").status_code == 200
+    with connection, connection.makefile("rb") as stream:
+        assert stream.read().startswith(b"HTTP/1.1 408")
+    assert ways == ["asgi"]
+
+
+def under_way(client):
+    """The state of the way after a turn of the event loop: bytes of bodies held, requests in the house and counted."""
+    values = {line.split(" ")[0]: float(line.rsplit(" ", 1)[1]) for line in text(client) if line.startswith("vaeserve")}
+    (way,) = [each for each in gc.get_objects() if type(each) is Direct and hasattr(each.fastapi.state, "house")][-1:]
+    return way.bodies.held, way.fastapi.state.house.pool.pending, values["vaeserve_requests_in_flight"]
+
+
+def text(client):
+    return client.get("/metrics").text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(InvalidInput("x, row 0: expected better"), 422), (RuntimeError("a bug"), 500)]
+)
+def test_a_job_that_fails_is_answered_and_the_next_one_is_not_hurt(ppca_root, ways, monkeypatch, error, status):
+    with serving(ppca_root) as client:
+        kept = Model.encode
+        monkeypatch.setattr(Model, "encode", lambda *given: (_ for _ in ()).throw(error))
+        problem = assert_problem(post(client, "encode", "", *BODIES["octets"], **{"x-request-id": "known"}), status)
+        assert problem["request_id"] == "known"
+        assert ("better" in problem["detail"]) == (status == 422)
+        monkeypatch.setattr(Model, "encode", kept)
+        assert post(client, "encode", "", *BODIES["octets"]).status_code == 200
+        assert ways == ["direct", "direct"]
+        assert under_way(client) == (0, 0, 1.0)  # the question itself
+
+
+def test_work_that_fails_on_its_answer_is_answered(ppca_root, ways, monkeypatch):
+    monkeypatch.setattr(direct, "report", direct.report)
+    with serving(ppca_root) as client:
+        monkeypatch.setattr("service.codecs.encode_npy", lambda array: 1 / 0)
+        assert_problem(post(client, "encode", "", *BODIES["octets"], accept=NPY), 500)
+        assert ways == ["direct"]
+        assert under_way(client) == (0, 0, 1.0)
+
+
+def test_a_client_that_hangs_up_leaves_nothing_behind(ppca_root, ways):
+    with serving(ppca_root) as client:
+        for _ in range(5):
+            with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+                connection.sendall(raw())
+        while len(ways) < 5:
+            assert client.get("/livez").status_code == 200
+        assert under_way(client) == (0, 0, 1.0)
+
+
+def test_bodies_count_into_the_memory_of_all(ppca_root, ways):
+    with serving(ppca_root, max_buffered_bytes=1024) as client:
+        assert post(client, "encode", "", OCTETS, ROW).status_code == 200
+        assert ways == ["direct"]
+        assert_problem(post(client, "encode", "", OCTETS, ROW * 20), 429)
+        assert under_way(client) == (0, 0, 1.0)
+    with serving(ppca_root, max_body_bytes=1024) as client:
+        assert_problem(post(client, "encode", "", OCTETS, ROW * 20), 413)
+
+
+def test_a_full_house_refuses(ppca_root, ways, monkeypatch):
+    monkeypatch.setattr(Batcher, "_go_on", lambda self, queue: None)  # nothing is ever computed
+    with serving(ppca_root, concurrency=1, queue=1) as client:
+        held = [socket.create_connection((client.base_url.host, client.base_url.port), 10) for _ in range(2)]
+        for connection in held:
+            connection.sendall(raw())
+        while len(ways) < 2:
+            assert client.get("/livez").status_code == 200
+        refused = assert_problem(post(client, "encode", "", OCTETS, ROW), 429)
+        assert "try again later" in refused["detail"]
+        assert ways == ["direct", "direct", "asgi"]
+        for connection in held:
+            connection.close()
+
+
+def test_they_are_counted_as_others_are(client, ways):
+    route = "/v1/models/{model}/encode"
+    lines = [
+        f'vaeserve_requests_total{{method="POST",route="{route}",status="200"}}',
+        f'vaeserve_request_seconds_count{{route="{route}"}}',
+        'vaeserve_batch_size_count{verb="encode"}',
+        'vaeserve_batch_size_sum{verb="encode"}',
+    ]
+    before = [counted(client, line) for line in lines]
+    for _ in range(3):
+        assert post(client, "encode", "", *BODIES["octets"]).status_code == 200
+    assert [counted(client, line) - start for line, start in zip(lines, before, strict=True)] == [3, 3, 3, 18]
+    assert ways == ["direct"] * 3
+
+
+def test_logged_as_others_are(client, capsys, ways):
+    """The same fields; ``milliseconds`` and the time are each one's own."""
+    seen = []
+    for body in (BODIES["octets"][1], iter([BODIES["octets"][1]])):
+        kept = direct.report.__globals__["log_request"]
+        lines = []
+        direct.report.__globals__["log_request"] = lambda lines=lines, **about: lines.append(about)
+        try:
+            post(client, "encode", "seed=0", OCTETS, body, **{"x-request-id": "logged"})
+            deadline = time.monotonic() + 10
+            while not lines and time.monotonic() < deadline:
+                client.get("/livez")
+        finally:
+            direct.report.__globals__["log_request"] = kept
+        seen.append({name: value for name, value in lines[0].items() if name != "milliseconds"})
+    assert seen[0] == seen[1]
+    assert seen[0]["path"] == "/v1/models/ppca/encode"
+    assert ways[:1] == ["direct"]
+
+
+def test_plans_are_remembered_within_bounds(client, ways):
+    for seed in range(MOST_KNOWN + 5):
+        assert post(client, "encode", f"seed={seed}", OCTETS, ROW).status_code == 200
+    assert set(ways) == {"direct"}
+    remembered = [len(each._plans) for each in gc.get_objects() if type(each) is Direct]
+    assert max(remembered) == MOST_KNOWN
