@@ -1,7 +1,7 @@
 """Sockets of one address that several processes listen on: the kernel spreads connections over them (SO_REUSEPORT).
 
 One socket shared by all would do otherwise: the first worker to wake takes all that wait, and a few lasting connections
-may end up with one worker.
+may end up with one worker. What the kernel's hash leaves uneven, service/balance.py evens out.
 """
 
 from __future__ import annotations

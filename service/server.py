@@ -8,10 +8,12 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from service.balance import Balance, balanced_protocol
 from service.protocol import guarded_protocol
 from service.settings import Settings
 
@@ -34,18 +36,28 @@ class DrainingServer(uvicorn.Server):
         drain_seconds: float,
         on_listening: Callable[[], None] | None = None,
         on_second: Callable[[], None] | None = None,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__(config)
         self._house_app = app
         self._drain_seconds = drain_seconds
         self._stop_at: float | None = None
         self._on_listening, self._on_second = on_listening, on_second
+        self._balance = balance
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the app, then listen, then say so."""
         await super().startup(sockets)
+        if self._balance is not None:
+            self._balance.open(self.server_state.connections, self._protocol)
         if self._on_listening is not None:
             self._on_listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which ends the connections that there are: more must not be handed over to it."""
+        if self._balance is not None:
+            self._balance.close()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain on the first SIGTERM; everything else stops at once."""
@@ -59,6 +71,8 @@ class DrainingServer(uvicorn.Server):
         house = getattr(self._house_app.state, "house", None)
         if house is not None:  # it has started
             house.draining = True
+        if self._balance is not None:
+            self._balance.leave()
         self._stop_at = time.monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
@@ -68,6 +82,11 @@ class DrainingServer(uvicorn.Server):
         if counter % TICKS == 0 and self._on_second is not None:
             self._on_second()
         return await super().on_tick(counter)
+
+    def _protocol(self) -> Any:
+        """What uvicorn makes for each connection that it accepts."""
+        protocol: Any = self.config.http_protocol_class
+        return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
 def spare_collections() -> None:
@@ -86,16 +105,19 @@ def build_server(
     settings: Settings,
     on_listening: Callable[[], None] | None = None,
     on_second: Callable[[], None] | None = None,
+    balance: Balance | None = None,
 ) -> DrainingServer:
     """A server for ``app`` on settings.host:port; ``run()`` it, or ``serve()`` it in a loop of yours.
 
-    ``on_listening`` is called once it listens, ``on_second`` from its event loop every second from then on.
+    ``on_listening`` is called once it listens, ``on_second`` from its event loop every second from then on;
+    ``balance`` evens out the connections of several such servers.
     """
+    protocol = guarded_protocol(settings, app.state.direct)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=guarded_protocol(settings, app.state.direct),
+        http=protocol if balance is None else balanced_protocol(protocol, balance),
         ws="none",
         lifespan="on",
         log_config=None,  # service.logs has configured the root logger
@@ -104,4 +126,4 @@ def build_server(
         proxy_headers=False,
         timeout_graceful_shutdown=int(settings.request_timeout) + 1,
     )
-    return DrainingServer(config, app, settings.drain_seconds, on_listening, on_second)
+    return DrainingServer(config, app, settings.drain_seconds, on_listening, on_second, balance)

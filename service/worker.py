@@ -15,6 +15,7 @@ from pathlib import Path
 import orjson
 
 from service.app import create_app
+from service.balance import Balance
 from service.bundle import bundle_digests
 from service.channel import MOST_BYTES, WorkerLine
 from service.errors import BundleIntegrityError, VaeserveError
@@ -69,8 +70,9 @@ class Worker:
         self.repository = repository
         self.server: DrainingServer | None = None
         self.orphaned = False
-        name_process(f"worker {orders['worker']}")
-        configure_logs(self.settings.log_level, self.settings.log_format, worker=orders["worker"])
+        self.number: int = orders["worker"]
+        name_process(f"worker {self.number}")
+        configure_logs(self.settings.log_level, self.settings.log_format, worker=self.number)
 
     def run(self) -> None:
         """Load the bundles unless they are, then listen, then say so; until the end.
@@ -87,7 +89,9 @@ class Worker:
         drift = ToldDrift(self.line, settings.drift_window, settings.drift_level, metrics.unwatched.inc)
         repository = self.repository or load_repository(settings, self.bundles)
         app = create_app(settings, repository, metrics, drift)
-        self.server = build_server(app, settings, self._ready, self._alive)
+        assert isinstance(settings.workers, int)
+        balance = Balance(self.folder, self.number, settings.workers)
+        self.server = build_server(app, settings, self._ready, self._alive, balance)
         spare_collections()
         self.server.run(bind_shared(settings.host, settings.port))
         if self.orphaned:
