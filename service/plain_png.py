@@ -42,7 +42,8 @@ def _compressed(data: bytes) -> bytes | None:
     """What the chunks IDAT hold; None where there are others, or a checksum is wrong."""
     if not _is_whole(data, len(HEAD) - 8, FIRST):
         return None
-    parts, start = [], FIRST
+    parts: list[bytes] = []
+    start = FIRST
     for _ in range(MOST_CHUNKS):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         kind = data[start + 4 : start + 8]

@@ -52,7 +52,11 @@ def alive(pid: int) -> bool:
 
 def open_files(pid: int) -> list[str]:
     """What the descriptors of that process refer to."""
-    return [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    found = []
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(each))
+    return found
 
 
 class Service:
