@@ -195,6 +195,25 @@ def test_jobs_of_different_keys_never_mix():
     scenario(body)
 
 
+def test_rows_of_different_kinds_never_mix():
+    """8-bit levels would come out as floats beside pixels, and mean something else."""
+
+    async def body(batcher, runs, pool):
+        kinds = []
+
+        def told(rows):
+            kinds.append(rows.dtype)
+            return doubled(rows)
+
+        await known(batcher)
+        levels = Job("double", np.array([[7]], np.uint8), told)
+        await asyncio.gather(*(batcher.run(each, never) for each in (job(1, run=told), levels, job(2, run=told))))
+        assert sorted(map(str, kinds)) == ["float32", "uint8"]
+        assert runs == [1, 2, 1]
+
+    scenario(body)
+
+
 def test_one_bad_job_of_a_batch_fails_alone_and_in_its_own_words():
     def picky(rows):
         if (rows < 0).any():

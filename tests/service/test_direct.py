@@ -143,7 +143,8 @@ def test_request_ids(client, ways):
     assert ways == ["direct"] * 3
 
 
-def test_a_connection_is_closed_where_that_is_asked(client, ways):
+def test_a_connection_is_closed_where_that_is_asked(client, ways, monkeypatch):
+    monkeypatch.setattr(protocol.GuardedProtocol, "timeout_keep_alive_handler", lambda self: None)  # not by that
     status, head, body = send_raw(client, raw(connection="close"))  # returns when the server has closed
     assert (status, body[:6]) == (200, b"\x93NUMPY")
     assert b"connection: close" in head
@@ -178,6 +179,25 @@ def test_requests_that_come_at_once_are_answered_in_their_order(client, ways):
     assert [f"x-request-id: id-{i}".encode() in head for i, (head, _) in enumerate(found)] == [True] * 4
     assert ways[0] == "direct"
     assert set(ways[1:]) <= {"direct", "asgi"}
+
+
+def test_a_request_by_the_way_keeps_its_place_behind_one_by_asgi(client, ways):
+    everything = post(client, "encode", "samples=2", OCTETS, LEVELS.tobytes(), NPY).content
+    alone = post(client, "encode", "", OCTETS, ROW, NPY).content
+    ways.clear()
+    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+        connection.sendall(raw(LEVELS.tobytes(), verb="encode?samples=2") + raw())
+        with connection.makefile("rb") as stream:
+            found = [body for _, body in answers(stream, 2)]
+    assert found == [everything, alone]
+    assert ways == ["asgi", "asgi"]
+
+
+def test_nothing_is_answered_after_the_last_request_of_a_connection(client, ways):
+    _, head, body = send_raw(client, raw(connection="close") + raw())
+    length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length"))
+    assert len(body) == length
+    assert ways == ["direct"]
 
 
 @pytest.mark.parametrize("cut", [20, -200, -1])
