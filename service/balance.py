@@ -5,8 +5,8 @@ four and none, for as long as these last. A worker that has just accepted a conn
 the worker with fewest, passes the socket on to that one (SCM_RIGHTS), which serves it as its own. Nothing has been read
 of it: event loops read only once ``connection_made`` has returned. A connection that has begun stays where it is.
 
-Where many connections end soon after they began, new ones stay where they are, too: with one request a connection,
-handing over took a sixth more CPU, and gained nothing.
+Where many connections end after few requests, new ones stay where they are, too: with one request a connection, handing
+over took a sixth more CPU, and gained nothing.
 
 What has been sent is kept open until the other has taken it: if that one ends before, it comes back and is served here.
 """
@@ -30,7 +30,8 @@ from service.logs import get_logger
 from service.protocol import GuardedProtocol
 
 UNEVEN = 2  # connections more than another worker has; with one more, handing over would only turn it round
-BRIEF_SECONDS, MANY_BRIEF = 1.0, 16  # so many connections that were no older ended in that time: few are lasting ones
+FEW_REQUESTS = 8  # fewer make a connection brief
+BRIEF_SECONDS, MANY_BRIEF = 1.0, 16  # so many brief ones ended in that time: few are lasting ones
 MESSAGE = struct.Struct("=qq")  # the sender's number, and which of its connections to this receiver it is
 TAKEN = b"\0"  # what the receiver says when it has taken some; how many, the table says
 
@@ -133,10 +134,10 @@ class Balance:
         self._arriving.discard(protocol)
         self.changed()
 
-    def ended(self, began: float, now: float) -> None:
-        """A connection that was served here, by the loop's clock, has ended."""
-        if now - began < BRIEF_SECONDS:
-            self._brief.append(now)
+    def ended(self, requests: int) -> None:
+        """A connection that was served here has ended after so many answers."""
+        if requests < FEW_REQUESTS:
+            self._brief.append(self._loop.time())
         self.changed()
 
     def hand_over(self, transport: asyncio.BaseTransport) -> bool:
@@ -325,15 +326,18 @@ class BalancedProtocol(GuardedProtocol):
     balance: Balance
     adopted: socket.socket | None = None  # it was handed over, or came back: it stays
     _is_away = False
-    _began = 0.0
+    _answered = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if self.adopted is None and self.balance.hand_over(transport):
             self._is_away = True
             return
         super().connection_made(transport)
-        self._began = self.loop.time()
         self.balance.begun(self)
+
+    def on_response_complete(self) -> None:
+        self._answered += 1
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._is_away:
@@ -341,7 +345,7 @@ class BalancedProtocol(GuardedProtocol):
         if self.adopted is not None:
             _shut_down(self.adopted)
         super().connection_lost(exc)
-        self.balance.ended(self._began, self.loop.time())
+        self.balance.ended(self._answered)
 
 
 def balanced_protocol(protocol: type[GuardedProtocol], balance: Balance) -> type[BalancedProtocol]:

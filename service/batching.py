@@ -184,10 +184,11 @@ class Batcher:
     def _settle(self, tickets: list[Ticket], computed: Computed) -> None:
         """Hand each ticket its result, or raise it where it is awaited, and give back the slots."""
         self._pool.leave(len(tickets))
+        key = tickets[0].job.key
         for ticket, result in zip(tickets, computed.results, strict=True):
             ticket.settle(result)
         if computed.rows:
-            self._learn(tickets[0].job.key, computed.seconds / computed.rows)
+            self._learn(key, computed.seconds / computed.rows)
             self._observe(computed.rows)
 
     def _seconds_of(self, key: Hashable) -> float:

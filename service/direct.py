@@ -144,8 +144,8 @@ class Direct:
                 return None
             exchange = Exchange(self, connection, plan, request_id, keep_alive, work, job, len(body))
             house.batcher.take(exchange)
-        except VaeserveError:
-            return None  # refused there in the same words
+        except Exception:  # noqa: BLE001 - refused there in the same words, or found to be a fault of ours
+            return None
         exchange.enter()
         return exchange
 
@@ -200,7 +200,8 @@ class Exchange:
             self.connection.start(self._refuse(error))
         except Exception:  # noqa: BLE001 - whatever it is, it must not stop the answers of others
             get_logger().exception("unexpected error", request_id=self.request_id)
-            self.connection.start(self._fail())
+            if not self.response_complete:
+                self.connection.start(self._fail())
 
     def _content(self, result: Any) -> Content:
         if isinstance(result, Exception):
@@ -227,12 +228,13 @@ class Exchange:
 
     def _answer(self, status: int, content: bytes, kind: str, more: bytes = b"") -> None:
         plan, direct = self.plan, self.direct
+        common = direct.common(self.connection.default_headers())
+        more += b"" if self.keep_alive else CLOSE
+        head = HEAD % (STATUS_LINE[status], common, kind.encode(), len(content), self.request_id.encode(), more)
         self.response_started = self.response_complete = True
         direct.bodies.held -= self.size
+        del self.work, self.job  # the body with them: an idle connection keeps its last exchange
         if not self.disconnected:
-            common = direct.common(self.connection.default_headers())
-            more += b"" if self.keep_alive else CLOSE
-            head = HEAD % (STATUS_LINE[status], common, kind.encode(), len(content), self.request_id.encode(), more)
             self.connection.answer(head + content, self.keep_alive)
         seconds = time.perf_counter() - self.started
         report(direct.metrics, self.request_id, "POST", plan.asked.route.path, plan.path, status, seconds)

@@ -100,6 +100,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._held, self._parts = None, []
         super().connection_lost(exc)
 
     def eof_received(self) -> None:

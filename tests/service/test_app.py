@@ -346,8 +346,9 @@ def test_sigterm_drains_and_every_log_line_is_json(ppca_root):
 def test_a_refused_body_is_let_go_with_its_answer(ppca_root, monkeypatch, path, query):
     """Not only by the next garbage collection: they come seldom, and bodies may be large."""
     calls: list[weakref.ref[house.Call]] = []
-    kept_document = lambda self: calls.append(weakref.ref(self))  # noqa: E731
-    monkeypatch.setattr(house.Call, "__post_init__", kept_document, raising=False)
+    made = house.Call.__init__
+    kept_made = lambda self, *given: calls.append(weakref.ref(self)) or made(self, *given)  # noqa: E731
+    monkeypatch.setattr(house.Call, "__init__", kept_made)
     gc.collect()
     gc.disable()
     try:
@@ -358,6 +359,7 @@ def test_a_refused_body_is_let_go_with_its_answer(ppca_root, monkeypatch, path, 
                 assert answer.status_code == 422
             assert client.get("/livez").status_code == 200
             kept = sum(call() is not None for call in calls)
+            assert len(calls) >= 5
     finally:
         gc.enable()
     assert kept <= 1  # of the connection's last

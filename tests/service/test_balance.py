@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from service.app import create_app
-from service.balance import MANY_BRIEF, MESSAGE, TAKEN, Balance, Table
+from service.balance import FEW_REQUESTS, MANY_BRIEF, MESSAGE, TAKEN, Balance, Table
 from service.server import build_server
 from service.settings import Settings
 from tests.service.processes import until, workers
@@ -263,13 +263,19 @@ def test_what_the_other_has_no_room_for_stays(two):
         assert not two.table.sent.any()
 
 
-@pytest.mark.parametrize(("seconds", "are_brief"), [(1000.0, True), (0.0, False)])
-def test_where_connections_end_as_soon_as_they_begin_they_stay(two, monkeypatch, seconds, are_brief):
+@pytest.mark.parametrize(
+    ("seconds", "requests", "are_brief"),
+    [(1000.0, 0, True), (1000.0, FEW_REQUESTS - 2, True), (1000.0, FEW_REQUESTS - 1, False), (0.0, 0, False)],
+)
+def test_where_connections_end_as_soon_as_they_begin_they_stay(two, monkeypatch, seconds, requests, are_brief):
     monkeypatch.setattr("service.balance.BRIEF_SECONDS", seconds)
     with ExitStack() as stack:
         for _ in range(MANY_BRIEF):
             with ExitStack() as brief:
-                two.stays(brief)
+                made = two.stays(brief)
+                for _ in range(requests):  # and one, by which it is known to stay
+                    made.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+                    assert made.recv(65536).startswith(b"HTTP/1.1 200")
             until(lambda: two.table.present[0] == 1)
         listening = two.serves(stack)
         two.stays(stack)

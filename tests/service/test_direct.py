@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import socket
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from service import direct, express, protocol
 from service.batching import Batcher
 from service.direct import MOST_KNOWN, Direct
 from service.errors import InvalidInput
+from service.jobs import Job
 from service.model import Model
 from tests.ppca_bundle import LATENT_DIM
 from tests.service.http import assert_problem, npy, send_raw, serving
@@ -266,6 +268,32 @@ def test_work_that_fails_on_its_answer_is_answered(ppca_root, ways, monkeypatch)
         assert_problem(post(client, "encode", "", *BODIES["octets"], accept=NPY), 500)
         assert ways == ["direct"]
         assert under_way(client) == (0, 0, 1.0)
+
+
+def test_a_fault_before_the_job_is_a_500_and_no_broken_request(ppca_root, ways, monkeypatch):
+    with serving(ppca_root) as client:
+        monkeypatch.setattr("service.routes.latents.read_x", lambda *given: 1 / 0)
+        assert_problem(post(client, "encode", "", *BODIES["octets"]), 500)
+        assert ways == ["asgi"]
+        assert under_way(client) == (0, 0, 1.0)
+
+
+def test_an_idle_connection_keeps_no_body(ppca_root, ways, monkeypatch):
+    jobs, made = [], Job.__init__
+    monkeypatch.setattr(Job, "__init__", lambda self, *given: jobs.append(weakref.ref(self)) or made(self, *given))
+    gc.collect()
+    gc.disable()
+    try:
+        with serving(ppca_root) as client:
+            connection = socket.create_connection((client.base_url.host, client.base_url.port), 10)
+            with connection, connection.makefile("rb") as stream:
+                connection.sendall(raw())
+                answers(stream, 1)
+                assert client.get("/livez").status_code == 200
+                assert ways == ["direct"]
+                assert [job() for job in jobs] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_client_that_hangs_up_leaves_nothing_behind(ppca_root, ways):
