@@ -303,7 +303,8 @@ def _with(value: float) -> np.ndarray:
         (X[0], r"x has shape \(1, 8, 8\), expected \(N, 1, 8, 8\)"),
         (X[:0], "N ≥ 1"),
         (X[:, :, :7], r"expected \(N, 1, 8, 8\)"),
-        ((X * 255).astype(np.uint8), "dtype uint8, expected float32"),
+        ((X * 255).astype(np.int64), "dtype int64, expected float32"),
+        ((X[0] * 255).astype(np.uint8), r"x has shape \(1, 8, 8\), expected \(N, 1, 8, 8\)"),
         (X.astype(object), "dtype object"),
         (X > 0.5, "dtype bool"),
         (_with(np.nan), "row 1: pixels span nan"),
@@ -316,6 +317,16 @@ def _with(value: float) -> np.ndarray:
 def test_images_that_are_none_are_refused(model, verb, x, message):
     with pytest.raises(InvalidInput, match=message):
         getattr(model, verb)(x)
+
+
+@pytest.mark.parametrize("verb", ["encode", "reconstruct", "score"])
+def test_8_bit_levels_are_their_pixels(model, verb):
+    levels = np.random.RandomState(0).randint(0, 256, (40, 1, 8, 8)).astype(np.uint8)
+    of_levels, of_pixels = (getattr(model, verb)(x) for x in (levels, (levels / 255).astype(np.float32)))
+    pairs = zip(of_levels, of_pixels, strict=True) if verb != "reconstruct" else [(of_levels, of_pixels)]
+    arrays = [(a, b) for a, b in pairs if isinstance(a, np.ndarray)]
+    assert arrays
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in arrays)
 
 
 @pytest.mark.parametrize(
