@@ -9,6 +9,7 @@ import math
 import re
 import struct
 
+from service.plain_png import FIRST, HEAD
 from service.routes.house import JSON, NPY, PNG, Call
 
 OCTETS = "application/octet-stream"
@@ -16,8 +17,6 @@ MOST_BYTES = 2**16  # of a body
 MOST_PIXELS = 2**16  # of a PNG, by its header: few bytes may hold many
 MOST_ROWS, MOST_NUMBERS = 64, 2**16
 MOST_CHUNKS = 64
-PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-PNG_START = 8 + 12 + 13  # where the second chunk begins
 PNG_CHUNKS = frozenset(
     {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"IDAT", b"IEND"}
 )
@@ -75,12 +74,12 @@ def _json_rows(call: Call) -> int | None:
 
 def _is_plain_png(body: bytes) -> bool:
     """A PNG of few pixels and chunks, none of which could be large inflated but the pixels themselves."""
-    if not body.startswith(PNG_HEAD) or len(body) < PNG_START:
+    if not body.startswith(HEAD) or len(body) < FIRST:
         return False
-    width, height = struct.unpack_from(">II", body, len(PNG_HEAD))
+    width, height = struct.unpack_from(">II", body, len(HEAD))
     if width * height > MOST_PIXELS:
         return False
-    at = PNG_START
+    at = FIRST
     for _ in range(MOST_CHUNKS):
         if at + 8 > len(body):
             return True  # cut short: refused in a moment

@@ -262,7 +262,6 @@ def test_a_job_that_fails_is_answered_and_the_next_one_is_not_hurt(ppca_root, wa
 
 
 def test_work_that_fails_on_its_answer_is_answered(ppca_root, ways, monkeypatch):
-    monkeypatch.setattr(direct, "report", direct.report)
     with serving(ppca_root) as client:
         monkeypatch.setattr("service.codecs.encode_npy", lambda array: 1 / 0)
         assert_problem(post(client, "encode", "", *BODIES["octets"], accept=NPY), 500)

@@ -178,8 +178,10 @@ def test_a_nursery_that_is_still_loading_does_not_outlive_a_killed_supervisor(pp
     with starting(ppca_root) as service:
         service.wait_for("starting")
         nursery = service.nursery
+        assert alive(nursery)
         service.process.kill()
         until(lambda: not alive(nursery))
+        assert not service.logged("worker started")  # it was loading still
 
 
 @contextmanager
