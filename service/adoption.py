@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -22,6 +23,23 @@ def adopt_orphans() -> None:
     if library.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         number = ctypes.get_errno()
         raise OSError(number, f"orphaned workers cannot be adopted: {os.strerror(number)}")
+
+
+def end_children() -> None:
+    """Kill and await all children, those too that this process has adopted and never heard of.
+
+    A worker is such an orphan if the nursery dies between the fork and its telling of it.
+    """
+    while children := _children():
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)  # nobody else waits for it: if it is dead its pid is still its own
+            os.waitpid(pid, 0)
+
+
+def _children() -> list[int]:
+    """Pids of this process's children, dead ones included. None where the kernel does not list them (proc(5))."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for each in lists for pid in each.read_text().split()]
 
 
 class Child:

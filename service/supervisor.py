@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.adoption import Child, adopt_orphans
+from service.adoption import Child, adopt_orphans, end_children
 from service.channel import Message, connected_pair, encode, receive_waiting
 from service.errors import ConfigurationError, WorkerFailed
 from service.forker import Forker, Started, fork_nursery
@@ -63,7 +63,10 @@ def serve_with_workers(settings: Settings) -> int:
         return STARTUP_FAILURE
     with _metrics_folder() as folder:
         supervisor = Supervisor(settings.model_copy(update={"port": held[0].getsockname()[1]}), folder, first)
-        asyncio.run(supervisor.run())
+        try:
+            asyncio.run(supervisor.run())
+        finally:
+            end_children()
     for each in held + locks:
         each.close()
     if supervisor.cut_short is not None:

@@ -230,3 +230,34 @@ def test_a_child_tells_its_exit_code_however_often_it_is_asked(program, code):
         return codes
 
     assert asyncio.run(ended()) == [code, code]
+
+
+ORPHANED = """
+import os, sys
+from service.adoption import adopt_orphans, end_children
+adopt_orphans()
+reading, writing = os.pipe()
+if os.fork() == 0:
+    if os.fork() == 0:
+        os.write(writing, b"%d\\n" % os.getpid())
+        while True: pass
+    os._exit(0)
+print(os.read(reading, 20).decode(), end="", flush=True)
+end_children()
+print("ended", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_children_that_this_process_was_never_told_of_are_ended_too():
+    process = subprocess.Popen([sys.executable, "-c", ORPHANED], stdin=-1, stdout=-1, text=True)
+    with process:
+        orphan = int(process.stdout.readline())
+        try:
+            assert process.stdout.readline() == "ended\n"
+            assert not alive(orphan)
+            assert descends_from(process.pid) == []
+        finally:
+            process.kill()
+            if alive(orphan):
+                os.kill(orphan, signal.SIGKILL)
