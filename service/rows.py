@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import lru_cache
 
 import numpy as np
 import onnxruntime as ort
@@ -29,10 +30,11 @@ TWO_PATHS = frozenset(
     | {"Softplus"}
 )
 VECTOR = 4  # float32 numbers that ONNX Runtime's general kernels take at once (SSE, NEON); 2 of float64
-SIZES = (1, 8, 16, 32)
+SIZES = (1, 2, 4, 8, 16, 32)
 DEVICE_SIZES = (*SIZES, 64, 128)  # a device has more to do at once; how far this pays was never measured
 # Trials a size: each puts other rows at every place. Large rows bring more places to one, cost more, and take fewer.
 MOST_TRIALS, LEAST_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
+RUN = 2  # rows that take about as long as what every run takes besides; small networks more, large ones less
 MAX_ELEMENTS = 2**21  # of one input or output at one run: bounds memory, and time at start, for large images
 
 KEPT_SAME, KEPT_BYTES = 16, 2**20  # arrays of ``same`` that a runner keeps spread over rows, and bytes of one
@@ -91,14 +93,12 @@ class RowRunner:
         those that are wanted, all by default.
         """
         names = self._outputs if outputs is None else list(outputs)
-        total = len(next(iter(feeds.values())))
-        size = _next_size(self.sizes, total)
-        if size >= total:
-            return dict(zip(names, self._run_at(size, feeds, same, names), strict=True))
+        sizes = batch_sizes(self.sizes, len(next(iter(feeds.values()))))
+        if len(sizes) == 1:
+            return dict(zip(names, self._run_at(sizes[0], feeds, same, names), strict=True))
         batches: list[tuple[int, Arrays]] = []
         start = 0
-        while start < total:
-            size = _next_size(self.sizes, total - start)
+        for size in sizes:
             batches.append((size, {name: value[start : start + size] for name, value in feeds.items()}))
             start += size
         spread = self._pool.map if self._pool is not None else map
@@ -195,12 +195,25 @@ def random_rows(shapes: dict[str, tuple[int, ...]], uniform: frozenset[str] = fr
     return rows
 
 
-def _next_size(sizes: tuple[int, ...], rows: int) -> int:
-    """The largest size that fits, or the one above it when more than half of that would be filled."""
-    for size in sizes:
-        if size >= rows and (2 * rows > size or size == sizes[0]):
-            return size
-    return max(size for size in sizes if size <= rows)
+def batch_sizes(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """Which of the ``sizes``, ascending, so many rows run in, the last one filled up: what costs least.
+
+    A run is taken to cost as much as its rows, those that fill it up too, and RUN more.
+    """
+    whole = (rows - 1) // sizes[-1]
+    last = _sizes_of_few(sizes, rows - whole * sizes[-1])
+    return (sizes[-1],) * whole + last if whole else last
+
+
+@lru_cache(maxsize=1024)
+def _sizes_of_few(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """As ``batch_sizes``, of no more rows than the largest size."""
+    filled = (next(size for size in sizes if size >= rows),)
+    fitting = [size for size in sizes if size < rows]
+    if not fitting:
+        return filled
+    split = (fitting[-1], *_sizes_of_few(sizes, rows - fitting[-1]))
+    return min(filled, split, key=lambda plan: sum(plan) + RUN * len(plan))
 
 
 def _padded(value: np.ndarray, size: int) -> np.ndarray:

@@ -140,8 +140,8 @@ def test_runs_at_the_same_time_do_not_meet(session):
 
 
 def test_a_device_takes_larger_batches_and_trials_decide_there_too(runtime, session):
-    assert sizes_in(None) == SIZES == (1, 8, 16, 32)
-    assert sizes_in("cuda") == DEVICE_SIZES == (1, 8, 16, 32, 64, 128)
+    assert sizes_in(None) == SIZES == (1, 2, 4, 8, 16, 32)
+    assert sizes_in("cuda") == DEVICE_SIZES == (1, 2, 4, 8, 16, 32, 64, 128)
     assert max(runner(session, "cpu").sizes) == 128
     assert max(runner(session, None).sizes) == 32
     graph, shape = awkward(7)

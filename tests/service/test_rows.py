@@ -147,17 +147,31 @@ def test_large_rows_take_small_batches(runtime, monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "count", "wanted"),
     [
-        ((1,), 40, 1),
-        ((1, 8, 32), 1, 1),
-        ((1, 8, 32), 4, 1),
-        ((1, 8, 32), 5, 8),
-        ((1, 8, 32), 16, 8),
-        ((1, 8, 32), 17, 32),
-        ((1, 8, 32), 100, 32),
-        ((2, 8), 1, 2),
-        ((2, 32), 5, 2),
-        ((4, 32), 3, 4),
+        ((1,), 3, (1, 1, 1)),
+        (rows.SIZES, 1, (1,)),
+        (rows.SIZES, 2, (2,)),
+        (rows.SIZES, 3, (4,)),
+        (rows.SIZES, 7, (8,)),
+        (rows.SIZES, 9, (8, 1)),
+        (rows.SIZES, 12, (8, 4)),
+        (rows.SIZES, 13, (16,)),
+        (rows.SIZES, 25, (16, 8, 1)),
+        (rows.SIZES, 26, (16, 8, 2)),
+        (rows.SIZES, 27, (32,)),
+        (rows.SIZES, 100, (32, 32, 32, 4)),
+        ((4, 32), 3, (4,)),
+        ((4, 32), 5, (4, 4)),
+        ((2, 8), 3, (2, 2)),
+        ((2, 8), 5, (8,)),
     ],
 )
-def test_batches_are_filled_at_least_by_half(sizes, count, wanted):
-    assert rows._next_size(sizes, count) == wanted
+def test_rows_run_in_the_batches_that_cost_least(sizes, count, wanted):
+    assert rows.batch_sizes(sizes, count) == wanted
+
+
+@pytest.mark.parametrize("sizes", [(1,), (4, 8), (1, 8, 32), rows.SIZES, rows.DEVICE_SIZES])
+def test_every_row_runs_and_only_the_last_batch_is_filled_up(sizes):
+    for count in range(1, 300):
+        found = rows.batch_sizes(sizes, count)
+        assert set(found) <= set(sizes)
+        assert sum(found[:-1]) < count <= sum(found)
