@@ -1,5 +1,6 @@
 """Entry point of ``vaeserve`` and of ``python -m service``."""
 
+import gc
 import os
 
 
@@ -8,8 +9,11 @@ def main() -> None:
     # Before numpy is imported, whose BLAS starts a thread a core: they wait spinning, which beside requests doubles the
     # CPU time of a score, and share out a row's work as they happen to be free.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.disable()  # what is imported stays
     from service import cli
 
+    gc.freeze()
+    gc.enable()
     cli.main()
 
 

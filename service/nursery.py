@@ -112,7 +112,6 @@ class Nursery:
 
         if settings.threads == 1 and settings.device == "cpu":
             self.repository = load_repository(settings, digests)
-        gc.collect()
         gc.freeze()  # a collection would write to every object, and so copy all pages
         gc.enable()
         if not _falls_quiet():
