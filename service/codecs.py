@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from service.arrays import NPY_MAGIC, DType, as_images, as_latents, from_json, read_npy, to_unit
+from service.arrays import NPY_MAGIC, DType, as_images, as_latents, from_json, may_hold_booleans, read_npy, to_unit
 from service.bundle import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.forms import FIELD, read_multipart
@@ -117,7 +117,7 @@ class Reader:
             return self._array(read_npy(body))
         if kind == OCTETS:
             return self._octets(body)
-        return self._json(document()) if kind == JSON else self._multipart(content_type, body)
+        return self._json(document(), may_hold_booleans(body)) if kind == JSON else self._multipart(content_type, body)
 
     def _count(self, images: int) -> None:
         if images > self.limits.max_images:
@@ -171,7 +171,7 @@ class Reader:
             return self._array(image)
         return read_image(image, self.preprocessing, self.strict)[None]
 
-    def _json(self, document: Any) -> np.ndarray:
+    def _json(self, document: Any, booleans: bool) -> np.ndarray:
         if not isinstance(document, dict) or "images" not in document:
             raise InvalidInput('a JSON object with "images" expected')
         images, dtype = document["images"], document.get("dtype", "float32")
@@ -184,11 +184,11 @@ class Reader:
         if all(isinstance(image, str) for image in images):
             self._count(len(images))
             return self._many([from_base64(image, index) for index, image in enumerate(images)])
-        return self._lists(images, dtype)
+        return self._lists(images, dtype, booleans)
 
-    def _lists(self, images: list[Any], dtype: DType) -> np.ndarray:
+    def _lists(self, images: list[Any], dtype: DType, booleans: bool) -> np.ndarray:
         try:
-            whole = from_json(images)
+            whole = from_json(images, booleans=booleans)
         except InvalidInput:  # which row is it, or are they only of different sizes?
             rows = [from_json(image, f"image {index}: ") for index, image in enumerate(images)]
             if len({row.ndim for row in rows}) > 1 or rows[0].ndim < 2:
@@ -246,4 +246,4 @@ def read_latents(
     content = document()
     if not isinstance(content, dict) or "latents" not in content:
         raise InvalidInput('a JSON object with "latents" expected')
-    return as_latents(from_json(content["latents"], "latents: "), latent_dim, limit)
+    return as_latents(from_json(content["latents"], "latents: ", may_hold_booleans(body)), latent_dim, limit)

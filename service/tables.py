@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from service.arrays import from_json, read_npy
+from service.arrays import from_json, may_hold_booleans, read_npy
 from service.bundle import ArrayPreprocessing, reads_as_number
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 
@@ -57,7 +57,7 @@ class TableReader:
             raise InvalidInput(f"the body is empty: {describe(self.rule)} expected")
         if media_type == NPY:
             return self._rows(read_npy(body))
-        return self._rows(self._csv(body) if media_type == CSV else self._json(document()))
+        return self._rows(self._csv(body) if media_type == CSV else self._json(document(), may_hold_booleans(body)))
 
     def _rows(self, array: np.ndarray) -> np.ndarray:
         rows = _as_rows(array, self.rule)
@@ -81,7 +81,7 @@ class TableReader:
     def _place(self, column: int) -> str:
         return repr(self.rule.features[column]) if self.rule.features else f"number {column}"
 
-    def _json(self, document: Any) -> np.ndarray:
+    def _json(self, document: Any, booleans: bool) -> np.ndarray:
         if not isinstance(document, dict) or "rows" not in document:
             raise InvalidInput('a JSON object with "rows" expected')
         rows = document["rows"]
@@ -91,7 +91,7 @@ class TableReader:
             self._count(len(rows))
             rows = [self._object(row, f"row {index}") for index, row in enumerate(rows)]
         try:
-            return from_json(rows)
+            return from_json(rows, booleans=booleans)
         except InvalidInput:  # which row is it?
             shapes = [from_json(row, f"row {index}: ").shape for index, row in enumerate(rows)]
             odd = next((index for index, shape in enumerate(shapes) if shape != self.rule.natural), None)

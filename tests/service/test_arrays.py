@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 
-from service.arrays import MAX_LISTS, as_images, as_latents, from_json, parse_json, read_npy, to_unit
+from service.arrays import MAX_LISTS, as_images, as_latents, from_json, may_hold_booleans, parse_json, read_npy, to_unit
 from service.errors import InvalidInput, LimitExceeded
 from tests import hostile
 from tests.hostile import npy, npy_of, npy_raw
@@ -118,6 +118,30 @@ def test_json_numbers():
 def test_json_of_anything_else_is_refused(value):
     with pytest.raises(InvalidInput, match="row: "):
         from_json(value, "row: ")
+
+
+NUMBERS = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(0, 255), st.floats(allow_nan=False))
+VALUES = st.one_of(NUMBERS, st.none(), st.text(max_size=3), st.lists(NUMBERS, max_size=2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(NUMBERS, st.lists(NUMBERS), st.lists(st.lists(NUMBERS, min_size=3, max_size=3)), st.lists(VALUES)))
+def test_where_no_boolean_is_to_be_looked_for_the_same_is_read_and_refused(value):
+    assert read_or_refused(value, booleans=False) == read_or_refused(value, booleans=True)
+
+
+def read_or_refused(value, booleans):
+    try:
+        array = from_json(value, "row: ", booleans)
+    except InvalidInput as error:
+        return str(error)
+    return array.dtype, array.shape, array.tobytes()
+
+
+@pytest.mark.parametrize("text", ["true", "false", '{"a": [true]}', "[0.5,false]", '"a false friend"'])
+def test_booleans_are_seen_in_a_body(text):
+    assert may_hold_booleans(text.encode())
+    assert not may_hold_booleans(b'{"images": [[0.5, 1e-05]], "dtype": "float32", "rows": 3}')
 
 
 @pytest.mark.parametrize("depth", [5, 6, 60, 70, 500])

@@ -351,3 +351,16 @@ def test_any_json_gives_pixels_or_our_error(value):
             assert np.isfinite(act()).all()
         except InvalidInput:
             continue
+
+
+@pytest.mark.parametrize("odd", [True, False, None, "1", [1]])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("number", [1, 0.5])
+def test_one_value_among_numbers_that_is_none(odd, place, number):
+    row = [number] * 3
+    row[place] = odd
+    with pytest.raises(InvalidInput, match=r"image 0: (numbers|the lists)"):
+        read((1, 2, 3), JSON, as_json([[[number] * 3, row]]))
+    body = json.dumps({"latents": [row]}).encode()
+    with pytest.raises(InvalidInput, match=r"latents: (numbers|the lists)"):
+        read_latents(JSON, body, lambda: parse_json(body), 3, 9)
