@@ -14,6 +14,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -210,7 +211,9 @@ def _computed(tickets: list[Ticket], clock: Callable[[], float]) -> Computed:
     try:
         whole = first.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
         seconds = clock() - started
-        ends = np.cumsum([len(each) for each in rows]).tolist()
+        if len(rows) == 1:
+            return Computed([whole], len(rows[0]), seconds)
+        ends = list(accumulate(map(len, rows)))
         parts = [rows_of(whole, slice(end - len(each), end)) for end, each in zip(ends, rows, strict=True)]
     except Exception as error:  # noqa: BLE001 - whatever it is, it is for the callers
         if isinstance(error, VaeserveError):
@@ -218,4 +221,4 @@ def _computed(tickets: list[Ticket], clock: Callable[[], float]) -> Computed:
         # Of several one may be at fault, and its text may name a row: each alone.
         alone = [error] if len(tickets) == 1 else [_computed([each], clock).results[0] for each in tickets]
         return Computed(alone, 0, 0.0)
-    return Computed([whole] if len(rows) == 1 else parts, ends[-1], seconds)
+    return Computed(parts, ends[-1], seconds)

@@ -79,12 +79,16 @@ def _says_info(level: str) -> bool:
 def _writer(fields: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
     beside = {"event": "request", "level": "info", **fields}
 
-    def write(turn: list[dict[str, Any]]) -> None:
+    def write(lines: list[dict[str, Any]]) -> None:
         # orjson writes the time itself, and names UTC by the letter that structlog ends it with.
-        last = {**beside, "timestamp": datetime.now(UTC)}
-        _write_together([orjson.dumps({**about, **last}, option=orjson.OPT_UTC_Z) for about in turn])
+        _write_together([orjson.dumps(about, option=orjson.OPT_UTC_Z) for about in lines])
 
-    return Gathered(write).add
+    gathered = Gathered(write)
+
+    def add(about: dict[str, Any]) -> None:
+        gathered.add({**about, **beside, "timestamp": datetime.now(UTC)})
+
+    return add
 
 
 def _write_together(lines: list[bytes]) -> None:

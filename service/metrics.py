@@ -71,7 +71,7 @@ class Metrics:
         )
         self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
         self._under_way = 0
-        self._turn: Gathered[Answered | Observed | None] = Gathered(self._sum_up)
+        self._gathered: Gathered[Answered | Observed | None] = Gathered(self._sum_up)
         # Looking up a child by its labels takes longer than counting.
         self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
 
@@ -124,26 +124,26 @@ class Metrics:
     def begun(self) -> None:
         """Count a request as under way, until it is counted as answered."""
         self._under_way += 1
-        self._turn.add(None)
+        self._gathered.add(None)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; ``route`` is a template such as /v1/models/{model}/score."""
         self._under_way -= 1
-        self._turn.add(Answered(method, route, status, seconds))
+        self._gathered.add(Answered(method, route, status, seconds))
 
     def rows(self, verb: str, n: int) -> None:
         """Count a request of ``n`` images or latents."""
-        self._turn.add(Observed(self._rows(verb), n))
+        self._gathered.add(Observed(self._rows(verb), n))
 
     def ran(self, n: int) -> None:
         """Count a run of ``n`` images or latents."""
-        self._turn.add(Observed(self.run, n))
+        self._gathered.add(Observed(self.run, n))
 
-    def _sum_up(self, turn: list[Answered | Observed | None]) -> None:
-        """Of one turn of the event loop: what was answered and observed (None: what was begun)."""
+    def _sum_up(self, gathered: list[Answered | Observed | None]) -> None:
+        """Of what was gathered: what was answered and observed (None: what was begun)."""
         self.in_flight.set(self._under_way)
         many: dict[tuple[str, str, int], int] = {}
-        for each in turn:
+        for each in gathered:
             if type(each) is Answered:
                 kind = each.method, each.route, each.status
                 many[kind] = many.get(kind, 0) + 1
@@ -163,7 +163,7 @@ class Metrics:
 
     def render(self, drift: Iterable[tuple[Name, Summary]] = ()) -> bytes:
         """The exposition format (text, version 0.0.4), with what the drift tests say."""
-        self._turn.flush()
+        self._gathered.flush()
         shown = self.registry
         if self.folder is not None:
             shown = CollectorRegistry()

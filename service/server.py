@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from service.balance import Balance, balanced_protocol
 from service.protocol import guarded_protocol
 from service.settings import Settings
+from service.turns import flush_all
 
 TICKS = 10  # of uvicorn a second
 
@@ -57,7 +58,10 @@ class DrainingServer(uvicorn.Server):
         """As uvicorn's, which ends the connections that there are: more must not be handed over to it."""
         if self._balance is not None:
             self._balance.close()
-        await super().shutdown(sockets)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            flush_all()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain on the first SIGTERM; everything else stops at once."""
