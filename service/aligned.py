@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import numpy as np
@@ -13,10 +14,9 @@ BYTES = 64
 def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
     """An array of undefined numbers, in C order."""
     dtype = np.dtype(dtype)
-    length = math.prod(shape) * dtype.itemsize
-    raw = np.empty(length + BYTES, np.uint8)
-    start = -_address(raw) % BYTES
-    return raw[start : start + length].view(dtype).reshape(shape)
+    raw = np.empty(math.prod(shape) * dtype.itemsize + BYTES, np.uint8)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(raw.data))  # a fifth of the time that numpy takes to tell it
+    return np.ndarray(shape, dtype, raw, -address % BYTES)
 
 
 def is_aligned(array: np.ndarray) -> bool:
