@@ -18,6 +18,8 @@ from bench.limit import Yardstick
 from bench.load import Load, Target
 from bench.servers import Server
 
+OFTEN = 3
+"""Rounds of what a row of the plan (bench.table) rests on, for each one of the rest."""
 Client = Callable[[Target, int, float], Load]
 Progress = Callable[[list[int], str], Iterable[int]]
 Result = dict[str, Any]
@@ -34,13 +36,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Group:
-    """What is compared: subjects that answer one verb on ``batch`` images over so many connections."""
+    """What is compared: subjects that answer one verb on ``batch`` images over so many connections.
+
+    ``often``: how many rounds it has for each one of the arena's.
+    """
 
     verb: str
     batch: int
     connections: int
     subjects: list[Subject]
     hello: Target
+    often: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ class Arena:
         for index in progress(list(range(len(groups))), "warming up"):
             self._warm_up(groups[index])
         rows: dict[tuple[int, int], list[Row]] = {}
-        steps = [index for _ in range(self.rounds) for index in range(len(groups))]
+        most = max((group.often for group in groups), default=1)
+        turns = range(self.rounds * most)
+        steps = [index for turn in turns for index, group in enumerate(groups) if turn % most < group.often]
         for index in progress(steps, "measuring"):
             for subject, row in enumerate(self._round(groups[index])):
                 rows.setdefault((index, subject), []).append(row)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bodies import COMMON, FORMATS
-from bench.compare import Group, Progress, Result, Subject
+from bench.compare import OFTEN, Group, Progress, Result, Subject
 from bench.raw import reference_pixels
 from bench.requests import VERBS, cases, check_answers
 from bench.servers import ROOT, vae_server
@@ -24,6 +24,10 @@ from bench.stage import Stage
 
 MANY = 4
 """Connections that send batches of 64: enough to keep the workers busy."""
+
+
+PLANNED = {("encode", 1, 1), ("encode", 64, 1), ("encode", MANY, 64), ("score", 16, 1)}
+"""Verbs, connections and images a request of the plan's rows (bench.table): measured OFTEN times as often as others."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def group(stage: Stage, verb: str, connections: int, batch: int, formats: Collec
         Subject({"model": manifest.name, "request": case.format, "answer": case.answer}, case.target, server)
         for case in made
     ]
-    return Group(verb, batch, connections, subjects, stage.bare(0 if verb == "sample" else batch))
+    often = OFTEN if (verb, connections, batch) in PLANNED else 1
+    return Group(verb, batch, connections, subjects, stage.bare(0 if verb == "sample" else batch), often)
 
 
 def memory(stage: Stage) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 
 from bench import models
 from bench.bodies import COMMON, FORMATS, ONE_IMAGE
-from bench.compare import Group, Row, Subject, summarise
+from bench.compare import Arena, Group, Row, Subject, summarise
 from bench.crew import Block, Crew, Layout, RawRuntime, measure
 from bench.curve import point
 from bench.figure import draw
@@ -128,6 +128,15 @@ def test_a_result_is_the_median_of_its_rounds_and_holds_both_limits():
     assert found["limit_of_best"] > found["limit_of_one"]
     assert found["raw_best"] == {"images_per_second": 4000, "cpu_ms_an_image": 0.2, "layout": "2 × 1", "batch": 64}
     assert found["rounds"]["images_per_second"] == [80, 240, 160]
+
+
+def test_what_the_plan_is_about_has_more_rounds(monkeypatch):
+    order = []
+    monkeypatch.setattr(Arena, "_warm_up", lambda *_: None)
+    monkeypatch.setattr(Arena, "_round", lambda _, group: order.append(group.verb) or [])
+    groups = [Group(verb, 1, 1, [], Target("", 0, b""), often) for verb, often in (("a", 1), ("b", 3), ("c", 1))]
+    assert Arena(None, None, 0.1, 2).measure(groups, lambda steps, _: steps) == []
+    assert "".join(order) == "abcbbabcbb"
 
 
 @pytest.mark.parametrize("size", [0, 784, 3_000_000])
