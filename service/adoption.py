@@ -38,8 +38,11 @@ def end_children() -> None:
 
 def _children() -> list[int]:
     """Pids of this process's children, dead ones included. None where the kernel does not list them (proc(5))."""
-    lists = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for each in lists for pid in each.read_text().split()]
+    found: list[int] = []
+    for each in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended meanwhile
+            found += map(int, each.read_text().split())
+    return found
 
 
 class Child:

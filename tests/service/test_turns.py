@@ -36,7 +36,7 @@ def test_items_of_a_turn_are_handed_on_together_in_their_order(pause):
 
 def test_so_are_those_of_several_turns_until_the_pause_is_over(pause):
     told = []
-    pause(0.05)
+    pause(0.5)
 
     async def body():
         over = asyncio.Event()
