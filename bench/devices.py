@@ -80,7 +80,7 @@ def both(here: Stage, other: Server, verb: str, connections: int, batch: int) ->
     made = group(here, verb, connections, batch, ("octet-stream",))
     cpu = next(each for each in made.subjects if each.labels["answer"] == "npy")
     target = replace(cpu.target, host=other.host, port=other.port)
-    return replace(made, subjects=[cpu, replace(cpu, target=target, server=other)])
+    return replace(made, subjects=[cpu, replace(cpu, target=target, server=other)], often=1)
 
 
 def difference(made: Group) -> float:
