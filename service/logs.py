@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import structlog
 
-from service.turns import Gathered
+from service.gathered import Gathered
 
 
 def configure_logs(level: str, form: str, **fields: Any) -> None:

@@ -14,9 +14,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.balance import Balance, balanced_protocol
+from service.gathered import flush_all
 from service.protocol import guarded_protocol
 from service.settings import Settings
-from service.turns import flush_all
 
 TICKS = 10  # of uvicorn a second
 

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from service import turns
+from service import gathered
+from service.gathered import Gathered, flush_all
 from service.logs import configure_logs
-from service.turns import Gathered, flush_all
 from tests.service.http import serving
 
 NEVER = 1e6
@@ -14,7 +14,7 @@ NEVER = 1e6
 
 @pytest.fixture
 def pause(monkeypatch):
-    return lambda seconds: monkeypatch.setattr(turns, "PAUSE_SECONDS", seconds)
+    return lambda seconds: monkeypatch.setattr(gathered, "PAUSE_SECONDS", seconds)
 
 
 def test_items_of_a_turn_are_handed_on_together_in_their_order(pause):
