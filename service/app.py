@@ -88,12 +88,12 @@ def create_app(
     )
     metrics = metrics or Metrics()
     app.state.metrics = metrics
-    addresses = Addresses(app, latents.SHORT + scoring.SHORT)
+    addresses = app.state.addresses = Addresses(app, latents.SHORT + scoring.SHORT)
     app.add_middleware(Express, addresses=addresses, on_error=_known_error)
     bodies = Bodies(settings.max_body_bytes, settings.max_buffered_bytes)
     app.add_middleware(BodyGuard, bodies=bodies, timeout=settings.receive_timeout)
     app.add_middleware(RequestContext, metrics=metrics)
-    app.state.direct = Direct(addresses, bodies, _known_error)
+    app.state.direct = Direct(addresses, bodies, metrics, _known_error)
     _include_routes(app)
     _handle_errors(app)
     return app
@@ -118,6 +118,8 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
         watched = watch or Drift(settings.drift_window, settings.drift_level)
         batcher = Batcher(pool, settings.lanes, metrics.ran, _clock(settings))
         app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
+        addresses: Addresses = app.state.addresses
+        addresses.open(app.state.house)
         yield
         await asyncio.to_thread(pool.close)
 

@@ -44,13 +44,23 @@ class Addresses:
         self.fastapi = fastapi
         self._verbs = {verb.name: verb for verb in verbs}
         self._routes: Mapping[str, APIRoute] = {}
+        self._house: House | None = None
         self._known: OrderedDict[tuple[str, bytes], Asked] = OrderedDict()
 
     @property
     def house(self) -> House:
         """The app's parts, once it has started."""
-        house: House = self.fastapi.state.house
-        return house
+        assert self._house is not None
+        return self._house
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has."""
+        return self._house is not None
+
+    def open(self, house: House) -> None:
+        """These are the parts of the app from now on."""
+        self._house = house
 
     def find(self, path: str, query: bytes) -> Asked | None:
         """What is asked, remembered by path and query string; None where FastAPI is to answer, or to refuse."""

@@ -17,7 +17,7 @@ import binascii
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -100,6 +100,11 @@ class Reader:
     limits: Limits
     strict: bool = False
 
+    @cached_property
+    def _numbers(self) -> int:
+        """Of an image of the model's own size."""
+        return math.prod(self.preprocessing.shape)
+
     def read(self, content_type: str, body: bytes, document: Callable[[], Any]) -> np.ndarray:
         """A body -> float32 [N,C,H,W] in [0,1]. ``document`` parses the body as JSON, once, if it is needed."""
         return _pixels(self.read_levels(content_type, body, document))
@@ -122,7 +127,7 @@ class Reader:
     def _count(self, images: int) -> None:
         if images > self.limits.max_images:
             raise LimitExceeded(f"{images} images: at most {self.limits.max_images} here (setting max_batch)")
-        most = self.limits.max_numbers // math.prod(self.preprocessing.shape)
+        most = self.limits.max_numbers // self._numbers
         if images > most:
             raise PayloadTooLarge(
                 f"{images} images of shape {self.preprocessing.shape}: at most {most} here (setting max_numbers_in)"
@@ -139,8 +144,7 @@ class Reader:
         return resize_array(images, self.preprocessing, self.strict)
 
     def _octets(self, body: bytes) -> np.ndarray:
-        shape = self.preprocessing.shape
-        size = math.prod(shape)
+        shape, size = self.preprocessing.shape, self._numbers
         if len(body) % size:
             raise InvalidInput(f"{len(body)} bytes: a multiple of {size} expected, uint8 pixels of shape {shape}")
         self._count(len(body) // size)

@@ -23,6 +23,7 @@ from service.asked import Addresses, Asked
 from service.batching import Batcher
 from service.codecs import media_type
 from service.errors import VaeserveError
+from service.heads import Heads
 from service.jobs import Job, Work
 from service.light import MOST_BYTES, is_light
 from service.logs import get_logger
@@ -67,11 +68,15 @@ class Connection(Protocol):
 
 
 class Direct:
-    """The way of one app, for all connections of its event loop. ``on_error`` gives its answers to errors."""
+    """The way of one app, for all connections of its event loop. ``on_error`` gives its answers to errors.
 
-    def __init__(self, addresses: Addresses, bodies: Bodies, on_error: OnError) -> None:
-        self._addresses, self.bodies, self.on_error = addresses, bodies, on_error
+    ``metrics`` are those of the app.
+    """
+
+    def __init__(self, addresses: Addresses, bodies: Bodies, metrics: Metrics, on_error: OnError) -> None:
+        self._addresses, self.bodies, self.metrics, self.on_error = addresses, bodies, metrics, on_error
         self._plans: OrderedDict[tuple[bytes, bytes, bytes], Plan] = OrderedDict()
+        self.heads: Heads[Plan] = Heads()
         self._most_bytes = min(MOST_BYTES, bodies.most)
         self._server_headers: Headers | None = None
         self._common = b""
@@ -81,12 +86,6 @@ class Direct:
         """The app."""
         return self._addresses.fastapi
 
-    @property
-    def metrics(self) -> Metrics:
-        """Those of the app."""
-        metrics: Metrics = self.fastapi.state.metrics
-        return metrics
-
     def common(self, server: Headers) -> bytes:
         """The header lines of every answer: those of the ``server``, whose list is another every second, and ours."""
         if server is not self._server_headers:
@@ -94,7 +93,7 @@ class Direct:
         return self._common
 
     def plan(self, target: bytes, headers: Headers) -> tuple[Plan, str] | None:
-        """What a POST with these headers (names in lower case) asks for, and its request id; None: by ASGI."""
+        """What a POST with these headers (names in lower case) asks for, and the id that it brings; None: by ASGI."""
         named = dict(headers)
         if len(named) < len(headers) or any(name in named for name in REFUSED_HEADERS):
             return None
@@ -105,7 +104,7 @@ class Direct:
         found = self._plans.get(key) or self._make(key)
         if found is None or (found.key is not None and not self.batcher.is_short(found.key, 1)):
             return None
-        return found, asked_id(named.get(b"x-request-id", b"").decode("latin-1"))
+        return found, named.get(b"x-request-id", b"").decode("latin-1")
 
     @property
     def batcher(self) -> Batcher:
@@ -114,7 +113,7 @@ class Direct:
 
     def _make(self, key: tuple[bytes, bytes, bytes]) -> Plan | None:
         target, content_type, accept = key
-        if sum(map(len, key)) > MOST_KEY_BYTES or b"%" in target or not hasattr(self.fastapi.state, "house"):
+        if sum(map(len, key)) > MOST_KEY_BYTES or b"%" in target or not self._addresses.is_open:
             return None
         url = httptools.parse_url(target)
         path = url.path.decode("ascii")
@@ -129,9 +128,9 @@ class Direct:
         return plan
 
     def take(
-        self, connection: Connection, plan: Plan, request_id: str, body: bytes, keep_alive: bool
+        self, connection: Connection, plan: Plan, asked_for: str, body: bytes, keep_alive: bool
     ) -> Exchange | None:
-        """The exchange that answers this request, under way; None: it is to go by ASGI."""
+        """The exchange that answers this request, which asked for that id, under way; None: it is to go by ASGI."""
         house, asked = self._addresses.house, plan.asked
         call = Call(house, asked.served, plan.content_type, plan.media_type, plan.accept, body)
         try:
@@ -142,7 +141,7 @@ class Direct:
             plan.key = job.key
             if not house.batcher.is_short(job.key, len(job.rows)):
                 return None
-            exchange = Exchange(self, connection, plan, request_id, keep_alive, work, job, len(body))
+            exchange = Exchange(self, connection, plan, asked_id(asked_for), keep_alive, work, job, len(body))
             house.batcher.take(exchange)
         except Exception:  # noqa: BLE001 - refused there in the same words, or found to be a fault of ours
             return None

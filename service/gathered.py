@@ -32,18 +32,20 @@ class Gathered(Generic[T]):
     def add(self, item: T) -> None:
         """One more."""
         self._items.append(item)
+        waits_for = self._waits_for
+        if waits_for is not None and waits_for.is_running():  # it will flush, this item too
+            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self.flush()
             return
-        if loop is not self._waits_for:  # that may have ended without another turn
-            self._waits_for = loop
-            pause = self._not_before - time.monotonic()
-            if pause > 0:
-                loop.call_later(pause, self.flush)
-            else:
-                loop.call_soon(self.flush)
+        self._waits_for = loop  # the one before may have ended without another turn
+        pause = self._not_before - time.monotonic()
+        if pause > 0:
+            loop.call_later(pause, self.flush)
+        else:
+            loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Hand on what was gathered."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """``run`` of ``rows`` [N,…], N ≥ 1, where a row's results are bitwise the same whatever rows are beside it.
 
     Rows of jobs of one ``key`` may be computed in one run; results are arrays along the rows, and tuples and
@@ -39,13 +38,19 @@ def finish(work: Work[T]) -> T:
         return answer
 
 
-def rows_of(result: Any, at: slice) -> Any:
-    """Some rows of a job's result; what is no array (a number that all share, None) as it is."""
+def parts_of(result: Any, at: Sequence[slice]) -> list[Any]:
+    """A job's result cut into those rows each; what is no array (a number that all share, None) goes to each part."""
     if isinstance(result, np.ndarray):
-        return result[at]
+        return [result[rows] for rows in at]
     if isinstance(result, dict):
-        return {name: rows_of(each, at) for name, each in result.items()}
+        return [dict(zip(result, part, strict=True)) for part in _zipped(result.values(), at)]
     if isinstance(result, tuple):
-        parts = [rows_of(each, at) for each in result]
-        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
-    return result
+        make = getattr(result, "_make", tuple)
+        return [make(part) for part in _zipped(result, at)]
+    return [result] * len(at)
+
+
+def _zipped(results: Iterable[Any], at: Sequence[slice]) -> Iterator[tuple[Any, ...]]:
+    """Of each part of ``at``, what each of the results has of it."""
+    columns = [parts_of(each, at) for each in results]
+    return zip(*columns, strict=True) if columns else repeat((), len(at))

@@ -6,8 +6,12 @@ prometheus_client's multiprocess mode, which it reads off the environment when i
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections import Counter as Counts
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -34,10 +38,20 @@ class Answered(NamedTuple):
     seconds: float
 
 
+class Amounts(Histogram):
+    """A histogram that takes many numbers as it takes one, but writes each of its own numbers once."""
+
+    def observe_all(self, amounts: Sequence[float]) -> None:
+        """As ``observe`` of each."""
+        self._sum.inc(math.fsum(amounts))
+        for bucket, count in Counts(bisect_left(self._upper_bounds, amount) for amount in amounts).items():
+            self._buckets[bucket].inc(count)
+
+
 class Observed(NamedTuple):
     """A number for a histogram."""
 
-    by: Histogram
+    by: Amounts
     amount: float
 
 
@@ -60,7 +74,7 @@ class Metrics:
         self.requests = Counter(
             "vaeserve_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
         )
-        self.latency = Histogram(
+        self.latency = Amounts(
             "vaeserve_request_seconds", "From the headers to the end of the answer", ["route"], registry=self.registry
         )
         self.in_flight = Gauge(
@@ -77,10 +91,10 @@ class Metrics:
 
     def _of_rows(self) -> None:
         self.images = Counter("vaeserve_images_scored", "Images scored", ["model"], registry=self.registry)
-        self.batch = Histogram(
+        self.batch = Amounts(
             "vaeserve_batch_size", "Images or latents in a request", ["verb"], buckets=_ROWS, registry=self.registry
         )
-        self.run = Histogram(
+        self.run = Amounts(
             "vaeserve_run_rows",
             "Images or latents computed in one run, those of several requests together",
             buckets=_ROWS,
@@ -142,16 +156,18 @@ class Metrics:
     def _sum_up(self, gathered: list[Answered | Observed | None]) -> None:
         """Of what was gathered: what was answered and observed (None: what was begun)."""
         self.in_flight.set(self._under_way)
-        many: dict[tuple[str, str, int], int] = {}
+        many: Counts[tuple[str, str, int]] = Counts()
+        observed: defaultdict[Amounts, list[float]] = defaultdict(list)
         for each in gathered:
             if type(each) is Answered:
-                kind = each.method, each.route, each.status
-                many[kind] = many.get(kind, 0) + 1
-                self._taken(each.route).observe(each.seconds)
+                many[each[:3]] += 1
+                observed[self._taken(each.route)].append(each.seconds)
             elif type(each) is Observed:
-                each.by.observe(each.amount)
+                observed[each.by].append(each.amount)
         for (method, route, status), count in many.items():
             self._answered(method if method in _METHODS else "other", route, str(status)).inc(count)
+        for histogram, amounts in observed.items():
+            histogram.observe_all(amounts)
 
     def scored(self, model: str, p_values: Iterable[float | None], n: int) -> None:
         """Count ``n`` scored images of a model and their p-values, where there are any."""

@@ -15,7 +15,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.direct import Direct, Plan
+from service.direct import Direct, Exchange, Plan
 from service.logs import get_logger
 from service.problems import MEDIA_TYPE, problem
 from service.settings import Settings
@@ -56,6 +56,10 @@ class GatheringTransport:
         if parts:
             self._transport.writelines(parts)
 
+    def is_closing(self) -> bool:
+        """As a transport's."""
+        return self._transport.is_closing()
+
     def close(self) -> None:
         """As a transport's, after what was written."""
         self.flush()
@@ -87,8 +91,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._partial = 0  # bytes received while the headers were unfinished
         self._in_headers = True
+        self._is_between = True  # no byte has come of a request that the parser would have to read on
         self._refused = False
-        self._held: tuple[Plan, str] | None = None  # what the request asks for whose headers are held back
+        self._held: tuple[Plan, str] | None = None  # what the request asks for whose headers are held back, its id
         self._parts: list[bytes] = []  # of its body
         self._keep_alive = True
         self.headers: list[tuple[bytes, bytes]] = []
@@ -110,9 +115,12 @@ class GuardedProtocol(HttpToolsProtocol):
         super().eof_received()
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self._refused or (self._is_between and self._take_known(data)):
             return
+        was_between, self._is_between = self._is_between, False
         super().data_received(data)
+        if was_between and self._is_between:
+            self._remember(data)
         if self._held is not None and self._timer is None:  # many clients send the body apart
             self._timer = self.loop.call_later(HELD_SECONDS, self._let_go)
         if self._in_headers and self.parser is not None:
@@ -121,7 +129,28 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._timer is None and not self._refused:
                 self._arm()
 
+    def _take_known(self, data: bytes) -> bool:
+        """Whether it is one whole request whose head was read before, and now under way: the parser need not see it."""
+        if self.direct is None or (found := self.direct.heads.find(data)) is None or not self._may_take():
+            return False
+        self._disarm()
+        self._unset_keepalive_if_required()
+        plan, body = found
+        return self._taken(plan, "", body, keep_alive=True)
+
+    def _remember(self, data: bytes) -> None:
+        """The head of a whole request that was taken."""
+        assert self.direct is not None
+        exchange: Exchange = self.cycle  # type: ignore[assignment]
+        if exchange.keep_alive:
+            self.direct.heads.remember(data, exchange.plan, exchange.size)
+
+    def _may_take(self) -> bool:
+        """Nothing of what comes while another answer is under way, or not read."""
+        return not self.flow.write_paused and (self.cycle is None or self.cycle.response_complete)
+
     def on_message_begin(self) -> None:
+        self._is_between = False
         self.url, self.headers, self.expect_100_continue = b"", [], False
         self._in_headers, self._partial = True, 0
 
@@ -144,10 +173,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _plan(self) -> tuple[Plan, str] | None:
-        """What service.direct may answer; nothing of what comes while another answer is under way."""
+        """What service.direct may answer."""
         if self.direct is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
             return None
-        if self.flow.write_paused or not (self.cycle is None or self.cycle.response_complete):
+        if not self._may_take():
             return None
         self._keep_alive = self.parser.should_keep_alive()
         return self.direct.plan(self.url, self.headers)
@@ -159,16 +188,17 @@ class GuardedProtocol(HttpToolsProtocol):
             self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        if self._held is not None and self._taken(*self._held):
+        if self._held is not None and self._taken(*self._held, b"".join(self._parts), self._keep_alive):
             self._held, self._parts = None, []
             self._disarm()
+            self._is_between = True
             return
         self._let_go()
         super().on_message_complete()
 
-    def _taken(self, plan: Plan, request_id: str) -> bool:
+    def _taken(self, plan: Plan, asked_for: str, body: bytes, keep_alive: bool) -> bool:
         assert self.direct is not None
-        exchange = self.direct.take(self, plan, request_id, b"".join(self._parts), self._keep_alive)
+        exchange = self.direct.take(self, plan, asked_for, body, keep_alive)
         if exchange is not None:
             self.cycle = exchange  # type: ignore[assignment]
         return exchange is not None

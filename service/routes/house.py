@@ -14,14 +14,15 @@ from starlette.types import Receive
 
 from service.arrays import parse_json
 from service.batching import Batcher
-from service.bundle import InputRule
-from service.codecs import Limits, media_type
+from service.bundle import InputRule, Preprocessing
+from service.codecs import Limits, Reader, media_type
 from service.drift import DriftWatch
 from service.errors import LimitExceeded
 from service.headers import header
 from service.images import ImageLimits
 from service.jobs import Work
 from service.metrics import Metrics
+from service.model import Model
 from service.negotiation import negotiate
 from service.pool import WorkerPool
 from service.repository import ModelRepository, Served
@@ -46,6 +47,7 @@ class House:
     metrics: Metrics
     drift: DriftWatch
     draining: bool = field(default=False)
+    _readers: dict[tuple[Model, bool], Reader] = field(default_factory=dict, repr=False)
 
     @cached_property
     def image_limits(self) -> Limits:
@@ -57,6 +59,14 @@ class House:
             settings.max_batch_pixels,
             settings.max_numbers_in,
         )
+
+    def reader(self, served: Served, strict: bool) -> Reader:
+        """What reads the images of a model of images; made once."""
+        key = served.model, strict
+        if key not in self._readers:
+            assert isinstance(served.manifest.preprocessing, Preprocessing)
+            self._readers[key] = Reader(served.manifest.preprocessing, self.image_limits, strict)
+        return self._readers[key]
 
     def limit(self, name: str, asked: int, setting: str) -> None:
         """Refuse ``asked`` above the setting of that name.

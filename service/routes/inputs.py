@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from service import codecs
 from service.arrays import read_npy
 from service.bundle import ArrayPreprocessing, InputRule, Preprocessing
-from service.codecs import Reader
 from service.errors import InvalidInput
 from service.routes.house import JSON, NPY, Call
 from service.schemas import Parameters
@@ -65,7 +64,7 @@ def read_x(call: Call, strict: bool) -> np.ndarray:
     if isinstance(rule, ArrayPreprocessing):
         table = TableReader(rule, settings.max_batch, settings.max_numbers_in)
         return table.read(call.media_type, call.body, lambda: call.document)
-    reader = Reader(rule, call.house.image_limits, strict)
+    reader = call.house.reader(call.served, strict)
     return reader.read_levels(call.content_type, call.body, lambda: call.document)
 
 

@@ -1,0 +1,255 @@
+"""A head that was parsed once is looked up the next time, and asks for what the parser would find in it."""
+
+import asyncio
+import re
+import socket
+
+import pytest
+
+from service import heads, protocol
+from service.batching import Batcher
+from service.direct import Direct
+from service.heads import MOST_BYTES, MOST_KNOWN, Heads
+from tests.service.http import serving
+from tests.service.test_direct import ROW, answers, raw
+
+HEAD = b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\n"
+
+
+def known(*requests, size=3):
+    found = Heads()
+    for request in requests:
+        found.remember(request, "plan", size)
+    return found
+
+
+def test_the_same_head_with_a_whole_body_is_found():
+    assert known(HEAD + b"abc").find(HEAD + b"xyz") == ("plan", b"xyz")
+    assert known(HEAD, size=0).find(HEAD) == ("plan", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD,
+        HEAD[:-1],
+        HEAD + b"ab",
+        HEAD + b"abcd",
+        HEAD.replace(b"host", b"Host") + b"abc",
+        b"\r\n" + HEAD + b"abc",
+        b"abc",
+        b"",
+    ],
+)
+def test_all_else_is_for_the_parser(data):
+    assert known(HEAD + b"abc").find(data) is None
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\r\n" + HEAD + b"abc",  # what stands before the request is none of it
+        HEAD.replace(b"x\r\n", b"x\n") + b"abc",  # a line end that another parser may read otherwise
+        HEAD.replace(b"\r\n", b"\n") + b"\r\n\r\nabc",
+        HEAD.replace(b"host", b"X-Request-ID") + b"abc",
+        HEAD.replace(b"x\r", b"x" * MOST_BYTES + b"\r") + b"abc",
+        HEAD.replace(b"POST", b"GET") + b"abc",
+    ],
+)
+def test_what_may_be_read_in_two_ways_is_not_remembered(request_):
+    found = Heads()
+    for size in range(len(request_)):
+        found.remember(request_, "plan", size)
+    assert not found._known
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"\r\n\r\n", b"P", HEAD])
+def test_what_stands_behind_a_request_is_none_of_it(more):
+    assert not known(HEAD + b"abc" + more)._known
+
+
+def test_the_oldest_heads_are_forgotten():
+    numbered = [HEAD.replace(b"/a", b"/%d" % i) + b"abc" for i in range(MOST_KNOWN + 1)]
+    found = known(*numbered)
+    assert found.find(numbered[0]) is None
+    assert found.find(numbered[1]) == found.find(numbered[-1]) == ("plan", b"abc")
+
+
+@pytest.fixture(autouse=True)
+def all_are_short(monkeypatch):
+    """However slow this machine is."""
+    monkeypatch.setattr(Batcher, "is_short", lambda self, key, rows: True)
+
+
+@pytest.fixture
+def looked_up(monkeypatch):
+    """Bodies of the requests that were answered by a head that was known."""
+    bodies, kept = [], protocol.GuardedProtocol._take_known
+
+    def told(self, data):
+        taken = kept(self, data)
+        if taken:
+            bodies.append(data.partition(b"\r\n\r\n")[2])
+        return taken
+
+    monkeypatch.setattr(protocol.GuardedProtocol, "_take_known", told)
+    return bodies
+
+
+@pytest.fixture
+def connect(ppca_root):
+    """A function that opens a connection to a server of its own: (socket, stream)."""
+    opened = []
+    with serving(ppca_root, header_timeout=0.5) as client:
+
+        def connected():
+            made = socket.create_connection((client.base_url.host, client.base_url.port), 10)
+            opened.append(made)
+            return made, made.makefile("rb")
+
+        connected.client = client
+        yield connected
+        for made in opened:
+            made.close()
+
+
+def asked(connect, *requests):
+    """The answers (head, body) to requests that are sent one after the other over one connection."""
+    connection, stream = connect()
+    found = []
+    for request in requests:
+        connection.sendall(request)
+        found += answers(stream, 1)
+    return found
+
+
+def test_a_known_head_is_answered_as_an_unknown_one(connect, looked_up):
+    other = bytes(range(len(ROW)))
+    first, again, third = asked(connect, raw(), raw(), raw(other))
+    assert looked_up == [ROW, other]
+    assert first[1] == again[1] != third[1]
+    assert asked(connect, raw(other, accept_encoding="identity"))[0][1] == third[1]
+    heads_ = [re.sub(rb"(?<=x-request-id: )\w+|date: [^\r]*", b"", head) for head, _ in (first, again)]
+    assert heads_[0] == heads_[1]
+    ids = [re.search(rb"x-request-id: (\w+)", head)[1] for head, _ in (first, again, third)]
+    assert len({*ids}) == 3
+    text = connect.client.get("/metrics").text
+    assert 'route="/v1/models/{model}/encode",status="200"} 4.0' in text
+
+
+def test_heads_are_known_to_all_connections(connect, looked_up):
+    asked(connect, raw())
+    assert asked(connect, raw())[0][0].startswith(b"HTTP/1.1 200")
+    assert looked_up == [ROW]
+
+
+def test_a_known_head_that_asks_for_a_wrong_body_is_refused_in_words(connect, looked_up):
+    good, bad = raw(accept="application/json"), raw(bytes(7), accept="application/json")
+    assert asked(connect, good, bad, bad)[1][0].startswith(b"HTTP/1.1 422")
+    (_, first), (_, second) = asked(connect, bad, bad)
+    assert first.partition(b"request_id")[0] == second.partition(b"request_id")[0]
+    assert b"a multiple of" in first
+    assert looked_up == []
+
+
+@pytest.mark.parametrize("cut", [1, 30, -len(ROW), -1])
+def test_a_known_head_that_comes_in_pieces_is_read_by_the_parser(connect, looked_up, cut):
+    first = asked(connect, raw())[0]
+    connection, stream = connect()
+    for _ in range(2):
+        connection.sendall(raw()[:cut])
+        assert connect.client.get("/livez").status_code == 200  # it has been read
+        connection.sendall(raw()[cut:])
+        assert answers(stream, 1)[0][1] == first[1]
+    assert looked_up == []
+    connection.sendall(raw())
+    assert answers(stream, 1)[0][1] == first[1]
+    assert looked_up == [ROW]
+
+
+def test_several_known_requests_at_once_are_answered_in_their_order(connect, looked_up):
+    other = bytes(range(len(ROW)))
+    first, second = asked(connect, raw(), raw(other))
+    connection, stream = connect()
+    connection.sendall(raw() + raw(other) + raw())
+    assert [body for _, body in answers(stream, 3)] == [first[1], second[1], first[1]]
+    connection.sendall(raw(other))
+    assert answers(stream, 1)[0][1] == second[1]
+
+
+def test_a_known_head_inside_a_body_is_a_body(connect, looked_up):
+    """The parser waits for the rest of a request: what comes is none of its own, whatever it looks like."""
+    (_, expected), *_ = asked(connect, raw())
+    connection, stream = connect()
+    request = raw(ROW * 20)
+    connection.sendall(request[: -len(raw())])
+    assert connect.client.get("/livez").status_code == 200
+    connection.sendall(raw())
+    (head, body), *_ = answers(stream, 1)
+    assert head.startswith(b"HTTP/1.1 200")
+    assert len(body) > len(expected)
+    assert looked_up == []
+
+
+def test_a_request_that_closes_its_connection_is_never_remembered(connect, looked_up):
+    for _ in range(2):
+        connection, stream = connect()
+        connection.sendall(raw(connection="close"))
+        assert b"connection: close" in stream.read()
+    assert looked_up == []
+
+
+def test_a_known_request_ends_the_wait_for_headers_and_an_unfinished_one_begins_it(connect, looked_up):
+    asked(connect, raw())
+    connection, stream = connect()
+    connection.sendall(raw())
+    answers(stream, 1)
+    assert looked_up == [ROW]
+    connection.sendall(raw()[:20])
+    assert stream.read().startswith(b"HTTP/1.1 408")
+
+
+def test_a_connection_whose_first_head_is_known_stays_open_until_it_is_idle_for_long(connect, looked_up):
+    """It is not ended when its headers would have had to be there: what is read is no 408."""
+    asked(connect, raw())
+    connection, stream = connect()
+    connection.sendall(raw())
+    answers(stream, 1)
+    assert looked_up == [ROW]
+    assert stream.read() == b""
+
+
+def test_a_connection_is_not_idle_while_a_known_request_is_under_way(connect, looked_up, monkeypatch):
+    timers, take = [], Direct.take
+
+    def told(self, connection, *given):
+        timers.append(connection.timeout_keep_alive_task)
+        return take(self, connection, *given)
+
+    monkeypatch.setattr(Direct, "take", told)
+    asked(connect, raw(), raw(), raw())
+    assert looked_up == [ROW] * 2
+    assert timers == [None] * 3
+
+
+def test_a_known_request_waits_for_the_answer_before_it(connect, looked_up, monkeypatch):
+    (_, expected), *_ = asked(connect, raw())
+    held, go_on = [], Batcher._go_on
+    monkeypatch.setattr(Batcher, "_go_on", lambda *given: held.append((asyncio.get_running_loop(), given)))
+    connection, stream = connect()
+    for _ in range(2):
+        connection.sendall(raw())
+        while not looked_up:
+            assert connect.client.get("/livez").status_code == 200
+    assert connect.client.get("/livez").status_code == 200
+    monkeypatch.setattr(Batcher, "_go_on", go_on)
+    loop, given = held[-1]  # there may be one of the first request, which has nothing to go on with
+    loop.call_soon_threadsafe(go_on, *given)
+    assert [body for _, body in answers(stream, 2)] == [expected] * 2
+    assert looked_up == [ROW]
+
+
+def test_a_full_store_forgets_and_answers_all_the_same(connect, looked_up, monkeypatch):
+    monkeypatch.setattr(heads, "MOST_KNOWN", 1)
+    asked(connect, raw(), raw(host="y"), raw(), raw(host="y"), raw(host="y"))
+    assert looked_up == [ROW]
