@@ -1,9 +1,13 @@
-"""Requests that wait at the same time are computed in one run: no timer, and no wait where nothing is under way.
+"""Requests that wait at the same time are computed in one run, and none waits where nothing is under way.
 
 The first job of a key is started as soon as the event loop has read what has arrived with it; jobs that arrive while
-it runs make up the next batch. A batch that is known to be short runs on the event loop itself, since a hop to a thread
-and back costs more; any other runs on the pool. A row's result is bitwise that of the row alone (service.rows), so that
-no caller can tell whose rows were beside its own.
+it runs make up the next batch. Where such wait when a batch lands, they wait a little longer, by a small share of what
+that batch took: its callers have their answers, and many ask again at once. Without that two halves of the callers
+take turns for ever, in batches of half the size.
+
+A batch that is known to be short runs on the event loop itself, since a hop to a thread and back costs more; any other
+runs on the pool. A row's result is bitwise that of the row alone (service.rows), so that no caller can tell whose rows
+were beside its own.
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from service.errors import Overloaded, VaeserveError, forget_frames
-from service.jobs import Job, rows_of
+from service.jobs import Job, parts_of
 from service.pool import Gone, WorkerPool
 
 MOST_ROWS = 32  # in a batch of several jobs: the largest run of service.rows
 ENOUGH = 4  # rows so many of which must be short: what runs on the event loop keeps all others waiting
 INLINE_SECONDS = 0.003  # what a batch may take on the event loop, where every other connection waits for it
+PAUSE = 1 / 8  # of what a batch took: so long those who wait wait for its callers, who may ask again
 BATCH_SECONDS = 0.1  # what a batch may take on the pool: nobody waits for others' rows much longer than for its own
 KNOWN_COSTS = 512
 NEWEST = 0.3  # weight of the newest measurement of a cost
@@ -74,6 +79,13 @@ class Queue(NamedTuple):
     short: bool
 
 
+class Pause(NamedTuple):
+    """Tickets of a queue that are waited for, until the ``end``."""
+
+    enough: int
+    end: asyncio.TimerHandle
+
+
 class Computed(NamedTuple):
     """Each ticket's result, or the exception that is its result; the rows of the run and what it took."""
 
@@ -100,6 +112,7 @@ class Batcher:
         self._pool, self._lanes, self._observe, self._clock = pool, min(lanes, pool.concurrency), observe, clock
         self._waiting: dict[Queue, deque[Ticket]] = {}
         self._under_way: Counter[Queue] = Counter()
+        self._pauses: dict[Queue, Pause] = {}
         self._seconds: OrderedDict[Hashable, float] = OrderedDict()  # a row, by key
 
     async def run(self, job: Job, gone: Gone) -> Any:
@@ -130,11 +143,15 @@ class Batcher:
     def _enqueue(self, queue: Queue, ticket: Ticket) -> None:
         waiting = self._waiting.setdefault(queue, deque())
         waiting.append(ticket)
-        if len(waiting) == 1:
+        pause = self._pauses.get(queue)
+        if len(waiting) == 1 or (pause is not None and len(waiting) >= pause.enough):
             self._go_on(queue)
 
     def _go_on(self, queue: Queue) -> None:
         """Start the next batch once the event loop has read what else has arrived."""
+        pause = self._pauses.pop(queue, None)
+        if pause is not None:
+            pause.end.cancel()
         if self._waiting.get(queue) and self._under_way[queue] < self._lanes:
             asyncio.get_running_loop().call_soon(self._start, queue)
 
@@ -179,8 +196,19 @@ class Batcher:
         if not self._under_way[queue]:
             del self._under_way[queue]
         stopping = Computed([Overloaded("the service is stopping")] * len(tickets), 0, 0.0)
-        self._settle(tickets, stopping if done.cancelled() else done.result())
-        self._go_on(queue)
+        computed = stopping if done.cancelled() else done.result()
+        self._settle(tickets, computed)
+        waiting = len(self._waiting.get(queue, ()))
+        if 0 < waiting < MOST_ROWS:
+            self._pause(queue, min(waiting + len(tickets), MOST_ROWS), computed.seconds * PAUSE)
+        else:
+            self._go_on(queue)
+
+    def _pause(self, queue: Queue, enough: int, seconds: float) -> None:
+        """Go on when so many tickets wait, or after that time."""
+        if queue not in self._pauses:
+            end = asyncio.get_running_loop().call_later(seconds, self._go_on, queue)
+            self._pauses[queue] = Pause(enough, end)
 
     def _settle(self, tickets: list[Ticket], computed: Computed) -> None:
         """Hand each ticket its result, or raise it where it is awaited, and give back the slots."""
@@ -214,7 +242,7 @@ def _computed(tickets: list[Ticket], clock: Callable[[], float]) -> Computed:
         if len(rows) == 1:
             return Computed([whole], len(rows[0]), seconds)
         ends = list(accumulate(map(len, rows)))
-        parts = [rows_of(whole, slice(end - len(each), end)) for end, each in zip(ends, rows, strict=True)]
+        parts = parts_of(whole, list(map(slice, [0, *ends], ends)))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is for the callers
         if isinstance(error, VaeserveError):
             forget_frames(error)

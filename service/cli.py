@@ -20,6 +20,7 @@ from service.errors import ConfigurationError, VaeserveError
 from service.settings import Settings, check_environment
 
 if TYPE_CHECKING:
+    from service.forker import Started
     from service.recalibrate import Outcome, Plan
     from service.schemas import ScoreParameters
 
@@ -42,9 +43,13 @@ RepositoryOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or auto; default: setting device (cpu)")]
 
 
-def main() -> None:
-    """Entry point of ``vaeserve``."""
-    app()
+def main(nursery: Started | None = None) -> None:
+    """Run the command line; a ``nursery`` that has been started already is for ``serve``, or ends."""
+    try:
+        app(obj=nursery)
+    finally:
+        if nursery is not None:
+            nursery.end()
 
 
 @app.command(
@@ -55,12 +60,15 @@ def serve(context: typer.Context) -> None:
     """Read settings from flags and environment, load every bundle, serve until told to stop."""
     with _errors_in_words():
         settings = _with_workers(read_settings(context.args)).for_each_worker()
+        nursery: Started | None = context.obj
         if settings.workers == 1:
+            if nursery is not None:
+                nursery.end()
             _serve_alone(settings)
             return
         from service.supervisor import serve_with_workers
 
-        if code := serve_with_workers(settings):
+        if code := serve_with_workers(settings, nursery):
             raise typer.Exit(code)
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import NamedTuple
 
 import orjson
@@ -29,10 +30,12 @@ class Started(NamedTuple):
     line: socket.socket
 
     def end(self) -> None:
-        """End it, before a ``Forker`` has it."""
+        """End it, unless that has been done: once awaited its pid may be another's."""
         self.line.close()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        with suppress(ChildProcessError):
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
 
 
 def fork_nursery() -> Started | None:

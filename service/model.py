@@ -17,6 +17,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from functools import cached_property
 from typing import NamedTuple, cast
 
@@ -38,6 +39,7 @@ from service.maps import AnomalyMap, MapKind, Sight, load_map
 from service.measured import Measured
 from service.rows import TWO_PATHS, Arrays, RowRunner, random_rows, sizes_in
 from service.runtime import Runtime
+from service.sharing import share
 from service.verbs import refusals
 
 SAMPLE_CHUNKS = (1, 8, 32)  # posterior samples of a row that go through the graphs at once
@@ -169,18 +171,25 @@ class Model:
         corruption = {} if self._corruption is None else {"corruption": self._corruption.sizes}
         return {**encoders, "decoder": self._decoder.sizes, "density": self._density.sizes, **corruption}
 
-    def warm_up(self) -> None:
-        """Run every graph once, with the default score and one sample, so that no request pays for first uses."""
-        x = self._typical(1)
+    def warm_up(self, pool: Executor | None = None) -> None:
+        """Run every graph once, with the default score and one sample, so that no request pays for first uses.
+
+        Idle threads of ``pool`` take a part of it.
+        """
+        x, behind = self._typical(1), self.without_backbone()
+        works: list[Callable[[], object]] = [lambda: behind.score(x)]
         if self._backbone is not None:
-            self.features(random_rows({"x": self._backbone.image}, frozenset({"x"}))(1)["x"])
-        behind = self.without_backbone()
-        behind.score(x)
+            image = self._backbone.image
+            works.append(lambda: self.features(random_rows({"x": image}, frozenset({"x"}))(1)["x"]))
+        if "decode" not in self.refused:
+            works.append(lambda: self._warm_up_decoding(behind.encode(x).loc))
+        else:
+            works.append(lambda: behind.encode(x))
         if self._corruption is not None:
-            self.corruption(x)
-        latents = behind.encode(x).loc
-        if "decode" in self.refused:
-            return
+            works.append(lambda: self.corruption(x))
+        share(works, pool)
+
+    def _warm_up_decoding(self, latents: np.ndarray) -> None:
         if self._prior is not None:
             self.sample_latents(1)
         if self._observation is not None:

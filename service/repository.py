@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +71,7 @@ class ModelRepository:
         """
         paths = [p for p in _bundles_of(self.root) if only is None or f"{p.parent.name}/{p.name}" in only]
         with ThreadPoolExecutor(available_cpus(), thread_name_prefix="load") as pool:
-            for path, loading in [(path, pool.submit(load_bundle, path, self.runtime)) for path in paths]:
+            for path, loading in [(path, pool.submit(load_bundle, path, self.runtime, pool)) for path in paths]:
                 self._take(path, loading)
         if self._default_model and self._default_model not in self._served:
             raise ConfigurationError(f"default_model {self._default_model!r} is not served: {self._names()}")
@@ -177,8 +177,8 @@ def _bundles_of(root: Path) -> list[Path]:
     return paths
 
 
-def load_bundle(path: Path, runtime: Runtime) -> Served:
-    """Verify, load and warm one bundle.
+def load_bundle(path: Path, runtime: Runtime, pool: Executor | None = None) -> Served:
+    """Verify, load and warm one bundle; idle threads of ``pool`` help.
 
     Raises:
         BundleError: verification found something wrong; the text says what.
@@ -188,7 +188,7 @@ def load_bundle(path: Path, runtime: Runtime) -> Served:
         raise type(report.error or BundleError())(f"{path} fails verification: {report.summary()}")
     model = report.model
     _check_place(path, model.manifest)
-    model.warm_up()
+    model.warm_up(pool)
     tiled = TiledModel(model) if is_tiled(model.manifest) else None
     return Served(model, Calibrator.from_bundle(model.bundle), tiled)
 

@@ -139,7 +139,7 @@ class DriftParameters(Parameters):
     )
 
 
-class Answer(BaseModel):
+class Answer(BaseModel, defer_build=True):
     """Base of the answers: which model, in which version, computed it."""
 
     model: dict[str, str] = Field(description="name, version, digest")
@@ -168,7 +168,7 @@ class LatentRows(Rows):
     latents: list[list[float]] = Field(description="[N, L]")
 
 
-class FurtherScore(BaseModel):
+class FurtherScore(BaseModel, defer_build=True):
     """One of the further scores of a row."""
 
     score: Nats = Field(description="higher is more anomalous, in its definition's unit")
@@ -177,7 +177,7 @@ class FurtherScore(BaseModel):
     is_anomaly: bool | None
 
 
-class TilesOfImage(BaseModel):
+class TilesOfImage(BaseModel, defer_build=True):
     """How an image was cut up by a model of tiles, and where its most anomalous tile lies."""
 
     n: int = Field(description="tiles")
@@ -186,14 +186,14 @@ class TilesOfImage(BaseModel):
     worst_score: Nats = Field(description="of that tile alone, in the definition's unit")
 
 
-class LatentDivergence(BaseModel):
+class LatentDivergence(BaseModel, defer_build=True):
     """What one latent dimension adds to a row's rate."""
 
     index: int = Field(description="which dimension, from 0")
     nats: float = Field(description="KL(q(z_j|x) ‖ p(z_j)); under a flow or a mixture p(z_j) is estimated from draws")
 
 
-class TopLatents(BaseModel):
+class TopLatents(BaseModel, defer_build=True):
     """The rate by latent dimension: largest, others and joint add up to it."""
 
     largest: list[LatentDivergence] = Field(description="falling")
@@ -204,7 +204,7 @@ class TopLatents(BaseModel):
     )
 
 
-class ScoredRow(BaseModel):
+class ScoredRow(BaseModel, defer_build=True):
     """One row. Numbers that are not finite, or that the model does not have, are null."""
 
     score: Nats = Field(description="higher is more anomalous, in the definition's unit")
@@ -241,7 +241,7 @@ class ScoredRow(BaseModel):
     )
 
 
-class UsedDefinition(BaseModel):
+class UsedDefinition(BaseModel, defer_build=True):
     """The score that was computed. ``name`` is null when it is none of the bundle's definitions."""
 
     name: str | None
@@ -253,7 +253,7 @@ class UsedDefinition(BaseModel):
     method: str | None = Field(description="of path only")
 
 
-class UsedCalibration(BaseModel):
+class UsedCalibration(BaseModel, defer_build=True):
     """What the verdict rests on."""
 
     n: int = Field(description="held-out inliers")
@@ -266,7 +266,7 @@ class UsedCalibration(BaseModel):
     )
 
 
-class FurtherUsed(BaseModel):
+class FurtherUsed(BaseModel, defer_build=True):
     """Of a further score: what it is and what its verdicts rest on."""
 
     definition: UsedDefinition
@@ -274,7 +274,7 @@ class FurtherUsed(BaseModel):
     verdict: str | None
 
 
-class UsedMap(BaseModel):
+class UsedMap(BaseModel, defer_build=True):
     """What the maps are, and the scale of their colours; null where the bundle has none: then least and largest."""
 
     kind: MapKind
@@ -294,7 +294,7 @@ class Scored(Answer):
     results: list[ScoredRow]
 
 
-class KolmogorovSmirnov(BaseModel):
+class KolmogorovSmirnov(BaseModel, defer_build=True):
     """Two-sided, two-sample test of the window against the calibration scores."""
 
     statistic: float = Field(description="largest difference of the two distribution functions")
@@ -302,7 +302,7 @@ class KolmogorovSmirnov(BaseModel):
     alarm: bool = Field(description="p_value ≤ level / 2")
 
 
-class MartingaleValue(BaseModel):
+class MartingaleValue(BaseModel, defer_build=True):
     """Conformal test martingale over everything seen: the wealth of a gambler who bets against exchangeability."""
 
     log10: float = Field(description="log10 M, 0 at the start")
@@ -310,7 +310,7 @@ class MartingaleValue(BaseModel):
     alarm: bool = Field(description="M ≥ 2 / level now")
 
 
-class PValueShares(BaseModel):
+class PValueShares(BaseModel, defer_build=True):
     """Shares of the window's p-values; of exchangeable rows each is about its rate, or the next smaller k/(n + 1)."""
 
     up_to_1_percent: float
@@ -335,7 +335,7 @@ class DriftAnswer(Answer):
     histogram: list[int] = Field(description="p-values of the window in (0, 0.1], (0.1, 0.2], … (0.9, 1]")
 
 
-class ModelSummary(BaseModel):
+class ModelSummary(BaseModel, defer_build=True):
     """One line of /v1/models."""
 
     name: str
@@ -356,7 +356,7 @@ class ModelSummary(BaseModel):
     digest: str
 
 
-class ModelList(BaseModel):
+class ModelList(BaseModel, defer_build=True):
     """Answer of /v1/models."""
 
     default_model: str | None
@@ -377,7 +377,7 @@ class ModelCard(ModelSummary):
     provenance: dict[str, Any]
 
 
-class Health(BaseModel):
+class Health(BaseModel, defer_build=True):
     """Answer of /livez and /readyz."""
 
     status: Literal["live", "ready", "not ready"]
@@ -385,7 +385,7 @@ class Health(BaseModel):
     skipped: dict[str, str] = Field(default={}, description="bundle -> why it is not served")
 
 
-class Problem(BaseModel):
+class Problem(BaseModel, defer_build=True):
     """Every error, as application/problem+json."""
 
     type: str

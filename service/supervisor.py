@@ -40,8 +40,8 @@ WATCH_EVERY = 1.0  # seconds
 STEADY_SECONDS = 60.0  # a worker that has served so long is started again as the first time
 
 
-def serve_with_workers(settings: Settings) -> int:
-    """Serve with settings.workers processes until told to stop; the exit code.
+def serve_with_workers(settings: Settings, first: Started | None = None) -> int:
+    """Serve with settings.workers processes until told to stop; the exit code. ``first``: a nursery that is there.
 
     Raises:
         ConfigurationError: this system does not spread connections over processes.
@@ -49,7 +49,7 @@ def serve_with_workers(settings: Settings) -> int:
     """
     if sys.platform != "linux":
         raise ConfigurationError("setting workers: only Linux spreads connections over several processes; give 1")
-    first = fork_nursery()
+    first = first or fork_nursery()
     if first is None:  # this is the nursery or a worker, and ends
         return 0
     configure_logs(settings.log_level, settings.log_format)

@@ -9,7 +9,7 @@ import pytest
 from service import batching
 from service.batching import MOST_ROWS, Batcher
 from service.errors import ClientGone, DeadlineExceeded, InvalidInput, Overloaded
-from service.jobs import Job, finish, rows_of
+from service.jobs import Job, finish, parts_of
 from service.model import Encoding
 from service.pool import WorkerPool
 
@@ -138,6 +138,71 @@ def test_the_clock_that_is_given_tells_what_a_row_takes():
             pool.close()
 
     asyncio.run(whole())
+
+
+async def landing(batcher, monkeypatch, waiting, pause):
+    """A batch of two lands while so many jobs of a row wait: (its tasks, theirs), after some turns of the loop."""
+    release = threading.Event()
+
+    def slow(rows):
+        release.wait()
+        return doubled(rows)
+
+    await learnt_as_long(batcher, monkeypatch)
+    monkeypatch.setattr(batching, "PAUSE", pause)
+    first = [asyncio.create_task(batcher.run(job(number, run=slow), never)) for number in range(2)]
+    try:
+        await until(lambda: sum(batcher._under_way.values()))
+        others = [asyncio.create_task(batcher.run(job(number), never)) for number in range(waiting)]
+        await asyncio.sleep(0)
+    finally:
+        release.set()
+    await asyncio.gather(*first)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return others
+
+
+def test_those_who_wait_when_a_batch_lands_are_joined_by_its_callers(monkeypatch):
+    async def body(batcher, runs, pool):
+        others = await landing(batcher, monkeypatch, waiting=3, pause=1e9)
+        assert runs == [1, 2]
+        more = [asyncio.create_task(batcher.run(job(number), never)) for number in (3, 4)]
+        for number, result in enumerate(await asyncio.gather(*others, *more)):
+            assert_doubled(result, number)
+        assert runs == [1, 2, 5]
+
+    scenario(body)
+
+
+def test_the_wait_for_the_callers_of_a_batch_ends(monkeypatch):
+    async def body(batcher, runs, pool):
+        others = await landing(batcher, monkeypatch, waiting=3, pause=0.1)
+        await asyncio.gather(*others)
+        assert runs == [1, 2, 3]
+
+    scenario(body)
+
+
+@pytest.mark.parametrize("waiting", [0, MOST_ROWS])
+def test_where_nobody_waits_or_a_whole_batch_there_is_no_pause(monkeypatch, waiting):
+    async def body(batcher, runs, pool):
+        others = await landing(batcher, monkeypatch, waiting, pause=1e9)
+        await asyncio.gather(*others, batcher.run(job(0), never))
+        assert sum(runs) == 1 + 2 + waiting + 1
+
+    scenario(body)
+
+
+def test_who_gives_up_in_the_pause_is_not_computed(monkeypatch):
+    async def body(batcher, runs, pool):
+        others = await landing(batcher, monkeypatch, waiting=3, pause=1e9)
+        others[1].cancel()
+        await asyncio.gather(*others, *(batcher.run(job(number), never) for number in (3, 4)), return_exceptions=True)
+        assert runs == [1, 2, 4]
+        assert pool.pending == 0
+
+    scenario(body)
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
@@ -291,11 +356,14 @@ def test_finish_computes_one_job_after_the_other():
     assert finish(work()) == [4, 8]
 
 
-def test_rows_of_takes_from_what_lies_along_the_rows_alone():
-    result = {"a": (np.arange(4), None), "k": 3}
-    found = rows_of(result, slice(1, 3))
-    np.testing.assert_array_equal(found["a"][0], [1, 2])
-    assert (found["a"][1], found["k"]) == (None, 3)
+def test_what_lies_along_the_rows_is_cut_and_all_else_goes_to_every_part():
+    result = {"a": (np.arange(4), None), "k": 3, "none": (), "of": Encoding(*np.arange(12).reshape(3, 4))}
+    first, second, nothing = parts_of(result, [slice(0, 1), slice(1, 4), slice(4, 4)])
+    for part, rows in ((first, [0]), (second, [1, 2, 3]), (nothing, [])):
+        np.testing.assert_array_equal(part["a"][0], rows)
+        assert (part["a"][1], part["k"], part["none"]) == (None, 3, ())
+        assert isinstance(part["of"], Encoding)
+        np.testing.assert_array_equal(part["of"].scale, np.array(rows) + 4)
 
 
 def test_a_slow_rows_neighbours_wait_no_longer_than_a_batch_may_take(monkeypatch):
