@@ -14,8 +14,10 @@ from pathlib import Path
 import orjson
 import pytest
 
+from service.__main__ import seems_to_want_workers
 from service.adoption import Child
 from service.channel import encode
+from service.forker import Started
 from service.interpreters import fresh_interpreter
 from service.settings import Settings
 from tests.ppca_bundle import images, write_ppca_bundle
@@ -47,6 +49,56 @@ def test_a_worker_in_place_of_a_dead_one_is_a_fork_too_and_loads_nothing(ppca_ro
             assert command_line(pid) == command_line(service.process.pid)
         for _ in range(N):
             assert service.score(images(1)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "expected"),
+    [
+        (["serve", "--workers", "2"], None, True),
+        (["serve", "--port", "1", "--workers=auto"], None, True),
+        (["serve", "--workers", "2", "--workers", "1"], "4", False),
+        (["serve", "--workers", "1"], "4", False),
+        (["serve", "--workers"], None, True),
+        (["serve"], "4", True),
+        (["serve"], None, False),
+        (["score", "--workers", "2"], "4", False),
+        ([], "4", False),
+    ],
+)
+def test_the_command_line_tells_from_afar_whether_there_will_be_workers(arguments, variable, expected):
+    environment = {} if variable is None else {"VAESERVE_WORKERS": variable}
+    assert seems_to_want_workers(arguments, environment) == expected
+
+
+def test_a_nursery_that_is_not_wanted_ends(ppca_root):
+    """From afar 01 is not one, and is it when it is read."""
+    asked = command(ppca_root, "--workers", "01")
+    process = subprocess.Popen(asked, stderr=subprocess.PIPE, text=True, env=environment())
+    service = Service(process)
+    until(lambda: "Uvicorn running" in str(service.lines))
+    assert descends_from(process.pid) == []
+    service.end(signal.SIGINT)
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(("flags", "code"), [(["--no-such-flag"], 2), (["--port", "many"], 1), (["--help"], 0)])
+def test_a_command_that_does_not_serve_leaves_no_nursery(ppca_root, flags, code):
+    """Whoever waits for the end of what the processes write waits for all of them."""
+    asked = [*command(ppca_root, "--workers", "2"), *flags]
+    done = subprocess.run(asked, capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_nursery_is_ended_once():
+    """Awaited before, its pid may be another process's by now."""
+    line, other = socket.socketpair()
+    first = Started(os.posix_spawn("/bin/sleep", ["sleep", "600"], {}), line)
+    first.end()
+    assert not alive(first.pid)
+    ended = Started(os.posix_spawn("/bin/true", ["true"], {}), other)
+    os.waitpid(ended.pid, 0)
+    ended.end()
 
 
 def test_workers_with_threads_of_their_own_load_the_bundles_themselves(ppca_root):
