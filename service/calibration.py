@@ -86,6 +86,10 @@ class Calibrator:
         prefix = score_name + SEPARATOR
         return sorted(key.removeprefix(prefix) for key in self._scores if key.startswith(prefix))
 
+    def scores(self, score_name: str) -> np.ndarray:
+        """Those of all images, float64 [n], ascending. Raises UnsupportedVerb for a score without any."""
+        return self._of(score_name)
+
     def n(self, score_name: str, group: str | None = None) -> int:
         """Number of calibration scores. Raises UnsupportedVerb for a score without any, InvalidInput for a group."""
         return len(self._of(score_name, group))

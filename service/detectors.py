@@ -336,19 +336,23 @@ CLASSES: Mapping[str, type[Detector]] = {
 }
 
 
-def load_detectors(bundle: Bundle) -> dict[str, Detector | Combination]:
-    """The detectors of the bundle's fitted scores, by score name.
+def detector_arrays(bundle: Bundle) -> Arrays:
+    """What the bundle's detectors.npz holds, for ``load_detectors`` and service.maps; nothing where there is none."""
+    return bundle.arrays(DETECTORS) if DETECTORS in bundle.manifest.files else {}
+
+
+def load_detectors(manifest: Manifest, arrays: Arrays) -> dict[str, Detector | Combination]:
+    """The detectors of the manifest's fitted scores, by score name, from ``detector_arrays``.
 
     Raises BundleFormatError for arrays that are not those of the manifest's scores: other names, shapes or dtypes,
     numbers that are not finite, scales that are not positive, quantiles that do not rise.
     """
-    manifest = bundle.manifest
     own = FITTED - {"peak"}  # whose numbers are the map's
     fitted = {name: score for name, score in manifest.scores.items() if score.estimator in own}
     if not fitted:
         return {}
     found: dict[str, Arrays] = {name: {} for name in fitted}
-    for key, array in bundle.arrays(DETECTORS).items():
+    for key, array in arrays.items():
         if key.startswith(RESERVED):
             continue
         name, _, parameter = key.rpartition("/")

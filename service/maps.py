@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 
 from service.averages import smoothed
-from service.bundle import DETECTORS, Bundle, Manifest
+from service.bundle import DETECTORS, Manifest
 from service.detector_arrays import Arrays, Spec, Specs, check_arrays
 from service.detectors import RESERVED, Combination, residual_moments
 from service.errors import BundleFormatError, InvalidInput
@@ -185,18 +185,19 @@ class AnomalyMap:
         return standardised
 
 
-def load_map(bundle: Bundle) -> AnomalyMap | None:
-    """The bundle's, or None where none was fitted. Raises BundleFormatError; also for a score ``peak`` without one."""
-    if DETECTORS not in bundle.manifest.files:
-        return None
+def load_map(manifest: Manifest, found: Arrays) -> AnomalyMap | None:
+    """The map of which ``found`` holds the arrays (service.detectors.detector_arrays), or None where none was fitted.
+
+    Raises BundleFormatError; also for a score ``peak`` without one.
+    """
     prefix = KEY + "/"
-    reserved = {key: array for key, array in bundle.arrays(DETECTORS).items() if key.startswith(RESERVED)}
+    reserved = {key: array for key, array in found.items() if key.startswith(RESERVED)}
     if unknown := [key for key in reserved if not key.startswith(prefix)]:
         raise BundleFormatError(f"{DETECTORS} holds {unknown[0]}, which is nothing that this vaeserve knows")
     arrays = {key.removeprefix(prefix): array for key, array in reserved.items()}
-    if not arrays and any(score.estimator == "peak" for score in bundle.manifest.scores.values()):
+    if not arrays and any(score.estimator == "peak" for score in manifest.scores.values()):
         raise BundleFormatError(f"{DETECTORS} lacks {prefix}…, of whose highest places the score peak is the mean")
-    return AnomalyMap(arrays, bundle.manifest) if arrays else None
+    return AnomalyMap(arrays, manifest) if arrays else None
 
 
 def map_arrays(found: AnomalyMap | None) -> Arrays:

@@ -29,7 +29,7 @@ from service.bundle import FITTED, REFERENCE, Bundle, Graph, ScoreDefinition
 from service.contributions import DRAWS, Marginals, divergences, is_standard_normal
 from service.corruption import SIZES as CORRUPTION_SIZES
 from service.corruption import corruption_scores
-from service.detectors import load_detectors, stretched
+from service.detectors import detector_arrays, load_detectors, stretched
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.estimates import Estimates, Passes
 from service.features import FeatureExtractor
@@ -106,8 +106,9 @@ class Model:
         self.nodes = nodes
         self.bundle, self.manifest, self.digest, self.runtime = bundle, bundle.manifest, bundle.digest, runtime
         self.refused = refusals(self.manifest)
-        self.detectors = load_detectors(bundle)
-        self.anomaly_map: AnomalyMap | None = load_map(bundle)
+        fitted = detector_arrays(bundle)
+        self.detectors = load_detectors(self.manifest, fitted)
+        self.anomaly_map: AnomalyMap | None = load_map(self.manifest, fitted)
         if self.anomaly_map is None:
             self.refused.setdefault("score.map.anomaly", NO_MAP)
         signature = self.manifest.signature

@@ -53,6 +53,8 @@ def fields(message: memoryview) -> Iterator[Field]:
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
     """The base-128 integer at ``at`` and the place after it; at most 10 bytes, as 64 bits take."""
+    if at < len(message) and message[at] < 0x80:  # nearly all are that short
+        return message[at], at + 1
     value = 0
     for i in range(10):
         if at + i >= len(message):

@@ -319,14 +319,13 @@ def check_calibration(bundle: Bundle) -> str:
         raise BundleFormatError(
             f"calibration.quantiles tells of {sorted(declared.quantiles)}, {calibrator.names} are there"
         )
-    held_out = bundle.arrays(CALIBRATION)
     for name in calibrator.names:
         if calibrator.n(name) != declared.n:
             raise BundleFormatError(f"calibration.n is {declared.n}, {CALIBRATION} has {calibrator.n(name)} of {name}")
         groups = {group: calibrator.n(name, group) for group in calibrator.groups(name)}
         if groups != declared.groups:
             raise BundleFormatError(f"calibration.groups is {declared.groups}, {CALIBRATION} has {groups} of {name}")
-        _check_quantiles(name, declared.quantiles[name], held_out[name])
+        _check_quantiles(name, declared.quantiles[name], calibrator.scores(name))
     return f"{declared.n} scores of split {declared.split!r} for {', '.join(calibrator.names)}, sorted and finite"
 
 

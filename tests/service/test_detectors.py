@@ -29,6 +29,7 @@ from service.detectors import (
     Residual,
     Statistics,
     Typicality,
+    detector_arrays,
     load_detectors,
     stretched,
 )
@@ -443,7 +444,8 @@ def fitted(tmp_path_factory) -> dict[str, np.ndarray]:
 
 
 def load(fitted: dict[str, np.ndarray], tmp_path, data: bytes) -> None:
-    load_detectors(open_bundle(rewrite(open_bundle(fitted["path"]), tmp_path, {}, {DETECTORS: data})))
+    bundle = open_bundle(rewrite(open_bundle(fitted["path"]), tmp_path, {}, {DETECTORS: data}))
+    load_detectors(bundle.manifest, detector_arrays(bundle))
 
 
 def arrays_of(fitted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

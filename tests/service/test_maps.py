@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from service.averages import MOST_PLACES, smoothed
 from service.bundle import DETECTORS, open_bundle
 from service.cli import app
-from service.detectors import Combination
+from service.detectors import Combination, detector_arrays
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.fitting import fit_map
 from service.images import unit_levels
@@ -33,6 +33,10 @@ from tests.tiled_bundle import crops, surface, with_scratch, write_tiled_bundle
 X = images(5, seed=31)
 LARGE = (1, 16, 16)
 JSON, NPY, PNG = "application/json", "application/x-npy", "image/png"
+
+
+def loaded_map(bundle):
+    return load_map(bundle.manifest, detector_arrays(bundle))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +145,7 @@ def test_a_score_peak_without_a_map_is_refused(fitted, tmp_path):
     arrays = {key: value for key, value in fitted.bundle.arrays(DETECTORS).items() if not key.startswith("@map")}
     path = rewrite(fitted.bundle, tmp_path, {}, {DETECTORS: npz(arrays)})
     with pytest.raises(BundleFormatError, match="peak"):
-        load_map(open_bundle(path))
+        loaded_map(open_bundle(path))
 
 
 def test_rows_are_independent_bitwise(fitted):
@@ -268,7 +272,7 @@ def test_reserved_arrays_that_nobody_knows_are_refused(fitted, tmp_path):
     arrays = fitted.bundle.arrays(DETECTORS) | {"@later/weight": np.zeros(3)}
     path = rewrite(fitted.bundle, tmp_path, {}, {DETECTORS: npz(arrays)})
     with pytest.raises(BundleFormatError, match="@later/weight, which is nothing that this vaeserve knows"):
-        load_map(open_bundle(path))
+        loaded_map(open_bundle(path))
 
 
 def test_it_is_the_same_from_its_arrays(fitted, model):
