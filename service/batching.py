@@ -48,6 +48,9 @@ class Ticket(Protocol):
     def settle(self, result: Any) -> None:
         """Take the result, or the exception that is the result. Must not raise."""
 
+    def drop(self) -> None:
+        """There will be none: it was abandoned before it was computed. Must not raise."""
+
 
 @dataclass
 class AwaitedTicket:
@@ -69,6 +72,9 @@ class AwaitedTicket:
             self.result.set_exception(result)
         else:
             self.result.set_result(result)
+
+    def drop(self) -> None:
+        """Nobody is there to be told."""
 
 
 class Queue(NamedTuple):
@@ -131,14 +137,17 @@ class Batcher:
         """Whether so many rows of that key are known to be computed on the event loop."""
         return self._seconds_of(key) * max(rows, ENOUGH) <= INLINE_SECONDS
 
-    def take(self, ticket: Ticket) -> None:
-        """Have a job computed on the event loop that ``is_short``; its ticket is settled in a moment.
+    def take(self, ticket: Ticket) -> bool:
+        """Have a job computed; its ticket is settled, or dropped. Whether that will be in a moment.
 
         Raises:
             Overloaded: there is no slot.
         """
         self._pool.enter()
-        self._enqueue(Queue(ticket.job.key, ticket.job.rows.dtype.str, True), ticket)
+        job = ticket.job
+        queue = Queue(job.key, job.rows.dtype.str, self.is_short(job.key, len(job.rows)))
+        self._enqueue(queue, ticket)
+        return queue.short
 
     def _enqueue(self, queue: Queue, ticket: Ticket) -> None:
         waiting = self._waiting.setdefault(queue, deque())
@@ -184,6 +193,7 @@ class Batcher:
             ticket = waiting.popleft()
             if ticket.abandoned:
                 self._pool.leave()
+                ticket.drop()
                 continue
             chosen.append(ticket)
             rows += len(ticket.job.rows)

@@ -1,17 +1,20 @@
 """The shortest way: a small request that has arrived whole goes from HTTP's parser to the batcher and back, past ASGI.
 
 ASGI's messages, its task and the middleware around the routes cost a small model's request more than its computation.
-Taken are requests of the verbs that service.express knows, too, with plain headers and a light body, whose jobs are
-known to be short: each is answered in the next turn of the event loop, so that no deadline can pass and no caller need
-be watched. Everything else goes by ASGI, unread. Work, errors, limits, headers, log and metrics are the same.
+Taken are requests of the verbs that service.express knows, too, with plain headers and a light body. Those whose jobs
+are known to be short are answered in the next turn of the event loop; others have a deadline, and are not computed if
+their client has left by then. Everything else goes by ASGI, unread. Work, errors, limits, headers, log and metrics are
+the same.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import httptools
@@ -20,15 +23,15 @@ from fastapi.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from service.asked import Addresses, Asked
-from service.batching import Batcher
 from service.codecs import media_type
-from service.errors import VaeserveError
+from service.errors import ClientGone, VaeserveError
 from service.heads import Heads
 from service.jobs import Job, Work
 from service.light import MOST_BYTES, is_light
 from service.logs import get_logger
 from service.metrics import Metrics
 from service.middleware import ANSWER_HEADERS, Bodies, asked_id, report
+from service.pool import GONE, WorkerPool
 from service.problems import problem
 from service.routes.house import Call, Content
 
@@ -44,14 +47,13 @@ CLOSE = b"connection: close\r\n"
 
 @dataclass
 class Plan:
-    """What a target with a Content-Type and an Accept asks for. ``key``: of its last job, None before the first."""
+    """What a target with a Content-Type and an Accept asks for."""
 
     asked: Asked
     content_type: str
     media_type: str
     accept: str
     path: str
-    key: Hashable = None
 
 
 class Connection(Protocol):
@@ -102,14 +104,7 @@ class Direct:
             return None
         key = target, named.get(b"content-type", b""), named.get(b"accept", b"")
         found = self._plans.get(key) or self._make(key)
-        if found is None or (found.key is not None and not self.batcher.is_short(found.key, 1)):
-            return None
-        return found, named.get(b"x-request-id", b"").decode("latin-1")
-
-    @property
-    def batcher(self) -> Batcher:
-        """That of the app, once it has started."""
-        return self._addresses.house.batcher
+        return None if found is None else (found, named.get(b"x-request-id", b"").decode("latin-1"))
 
     def _make(self, key: tuple[bytes, bytes, bytes]) -> Plan | None:
         target, content_type, accept = key
@@ -138,14 +133,11 @@ class Direct:
                 return None
             work = asked.verb.work(call, asked.query)
             job = next(work)
-            plan.key = job.key
-            if not house.batcher.is_short(job.key, len(job.rows)):
-                return None
             exchange = Exchange(self, connection, plan, asked_id(asked_for), keep_alive, work, job, len(body))
-            house.batcher.take(exchange)
+            is_short = house.batcher.take(exchange)
         except Exception:  # noqa: BLE001 - refused there in the same words, or found to be a fault of ours
             return None
-        exchange.enter()
+        exchange.enter(None if is_short else house.pool)
         return exchange
 
 
@@ -180,19 +172,45 @@ class Exchange:
     response_started: bool = False
     response_complete: bool = False
     message_event: _Event = NOBODY
+    settled: bool = False
+    deadline: asyncio.TimerHandle | None = None
 
-    def enter(self) -> None:
-        """Count it as under way."""
+    def enter(self, pool: WorkerPool | None) -> None:
+        """Count it as under way, until the timeout of the ``pool`` that computes it."""
         self.direct.bodies.held += self.size
         self.direct.metrics.begun()
+        if pool is not None:
+            late = partial(self._end, pool.late)
+            self.deadline = asyncio.get_running_loop().call_later(pool.timeout, late)
 
     @property
     def abandoned(self) -> bool:
-        """Never: what is computed in a moment is not worth a look."""
-        return False
+        """The client has left, or the deadline has passed."""
+        return self.disconnected or self.settled
+
+    def drop(self) -> None:
+        """As if the client had waited for the news that it has left: it is logged and counted."""
+        del self.job
+        self._end(lambda: ClientGone(GONE))
+
+    def _end(self, error: Callable[[], VaeserveError]) -> None:
+        """Answer with an error, unless there has been an answer."""
+        if not self._is_settled():
+            self.connection.start(self._refuse(error()))
+
+    def _is_settled(self) -> bool:
+        """Whether it has been settled; from now on it is."""
+        settled, self.settled = self.settled, True
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+        return settled
 
     def settle(self, result: Any) -> None:
         """Answer with what the work makes of its job's result, or of the exception that is the result."""
+        del self.job  # the body with it: an idle connection keeps its last exchange
+        if self._is_settled():
+            return
         try:
             self._answer(200, *self._content(result))
         except VaeserveError as error:
@@ -205,6 +223,8 @@ class Exchange:
     def _content(self, result: Any) -> Content:
         if isinstance(result, Exception):
             raise result
+        if self.disconnected:
+            raise ClientGone(GONE)
         try:
             self.work.send(result)
         except StopIteration as done:
@@ -232,7 +252,7 @@ class Exchange:
         head = HEAD % (STATUS_LINE[status], common, kind.encode(), len(content), self.request_id.encode(), more)
         self.response_started = self.response_complete = True
         direct.bodies.held -= self.size
-        del self.work, self.job  # the body with them: an idle connection keeps its last exchange
+        del self.work
         if not self.disconnected:
             self.connection.answer(head + content, self.keep_alive)
         seconds = time.perf_counter() - self.started

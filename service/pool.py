@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from service.errors import ClientGone, DeadlineExceeded, Overloaded
 
 LOOK_AFTER = 0.05
+GONE = "the client closed the connection"
 
 T = TypeVar("T")
 Gone = Callable[[], Awaitable[None]]
@@ -26,7 +27,7 @@ class WorkerPool:
     def __init__(self, concurrency: int, queue: int, timeout: float) -> None:
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="vaeserve")
         self.concurrency, self.capacity = concurrency, concurrency + queue
-        self._timeout = timeout
+        self.timeout = timeout
         self.pending = 0
 
     async def run(self, work: Callable[[], T], gone: Gone) -> T:
@@ -53,10 +54,10 @@ class WorkerPool:
             DeadlineExceeded: none within the timeout.
             ClientGone: the client has left; work that had not begun never runs.
         """
-        deadline = asyncio.get_running_loop().time() + self._timeout
+        deadline = asyncio.get_running_loop().time() + self.timeout
         try:
             # Most results are here before a look at the client would be worth its cost.
-            await asyncio.wait({result}, timeout=min(LOOK_AFTER, self._timeout))
+            await asyncio.wait({result}, timeout=min(LOOK_AFTER, self.timeout))
             return result.result() if result.done() else await self._watched(result, gone, deadline)
         finally:
             result.cancel()
@@ -70,10 +71,14 @@ class WorkerPool:
             if result.done():
                 return result.result()
             if watcher.done():
-                raise ClientGone("the client closed the connection")
-            raise DeadlineExceeded(f"no answer within {self._timeout:g} s (setting request_timeout)")
+                raise ClientGone(GONE)
+            raise self.late()
         finally:
             watcher.cancel()
+
+    def late(self) -> DeadlineExceeded:
+        """What is to be said after ``timeout`` seconds."""
+        return DeadlineExceeded(f"no answer within {self.timeout:g} s (setting request_timeout)")
 
     def start(self, work: Callable[[], T]) -> Future[T]:
         """Have it run for requests that hold their slots already. Raises Overloaded once the pool is closed."""

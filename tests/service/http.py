@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 
 from service.app import create_app
 from service.repository import load_repository
 from service.server import build_server
 from service.settings import Settings
 
+APPS: WeakKeyDictionary[httpx.Client, FastAPI] = WeakKeyDictionary()
+"""What each client of ``serving`` talks to."""
 PROBLEM_KEYS = {"type", "title", "status", "detail", "error", "request_id"}
 
 
@@ -25,12 +29,14 @@ PROBLEM_KEYS = {"type", "title", "status", "detail", "error", "request_id"}
 def serving(repository: Path, **settings: Any) -> Iterator[httpx.Client]:
     """A client of a server that serves ``repository``; other settings by keyword."""
     chosen = Settings(repository=repository, port=0, **settings)
-    server = build_server(create_app(chosen, load_repository(chosen)), chosen)
+    app = create_app(chosen, load_repository(chosen))
+    server = build_server(app, chosen)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as client:
+            APPS[client] = app
             yield client
     finally:
         server.should_exit = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import threading
 import time
 import weakref
 
@@ -16,7 +17,7 @@ from service.direct import MOST_KNOWN, Direct, Exchange
 from service.errors import InvalidInput
 from service.model import Model
 from tests.ppca_bundle import LATENT_DIM
-from tests.service.http import assert_problem, npy, send_raw, serving
+from tests.service.http import APPS, assert_problem, npy, send_raw, serving
 from tests.service.test_express import BODIES, FASTAPI, JSON, LEVELS, NPY, OCTETS, REFUSED, counted
 
 ROW = LEVELS[0].tobytes()
@@ -108,11 +109,113 @@ def test_what_asks_for_much_goes_by_asgi(client, ways, much):
     assert ways == ["asgi"]
 
 
-def test_nothing_is_taken_that_is_not_known_to_be_short(client, ways, monkeypatch):
-    """It would keep all other connections waiting."""
+@pytest.fixture
+def all_are_long(monkeypatch):
+    """They are computed on the pool."""
     monkeypatch.setattr(Batcher, "is_short", lambda self, key, rows: False)
-    assert post(client, "encode", "seed=3", *BODIES["octets"]).status_code == 200
-    assert ways == ["asgi"]
+
+
+class Stuck:
+    """An encoder that waits on threads of the pool: ``rows`` of each run that has begun; ``release`` lets all go on."""
+
+    def __init__(self, monkeypatch):
+        self.rows, self._go_on, encode = [], threading.Event(), Model.encode
+        self.release = self._go_on.set
+
+        def waiting(model, x, *given):
+            if threading.current_thread().name.startswith("vaeserve"):
+                self.rows.append(len(x))
+                assert self._go_on.wait(60)
+            return encode(model, x, *given)
+
+        monkeypatch.setattr(Model, "encode", waiting)
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    encoder = Stuck(monkeypatch)
+    yield encoder
+    encoder.release()
+
+
+def asking(client, *requests):
+    """A connection over which these have been sent, and the stream of its answers."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), 10)
+    for request in requests:
+        connection.sendall(request)
+    return connection, connection.makefile("rb")
+
+
+def until(client, condition):
+    while not condition():
+        assert client.get("/livez").status_code == 200
+
+
+def test_what_takes_long_is_taken_too_and_computed_on_the_pool(client, ways, all_are_long, stuck):
+    stuck.release()
+    plain = post(client, "encode", "seed=3", *BODIES["octets"])
+    assert plain.content == post(client, "encode", "seed=3", OCTETS, iter([BODIES["octets"][1]])).content
+    assert ways == ["direct", "asgi"]
+    assert stuck.rows == [len(LEVELS)] * 2
+
+
+def test_a_deadline_that_passes_is_answered_once(ppca_root, ways, all_are_long, stuck, capsys):
+    with serving(ppca_root, request_timeout=0.3, concurrency=1) as client:
+        connection, stream = asking(client, raw())
+        ((head, body),) = answers(stream, 1)
+        assert head.startswith(b"HTTP/1.1 503")
+        assert b"no answer within 0.3 s (setting request_timeout)" in body
+        assert under_way(client)[1] == 1  # the computation cannot be ended: its slot is taken
+        stuck.release()
+        until(client, lambda: under_way(client)[1] == 0)
+        connection.sendall(raw())
+        ((head, _),) = answers(stream, 1)
+        assert head.startswith(b"HTTP/1.1 200")
+        assert under_way(client) == (0, 0, 1.0)
+        connection.close()
+    assert ways == ["direct"] * 2
+
+
+def test_what_waits_when_its_client_leaves_is_never_computed(ppca_root, ways, all_are_long, stuck):
+    with serving(ppca_root, concurrency=1) as client:
+        first, stream = asking(client, raw())
+        until(client, lambda: stuck.rows)
+        left, _ = asking(client, raw(x_request_id="left"))
+        stays, answer = asking(client, raw())
+        until(client, lambda: len(ways) == 3)
+        _.close()
+        left.close()
+        assert client.get("/livez").status_code == 200  # that it has left was read before
+        stuck.release()
+        assert len(answers(stream, 1) + answers(answer, 1)) == 2
+        until(client, lambda: under_way(client) == (0, 0, 1.0))
+        assert stuck.rows == [1, 1]
+        assert 'route="/v1/models/{model}/encode",status="400"} 1.0' in "".join(text(client))
+        first.close()
+        stays.close()
+
+
+def test_a_client_that_leaves_while_it_is_computed_for_leaves_nothing_behind(ppca_root, ways, all_are_long, stuck):
+    with serving(ppca_root, concurrency=1) as client:
+        left, stream = asking(client, raw())
+        until(client, lambda: stuck.rows)
+        stream.close()
+        left.close()
+        assert client.get("/livez").status_code == 200
+        stuck.release()
+        until(client, lambda: under_way(client) == (0, 0, 1.0))
+        assert post(client, "encode", "", OCTETS, ROW).status_code == 200
+
+
+def test_a_server_that_stops_waits_for_what_takes_long(ppca_root, ways, all_are_long, stuck):
+    with serving(ppca_root) as client:
+        connection, stream = asking(client, raw())
+        until(client, lambda: stuck.rows)
+        threading.Timer(0.3, stuck.release).start()
+    with connection, stream:
+        ((head, _),) = answers(stream, 1)
+        assert head.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in head
 
 
 @pytest.mark.parametrize(
@@ -236,8 +339,8 @@ def test_a_server_that_stops_waits_for_the_body_of_a_request_that_has_begun(ppca
 def under_way(client):
     """The state of the way after a turn of the event loop: bytes of bodies held, requests in the house and counted."""
     values = {line.split(" ")[0]: float(line.rsplit(" ", 1)[1]) for line in text(client) if line.startswith("vaeserve")}
-    (way,) = [each for each in gc.get_objects() if type(each) is Direct and hasattr(each.fastapi.state, "house")][-1:]
-    return way.bodies.held, way.fastapi.state.house.pool.pending, values["vaeserve_requests_in_flight"]
+    state = APPS[client].state
+    return state.direct.bodies.held, state.house.pool.pending, values["vaeserve_requests_in_flight"]
 
 
 def text(client):
@@ -278,7 +381,9 @@ def test_a_fault_before_the_job_is_a_500_and_no_broken_request(ppca_root, ways, 
 
 def test_an_idle_connection_keeps_no_body(ppca_root, ways, monkeypatch):
     rows, enter = [], Exchange.enter
-    monkeypatch.setattr(Exchange, "enter", lambda self: rows.append(weakref.ref(self.job.rows)) or enter(self))
+    monkeypatch.setattr(
+        Exchange, "enter", lambda self, *given: rows.append(weakref.ref(self.job.rows)) or enter(self, *given)
+    )
     gc.collect()
     gc.disable()
     try:
