@@ -15,6 +15,7 @@ from service import direct, express, protocol
 from service.batching import Batcher
 from service.direct import MOST_KNOWN, Direct, Exchange
 from service.errors import InvalidInput
+from service.logs import get_logger
 from service.model import Model
 from tests.ppca_bundle import LATENT_DIM
 from tests.service.http import APPS, assert_problem, npy, send_raw, serving
@@ -159,7 +160,9 @@ def test_what_takes_long_is_taken_too_and_computed_on_the_pool(client, ways, all
     assert stuck.rows == [len(LEVELS)] * 2
 
 
-def test_a_deadline_that_passes_is_answered_once(ppca_root, ways, all_are_long, stuck, capsys):
+def test_a_deadline_that_passes_is_answered_once(ppca_root, ways, all_are_long, stuck, monkeypatch):
+    faults = []
+    monkeypatch.setattr(direct, "get_logger", lambda: faults.append("told") or get_logger())
     with serving(ppca_root, request_timeout=0.3, concurrency=1) as client:
         connection, stream = asking(client, raw())
         ((head, body),) = answers(stream, 1)
@@ -174,6 +177,7 @@ def test_a_deadline_that_passes_is_answered_once(ppca_root, ways, all_are_long, 
         assert under_way(client) == (0, 0, 1.0)
         connection.close()
     assert ways == ["direct"] * 2
+    assert faults == []
 
 
 def test_what_waits_when_its_client_leaves_is_never_computed(ppca_root, ways, all_are_long, stuck):
@@ -204,6 +208,7 @@ def test_a_client_that_leaves_while_it_is_computed_for_leaves_nothing_behind(ppc
         assert client.get("/livez").status_code == 200
         stuck.release()
         until(client, lambda: under_way(client) == (0, 0, 1.0))
+        assert 'route="/v1/models/{model}/encode",status="400"} 1.0' in "".join(text(client))
         assert post(client, "encode", "", OCTETS, ROW).status_code == 200
 
 
