@@ -164,7 +164,7 @@ def raw_units(points):
     return torch.from_numpy(points * [30.0, 0.2] + [500.0, -3.0]).float().view(-1, 1, 1, 2)
 
 
-def fitted(examples, steps=250):
+def fitted(examples, steps=500):
     flow = build((1, 1, 2), "reals", steps=6, hidden=24)
     flow.likelihood.initialise_values(examples.mean(0), examples.std(0))
     flow.initialise(examples.mean(0), examples)
