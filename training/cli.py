@@ -89,8 +89,18 @@ def fit(
         launch, config = _configure(data, preset, name, overrides or [], data_dir, before)
         folder = run_dir or Path("runs") / (config.name or default_name(config.data.source))
         run, fabric = fit_stage(config, folder, launch, restart, console)
+        _leave_group()
         if fabric.is_global_zero and not fit_only:
             _show_served(all_stages(run, to, console), to)
+
+
+def _leave_group() -> None:
+    """End the threads of a training by several processes: one that lives when its process ends may abort that."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def _backbone(path: str | None, output: str | None, normalise: str | None) -> dict[str, Any]:
