@@ -22,9 +22,16 @@ def test_each_work_is_done_once(threads):
 
 
 def test_an_idle_thread_takes_the_last_work_while_the_first_is_under_way():
-    both = threading.Barrier(2, timeout=60)
+    both, threads = threading.Barrier(2, timeout=60), {}
+
+    def work(name):
+        threads[name] = threading.current_thread()
+        both.wait()  # for the other
+
     with ThreadPoolExecutor(1) as pool:
-        share([both.wait, both.wait], pool)  # either waits for the other
+        share([lambda: work("first"), lambda: work("last")], pool)
+    assert threads["first"] is threading.current_thread()
+    assert threads["last"] is not threading.current_thread()
 
 
 def test_threads_of_a_pool_may_share_with_it():
