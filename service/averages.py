@@ -1,4 +1,4 @@
-"""Gaussian averages over the neighbouring places of a row."""
+"""Averages over the neighbouring places of a row, with Gaussian weights, and over its channels."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
     height, width = values.shape[-2:]
     down = _along(values, sigma, -2) if height > 1 else values
     return _along(down, sigma, -1) if width > 1 else down
+
+
+def channel_mean(values: np.ndarray) -> np.ndarray:
+    """[N,C,H,W] -> [N,H,W]."""
+    mean: np.ndarray = values.mean(axis=1) if values.shape[1] > 1 else values[:, 0]
+    return mean
 
 
 def _along(values: np.ndarray, sigma: float, axis: int) -> np.ndarray:

@@ -9,6 +9,8 @@ single step from black to white would cost more than the rest of a picture.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from service.groups import in_groups
@@ -26,27 +28,52 @@ def code_lengths(x: np.ndarray) -> np.ndarray:
     P(e) = (1 − ε) (1 − θ)/(1 + θ) θ^|e| + ε/511, where θ gives |e| the mean that the errors at these neighbours had and
     ε is ESCAPE. A pixel takes 12 nats at most.
     """
-    levels = np.rint(x.astype(np.float64) * LEVELS)
+    levels = np.rint(x.astype(np.float64) * LEVELS).astype(np.int16)
     west, north, north_west, _ = _neighbours(levels)
-    high, low = np.maximum(west, north), np.minimum(west, north)
-    predicted = np.where(north_west >= high, low, np.where(north_west <= low, high, west + north - north_west))
+    # The median of west, north and west + north − north-west.
+    predicted = np.clip(west + north - north_west, np.minimum(west, north), np.maximum(west, north))
     error = np.abs(levels - predicted)
     west, north, north_west, north_east = _neighbours(error)
-    expected = (west + north + north_west + north_east) / 4 + LEAST_ERROR
-    lengths: np.ndarray = -np.log(probability(error, expected)).reshape(len(x), -1).sum(axis=1)
-    return lengths
+    lengths = -np.log(_probabilities(error, west + north + north_west + north_east))
+    total: np.ndarray = lengths.reshape(len(x), -1).sum(axis=1)
+    return total
 
 
 def probability(error: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """P(e) of errors of that size where the mean size ``expected`` is, of one shape: Σ P ≤ 1 over e = −255 … 255."""
-    theta = (np.sqrt(1 + expected**2) - 1) / expected  # solves 2θ/(1 − θ²) = E|e|
-    geometric = (1 - theta) / (1 + theta) * theta**error
-    return (1 - ESCAPE) * geometric + ESCAPE / (2 * LEVELS + 1)
+    theta = _theta(expected)
+    return _with_escape((1 - theta) / (1 + theta), theta, error)
+
+
+def _probabilities(error: np.ndarray, around: np.ndarray) -> np.ndarray:
+    """``probability`` of errors whose neighbours' errors add up to ``around``, int16 both."""
+    theta, share = _by_sum()
+    return _with_escape(share.take(around), theta.take(around), error)
+
+
+@cache
+def _by_sum() -> tuple[np.ndarray, np.ndarray]:
+    """θ and (1 − θ)/(1 + θ) by the sum of four neighbours' errors, 0 … 4·255."""
+    theta = _theta(np.arange(4 * int(LEVELS) + 1) / 4 + LEAST_ERROR)
+    return theta, (1 - theta) / (1 + theta)
+
+
+def _theta(expected: np.ndarray) -> np.ndarray:
+    """Solves 2θ/(1 − θ²) = E|e|."""
+    theta: np.ndarray = (np.sqrt(1 + expected**2) - 1) / expected
+    return theta
+
+
+def _with_escape(share: np.ndarray, theta: np.ndarray, error: np.ndarray) -> np.ndarray:
+    probability: np.ndarray = share * theta**error
+    probability *= 1 - ESCAPE
+    probability += ESCAPE / (2 * LEVELS + 1)
+    return probability
 
 
 def _neighbours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The pixels to the west, north, north-west and north-east of each, 0 beyond the edge: [N,C,H,W] each."""
     n, channels, height, width = values.shape
-    padded = np.zeros((n, channels, height + 1, width + 2))
+    padded = np.zeros((n, channels, height + 1, width + 2), values.dtype)
     padded[:, :, 1:, 1:-1] = values
     return padded[:, :, 1:, :-2], padded[:, :, :-1, 1:-1], padded[:, :, :-1, :-2], padded[:, :, :-1, 2:]

@@ -33,13 +33,12 @@ from service.errors import BundleFormatError
 from service.gaussian import QUANTILES, Gaussian, normalised, quantiles
 from service.images import unit_levels
 from service.measured import Measured, path_statistics, statistic_names, statistics, table
+from service.neighbours import Neighbours
+from service.piecewise import PiecewiseLinear
 
 REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle is given: a megabyte
 MOST_REFERENCE_NUMBERS = 2**24  # that a bundle may bring: every row that is scored is compared with all of them
 NEIGHBOURS = 5
-BLOCK = 64
-MOST_DISTANCES = 2**21  # between rows and codes that are held at once
-SPARE = 5  # more that are looked at, whose distances rounding may have put before the nearest's
 TAIL = 0.9  # quantile from which a tail is taken for exponential
 LEVELS = 256
 RESERVED = "@"  # before the keys of detectors.npz that are of no score (service.maps): no score's name holds it
@@ -171,7 +170,8 @@ class Path(Detector):
     def _score(self, values: np.ndarray) -> float:
         if self.definition.method == "copod":
             return _copod(values, self.arrays["quantiles"], self.arrays["skewness"])
-        return math.log(self._gaussian.distance(normalised(values, self.arrays["quantiles"])) / len(values) + 1e-12)
+        distance = float(self._gaussian.distance(normalised(values, self.arrays["quantiles"])))
+        return math.log(distance / len(values) + 1e-12)
 
 
 class Latent(Detector):
@@ -182,13 +182,7 @@ class Latent(Detector):
 
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
-        # −2 r and |r|² of each code r, in whole blocks, filled up with codes that are infinitely far.
-        reference = arrays["reference"].astype(np.float64)  # a far code's square is beyond float32
-        count, width = reference.shape
-        self._distances = np.zeros((count + -count % BLOCK, width + 1))
-        self._distances[:count, :-1] = -2 * reference
-        self._distances[:count, -1] = (reference**2).sum(axis=1)
-        self._distances[count:, -1] = np.inf
+        self._neighbours = Neighbours(arrays["reference"], NEIGHBOURS)
 
     @classmethod
     def specs(cls, manifest: Manifest) -> Specs:
@@ -205,32 +199,12 @@ class Latent(Detector):
         return cls({"reference": np.ascontiguousarray(codes, np.float32)}, definition, manifest)
 
     def score(self, rows: Measured) -> np.ndarray:
-        step = max(1, MOST_DISTANCES // len(self._distances))
-        parts = [self._score(rows.loc[i : i + step].astype(np.float64)) for i in range(0, len(rows.loc), step)]
-        return np.concatenate(parts)
-
-    def _score(self, locs: np.ndarray) -> np.ndarray:
+        locs = rows.loc
         finite = np.isfinite(locs).all(axis=1)
-        known = np.where(finite[:, None], locs, 0.0)
-        found = self.arrays["reference"][self._nearest(known)].astype(np.float64) - known[:, None]
-        nearest = np.sqrt(np.sort((found**2).sum(axis=2), axis=1)[:, :NEIGHBOURS])
+        nearest = self._neighbours.distances(np.where(finite[:, None], locs, np.float32(0)))
         logs: np.ndarray = locs.shape[1] * np.log(nearest.mean(axis=1) + 1e-12)
         # What the encoder has sent to infinity is infinitely far; of NaN nothing is known.
         return np.where(finite, logs, np.where(np.isnan(locs).any(axis=1), np.nan, np.inf))
-
-    def _nearest(self, locs: np.ndarray) -> np.ndarray:
-        """Which codes are nearest to each of finite locs [N,L]: int64 [N, NEIGHBOURS + SPARE], or all that there are.
-
-        They lie in as many blocks, those with the least minima: so few distances are looked at twice. The distances are
-        rounded as the batch has it, hence the spare ones.
-        """
-        near = min(NEIGHBOURS + SPARE, len(self.arrays["reference"]))
-        squares = np.concatenate([locs, np.ones((len(locs), 1))], axis=1) @ self._distances.T  # but for |loc|²
-        blocks = squares.reshape(len(locs), -1, BLOCK)
-        chosen = _least(blocks.min(axis=2), min(near, blocks.shape[1]))[:, :, None]
-        among = np.take_along_axis(blocks, chosen, axis=1).reshape(len(locs), -1)
-        places = (chosen * BLOCK + np.arange(BLOCK)).reshape(len(locs), -1)
-        return np.take_along_axis(places, _least(among, near), axis=1)
 
 
 class Residual(Detector):
@@ -277,7 +251,8 @@ class Statistics(Detector):
 
     def score(self, rows: Measured) -> np.ndarray:
         values = table(statistics, rows, self.manifest)
-        return np.array([math.log(self._gaussian.distance(row) / len(row) + 1e-12) for row in values])
+        logs: np.ndarray = np.log(self._gaussian.distance(values) / values.shape[1] + 1e-12)
+        return logs
 
 
 class Combination:
@@ -313,6 +288,13 @@ class Combination:
     def score(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Σ −log tail probability, float64 [N], of the parts' scores, [N] each."""
         return np.sum([self._surprisal(index, scores) for index, scores in enumerate(parts)], axis=0)
+
+    def curves(self) -> list[PiecewiseLinear]:
+        """−log tail probability of each part, a function of its score, for many scores at once."""
+        return [
+            PiecewiseLinear(knots, surprisals, 1 / float(scale))
+            for knots, surprisals, scale in zip(*map(self.arrays.get, ("knots", "surprisals", "scale")), strict=True)
+        ]
 
     def _surprisal(self, index: int, scores: np.ndarray) -> np.ndarray:
         knots, surprisals = self.arrays["knots"][index], self.arrays["surprisals"][index]
@@ -411,11 +393,6 @@ def _gaussian_specs(size: int) -> Specs:
 
 def _gaussian_arrays(gaussian: Gaussian) -> Arrays:
     return {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
-
-
-def _least(values: np.ndarray, count: int) -> np.ndarray:
-    """Where the ``count`` least of each row of [N,m] are, in any order."""
-    return np.argpartition(values, count - 1, axis=1)[:, :count]
 
 
 def _surprisal(rows: Measured) -> np.ndarray:

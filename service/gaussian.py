@@ -54,11 +54,12 @@ class Gaussian:
             covariance[np.ix_(varies, varies)] = shrunk_covariance(standardised)
         return cls(loc, scale, np.linalg.inv(np.linalg.cholesky(covariance)))
 
-    def distance(self, row: np.ndarray) -> float:
-        """(s − μ)ᵀ Σ⁻¹ (s − μ) of one row [S]."""
-        standardised = np.clip((row - self.loc) / self.scale, -FAR, FAR)
-        white = (self.whitening * standardised).sum(axis=1)
-        return float((white**2).sum())
+    def distance(self, rows: np.ndarray) -> np.ndarray:
+        """(s − μ)ᵀ Σ⁻¹ (s − μ) of each row s, float64 […,S]: float64 […]."""
+        standardised = np.clip((rows - self.loc) / self.scale, -FAR, FAR)
+        white = (self.whitening * standardised[..., None, :]).sum(axis=-1)
+        squares: np.ndarray = (white**2).sum(axis=-1)
+        return squares
 
 
 def quantiles(rows: np.ndarray) -> np.ndarray:

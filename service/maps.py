@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
-from service.averages import smoothed
+from service.averages import channel_mean, smoothed
 from service.bundle import DETECTORS, Manifest
 from service.detector_arrays import Arrays, Spec, Specs, check_arrays
 from service.detectors import RESERVED, Combination, residual_moments
@@ -80,9 +80,10 @@ class AnomalyMap:
         tail = {name: array for name, array in arrays.items() if name.startswith("tail.")}
         check_arrays("map", {k: v for k, v in arrays.items() if k not in tail}, _specs(shape, by_place))
         self.arrays, self._sigma = arrays, 0.0 if by_place else max(SIGMA, max(shape[1:]) / SIZE)
-        self._unit = float(np.sqrt((arrays["scale"].astype(np.float64) ** 2).mean()))
+        self._mean, self._scale = (arrays[name].astype(np.float64) for name in ("mean", "scale"))
+        self._unit = float(np.sqrt((self._scale**2).mean()))
         self._expected = None if by_place else Expected(_without(TEXTURE, arrays))
-        self._tail = Combination(_without(TAIL, tail), 2)
+        self._tails = Combination(_without(TAIL, tail), 2).curves()
         self._highest = max(1, round(PEAK * shape[1] * shape[2]))
 
     @classmethod
@@ -168,8 +169,10 @@ class AnomalyMap:
 
     def _energy(self, sight: Sight) -> np.ndarray:
         """E: float64 [N,H,W]."""
-        deviations = (sight.x.astype(np.float64) - sight.mean - self.arrays["mean"]) / self.arrays["scale"]
-        return np.log(smoothed((smoothed(deviations, self._sigma) ** 2).mean(axis=1), self._sigma) + LEAST)
+        deviations = np.subtract(sight.x, sight.mean, dtype=np.float64)
+        deviations -= self._mean
+        deviations /= self._scale
+        return np.log(smoothed(channel_mean(smoothed(deviations, self._sigma) ** 2), self._sigma) + LEAST)
 
     def _distortion(self, sight: Sight) -> np.ndarray:
         """B: float64 [N,H,W]."""
@@ -178,7 +181,9 @@ class AnomalyMap:
 
     def _surprisals(self, pairs: np.ndarray) -> np.ndarray:
         """−log P(A) − log P(B), float64 [N,H,W]."""
-        return self._tail.score([pairs[:, 0], pairs[:, 1]])
+        excess, distortion = self._tails
+        surprisals: np.ndarray = excess(pairs[:, 0]) + distortion(pairs[:, 1])
+        return surprisals
 
     def _standardised(self, surprisals: np.ndarray) -> np.ndarray:
         standardised: np.ndarray = (surprisals - self.arrays["location"]) / self.arrays["deviation"]

@@ -5,7 +5,7 @@ Functions of many rows sum along a row's own axes alone, so that its numbers do 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from service.bundle import Manifest
 from service.codelength import code_lengths
-from service.groups import in_groups
+from service.groups import grouped, in_groups
 
 ORDERS = (0.5, 1.0, 2.0, 4.0, np.inf)
 """Of the norms of the likelihood path: small ones see many small differences, large ones a few large ones."""
@@ -70,16 +70,26 @@ class Measured:
 Statistics = Callable[[Measured, Manifest], dict[str, np.ndarray]]
 
 
-@in_groups
-def norms(values: np.ndarray) -> np.ndarray:
-    """Of rows [N,…], log of the power means (1/D Σ|v|^p)^(1/p) for each p of ORDERS: float64 [N,5].
+def norms(values: np.ndarray, orders: Sequence[float] = ORDERS) -> np.ndarray:
+    """Of rows [N,…], log of the power means (1/D Σ|v|^p)^(1/p) for each p of ``orders``: float64 [N,orders].
 
-    The last is the largest |v|.
+    That of p = ∞ is the largest |v|.
     """
-    size = np.abs(values.reshape(len(values), -1)).astype(np.float64) + TINY
-    means = [size.max(axis=1) if p == np.inf else (size**p).mean(axis=1) ** (1 / p) for p in ORDERS]
-    logs: np.ndarray = np.log(np.stack(means, axis=1))
+    logs: np.ndarray = np.log(grouped(lambda rows: _power_means(rows, orders), values))
     return logs
+
+
+def _power_means(values: np.ndarray, orders: Sequence[float]) -> np.ndarray:
+    size = np.abs(values.reshape(len(values), -1), dtype=np.float64)
+    size += TINY
+    return np.stack([_power_mean(size, p) for p in orders], axis=1)
+
+
+def _power_mean(size: np.ndarray, p: float) -> np.ndarray:
+    if p == np.inf:
+        return np.asarray(size.max(axis=1))
+    powers = (size * size) ** 2 if p == 4 else size**p  # numpy knows squares and roots by themselves, no fourth power
+    return np.asarray(powers.mean(axis=1) ** (1 / p))
 
 
 def path_statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]:
@@ -111,7 +121,7 @@ def statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]:
         found["posterior" if is_point else "rate"] = log_q.mean(axis=1)
     residual = rows.x - rows.mean
     if manifest.likelihood.pixelwise:
-        found |= {f"residual_{p:g}": norm for p, norm in zip(ORDERS[1:4], norms(residual).T[1:4], strict=True)}
+        found |= {f"residual_{p:g}": norm for p, norm in zip(ORDERS[1:4], norms(residual, ORDERS[1:4]).T, strict=True)}
     if manifest.modelled.kind != "vector":
         found["steepness"] = steepness(rows.x)
         if manifest.likelihood.pixelwise:
@@ -139,7 +149,10 @@ def steepness(x: np.ndarray) -> np.ndarray:
     Of a row without differences log LEAST_GRADIENT.
     """
     values = x.astype(np.float64)
-    steps = (np.abs(np.diff(values, axis=axis)).reshape(len(x), -1) for axis in (2, 3))
-    total = sum((each.mean(axis=1) for each in steps if each.size), np.zeros(len(x)))
+    total = np.zeros(len(x))
+    for before, after in ((values[:, :, :-1], values[:, :, 1:]), (values[..., :-1], values[..., 1:])):
+        steps = after - before
+        if steps.size:
+            total += np.abs(steps, out=steps).reshape(len(x), -1).mean(axis=1)
     logs: np.ndarray = np.log(total + LEAST_GRADIENT)
     return logs

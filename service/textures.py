@@ -7,16 +7,18 @@ energy and its spread are quadratic in each of them, by least squares over inlie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from service.averages import smoothed
+from service.averages import channel_mean, smoothed
 from service.detector_arrays import Arrays, Spec, Specs
 
 WIDE, NARROW = 5 / 3, 2 / 3
 TEXTURES = 4
 LEAST_SLOPE, LEAST_DETAIL = 0.1, 0.01  # in units and squared units of the residual: below them a place is plain
 LEAST_SPREAD = 0.2  # of the mean spread
-COEFFICIENTS = 1 + 2 * TEXTURES
+COEFFICIENTS = 1 + 2 * TEXTURES  # of 1, of each texture and of its square
 MOST_PLACES = 2**16
 
 
@@ -26,13 +28,14 @@ def textures(x: np.ndarray, mean: np.ndarray, unit: float, sigma: float) -> np.n
     log of the mean slope of x around the place, log of the mean square of what a narrow average takes from x there, the
     mean of E[x|loc] there, and log of the mean slope of the whole row. Around: a Gaussian of WIDE·sigma places.
     """
-    u = x.astype(np.float64) / unit
-    slope = _slope(u).mean(axis=1)
-    detail = ((u - smoothed(u, NARROW * sigma)) ** 2).mean(axis=1)
-    brightness = mean.mean(axis=1, dtype=np.float64) / unit
-    found = smoothed(np.stack([slope, detail, brightness, slope], axis=1), WIDE * sigma)
-    found[:, 0] = np.log(found[:, 0] + LEAST_SLOPE)
-    found[:, 1] = np.log(found[:, 1] + LEAST_DETAIL)
+    u = np.divide(x, unit, dtype=np.float64)
+    slope = channel_mean(_slope(u))
+    detail = channel_mean((u - smoothed(u, NARROW * sigma)) ** 2)
+    brightness = channel_mean(np.divide(mean, unit, dtype=np.float64))
+    found = np.empty((len(x), TEXTURES, *x.shape[2:]))
+    np.log(smoothed(slope, WIDE * sigma) + LEAST_SLOPE, out=found[:, 0])
+    np.log(smoothed(detail, WIDE * sigma) + LEAST_DETAIL, out=found[:, 1])
+    found[:, 2] = smoothed(brightness, WIDE * sigma)
     found[:, 3] = np.log(slope.reshape(len(x), -1).mean(axis=1) + LEAST_SLOPE)[:, None, None]
     return found
 
@@ -59,11 +62,12 @@ class Expected:
     def fit(cls, energies: np.ndarray, found: np.ndarray) -> Expected:
         """From energies [n,H,W] of inliers' places and their textures [n,TEXTURES,H,W]."""
         y = energies.reshape(-1)
-        t = _by_place(found).reshape(-1, TEXTURES)
+        t = found.reshape(len(found), TEXTURES, -1).transpose(0, 2, 1).reshape(-1, TEXTURES)
         step = -(-len(y) // MOST_PLACES)
         y, t = y[::step], t[::step]
         arrays: Arrays = {"low": t.min(axis=0), "high": t.max(axis=0)}
-        columns = _columns(t, arrays["low"], arrays["high"])
+        shares = np.stack([_share(t[:, i], arrays["low"][i], arrays["high"][i]) for i in range(TEXTURES)], axis=1)
+        columns = np.concatenate([np.ones((len(y), 1)), shares, shares**2], axis=1)
         arrays["energy"] = np.linalg.lstsq(columns, y, rcond=1e-9)[0]
         away = np.abs(y - columns @ arrays["energy"])
         arrays["spread"] = np.linalg.lstsq(columns, away, rcond=1e-9)[0]
@@ -72,30 +76,43 @@ class Expected:
 
     def excess(self, energies: np.ndarray, found: np.ndarray) -> np.ndarray:
         """How far energies [N,H,W] lie beyond what textures [N,TEXTURES,H,W] let expect, in spreads: [N,H,W]."""
-        columns = _columns(_by_place(found), self.arrays["low"], self.arrays["high"])
-        expected, spread = columns @ self.arrays["energy"], columns @ self.arrays["spread"]
-        away = (energies.reshape(expected.shape) - expected) / np.maximum(spread, self.arrays["least"])
+        n = len(found)
+        shares = [
+            _share(found[:, i].reshape(n, -1), self.arrays["low"][i], self.arrays["high"][i]) for i in range(TEXTURES)
+        ]
+        expected, spread = (_quadratic(self.arrays[name], shares) for name in ("energy", "spread"))
+        away = energies.reshape(n, -1) - expected
+        away /= np.maximum(spread, self.arrays["least"], out=spread)
         return away.reshape(energies.shape)
 
 
-def _by_place(found: np.ndarray) -> np.ndarray:
-    """[N,TEXTURES,H,W] -> [N,H·W,TEXTURES]."""
-    return found.reshape(len(found), TEXTURES, -1).transpose(0, 2, 1)
+def _share(texture: np.ndarray, low: float, high: float) -> np.ndarray:
+    """A texture as a share of the inliers' range, and no further."""
+    share: np.ndarray = texture - low
+    share /= max(high - low, 1e-9)
+    return np.clip(share, 0.0, 1.0, out=share)
 
 
-def _columns(t: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """1, t and t² of textures […,TEXTURES], each as a share of the inliers' range and no further: […,COEFFICIENTS]."""
-    columns = np.empty((*t.shape[:-1], COEFFICIENTS))
-    share = columns[..., 1 : 1 + TEXTURES]
-    columns[..., 0] = 1.0
-    np.clip((t - low) / np.maximum(high - low, 1e-9), 0.0, 1.0, out=share)
-    np.square(share, out=columns[..., 1 + TEXTURES :])
-    return columns
+def _quadratic(coefficients: np.ndarray, shares: Sequence[np.ndarray]) -> np.ndarray:
+    """c₀ + Σ c t + c' t² over the textures' shares t."""
+    total = np.full(shares[0].shape, coefficients[0])
+    for share, linear, square in zip(shares, *np.split(coefficients[1:], 2), strict=True):
+        part = share * square
+        part += linear
+        part *= share
+        total += part
+    return total
 
 
 def _slope(u: np.ndarray) -> np.ndarray:
     """Mean absolute difference to the next place down and the next across, [N,C,H,W]; 0 beyond the edge."""
     total = np.zeros_like(u)
-    total[:, :, :-1] += np.abs(np.diff(u, axis=2))
-    total[..., :-1] += np.abs(np.diff(u, axis=3))
-    return total / 2
+    _add_steps(total[:, :, :-1], u[:, :, 1:], u[:, :, :-1])
+    _add_steps(total[..., :-1], u[..., 1:], u[..., :-1])
+    total /= 2
+    return total
+
+
+def _add_steps(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    steps = a - b
+    total += np.abs(steps, out=steps)

@@ -15,11 +15,10 @@ from scipy.stats import expon, gamma, kstest, skew
 from sklearn.covariance import ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
-from service import detectors
+from service import neighbours
 from service.bundle import DETECTORS, FITTED, Manifest, ScoreDefinition, open_bundle
 from service.codelength import code_lengths
 from service.detectors import (
-    BLOCK,
     CLASSES,
     Combination,
     Complexity,
@@ -38,6 +37,7 @@ from service.gaussian import normalised, quantiles
 from service.measured import Measured, path_statistics, statistics
 from service.measured import table as table_of
 from service.model import Model
+from service.neighbours import Neighbours
 from tests.ppca_bundle import images
 from tests.service.fitted_bundles import FAMILIES, fit, npz, rewrite
 from tests.service.test_measured import BIJECTION, NO_LIKELIHOOD, of_kind
@@ -236,7 +236,7 @@ def coded(codes: np.ndarray) -> Measured:
     return replace(simulated(images(len(codes))), loc=codes.astype(np.float32))
 
 
-@pytest.mark.parametrize("n", [1, 3, 5, 200, 6 * BLOCK, 2000])
+@pytest.mark.parametrize("n", [1, 3, 5, 200, 6 * 64, 2000])
 def test_the_latent_density_is_by_the_nearest_neighbours(manifest, n):
     random = np.random.RandomState(0)
     reference, codes = (random.standard_normal((m, 5)).astype(np.float32) for m in (n, 30))
@@ -275,9 +275,9 @@ def test_many_rows_are_held_against_many_codes_a_few_at_a_time(manifest, monkeyp
     random = np.random.RandomState(3)
     detector = Latent.of(random.standard_normal((200, 5)), definition("latent"), manifest)
     rows = coded(random.standard_normal((40, 5)))
-    whole, held, kept = detector.score(rows), [], Latent._nearest
-    monkeypatch.setattr(detectors, "MOST_DISTANCES", 3 * 256)
-    monkeypatch.setattr(Latent, "_nearest", lambda self, locs: held.append(len(locs)) or kept(self, locs))
+    whole, held, kept = detector.score(rows), [], Neighbours._candidates
+    monkeypatch.setattr(neighbours, "MOST_DISTANCES", 3 * 256)
+    monkeypatch.setattr(Neighbours, "_candidates", lambda self, apart: held.append(len(apart)) or kept(self, apart))
     assert np.array_equal(detector.score(rows), whole)
     assert max(held) == 3
 
