@@ -124,7 +124,7 @@ class Calibrator:
         calibration, scores = self._of(score_name, group), np.asarray(scores, np.float64)
         if np.isnan(scores).any():
             raise InvalidInput("a score is NaN, which has no p-value")
-        above, at_least = (len(calibration) - np.searchsorted(calibration, scores, side) for side in ("right", "left"))
+        above, at_least = (len(calibration) - calibration.searchsorted(scores, side) for side in ("right", "left"))
         return above, at_least
 
     def threshold(self, score_name: str, false_positive_rate: float, group: str | None = None) -> float:
@@ -161,8 +161,13 @@ class Calibrator:
 
 def p_values(calibration: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """(1 + #{calibration ≥ s}) / (n + 1), float64 [N], against sorted ``calibration`` [n]."""
-    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return (1.0 + at_least) / (len(calibration) + 1.0)
+    return p_values_of(len(calibration) - np.searchsorted(calibration, scores, side="left"), len(calibration))
+
+
+def p_values_of(at_least: np.ndarray, n: int) -> np.ndarray:
+    """(1 + #{calibration ≥ s}) / (n + 1), float64 [N], where so many of n calibration scores are at least as great."""
+    p: np.ndarray = (1.0 + at_least) / (n + 1.0)
+    return p
 
 
 def smoothed(calibration: np.ndarray, scores: np.ndarray, random: np.random.RandomState) -> np.ndarray:

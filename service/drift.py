@@ -201,8 +201,8 @@ class DriftWatch(Protocol):
     window: int
     level: float
 
-    def record(self, served: Served, score: str, scores: np.ndarray, group: str | None = None) -> None:
-        """As Drift.record."""
+    def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
+        """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
 
     async def summary(self, served: Served, score: str, group: str | None = None) -> Summary:
         """What was seen of that score of this very bundle. Raises as Drift.seen does."""
@@ -220,15 +220,8 @@ class Drift:
         self._lock = threading.Lock()
         self._watches: dict[Name, tuple[str, Watch]] = {}
 
-    def record(self, served: Served, score: str, scores: np.ndarray, group: str | None = None) -> None:
-        """Take note of N rows' scores, float64 [N], of the calibrated score of that name, held against that group.
-
-        Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for NaN or an unknown group.
-        """
-        self.note(place(served, score, group), *served.calibrator.counts(score, scores, group))
-
     def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
-        """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
+        """See DriftWatch."""
         self._watch(place).record(above, at_least)
 
     def seen(self, served: Served, score: str, group: str | None = None) -> Seen:

@@ -55,6 +55,17 @@ class Observed(NamedTuple):
     amount: float
 
 
+class Counted(NamedTuple):
+    """A number for a counter."""
+
+    by: Counter
+    amount: float
+
+
+Gatherable = Answered | Observed | Counted | None
+"""None: a request that was begun."""
+
+
 class Metrics:
     """All metrics of one app. Labels are route templates, methods and statuses: their number is bounded.
 
@@ -85,7 +96,7 @@ class Metrics:
         )
         self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
         self._under_way = 0
-        self._gathered: Gathered[Answered | Observed | None] = Gathered(self._sum_up)
+        self._gathered: Gathered[Gatherable] = Gathered(self._sum_up)
         # Looking up a child by its labels takes longer than counting.
         self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
 
@@ -100,7 +111,7 @@ class Metrics:
             buckets=_ROWS,
             registry=self.registry,
         )
-        self.p_values = Histogram(
+        self.p_values = Amounts(
             "vaeserve_p_value",
             "Conformal p-values handed out: uniform as long as the traffic is like the calibration data",
             ["model"],
@@ -153,10 +164,10 @@ class Metrics:
         """Count a run of ``n`` images or latents."""
         self._gathered.add(Observed(self.run, n))
 
-    def _sum_up(self, gathered: list[Answered | Observed | None]) -> None:
-        """Of what was gathered: what was answered and observed (None: what was begun)."""
+    def _sum_up(self, gathered: list[Gatherable]) -> None:
         self.in_flight.set(self._under_way)
         many: Counts[tuple[str, str, int]] = Counts()
+        counted: defaultdict[Counter, float] = defaultdict(float)
         observed: defaultdict[Amounts, list[float]] = defaultdict(list)
         for each in gathered:
             if type(each) is Answered:
@@ -164,18 +175,21 @@ class Metrics:
                 observed[self._taken(each.route)].append(each.seconds)
             elif type(each) is Observed:
                 observed[each.by].append(each.amount)
+            elif type(each) is Counted:
+                counted[each.by] += each.amount
         for (method, route, status), count in many.items():
             self._answered(method if method in _METHODS else "other", route, str(status)).inc(count)
+        for counter, amount in counted.items():
+            counter.inc(amount)
         for histogram, amounts in observed.items():
             histogram.observe_all(amounts)
 
-    def scored(self, model: str, p_values: Iterable[float | None], n: int) -> None:
+    def scored(self, model: str, p_values: Iterable[float], n: int) -> None:
         """Count ``n`` scored images of a model and their p-values, where there are any."""
-        self._scored(model).inc(n)
+        self._gathered.add(Counted(self._scored(model), n))
         histogram = self._judged(model)
         for p in p_values:
-            if p is not None:
-                histogram.observe(p)
+            self._gathered.add(Observed(histogram, p))
 
     def render(self, drift: Iterable[tuple[Name, Summary]] = ()) -> bytes:
         """The exposition format (text, version 0.0.4), with what the drift tests say."""

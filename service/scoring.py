@@ -5,15 +5,18 @@ The HTTP route and ``vaeserve score`` both end here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from service.bundle import Manifest, ScoreDefinition
+from service.calibration import p_values_of
 from service.corruption import HIGH, LOW
 from service.corruption import UNIT as UNIT_OF_CORRUPTION
+from service.drift import Place, place
 from service.errors import InvalidInput, UnsupportedVerb
 from service.false_discovery import benjamini_hochberg, least_discoveries, q_values
 from service.jobs import Job, Work, finish
@@ -44,6 +47,7 @@ class Chosen:
 class Judged:
     """One score's p-values (float64 [N]), its ``threshold`` and the ``n`` they rest on, or the ``reason`` for none.
 
+    ``counts``: of each score, how many of the calibration are greater, and at least as great (int64 [N] twice).
     ``q_values`` and ``discoveries`` are there where a false-discovery rate was asked for.
     """
 
@@ -54,6 +58,7 @@ class Judged:
     reason: str | None
     q_values: np.ndarray | None = None
     discoveries: np.ndarray | None = None
+    counts: tuple[np.ndarray, np.ndarray] | None = None
 
     def is_anomaly(self, count: int) -> Sequence[bool | None]:
         """A discovery at the asked false-discovery rate, else p ≤ the false-positive rate; None without a p-value."""
@@ -64,14 +69,20 @@ class Judged:
         return [bool(p <= self.rate) for p in self.p_values]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Asked:
-    """What parameters ask of a model: the chosen score, the further ones by name, and what verdicts will rest on."""
+    """What parameters ask of a model: the chosen score, the further ones by name, and what verdicts will rest on.
 
+    ``key``: of jobs that compute the same. ``places``: where rows of each calibrated one are noted for the drift tests.
+    """
+
+    parameters: ScoreParameters
     chosen: Chosen
     also: dict[str, ScoreDefinition]
     plan: Judged
     plans: dict[str, Judged]
+    key: Hashable
+    places: dict[str, Place]
 
 
 @dataclass(frozen=True)
@@ -134,41 +145,44 @@ def judge(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) 
         InvalidInput: unknown score or group, both rates at once, or too few calibration scores for the asked
             false-positive rate.
     """
-    return finish(judging(served, x, asked, default_rate))
-
-
-def judging(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) -> Work[Verdicts]:
-    """As ``judge``, the scores as a job."""
-    if asked.false_positive_rate is not None and asked.false_discovery_rate is not None:
-        raise InvalidInput(
-            "false_positive_rate and false_discovery_rate: a verdict is by one or the other, ask for one"
-        )
     # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
-    meant = meaning(served, asked, default_rate)
-    chosen, plans = meant.chosen, meant.plans
-    scores = yield from _scores(served, x, chosen, asked, meant.also)
-    judged = _judged(served, chosen.name, scores.score, meant.plan, asked)
-    return Verdicts(
-        chosen,
-        scores,
-        judged,
-        {name: _judged(served, name, scores.also[name], plans[name], asked) for name in plans},
-    )
+    return finish(judging(served, x, meaning(served, asked, default_rate)))
+
+
+def judging(served: Served, x: Rows, meant: Asked) -> Work[Verdicts]:
+    """As ``judge``, the scores as a job."""
+    scores = yield from _scores(served, x, meant)
+    name, asked = meant.chosen.name, meant.parameters
+    judged = _judged(served, name, scores.score, meant.plan, asked)
+    also = {name: _judged(served, name, scores.also[name], plan, asked) for name, plan in meant.plans.items()}
+    return Verdicts(meant.chosen, scores, judged, also)
 
 
 def meaning(served: Served, asked: ScoreParameters, default_rate: float) -> Asked:
     """What the parameters mean for that model, remembered. Raises as ``judge`` and ``choose``."""
-    key = asked, default_rate
-    known: Asked | None = served.known.get(key)
+    known: Asked | None = served.known.get((asked, default_rate))
     if known is not None:
         return known
-    chosen, also = choose(served.manifest, asked), further(served.manifest, asked)
-    plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
-    found = Asked(chosen, also, _plan(served, chosen, asked, default_rate), plans)
+    if asked.false_positive_rate is not None and asked.false_discovery_rate is not None:
+        raise InvalidInput(
+            "false_positive_rate and false_discovery_rate: a verdict is by one or the other, ask for one"
+        )
+    found = _meaning(served, asked, default_rate)
     if len(served.known) >= MOST_KNOWN:
         served.known.clear()
-    served.known[key] = found
+    served.known[asked, default_rate] = found
     return found
+
+
+def _meaning(served: Served, asked: ScoreParameters, default_rate: float) -> Asked:
+    chosen, also = choose(served.manifest, asked), further(served.manifest, asked)
+    plans = {name: _plan(served, Chosen(name, each), asked, default_rate) for name, each in also.items()}
+    plan = _plan(served, chosen, asked, default_rate)
+    recipe = (chosen.name, *_recipe(chosen.definition))
+    key = ("score", served.model, recipe, tuple(also), asked.map, asked.map_kind, asked.top_latents > 0)
+    calibrated = [name for name, each in ((chosen.name, plan), *plans.items()) if name and each.n is not None]
+    places = {name: place(served, name, asked.group) for name in calibrated}
+    return Asked(asked, chosen, also, plan, plans, key, places)
 
 
 def no_verdicts(served: Served, asked: ScoreParameters, default_rate: float) -> list[str]:
@@ -178,17 +192,13 @@ def no_verdicts(served: Served, asked: ScoreParameters, default_rate: float) -> 
     return list(dict.fromkeys(reason for reason in reasons if reason))
 
 
-def _scores(
-    served: Served, x: Rows, chosen: Chosen, asked: ScoreParameters, also: Mapping[str, ScoreDefinition]
-) -> Work[Scores | TiledScores]:
-    definition = chosen.definition
-    beside = (asked.map, also, asked.map_kind, asked.top_latents > 0)
+def _scores(served: Served, x: Rows, meant: Asked) -> Work[Scores | TiledScores]:
+    asked, definition = meant.parameters, meant.chosen.definition
+    beside = (asked.map, meant.also, asked.map_kind, asked.top_latents > 0)
     if served.tiled is not None:
         return served.tiled.score(x, definition, *beside)
     assert isinstance(x, np.ndarray)
-    recipe = (chosen.name, *_recipe(definition))
-    key = ("score", served.model, recipe, tuple(also), asked.map, asked.map_kind, asked.top_latents > 0)
-    scores: Scores = yield Job(key, x, lambda rows: served.model.score(rows, definition, *beside))
+    scores: Scores = yield Job(meant.key, x, lambda rows: served.model.score(rows, definition, *beside))
     return scores
 
 
@@ -214,10 +224,10 @@ def _judged(served: Served, name: str | None, scores: np.ndarray, plan: Judged, 
     """The plan with the p-values of ``scores``."""
     if name is None or plan.n is None:
         return plan
-    p_values = served.calibrator.p_values(name, scores, [asked.group] * len(scores))
-    rate = asked.false_discovery_rate
+    counts = served.calibrator.counts(name, scores, asked.group)
+    p_values, rate = p_values_of(counts[1], plan.n), asked.false_discovery_rate
     if rate is None:
-        return replace(plan, p_values=p_values)
+        return Judged(plan.rate, p_values, plan.threshold, plan.n, plan.reason, counts=counts)
     found, least = benjamini_hochberg(p_values, rate), least_discoveries(plan.n, len(scores), rate)
     reason = (
         None
@@ -227,7 +237,7 @@ def _judged(served: Served, name: str | None, scores: np.ndarray, plan: Judged, 
             f"{plan.n} calibration scores: at least {least} rows would have to lie above all of them"
         )
     )
-    return replace(plan, p_values=p_values, q_values=q_values(p_values), discoveries=found, reason=reason)
+    return Judged(plan.rate, p_values, plan.threshold, plan.n, reason, q_values(p_values), found, counts)
 
 
 @dataclass(frozen=True)
@@ -320,7 +330,7 @@ def _verdict_columns(judged: Judged, n: int) -> dict[str, list[Any]]:
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
-    return [float(value) if np.isfinite(value) else None for value in values]
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _recipe(definition: ScoreDefinition) -> tuple[object, ...]:

@@ -7,9 +7,10 @@ keep up, rows are left out of the tests and counted (vaeserve_unwatched_rows_tot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from service.drift import Drift, Finding, Name, Place, Summary, place
 if TYPE_CHECKING:
     from service.repository import Served
 
+MOST_WRITTEN = 512
 ROWS = 2048  # of a message: two numbers of at most some 8 digits each
 
 
@@ -31,14 +33,12 @@ class ToldDrift:
         self._line = line
         self._missed = missed
 
-    def record(self, served: Served, score: str, scores: np.ndarray, group: str | None = None) -> None:
-        """As Drift.record."""
-        where = place(served, score, group)
-        above, at_least = served.calibrator.counts(score, scores, group)
-        for start in range(0, len(scores), ROWS):
+    def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
+        """See DriftWatch."""
+        for start in range(0, len(above), ROWS):
             part = slice(start, start + ROWS)
             rows = {"above": above[part], "at_least": at_least[part]}
-            if not self._line.tell({"kind": "rows", "place": _written(where), **rows}):
+            if not self._line.tell({"kind": "rows", "place": _written(place), **rows}):
                 self._missed(len(above[part]))
 
     async def summary(self, served: Served, score: str, group: str | None = None) -> Summary:
@@ -82,11 +82,12 @@ class DriftKeeper:
         yield {"number": number, "end": True}
 
 
-def _written(where: Place) -> list[object]:
-    return [*asdict(where.name).values(), where.digest, where.n]
+@lru_cache(maxsize=MOST_WRITTEN)
+def _written(where: Place) -> tuple[object, ...]:
+    return (*asdict(where.name).values(), where.digest, where.n)
 
 
-def _read(written: list) -> Place:
+def _read(written: Sequence[Any]) -> Place:
     *name, digest, n = written
     return Place(Name(*name), digest, n)
 

@@ -20,6 +20,8 @@ from service.routes.house import JSON, NPY, PNG, Call, CallDep, Content, Verb, d
 from service.routes.inputs import data_names, parameters, read_images, read_x
 from service.schemas import Scored, ScoreParameters
 from service.scoring import (
+    Asked,
+    Chosen,
     Judged,
     Rows,
     UsedMap,
@@ -62,11 +64,11 @@ def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     _limit_work(call, x, passes, asked)
     if asked.map and media_type != JSON:
         _check_one_size(x)
-    verdicts = yield from judging(call.served, x, asked, call.house.settings.false_positive_rate)
+    verdicts = yield from judging(call.served, x, meant)
     _count(call, verdicts)
-    _watch(call, verdicts, asked.group)
+    _watch(call, verdicts, meant)
     if media_type == JSON:
-        return dump(_content(call, verdicts, asked, used)), JSON
+        return dump(_content(call, verdicts, meant, used)), JSON
     if media_type == PNG:
         assert verdicts.scores.map is not None
         return draw_maps(x, verdicts.scores.map, used, asked.map_picture), PNG
@@ -118,8 +120,8 @@ def _maps(call: Call, verdicts: Verdicts) -> np.ndarray | list[np.ndarray] | Non
     return maps if maps is None or call.rule.kind == "image" else maps[:, 0]
 
 
-def _content(call: Call, verdicts: Verdicts, asked: ScoreParameters, used: UsedMap) -> dict[str, Any]:
-    results = rows(verdicts)
+def _content(call: Call, verdicts: Verdicts, meant: Asked, used: UsedMap) -> dict[str, Any]:
+    asked, results = meant.parameters, rows(verdicts)
     if asked.top_latents:
         for result, latents in zip(results, top_latents(verdicts, asked.top_latents), strict=True):
             result["latents"] = latents
@@ -129,19 +131,11 @@ def _content(call: Call, verdicts: Verdicts, asked: ScoreParameters, used: UsedM
             result["map"] = single
     return {
         "model": call.served.identity,
-        "definition": {
-            "name": verdicts.chosen.name,
-            **_used(verdicts.chosen.definition),
-        },
-        "calibration": _calibration(verdicts.judged, asked),
+        **_basis(meant.chosen, meant.plan, asked),
         "verdict": verdicts.judged.reason,
         "also": {
-            name: {
-                "definition": {"name": name, **_used(call.served.manifest.scores[name])},
-                "calibration": _calibration(judged, asked),
-                "verdict": judged.reason,
-            }
-            for name, judged in verdicts.also.items()
+            name: {**_basis(Chosen(name, each), meant.plans[name], asked), "verdict": verdicts.also[name].reason}
+            for name, each in meant.also.items()
         },
         "map": _map_in_words(used) if asked.map else None,
         "results": results,
@@ -153,10 +147,6 @@ def _map_in_words(used: UsedMap) -> dict[str, Any]:
     return {"kind": used.kind, "unit": used.unit, "low": low, "high": high}
 
 
-def _used(definition: ScoreDefinition) -> dict[str, Any]:
-    return {name: getattr(definition, name) for name in ("estimator", "k", "seed", "unit", "of", "method")}
-
-
 def _passes(definitions: Iterable[ScoreDefinition]) -> int:
     """Posterior samples a row that the definitions need together, the contrast-stretched ones counted."""
     needed: dict[tuple[int, bool], int] = {}
@@ -166,33 +156,36 @@ def _passes(definitions: Iterable[ScoreDefinition]) -> int:
     return sum(needed.values())
 
 
-def _calibration(judged: Judged, asked: ScoreParameters) -> dict[str, Any] | None:
-    if judged.n is None:
-        return None
-    return {
-        "n": judged.n,
-        "smallest_p_value": 1 / (judged.n + 1),
-        "false_positive_rate": judged.rate if asked.false_discovery_rate is None else None,
+def _basis(chosen: Chosen, plan: Judged, asked: ScoreParameters) -> dict[str, Any]:
+    """What a score is, and what its verdicts rest on."""
+    fields = ("estimator", "k", "seed", "unit", "of", "method")
+    definition = {"name": chosen.name, **{field: getattr(chosen.definition, field) for field in fields}}
+    if plan.n is None:
+        return {"definition": definition, "calibration": None}
+    calibration = {
+        "n": plan.n,
+        "smallest_p_value": 1 / (plan.n + 1),
+        "false_positive_rate": plan.rate if asked.false_discovery_rate is None else None,
         "false_discovery_rate": asked.false_discovery_rate,
-        "threshold": judged.threshold,
+        "threshold": plan.threshold,
     }
+    return {"definition": definition, "calibration": calibration}
 
 
 def _count(call: Call, verdicts: Verdicts) -> None:
     p_values = verdicts.judged.p_values
     metrics, n = call.house.metrics, len(verdicts.scores.score)
     metrics.rows("score", n)
-    metrics.scored(call.served.manifest.name, [] if p_values is None else p_values, n)
+    metrics.scored(call.served.manifest.name, [] if p_values is None else p_values.tolist(), n)
 
 
-def _watch(call: Call, verdicts: Verdicts, group: str | None) -> None:
+def _watch(call: Call, verdicts: Verdicts, meant: Asked) -> None:
     """Hand every score that has a p-value, the chosen one and the further ones, to the drift tests: each once."""
-    found = {name: (judged, verdicts.scores.also[name]) for name, judged in verdicts.also.items()}
-    if verdicts.chosen.name is not None:
-        found[verdicts.chosen.name] = verdicts.judged, verdicts.scores.score
-    for name, (judged, scores) in found.items():
-        if judged.p_values is not None:
-            call.house.drift.record(call.served, name, scores, group)
+    judged = verdicts.also if meant.chosen.name is None else {**verdicts.also, meant.chosen.name: verdicts.judged}
+    for name, place in meant.places.items():
+        counts = judged[name].counts
+        assert counts is not None
+        call.house.drift.note(place, *counts)
 
 
 SHORT = (Verb("score", ScoreParameters, _score),)

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.bundle import open_bundle
 from service.calibration import Calibrator
-from service.drift import Drift, Watch
+from service.drift import Drift, DriftWatch, Watch, place
 from service.errors import InvalidInput, UnsupportedVerb
 from service.exchangeability import ks_two_sample
 from tests.ppca_bundle import images, write_ppca_bundle
@@ -27,11 +27,16 @@ def served(calibration: np.ndarray, digest: str = "a"):
     return SimpleNamespace(manifest=manifest, calibrator=calibrator, model=SimpleNamespace(digest=digest))
 
 
+def record(drift: DriftWatch, served, score: str, scores: np.ndarray, group: str | None = None) -> None:
+    """As the route does it."""
+    drift.note(place(served, score, group), *served.calibrator.counts(score, scores, group))
+
+
 def test_ranks_without_ties_are_those_of_the_p_values():
     random = np.random.RandomState(0)
     model, scores = served(random.standard_normal(99)), random.standard_normal(30)
     drift = Drift(20, 0.01)
-    drift.record(model, "elbo", scores)
+    record(drift, model, "elbo", scores)
     seen = drift.seen(model, "elbo")
     np.testing.assert_allclose(seen.p_values, model.calibrator.p_values("elbo", scores)[-20:])
     assert (seen.n, seen.seen, len(seen.ranks)) == (99, 30, 20)
@@ -65,7 +70,7 @@ def test_ties_are_broken_such_that_inliers_do_not_alarm():
         random = np.random.RandomState(seed)
         model, drift = served(random.randint(0, 5, 200).astype(float)), Drift(300, 0.02)
         scores = random.randint(0, 5, 300).astype(float)
-        drift.record(model, "elbo", scores)
+        record(drift, model, "elbo", scores)
         alarms += drift.seen(model, "elbo").judge(0.02).drifting
         at_least = np.rint(model.calibrator.p_values("elbo", scores) * 201).astype(int) - 1
         plain += ks_two_sample(at_least, 200)[1] <= 0.01
@@ -78,9 +83,9 @@ def test_inliers_alarm_no_more_often_than_the_level_and_a_shift_does():
     for seed in range(200):
         random = np.random.RandomState(seed)
         model, drift = served(random.standard_normal(300)), Drift(200, level)
-        drift.record(model, "elbo", random.standard_normal(500))
+        record(drift, model, "elbo", random.standard_normal(500))
         alarms += drift.seen(model, "elbo").judge(level).drifting
-        drift.record(model, "elbo", random.standard_normal(200) + 0.5)
+        record(drift, model, "elbo", random.standard_normal(200) + 0.5)
         found += drift.seen(model, "elbo").judge(level).drifting
     assert alarms <= 20  # 10 expected at most; 21 or more have probability 1e-3
     assert found >= 190
@@ -96,45 +101,45 @@ def test_nothing_is_found_in_nothing():
 def test_scores_that_have_no_rank_leave_no_trace():
     model, drift = served(np.arange(9.0)), Drift(20, 0.01)
     with pytest.raises(InvalidInput):
-        drift.record(model, "elbo", np.array([1.0, np.nan]))
+        record(drift, model, "elbo", np.array([1.0, np.nan]))
     with pytest.raises(UnsupportedVerb):
-        drift.record(model, "iwae", np.array([1.0]))
-    drift.record(model, "elbo", np.array([np.inf, -np.inf]))
+        record(drift, model, "iwae", np.array([1.0]))
+    record(drift, model, "elbo", np.array([np.inf, -np.inf]))
     assert drift.seen(model, "elbo").ranks.tolist() == [0, 9]
     assert len(list(drift)) == 1
 
 
 def test_another_bundle_in_the_same_place_starts_anew():
     drift = Drift(20, 0.01)
-    drift.record(served(np.arange(9.0)), "elbo", np.zeros(5))
+    record(drift, served(np.arange(9.0)), "elbo", np.zeros(5))
     other = served(np.arange(4.0), digest="b")
     assert drift.seen(other, "elbo").seen == 0
-    drift.record(other, "elbo", np.zeros(2))
+    record(drift, other, "elbo", np.zeros(2))
     assert [(seen.n, seen.seen, seen.log10_maximum >= 0) for _, seen in drift] == [(4, 2, True)]
 
 
 def test_groups_are_watched_apart_under_one_spelling():
     model, drift = served(np.arange(9.0)), Drift(20, 0.01)
     model.calibrator = Calibrator({"elbo": np.arange(9.0), "elbo@été": np.arange(4.0)})
-    drift.record(model, "elbo", np.array([3.5]))
-    drift.record(model, "elbo", np.array([2.5]), "été")
-    drift.record(model, "elbo", np.array([1.5]), "e\u0301te\u0301")
+    record(drift, model, "elbo", np.array([3.5]))
+    record(drift, model, "elbo", np.array([2.5]), "été")
+    record(drift, model, "elbo", np.array([1.5]), "e\u0301te\u0301")
     assert drift.seen(model, "elbo").ranks.tolist() == [5]
     assert drift.seen(model, "elbo", "été").ranks.tolist() == [1, 2]
     assert [name.group for name, _ in drift] == ["", "été"]
     with pytest.raises(InvalidInput):
-        drift.record(model, "elbo", np.array([1.5]), "hiver")
+        record(drift, model, "elbo", np.array([1.5]), "hiver")
 
 
 def test_threads_lose_no_row():
     model, drift = served(np.arange(99.0)), Drift(50, 0.01)
 
-    def record():
+    def record_some():
         for _ in range(200):
-            drift.record(model, "elbo", np.array([3.5, 90.5]))
+            record(drift, model, "elbo", np.array([3.5, 90.5]))
             assert len(drift.seen(model, "elbo").ranks) <= 50
 
-    threads = [threading.Thread(target=record) for _ in range(4)]
+    threads = [threading.Thread(target=record_some) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
