@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 STARTUP_FAILURE = 3  # uvicorn's exit code where it cannot listen
 FIRST_DELAY, MOST_DELAY = 0.1, 30.0  # seconds before a worker is started again; doubled with each time
-READ_EVERY = 0.02  # seconds; the kernel keeps some 280 small messages of a worker meanwhile
+READ_EVERY = 0.04  # seconds; the kernel keeps some 280 small messages of a worker meanwhile
 WATCH_EVERY = 1.0  # seconds
 STEADY_SECONDS = 60.0  # a worker that has served so long is started again as the first time
 
@@ -120,6 +120,7 @@ class Supervisor:
         self._questions: list[tuple[Process, Message]] = []
         self._stopping = asyncio.Event()
         self._served = False
+        self._rests = False
 
     async def run(self) -> None:
         """Start the workers and keep them until a signal says stop.
@@ -215,7 +216,8 @@ class Supervisor:
             raise
         process = Process(number, child, ours)
         self._processes[number] = process
-        self._listen(process)
+        if not self._rests:
+            self._listen([process])
         if self._stopping.is_set():
             child.send_signal(signal.SIGTERM)  # the others have been told already
         await self._send(process, [self._orders(number)])
@@ -231,20 +233,26 @@ class Supervisor:
             "bundles": self._forker.bundles,
         }
 
-    def _listen(self, process: Process) -> None:
+    def _listen(self, processes: Iterable[Process]) -> None:
         """Read as soon as something comes, then not before READ_EVERY seconds: what comes together costs less."""
-        loop = asyncio.get_running_loop()
+        for process in processes:
+            if not process.gone.is_set():
+                asyncio.get_running_loop().add_reader(process.line, self._read_all)
 
-        def read() -> None:
+    def _read_all(self) -> None:
+        loop, processes = asyncio.get_running_loop(), list(self._processes.values())
+        for process in processes:
             loop.remove_reader(process.line)
-            try:
+        try:
+            for process in processes:
                 self._read(process)
-            finally:
-                if not process.gone.is_set():
-                    loop.call_later(READ_EVERY, self._listen, process)
+        finally:
+            self._rests = True
+            loop.call_later(READ_EVERY, self._rested)
 
-        if not process.gone.is_set():
-            loop.add_reader(process.line, read)
+    def _rested(self) -> None:
+        self._rests = False
+        self._listen(self._processes.values())
 
     def _read(self, process: Process) -> None:
         messages, gone = receive_waiting(process.line)
