@@ -24,9 +24,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from service.asked import Addresses, Asked
 from service.codecs import media_type
-from service.errors import ClientGone, VaeserveError
+from service.errors import ClientGone, Overloaded, VaeserveError
 from service.heads import Heads
-from service.jobs import Job, Work
+from service.jobs import Again, Job, Work
 from service.light import MOST_BYTES, is_light
 from service.logs import get_logger
 from service.metrics import Metrics
@@ -129,16 +129,48 @@ class Direct:
         house, asked = self._addresses.house, plan.asked
         call = Call(house, asked.served, plan.content_type, plan.media_type, plan.accept, body)
         try:
-            if not is_light(call, asked.numbers) or self.bodies.held + len(body) > self.bodies.most_together:
+            if not is_light(call, asked.numbers):
                 return None
             work = asked.verb.work(call, asked.query)
             job = next(work)
-            exchange = Exchange(self, connection, plan, asked_id(asked_for), keep_alive, work, job, len(body))
-            is_short = house.batcher.take(exchange)
         except Exception:  # noqa: BLE001 - refused there in the same words, or found to be a fault of ours
+            return None
+        return self._enter(connection, plan, asked_id(asked_for), keep_alive, job, partial(_end, work), len(body))
+
+    def repeat(self, connection: Connection, plan: Plan, again: Again, body: bytes) -> Exchange | None:
+        """As ``take``, of a request with the head of one that was taken, and a body as long, on a kept connection."""
+        return self._enter(connection, plan, asked_id(""), True, again.job(body), again.answer, len(body))
+
+    def _enter(
+        self,
+        connection: Connection,
+        plan: Plan,
+        request_id: str,
+        keep_alive: bool,
+        job: Job,
+        make: Callable[[Any], Content],
+        size: int,
+    ) -> Exchange | None:
+        house = self._addresses.house
+        if self.bodies.held + size > self.bodies.most_together:
+            return None
+        exchange = Exchange(self, connection, plan, request_id, keep_alive, job, make, size)
+        try:
+            is_short = house.batcher.take(exchange)
+        except Overloaded:  # refused there in the same words
             return None
         exchange.enter(None if is_short else house.pool)
         return exchange
+
+
+def _end(work: Work[Content], result: Any) -> Content:
+    """What the work makes of its only job's result."""
+    try:
+        work.send(result)
+    except StopIteration as done:
+        content: Content = done.value
+        return content
+    raise RuntimeError("work with a second job was taken")
 
 
 def header_line(pair: tuple[bytes, bytes]) -> bytes:
@@ -164,8 +196,8 @@ class Exchange:
     plan: Plan
     request_id: str
     keep_alive: bool
-    work: Work[Content]
     job: Job
+    make: Callable[[Any], Content]
     size: int
     started: float = field(default_factory=time.perf_counter)
     disconnected: bool = False
@@ -225,12 +257,7 @@ class Exchange:
             raise result
         if self.disconnected:
             raise ClientGone(GONE)
-        try:
-            self.work.send(result)
-        except StopIteration as done:
-            content: Content = done.value
-            return content
-        raise RuntimeError("work with a second job was taken")
+        return self.make(result)
 
     async def _fail(self) -> None:
         text = "an unexpected error, which the log explains under this request id"
@@ -252,7 +279,7 @@ class Exchange:
         head = HEAD % (STATUS_LINE[status], common, kind.encode(), len(content), self.request_id.encode(), more)
         self.response_started = self.response_complete = True
         direct.bodies.held -= self.size
-        del self.work
+        del self.make
         if not self.disconnected:
             self.connection.answer(head + content, self.keep_alive)
         seconds = time.perf_counter() - self.started

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Generic, NamedTuple, TypeVar
 
+from service.jobs import Again
+
 MOST_KNOWN = 512
 MOST_BYTES = 1024  # of a head
 END = b"\r\n\r\n"
@@ -18,10 +20,11 @@ P = TypeVar("P")
 
 
 class Known(NamedTuple, Generic[P]):
-    """What a head asks for, and how many bytes its body has."""
+    """What a head asks for, how many bytes its body has, and how a request with such a body goes on, if known."""
 
     plan: P
     size: int
+    again: Again | None
 
 
 class Heads(Generic[P]):
@@ -30,15 +33,15 @@ class Heads(Generic[P]):
     def __init__(self) -> None:
         self._known: OrderedDict[bytes, Known[P]] = OrderedDict()
 
-    def find(self, data: bytes) -> tuple[P, bytes] | None:
-        """What ``data`` asks for, and its body, if it is one whole request with a known head."""
+    def find(self, data: bytes) -> tuple[Known[P], bytes] | None:
+        """What is known of the head of ``data``, and its body, if it is one whole request with a known head."""
         end = data.find(END) + len(END)
         known = self._known.get(data[:end])
         if known is None or len(data) - end != known.size:
             return None
-        return known.plan, data[end:]
+        return known, data[end:]
 
-    def remember(self, data: bytes, plan: P, size: int) -> None:
+    def remember(self, data: bytes, plan: P, size: int, again: Again | None = None) -> None:
         """``data`` is one whole request with a body of that size; its connection stays.
 
         Not remembered is a head in which anything but whole line ends might end a line, or which may be told otherwise
@@ -50,6 +53,6 @@ class Heads(Generic[P]):
             return
         if head.count(b"\n") != head.count(b"\r\n") or ID in head.lower():
             return
-        self._known[head] = Known(plan, size)
+        self._known[head] = Known(plan, size, again)
         if len(self._known) > MOST_KNOWN:
             self._known.popitem(last=False)

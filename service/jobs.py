@@ -11,16 +11,33 @@ import numpy as np
 T = TypeVar("T")
 
 
+class Again(NamedTuple):
+    """How a request goes on whose head is that of one before, and whose body is as long: nothing is checked anew.
+
+    Its body is the rows, as levels of 8 bits, in that ``shape``; ``answer`` is what is made of the job's result.
+    """
+
+    key: Hashable
+    shape: tuple[int, ...]
+    run: Callable[[np.ndarray], Any]
+    answer: Callable[[Any], tuple[bytes, str]]
+
+    def job(self, body: bytes) -> Job:
+        """The job for that body."""
+        return Job(self.key, np.frombuffer(body, np.uint8).reshape(self.shape), self.run)
+
+
 class Job(NamedTuple):
     """``run`` of ``rows`` [N,…], N ≥ 1, where a row's results are bitwise the same whatever rows are beside it.
 
     Rows of jobs of one ``key`` may be computed in one run; results are arrays along the rows, and tuples and
-    dictionaries of these.
+    dictionaries of these. ``again`` tells of requests like this one, where their heads alone say what they ask for.
     """
 
     key: Hashable
     rows: np.ndarray
     run: Callable[[np.ndarray], Any]
+    again: Again | None = None
 
 
 Work = Generator[Job, Any, T]

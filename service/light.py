@@ -9,10 +9,10 @@ import math
 import re
 import struct
 
+from service.codecs import OCTETS
 from service.plain_png import FIRST, HEAD
 from service.routes.house import JSON, NPY, PNG, Call
 
-OCTETS = "application/octet-stream"
 MOST_BYTES = 2**16  # of a body
 MOST_PIXELS = 2**16  # of a PNG, by its header: few bytes may hold many
 MOST_ROWS, MOST_NUMBERS = 64, 2**16

@@ -135,15 +135,17 @@ class GuardedProtocol(HttpToolsProtocol):
             return False
         self._disarm()
         self._unset_keepalive_if_required()
-        plan, body = found
-        return self._taken(plan, "", body, keep_alive=True)
+        known, body = found
+        if known.again is None:
+            return self._taken(known.plan, "", body, keep_alive=True)
+        return self._is_under_way(self.direct.repeat(self, known.plan, known.again, body))
 
     def _remember(self, data: bytes) -> None:
         """The head of a whole request that was taken."""
         assert self.direct is not None
         exchange: Exchange = self.cycle  # type: ignore[assignment]
         if exchange.keep_alive:
-            self.direct.heads.remember(data, exchange.plan, exchange.size)
+            self.direct.heads.remember(data, exchange.plan, exchange.size, exchange.job.again)
 
     def _may_take(self) -> bool:
         """Nothing of what comes while another answer is under way, or not read."""
@@ -198,7 +200,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _taken(self, plan: Plan, asked_for: str, body: bytes, keep_alive: bool) -> bool:
         assert self.direct is not None
-        exchange = self.direct.take(self, plan, asked_for, body, keep_alive)
+        return self._is_under_way(self.direct.take(self, plan, asked_for, body, keep_alive))
+
+    def _is_under_way(self, exchange: Exchange | None) -> bool:
         if exchange is not None:
             self.cycle = exchange  # type: ignore[assignment]
         return exchange is not None

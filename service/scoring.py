@@ -6,7 +6,7 @@ The HTTP route and ``vaeserve score`` both end here.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ from service.corruption import UNIT as UNIT_OF_CORRUPTION
 from service.drift import Place, place
 from service.errors import InvalidInput, UnsupportedVerb
 from service.false_discovery import benjamini_hochberg, least_discoveries, q_values
-from service.jobs import Job, Work, finish
 from service.maps import UNIT, MapKind, Scale
 from service.model import Model, Scores
 from service.pictures import encode_heat_maps, encode_overlays
@@ -84,6 +83,11 @@ class Asked:
     key: Hashable
     places: dict[str, Place]
 
+    @property
+    def beside(self) -> tuple[bool, dict[str, ScoreDefinition], MapKind | None, bool]:
+        """What is wanted beside the chosen score, as models take it."""
+        return self.parameters.map, self.also, self.parameters.map_kind, self.parameters.top_latents > 0
+
 
 @dataclass(frozen=True)
 class Verdicts:
@@ -146,12 +150,19 @@ def judge(served: Served, x: Rows, asked: ScoreParameters, default_rate: float) 
             false-positive rate.
     """
     # The thresholds come first: a rate that the calibration cannot answer must not cost a computation.
-    return finish(judging(served, x, meaning(served, asked, default_rate)))
+    meant = meaning(served, asked, default_rate)
+    return verdicts_of(served, meant, scorer(served, meant)(x))
 
 
-def judging(served: Served, x: Rows, meant: Asked) -> Work[Verdicts]:
-    """As ``judge``, the scores as a job."""
-    scores = yield from _scores(served, x, meant)
+def scorer(served: Served, meant: Asked) -> Callable[[Any], Scores | TiledScores]:
+    """The scores that are meant, as a function of rows; of whole images, for a model of tiles."""
+    score: Callable[..., Scores | TiledScores] = (served.tiled or served.model).score
+    definition, beside = meant.chosen.definition, meant.beside
+    return lambda rows: score(rows, definition, *beside)
+
+
+def verdicts_of(served: Served, meant: Asked, scores: Scores | TiledScores) -> Verdicts:
+    """What the calibration says of them."""
     name, asked = meant.chosen.name, meant.parameters
     judged = _judged(served, name, scores.score, meant.plan, asked)
     also = {name: _judged(served, name, scores.also[name], plan, asked) for name, plan in meant.plans.items()}
@@ -190,16 +201,6 @@ def no_verdicts(served: Served, asked: ScoreParameters, default_rate: float) -> 
     meant = meaning(served, asked, default_rate)
     reasons = [meant.plan.reason, *(each.reason for each in meant.plans.values() if each.n is None)]
     return list(dict.fromkeys(reason for reason in reasons if reason))
-
-
-def _scores(served: Served, x: Rows, meant: Asked) -> Work[Scores | TiledScores]:
-    asked, definition = meant.parameters, meant.chosen.definition
-    beside = (asked.map, meant.also, asked.map_kind, asked.top_latents > 0)
-    if served.tiled is not None:
-        return served.tiled.score(x, definition, *beside)
-    assert isinstance(x, np.ndarray)
-    scores: Scores = yield Job(meant.key, x, lambda rows: served.model.score(rows, definition, *beside))
-    return scores
 
 
 def _plan(served: Served, chosen: Chosen, asked: ScoreParameters, default_rate: float) -> Judged:

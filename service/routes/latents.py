@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from fastapi.responses import Response
 from service import codecs
 from service.errors import InvalidInput
 from service.jobs import Job, Work, finish
+from service.model import Encoding
 from service.routes.documents import DATA_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
-from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, Content, Verb, dump
+from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, Content, Verb, dump, repeatable
 from service.routes.inputs import LATENTS, data_names, parameters, read_latents, read_pair, read_x
 from service.schemas import (
     DecodeParameters,
@@ -78,8 +80,14 @@ def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
     model, samples, seed = call.served.model, asked.samples, asked.seed
-    posterior = yield Job(("encode", model, samples, seed), x, lambda rows: model.encode(rows, samples, seed))
-    call.house.metrics.rows("encode", len(x))
+    answer = partial(_encoded, asked, media_type)
+    key = ("encode", model, samples, seed)
+    posterior = yield repeatable(call, key, x, lambda rows: model.encode(rows, samples, seed), answer)
+    return answer(call, posterior)
+
+
+def _encoded(asked: EncodeParameters, media_type: str, call: Call, posterior: Encoding) -> Content:
+    call.house.metrics.rows("encode", len(posterior.loc))
     if media_type == NPY:
         return codecs.encode_npy(getattr(posterior, asked.array)), NPY
     content: dict[str, Any] = {"model": call.served.identity, "loc": posterior.loc, "scale": posterior.scale}
@@ -111,8 +119,13 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), _numbers(call))
     model, seed = call.served.model, asked.seed
-    decoded = yield Job(("reconstruct", model, seed), x, lambda rows: model.reconstruct(rows, seed))
-    call.house.metrics.rows("reconstruct", len(x))
+    answer, key = partial(_reconstructed, media_type), ("reconstruct", model, seed)
+    decoded = yield repeatable(call, key, x, lambda rows: model.reconstruct(rows, seed), answer)
+    return answer(call, decoded)
+
+
+def _reconstructed(media_type: str, call: Call, decoded: np.ndarray) -> Content:
+    call.house.metrics.rows("reconstruct", len(decoded))
     return _show(call, media_type, decoded)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from fastapi.responses import Response
 from service import codecs
 from service.bundle import ScoreDefinition
 from service.errors import InvalidInput
-from service.jobs import Work, finish
+from service.jobs import Job, Work, finish
 from service.maps import PASSES
+from service.model import Scores
 from service.routes.documents import DATA_BODY, answers
-from service.routes.house import JSON, NPY, PNG, Call, CallDep, Content, Verb, dump
+from service.routes.house import JSON, NPY, PNG, Call, CallDep, Content, Verb, dump, repeatable
 from service.routes.inputs import data_names, parameters, read_images, read_x
 from service.schemas import Scored, ScoreParameters
 from service.scoring import (
@@ -27,12 +29,14 @@ from service.scoring import (
     UsedMap,
     Verdicts,
     draw_maps,
-    judging,
     meaning,
     rows,
+    scorer,
     top_latents,
     used_map,
+    verdicts_of,
 )
+from service.tiled import TiledScores
 
 router = APIRouter(tags=["scoring"])
 
@@ -64,14 +68,26 @@ def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     _limit_work(call, x, passes, asked)
     if asked.map and media_type != JSON:
         _check_one_size(x)
-    verdicts = yield from judging(call.served, x, meant)
+    # Maps are drawn over what was sent; nothing else is asked of it any more.
+    answer = partial(_answer, meant, used, media_type, x if asked.map else ())
+    run = scorer(call.served, meant)
+    if call.served.tiled is not None:
+        return answer(call, run(x))
+    assert isinstance(x, np.ndarray)
+    job = Job(meant.key, x, run) if asked.map else repeatable(call, meant.key, x, run, answer)
+    return answer(call, (yield job))
+
+
+def _answer(meant: Asked, used: UsedMap, media_type: str, x: Rows, call: Call, scores: Scores | TiledScores) -> Content:
+    """``x``: what was scored, if there are maps of it."""
+    verdicts = verdicts_of(call.served, meant, scores)
     _count(call, verdicts)
     _watch(call, verdicts, meant)
     if media_type == JSON:
         return dump(_content(call, verdicts, meant, used)), JSON
     if media_type == PNG:
         assert verdicts.scores.map is not None
-        return draw_maps(x, verdicts.scores.map, used, asked.map_picture), PNG
+        return draw_maps(x, verdicts.scores.map, used, meant.parameters.map_picture), PNG
     maps = _maps(call, verdicts)
     return codecs.encode_npy(verdicts.scores.score if maps is None else np.stack(list(maps))), NPY
 

@@ -39,10 +39,10 @@ def client(ppca_root):
 @pytest.fixture
 def ways(monkeypatch):
     """Names of the ways that requests took."""
-    taken, take, asked = [], Direct.take, express.Express._asked
+    taken, enter, asked = [], Direct._enter, express.Express._asked
 
     def told_taken(self, *given):
-        exchange = take(self, *given)
+        exchange = enter(self, *given)
         if exchange is not None:
             taken.append("direct")
         return exchange
@@ -52,7 +52,7 @@ def ways(monkeypatch):
             taken.append("asgi")
         return asked(self, scope)
 
-    monkeypatch.setattr(Direct, "take", told_taken)
+    monkeypatch.setattr(Direct, "_enter", told_taken)
     monkeypatch.setattr(express.Express, "_asked", told_asked)
     return taken
 

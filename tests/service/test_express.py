@@ -21,7 +21,7 @@ from service.light import MOST_BYTES
 from service.repository import load_bundle
 from service.runtime import Runtime
 from service.schemas import ScoreParameters
-from service.scoring import judging, meaning
+from service.scoring import meaning
 from tests.ppca_bundle import LATENT_DIM, images
 from tests.service.http import assert_problem, npy, serving
 
@@ -219,7 +219,7 @@ def test_scores_that_differ_in_anything_are_never_computed_together(ppca_path):
     served = load_bundle(ppca_path, Runtime("cpu", threads=1))
     asked = [{}, {"also": "elbo"}, {"also": "iwae"}, {"map": True}, {"map": True, "map_kind": "distortion"}]
     asked += [{"top_latents": 1}, {"k": 3}, {"seed": 1}, {"estimator": "iwae"}]
-    keys = [next(judging(served, X, meaning(served, ScoreParameters(**each), 0.05))).key for each in asked]
+    keys = [meaning(served, ScoreParameters(**each), 0.05).key for each in asked]
     assert len(set(keys)) == len(keys)
-    again = next(judging(served, X, meaning(served, ScoreParameters(false_positive_rate=0.2), 0.05))).key
+    again = meaning(served, ScoreParameters(false_positive_rate=0.2), 0.05).key
     assert again == keys[0]  # what is made of a score is each request's own

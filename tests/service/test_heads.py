@@ -24,8 +24,8 @@ def known(*requests, size=3):
 
 
 def test_the_same_head_with_a_whole_body_is_found():
-    assert known(HEAD + b"abc").find(HEAD + b"xyz") == ("plan", b"xyz")
-    assert known(HEAD, size=0).find(HEAD) == ("plan", b"")
+    assert known(HEAD + b"abc").find(HEAD + b"xyz") == (("plan", 3, None), b"xyz")
+    assert known(HEAD, size=0).find(HEAD) == (("plan", 0, None), b"")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_oldest_heads_are_forgotten():
     numbered = [HEAD.replace(b"/a", b"/%d" % i) + b"abc" for i in range(MOST_KNOWN + 1)]
     found = known(*numbered)
     assert found.find(numbered[0]) is None
-    assert found.find(numbered[1]) == found.find(numbered[-1]) == ("plan", b"abc")
+    assert found.find(numbered[1]) == found.find(numbered[-1]) == (("plan", 3, None), b"abc")
 
 
 @pytest.fixture(autouse=True)
@@ -220,13 +220,13 @@ def test_a_connection_whose_first_head_is_known_stays_open_until_it_is_idle_for_
 
 
 def test_a_connection_is_not_idle_while_a_known_request_is_under_way(connect, looked_up, monkeypatch):
-    timers, take = [], Direct.take
+    timers, enter = [], Direct._enter
 
     def told(self, connection, *given):
         timers.append(connection.timeout_keep_alive_task)
-        return take(self, connection, *given)
+        return enter(self, connection, *given)
 
-    monkeypatch.setattr(Direct, "take", told)
+    monkeypatch.setattr(Direct, "_enter", told)
     asked(connect, raw(), raw(), raw())
     assert looked_up == [ROW] * 2
     assert timers == [None] * 3
