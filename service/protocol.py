@@ -96,6 +96,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._held: tuple[Plan, str] | None = None  # what the request asks for whose headers are held back, its id
         self._parts: list[bytes] = []  # of its body
         self._keep_alive = True
+        self._idle_since: float | None = None  # by the loop's clock; None while a request is under way
         self.headers: list[tuple[bytes, bytes]] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -106,6 +107,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self._held, self._parts = None, []
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         super().connection_lost(exc)
 
     def eof_received(self) -> None:
@@ -221,6 +224,35 @@ class GuardedProtocol(HttpToolsProtocol):
         """Close the connection as soon as what has begun on it is answered."""
         self._let_go()
         super().shutdown()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but that the timer of an idle connection is not another one after each answer."""
+        if self.pipeline or self.transport.is_closing():
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        self.flow.resume_reading()
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_later(self.timeout_keep_alive)
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def _look_later(self, seconds: float) -> None:
+        """Whether the connection has been idle for long."""
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close what has been idle for long; look again later at what has not; the next answer has it looked at."""
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None:
+            return
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._look_later(left)
+        else:
+            super().timeout_keep_alive_handler()
 
     def answer(self, data: bytes, keep_alive: bool) -> None:
         """Write a whole answer, and close the connection after it or go on to the next request."""

@@ -219,17 +219,30 @@ def test_a_connection_whose_first_head_is_known_stays_open_until_it_is_idle_for_
     assert stream.read() == b""
 
 
-def test_a_connection_is_not_idle_while_a_known_request_is_under_way(connect, looked_up, monkeypatch):
-    timers, enter = [], Direct._enter
+def test_a_connection_is_idle_from_its_last_answer_on_and_not_while_a_known_request_is_under_way(
+    connect, looked_up, monkeypatch
+):
+    connections, held, enter, go_on = [], [], Direct._enter, Batcher._go_on
 
-    def told(self, connection, *given):
-        timers.append(connection.timeout_keep_alive_task)
+    def hurried(self, connection, *given):
+        connection.timeout_keep_alive = 0.2
+        connections.append(connection)
         return enter(self, connection, *given)
 
-    monkeypatch.setattr(Direct, "_enter", told)
-    asked(connect, raw(), raw(), raw())
-    assert looked_up == [ROW] * 2
-    assert timers == [None] * 3
+    monkeypatch.setattr(Direct, "_enter", hurried)
+    connection, stream = connect()
+    connection.sendall(raw())
+    answers(stream, 1)
+    monkeypatch.setattr(Batcher, "_go_on", lambda *given: held.append((asyncio.get_running_loop(), given)))
+    connection.sendall(raw())
+    while not looked_up or connections[-1].timeout_keep_alive_task is not None:  # it has been looked at
+        assert connect.client.get("/livez").status_code == 200
+    monkeypatch.setattr(Batcher, "_go_on", go_on)
+    loop, given = held[-1]
+    loop.call_soon_threadsafe(go_on, *given)
+    answers(stream, 1)
+    assert stream.read() == b""
+    assert connections[-1].timeout_keep_alive_task is None
 
 
 def test_a_known_request_waits_for_the_answer_before_it(connect, looked_up, monkeypatch):
