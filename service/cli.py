@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from service.environment import GivenSettings, check_environment
 from service.errors import ConfigurationError, VaeserveError
-from service.settings import Settings, check_environment
+from service.imports import import_fastapi
+from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.forker import Started
@@ -83,6 +85,7 @@ def _with_workers(settings: Settings) -> Settings:
 
 
 def _serve_alone(settings: Settings) -> None:
+    import_fastapi()
     from service.app import create_app
     from service.logs import configure_logs, get_logger
     from service.repository import load_repository
@@ -371,13 +374,13 @@ def read_settings(flags: list[str]) -> Settings:
         ConfigurationError: an unknown variable, or a value out of range; the text names the setting.
     """
     check_environment(os.environ)
-    return _in_words(lambda: CliApp.run(Settings, cli_args=flags))
+    return _in_words(lambda: CliApp.run(GivenSettings, cli_args=flags))
 
 
 def _settings(**overrides: object) -> Settings:
     check_environment(os.environ)
     given = {name: value for name, value in overrides.items() if value is not None}
-    return _in_words(lambda: Settings(**given))  # type: ignore[arg-type]
+    return _in_words(lambda: GivenSettings(**given))  # type: ignore[arg-type]
 
 
 def _in_words(make: Callable[[], T]) -> T:

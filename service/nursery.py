@@ -24,6 +24,7 @@ import orjson
 
 from service.channel import MOST_BYTES, Message, encode
 from service.errors import VaeserveError
+from service.imports import import_fastapi
 from service.interpreters import fresh_interpreter
 from service.settings import Settings
 
@@ -107,6 +108,7 @@ class Nursery:
         import uvicorn.lifespan.on
         import uvicorn.loops.auto  # noqa: F401 - uvloop's, where that is there
 
+        import_fastapi()
         import service.worker  # noqa: F401 - and with it the whole app
         from service.repository import load_repository
 

@@ -1,34 +1,19 @@
-"""Settings: the only reader of the environment. ``vaeserve serve`` derives its flags from the same fields."""
+"""Settings, whoever says them: flags and the environment are read by service/environment.py."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.cpus import available_cpus
-from service.errors import ConfigurationError
-
-PREFIX = "VAESERVE_"
 
 
-class Settings(BaseSettings):
-    """Serve bundles over HTTP. Each flag can also be given as the environment variable VAESERVE_<FLAG>."""
+class Settings(BaseModel):
+    """How bundles are served."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        extra="forbid",
-        frozen=True,
-        cli_prog_name="vaeserve serve",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_avoid_json=True,
-        cli_hide_none_type=True,
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     repository: Path = Field(default=Path("exported"), description="folder of bundles, NAME/VERSION/ each")
     default_model: str = Field(
@@ -103,20 +88,3 @@ class Settings(BaseSettings):
         assert self.workers != "auto"
         threads = max(1, available_cpus() // self.workers) if self.workers > 1 and not self.threads else self.threads
         return self.model_copy(update={"threads": threads})
-
-
-def check_environment(environ: Mapping[str, str]) -> None:
-    """Refuse variables with our prefix that are no setting: a typo must not be a silent default.
-
-    Raises:
-        ConfigurationError: names each unknown variable and the nearest known one.
-    """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
-    if unknown:
-        raise ConfigurationError("; ".join(_unknown(name, known) for name in unknown))
-
-
-def _unknown(name: str, known: set[str]) -> str:
-    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
-    return f"unknown setting {name} in the environment: did you mean {nearest[0]}?"

@@ -6,8 +6,9 @@ import pytest
 
 from service import settings
 from service.cli import read_settings
+from service.environment import check_environment
 from service.errors import ConfigurationError
-from service.settings import Settings, check_environment
+from service.settings import Settings
 
 
 @pytest.fixture(autouse=True)
