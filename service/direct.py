@@ -139,7 +139,14 @@ class Direct:
 
     def repeat(self, connection: Connection, plan: Plan, again: Again, body: bytes) -> Exchange | None:
         """As ``take``, of a request with the head of one that was taken, and a body as long, on a kept connection."""
-        return self._enter(connection, plan, asked_id(""), True, again.job(body), again.answer, len(body))
+        try:
+            rows = again.read(body)
+        except VaeserveError:  # refused there in the same words
+            return None
+        if rows is None:
+            return None
+        job = Job(again.key, rows, again.run)
+        return self._enter(connection, plan, asked_id(""), True, job, again.answer, len(body))
 
     def _enter(
         self,

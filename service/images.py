@@ -144,6 +144,14 @@ def read_image(image: Image.Image, preprocessing: Preprocessing, strict: bool = 
     return apply(_upright(image), preprocessing, strict)
 
 
+def read_natural(data: bytes, preprocessing: Preprocessing) -> np.ndarray | None:
+    """uint8 [C,H,W] of a plain PNG that has the rule's own mode and size; None of all else, sound or not."""
+    image = read_plain_png(data)
+    if image is None or image.mode != preprocessing.mode or image.size != (preprocessing.width, preprocessing.height):
+        return None
+    return _levels(image)
+
+
 def read_whole(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Decode what ``open_image`` opened -> uint8 [C,h,w] in its own size, for a model of tiles.
 

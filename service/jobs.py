@@ -12,19 +12,16 @@ T = TypeVar("T")
 
 
 class Again(NamedTuple):
-    """How a request goes on whose head is that of one before, and whose body is as long: nothing is checked anew.
+    """How a request goes on whose head is that of one before, and whose body is as long: that is not looked at anew.
 
-    Its body is the rows, as levels of 8 bits, in that ``shape``; ``answer`` is what is made of the job's result.
+    ``read`` gives its rows, or None where such a body is to be looked at as any other; ``answer`` is what is made of
+    the job's result.
     """
 
     key: Hashable
-    shape: tuple[int, ...]
+    read: Callable[[bytes], np.ndarray | None]
     run: Callable[[np.ndarray], Any]
     answer: Callable[[Any], tuple[bytes, str]]
-
-    def job(self, body: bytes) -> Job:
-        """The job for that body."""
-        return Job(self.key, np.frombuffer(body, np.uint8).reshape(self.shape), self.run)
 
 
 class Job(NamedTuple):

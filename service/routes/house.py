@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Annotated, Any
 
-import numpy as np
 import orjson
 from fastapi import Depends, Request
 from fastapi.responses import Response
@@ -16,12 +15,12 @@ from starlette.types import Receive
 from service.arrays import parse_json
 from service.batching import Batcher
 from service.bundle import InputRule, Preprocessing
-from service.codecs import OCTETS, Limits, Reader, media_type
+from service.codecs import Limits, Reader, media_type
 from service.drift import DriftWatch
 from service.errors import LimitExceeded
 from service.headers import header
 from service.images import ImageLimits
-from service.jobs import Again, Job, Work
+from service.jobs import Work
 from service.metrics import Metrics
 from service.model import Model
 from service.negotiation import negotiate
@@ -183,23 +182,6 @@ async def get_call(request: Request, house: HouseDep) -> Call:
 
 
 CallDep = Annotated[Call, Depends(get_call)]
-
-
-def repeatable(
-    call: Call,
-    key: Hashable,
-    rows: np.ndarray,
-    run: Callable[[np.ndarray], Any],
-    answer: Callable[[Call, Any], Content],
-) -> Job:
-    """The job. Where the body is nothing but its rows, it tells how a request like this one goes on.
-
-    ``answer`` makes the answer of the result, and asks nothing of the call's body.
-    """
-    if call.media_type != OCTETS or rows.dtype != np.uint8:
-        return Job(key, rows, run)
-    bare = Call(call.house, call.served, call.content_type, call.media_type, call.accept)
-    return Job(key, rows, run, Again(key, rows.shape, run, partial(answer, bare)))
 
 
 def dump(content: dict[str, Any]) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import math
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -10,8 +13,12 @@ from pydantic import ValidationError
 from service import codecs
 from service.arrays import read_npy
 from service.bundle import ArrayPreprocessing, InputRule, Preprocessing
+from service.codecs import OCTETS
 from service.errors import InvalidInput
-from service.routes.house import JSON, NPY, Call
+from service.images import read_natural
+from service.jobs import Again, Job
+from service.light import is_light
+from service.routes.house import JSON, NPY, PNG, Call, Content
 from service.schemas import Parameters
 from service.tables import TableReader
 from service.wholes import WholeReader
@@ -66,6 +73,49 @@ def read_x(call: Call, strict: bool) -> np.ndarray:
         return table.read(call.media_type, call.body, lambda: call.document)
     reader = call.house.reader(call.served, strict)
     return reader.read_levels(call.content_type, call.body, lambda: call.document)
+
+
+def repeatable(
+    call: Call,
+    strict: bool,
+    key: Hashable,
+    x: np.ndarray,
+    run: Callable[[np.ndarray], Any],
+    answer: Callable[[Call, Any], Content],
+) -> Job:
+    """The job for x, which was read of that call. Where the body holds nothing else, it tells how others go on.
+
+    ``answer`` makes the answer of the result, and asks nothing of the call's body.
+    """
+    rule = call.rule
+    bare = Call(call.house, call.served, call.content_type, call.media_type, call.accept)
+    reads: dict[str, Callable[[bytes], np.ndarray | None]] = {}
+    if isinstance(rule, Preprocessing):
+        reads = {
+            OCTETS: partial(_levels, x.shape),
+            PNG: partial(_natural, rule),
+            NPY: partial(_alike, bare, strict, x.shape),
+        }
+    read = reads.get(call.media_type)
+    return Job(key, x, run, None if read is None else Again(key, read, run, partial(answer, bare)))
+
+
+def _levels(shape: tuple[int, ...], body: bytes) -> np.ndarray:
+    return np.frombuffer(body, np.uint8).reshape(shape)
+
+
+def _natural(rule: Preprocessing, body: bytes) -> np.ndarray | None:
+    image = read_natural(body, rule)
+    return None if image is None else image[None]
+
+
+def _alike(bare: Call, strict: bool, shape: tuple[int, ...], body: bytes) -> np.ndarray | None:
+    """The rows of an array, if they are read in a moment and of that shape."""
+    call = Call(bare.house, bare.served, bare.content_type, bare.media_type, bare.accept, body)
+    if not is_light(call, math.prod(shape[1:])):
+        return None
+    x = read_x(call, strict)
+    return x if x.shape == shape else None
 
 
 def read_images(call: Call) -> list[np.ndarray]:

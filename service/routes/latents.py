@@ -15,8 +15,8 @@ from service.errors import InvalidInput
 from service.jobs import Job, Work, finish
 from service.model import Encoding
 from service.routes.documents import DATA_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
-from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, Content, Verb, dump, repeatable
-from service.routes.inputs import LATENTS, data_names, parameters, read_latents, read_pair, read_x
+from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, Content, Verb, dump
+from service.routes.inputs import LATENTS, data_names, parameters, read_latents, read_pair, read_x, repeatable
 from service.schemas import (
     DecodeParameters,
     Encoded,
@@ -82,7 +82,7 @@ def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
     model, samples, seed = call.served.model, asked.samples, asked.seed
     answer = partial(_encoded, asked, media_type)
     key = ("encode", model, samples, seed)
-    posterior = yield repeatable(call, key, x, lambda rows: model.encode(rows, samples, seed), answer)
+    posterior = yield repeatable(call, asked.strict, key, x, lambda rows: model.encode(rows, samples, seed), answer)
     return answer(call, posterior)
 
 
@@ -120,7 +120,7 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
     call.house.limit_numbers_out(len(x), _numbers(call))
     model, seed = call.served.model, asked.seed
     answer, key = partial(_reconstructed, media_type), ("reconstruct", model, seed)
-    decoded = yield repeatable(call, key, x, lambda rows: model.reconstruct(rows, seed), answer)
+    decoded = yield repeatable(call, asked.strict, key, x, lambda rows: model.reconstruct(rows, seed), answer)
     return answer(call, decoded)
 
 

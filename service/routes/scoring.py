@@ -18,8 +18,8 @@ from service.jobs import Job, Work, finish
 from service.maps import PASSES
 from service.model import Scores
 from service.routes.documents import DATA_BODY, answers
-from service.routes.house import JSON, NPY, PNG, Call, CallDep, Content, Verb, dump, repeatable
-from service.routes.inputs import data_names, parameters, read_images, read_x
+from service.routes.house import JSON, NPY, PNG, Call, CallDep, Content, Verb, dump
+from service.routes.inputs import data_names, parameters, read_images, read_x, repeatable
 from service.schemas import Scored, ScoreParameters
 from service.scoring import (
     Asked,
@@ -74,7 +74,7 @@ def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     if call.served.tiled is not None:
         return answer(call, run(x))
     assert isinstance(x, np.ndarray)
-    job = Job(meant.key, x, run) if asked.map else repeatable(call, meant.key, x, run, answer)
+    job = Job(meant.key, x, run) if asked.map else repeatable(call, asked.strict, meant.key, x, run, answer)
     return answer(call, (yield job))
 
 

@@ -1,17 +1,25 @@
 """A head that was parsed once is looked up the next time, and asks for what the parser would find in it."""
 
 import asyncio
+import gc
+import io
 import re
 import socket
+from itertools import compress
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from service import heads, protocol
 from service.batching import Batcher
 from service.direct import Direct
 from service.heads import MOST_BYTES, MOST_KNOWN, Heads
-from tests.service.http import serving
+from service.jobs import Again
+from service.routes.house import Call
+from tests.service.http import APPS, npy, serving
 from tests.service.test_direct import ROW, answers, raw
+from tests.service.test_express import JSON, NPY
 
 HEAD = b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\n"
 
@@ -266,3 +274,151 @@ def test_a_full_store_forgets_and_answers_all_the_same(connect, looked_up, monke
     monkeypatch.setattr(heads, "MOST_KNOWN", 1)
     asked(connect, raw(), raw(host="y"), raw(), raw(host="y"), raw(host="y"))
     assert looked_up == [ROW]
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Bodies of the requests whose heads said all."""
+    bodies, kept = [], Direct.repeat
+
+    def told(self, connection, plan, again, body):
+        bodies.append(body)
+        return kept(self, connection, plan, again, body)
+
+    monkeypatch.setattr(Direct, "repeat", told)
+    return bodies
+
+
+def pictured(grey, level):
+    """As PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG", compress_level=level)
+    return buffer.getvalue()
+
+
+def padded(picture, size):
+    """Made so long by bytes behind it, which no reader of PNG looks at."""
+    return picture + bytes(size - len(picture))
+
+
+def odd(request):
+    """The same request by ASGI."""
+    return request.replace(b"content-type", b"expect: \r\ncontent-type")
+
+
+@pytest.mark.parametrize("accept", [NPY, JSON])
+@pytest.mark.parametrize("verb", ["encode", "reconstruct", "score"])
+def test_a_head_that_says_all_is_answered_as_by_asgi(connect, repeated, verb, accept):
+    bodies = [bytes(range(len(ROW))), ROW[::-1]]
+    found = asked(connect, raw(verb=verb, accept=accept), *(raw(body, verb, accept=accept) for body in bodies))
+    assert repeated == bodies
+    expected = asked(connect, *(odd(raw(body, verb, accept=accept)) for body in (ROW, *bodies)))
+    assert [body for _, body in found] == [body for _, body in expected]
+    assert repeated == bodies
+
+
+GREY = [np.full((8, 8), value, np.uint8) for value in (0, 3, 77)]
+
+
+@pytest.mark.parametrize("level", [0, 9])
+@pytest.mark.parametrize("accept", [NPY, JSON])
+def test_pictures_of_the_models_size_go_the_same_way(connect, repeated, accept, level):
+    bodies = [pictured(grey, level) for grey in GREY]
+    requests = [raw(body, accept=accept, **{"content-type": "image/png"}) for body in bodies]
+    found = asked(connect, *requests)
+    known = [len(body) in {len(before) for before in bodies[:index]} for index, body in enumerate(bodies)]
+    assert repeated == list(compress(bodies, known))
+    assert level or len(repeated) == 2
+    expected = asked(connect, *map(odd, requests))
+    assert [body for _, body in found] == [body for _, body in expected]
+
+
+def test_what_the_head_does_not_tell_is_looked_at_in_each_body(connect, repeated):
+    """Of a body as long another may be no array, one of other rows, or hold numbers that are no pixels."""
+    rows = [
+        np.full((2, 8, 8), 0.5, np.float32),
+        np.full((2, 1, 8, 8), 0.5, np.float32),
+        np.full((2, 8, 8), 2.0, np.float32),
+    ]
+    good, alike, bad = map(npy, rows)
+    assert len(good) == len(alike) == len(bad)
+    bodies = [good, good, alike, bad, good[:-300] + bytes(300), b"x" * len(good), good]
+    requests = [raw(body, accept=JSON, **{"content-type": NPY}) for body in bodies]
+    found, expected = asked(connect, *requests), asked(connect, *map(odd, requests))
+    said = [re.sub(rb'"request_id":"[^"]*"', b"", body) for _, body in found]
+    assert said == [re.sub(rb'"request_id":"[^"]*"', b"", body) for _, body in expected]
+    assert [head[9:12] for head, _ in found] == [head[9:12] for head, _ in expected]
+    assert {head[9:12] for head, _ in found} == {b"200", b"422"}
+    assert b"pixels as float32 from 0 to 1" in found[3][1]
+
+
+def test_a_picture_that_only_looks_like_the_one_before_is_read_as_any_other(connect, repeated):
+    """Damaged, of another size, or not of the plain kind: of as many bytes as the first."""
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    first, wide = pictured(grey, 0), pictured(grey.reshape(4, 16), 0)
+    damaged = first[:-20] + bytes(20)
+    longest = max(len(first), len(wide)) + 40
+    bodies = [padded(first, longest), padded(wide, longest), padded(damaged, longest), padded(first, longest)]
+    requests = [raw(body, accept=JSON, **{"content-type": "image/png"}) for body in bodies]
+    found, expected = asked(connect, *requests), asked(connect, *map(odd, requests))
+    assert [head[9:12] for head, _ in found] == [head[9:12] for head, _ in expected] == [b"200", b"200", b"422", b"200"]
+    assert found[0][1] == found[3][1] != found[1][1]
+    assert found[1][1] == expected[1][1]
+    assert len(repeated) == 3
+
+
+def test_rows_are_counted_as_those_of_unknown_heads(connect, repeated):
+    asked(connect, raw(verb="score"), raw(verb="score"), raw(verb="score"))
+    assert len(repeated) == 2
+    text = connect.client.get("/metrics").text
+    assert 'vaeserve_images_scored_total{model="ppca"} 3.0' in text
+    assert 'vaeserve_batch_size_sum{verb="score"} 3.0' in text
+    assert 'vaeserve_p_value_count{model="ppca"} 3.0' in text
+    assert connect.client.get("/v1/models/ppca/drift").json()["seen"] == 3
+
+
+def test_they_are_refused_as_others_are(connect, repeated, monkeypatch):
+    house = APPS[connect.client].state.house
+    connection, stream = connect()
+    connection.sendall(raw())
+    answers(stream, 1)
+    with monkeypatch.context() as full:
+        full.setattr(house.pool, "capacity", 0)
+        connection.sendall(raw())
+        ((head, body),) = answers(stream, 1)
+    assert head.startswith(b"HTTP/1.1 429")
+    assert b"try again later" in body
+    assert repeated == [ROW]
+    connection.sendall(raw())
+    assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 200")
+
+
+def test_bodies_of_known_heads_count_into_the_memory_of_all(ppca_root, repeated, monkeypatch):
+    held, kept = [], Batcher.take
+
+    def told(self, ticket):
+        held.append(ticket.direct.bodies.held)
+        return kept(self, ticket)
+
+    monkeypatch.setattr(Batcher, "take", told)
+    with (
+        serving(ppca_root, max_buffered_bytes=1024) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection,
+    ):
+        stream = connection.makefile("rb")
+        for _ in range(40):
+            connection.sendall(raw())
+            assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 200")
+    assert len(repeated) == 39
+    assert held == [0] * 40  # given back each time
+
+
+def test_nothing_of_a_body_is_kept_with_its_head(connect, repeated):
+    for verb in ("encode", "reconstruct", "score"):
+        asked(connect, raw(verb=verb), raw(verb=verb))
+    assert len(repeated) == 3
+    gc.collect()
+    assert [each for each in gc.get_objects() if type(each) is Call and each.body] == []
+    kept = [each for each in gc.get_objects() if type(each) is Again]
+    assert len(kept) >= 3
+    assert not any(isinstance(cell.cell_contents, np.ndarray) for each in kept for cell in each.run.__closure__)
