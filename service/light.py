@@ -49,14 +49,18 @@ def _plain_rows(call: Call, numbers: int) -> int | None:
 
 
 def _npy_rows(call: Call) -> int | None:
-    """By the header: latents [M,L], or rows that end in the model's own height and width."""
+    """By the header: latents [M,L], or rows in the model's own size, of images the channels first, last or left out."""
     found = NPY_SHAPE.search(call.body[:NPY_HEAD])
     shape = [int(side) for side in found[1].split(b",") if side.strip()] if found else []
     natural = list(call.rule.natural)
     width = call.served.manifest.signature.latent_dim
     if len(shape) == 2 and shape[1] == width:
         return shape[0]
-    if shape[-len(natural) :] == natural or (call.rule.kind == "image" and shape[-2:] == natural[:2]):
+    ends = [natural]
+    if call.rule.kind == "image":
+        channels, *size = natural
+        ends += [[*size, channels], *([size] if channels == 1 else [])]
+    if any(shape[-len(end) :] == end for end in ends):
         return math.prod(shape) // math.prod(natural) if math.prod(natural) else None
     return None
 

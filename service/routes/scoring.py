@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from service import codecs
 from service.bundle import ScoreDefinition
 from service.errors import InvalidInput
-from service.jobs import Job, Work, finish
+from service.jobs import Work, finish
 from service.maps import PASSES
 from service.model import Scores
 from service.routes.documents import DATA_BODY, answers
@@ -74,8 +74,7 @@ def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     if call.served.tiled is not None:
         return answer(call, run(x))
     assert isinstance(x, np.ndarray)
-    job = Job(meant.key, x, run) if asked.map else repeatable(call, asked.strict, meant.key, x, run, answer)
-    return answer(call, (yield job))
+    return answer(call, (yield repeatable(call, asked.strict, meant.key, x, run, answer)))
 
 
 def _answer(meant: Asked, used: UsedMap, media_type: str, x: Rows, call: Call, scores: Scores | TiledScores) -> Content:

@@ -227,30 +227,49 @@ def test_a_connection_whose_first_head_is_known_stays_open_until_it_is_idle_for_
     assert stream.read() == b""
 
 
-def test_a_connection_is_idle_from_its_last_answer_on_and_not_while_a_known_request_is_under_way(
-    connect, looked_up, monkeypatch
-):
-    connections, held, enter, go_on = [], [], Direct._enter, Batcher._go_on
+@pytest.fixture
+def hurried(monkeypatch):
+    """Connections, once for each request that was taken; they are idle for long after 0.2 s."""
+    connections, enter = [], Direct._enter
 
-    def hurried(self, connection, *given):
+    def told(self, connection, *given):
         connection.timeout_keep_alive = 0.2
         connections.append(connection)
         return enter(self, connection, *given)
 
-    monkeypatch.setattr(Direct, "_enter", hurried)
+    monkeypatch.setattr(Direct, "_enter", told)
+    return connections
+
+
+def test_a_connection_is_not_idle_while_a_known_request_is_under_way(connect, looked_up, hurried, monkeypatch, caplog):
+    held, go_on = [], Batcher._go_on
     connection, stream = connect()
     connection.sendall(raw())
     answers(stream, 1)
     monkeypatch.setattr(Batcher, "_go_on", lambda *given: held.append((asyncio.get_running_loop(), given)))
     connection.sendall(raw())
-    while not looked_up or connections[-1].timeout_keep_alive_task is not None:  # it has been looked at
+    while not looked_up or hurried[-1].timeout_keep_alive_task is not None:  # it has been looked at
         assert connect.client.get("/livez").status_code == 200
     monkeypatch.setattr(Batcher, "_go_on", go_on)
     loop, given = held[-1]
     loop.call_soon_threadsafe(go_on, *given)
     answers(stream, 1)
     assert stream.read() == b""
-    assert connections[-1].timeout_keep_alive_task is None
+    assert hurried[-1].timeout_keep_alive_task is None
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_a_connection_is_idle_from_its_last_answer_on(connect, hurried):
+    connection, stream = connect()
+    connection.sendall(raw())
+    answers(stream, 1)
+    first = hurried[0].timeout_keep_alive_task
+    while first is hurried[0].timeout_keep_alive_task:  # there is an answer shortly before it is looked at, at any time
+        connection.sendall(raw())
+        answers(stream, 1)
+    connection.sendall(raw())
+    assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 200")
+    assert stream.read() == b""
 
 
 def test_a_known_request_waits_for_the_answer_before_it(connect, looked_up, monkeypatch):
@@ -282,8 +301,10 @@ def repeated(monkeypatch):
     bodies, kept = [], Direct.repeat
 
     def told(self, connection, plan, again, body):
-        bodies.append(body)
-        return kept(self, connection, plan, again, body)
+        exchange = kept(self, connection, plan, again, body)
+        if exchange is not None:
+            bodies.append(body)
+        return exchange
 
     monkeypatch.setattr(Direct, "repeat", told)
     return bodies
@@ -345,6 +366,33 @@ def test_what_the_head_does_not_tell_is_looked_at_in_each_body(connect, repeated
     assert [head[9:12] for head, _ in found] == [head[9:12] for head, _ in expected]
     assert {head[9:12] for head, _ in found} == {b"200", b"422"}
     assert b"pixels as float32 from 0 to 1" in found[3][1]
+    assert repeated == [good, alike]
+
+
+def test_what_would_be_resized_is_not_read_on_the_event_loop(connect, repeated):
+    natural, large = (npy(np.full((2, side, side), 7, np.uint8)) for side in (8, 16))
+    as_long = npy(np.zeros((8, 8, 8), np.uint8))
+    assert len(large) == len(as_long) != len(natural)
+    requests = [raw(body, **{"content-type": NPY}) for body in (as_long, as_long, large, as_long)]
+    found, expected = asked(connect, *requests), asked(connect, *map(odd, requests))
+    assert [body for _, body in found] == [body for _, body in expected]
+    assert large not in repeated
+    assert len(repeated) >= 1
+
+
+def test_a_head_does_not_tell_how_many_rows_an_array_has(ppca_root, repeated):
+    """Arrays of as many bytes: two rows of float32, and eight of uint8, which are more than may be answered."""
+    two, eight = npy(np.full((2, 8, 8), 0.5, np.float32)), npy(np.zeros((8, 8, 8), np.uint8))
+    assert len(two) == len(eight)
+    with (
+        serving(ppca_root, max_numbers_out=60) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection,
+    ):
+        stream = connection.makefile("rb")
+        for body, status in ((two, b"200"), (two, b"200"), (eight, b"422")):
+            connection.sendall(raw(body, **{"content-type": NPY}))
+            assert answers(stream, 1)[0][0][9:12] == status
+    assert repeated == [two]
 
 
 def test_a_picture_that_only_looks_like_the_one_before_is_read_as_any_other(connect, repeated):
@@ -358,7 +406,7 @@ def test_a_picture_that_only_looks_like_the_one_before_is_read_as_any_other(conn
     assert [head[9:12] for head, _ in found] == [head[9:12] for head, _ in expected] == [b"200", b"200", b"422", b"200"]
     assert found[0][1] == found[3][1] != found[1][1]
     assert found[1][1] == expected[1][1]
-    assert len(repeated) == 3
+    assert repeated == []
 
 
 def test_rows_are_counted_as_those_of_unknown_heads(connect, repeated):
@@ -382,7 +430,7 @@ def test_they_are_refused_as_others_are(connect, repeated, monkeypatch):
         ((head, body),) = answers(stream, 1)
     assert head.startswith(b"HTTP/1.1 429")
     assert b"try again later" in body
-    assert repeated == [ROW]
+    assert repeated == []
     connection.sendall(raw())
     assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 200")
 
@@ -415,4 +463,6 @@ def test_nothing_of_a_body_is_kept_with_its_head(connect, repeated):
     assert [each for each in gc.get_objects() if type(each) is Call and each.body] == []
     kept = [each for each in gc.get_objects() if type(each) is Again]
     assert len(kept) >= 3
-    assert not any(isinstance(cell.cell_contents, np.ndarray) for each in kept for cell in each.run.__closure__)
+    for each in kept:
+        found = [*(cell.cell_contents for cell in each.run.__closure__), *each.answer.args]
+        assert not any(isinstance(one, np.ndarray | bytes) for one in found)

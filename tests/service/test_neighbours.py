@@ -58,11 +58,15 @@ def test_what_float32_cannot_tell_apart_is_held_against_all(held_against_all):
     assert len(held_against_all) == 1
 
 
-@pytest.mark.parametrize("far", [0, 300, 395, 400])
-def test_points_beyond_the_squares_of_float32_count_too(far):
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("far", [0, 300, 394, 396, 400])
+def test_points_beyond_the_squares_of_float32_count_too(far, apart):
+    """On one side, or on both, so that their mean is among those that are near."""
     random = np.random.default_rng(0)
     points = random.standard_normal((400, 4)).astype(np.float32)
     points[:far] *= np.float32(1e30)
+    if apart:
+        points[1:far:2] = -points[:far:2]
     rows = np.concatenate([points[:3], points[-3:], np.full((1, 4), 3e38, np.float32)])
     assert np.array_equal(Neighbours(points, COUNT).distances(rows), by_all(points, rows))
 
