@@ -25,6 +25,7 @@ import numpy as np
 import onnxruntime as ort
 
 from service import estimators, noise
+from service.aligned import aligned_empty
 from service.bundle import FITTED, REFERENCE, Bundle, Graph, ScoreDefinition
 from service.contributions import DRAWS, Marginals, divergences, is_standard_normal
 from service.corruption import SIZES as CORRUPTION_SIZES
@@ -501,7 +502,7 @@ class Model:
             parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}
             outputs = self._density_by_x.run({"target": target, "z": z, **parameters}, outputs=wanted)
         else:
-            feeds = {"target": np.repeat(target, k, axis=0), "z": z.reshape(n * k, 1, latent_dim)}
+            feeds = {"target": _repeated(target, k), "z": z.reshape(n * k, 1, latent_dim)}
             feeds |= {name: value[:, None] for name, value in parameters.items()}
             outputs = self._density.run(feeds, outputs=wanted)
         log_p_x_map = outputs["log_p_x_map"].reshape(n, k, *self._shape) if places else np.empty((n, k, 0), np.float32)
@@ -597,6 +598,13 @@ class Model:
         if not finite.all():
             raise InvalidInput(f"z, row {int(np.argmin(finite))}: expected finite float32 numbers")
         return z
+
+
+def _repeated(rows: np.ndarray, times: int) -> np.ndarray:
+    """Each row so many times, aligned: batches of them need not be copied."""
+    found = aligned_empty((len(rows) * times, *rows.shape[1:]), rows.dtype)
+    found.reshape(len(rows), times, *rows.shape[1:])[:] = rows[:, None]
+    return found
 
 
 def _first_fault(x: np.ndarray, is_image: bool) -> str:

@@ -242,7 +242,11 @@ def _elements(values: Iterable[np.ndarray]) -> int:
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    """One after the other, aligned: the next graph's batches then need not be copied."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = aligned_empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    return np.concatenate(parts, out=joined)
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
