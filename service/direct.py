@@ -135,7 +135,9 @@ class Direct:
             job = next(work)
         except Exception:  # noqa: BLE001 - refused there in the same words, or found to be a fault of ours
             return None
-        return self._enter(connection, plan, asked_id(asked_for), keep_alive, job, partial(_end, work), len(body))
+        return self._enter(
+            connection, plan, asked_id(asked_for), keep_alive, job, partial(_content_of, work), len(body)
+        )
 
     def repeat(self, connection: Connection, plan: Plan, again: Again, body: bytes) -> Exchange | None:
         """As ``take``, of a request with the head of one that was taken, and a body as long, on a kept connection."""
@@ -170,7 +172,7 @@ class Direct:
         return exchange
 
 
-def _end(work: Work[Content], result: Any) -> Content:
+def _content_of(work: Work[Content], result: Any) -> Content:
     """What the work makes of its only job's result."""
     try:
         work.send(result)

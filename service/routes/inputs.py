@@ -88,16 +88,17 @@ def repeatable(
     ``answer`` makes the answer of the result, and asks nothing of the call's body.
     """
     rule = call.rule
+    if not isinstance(rule, Preprocessing) or call.media_type not in (OCTETS, PNG, NPY):
+        return Job(key, x, run)
     bare = Call(call.house, call.served, call.content_type, call.media_type, call.accept)
-    reads: dict[str, Callable[[bytes], np.ndarray | None]] = {}
-    if isinstance(rule, Preprocessing):
-        reads = {
-            OCTETS: partial(_levels, x.shape),
-            PNG: partial(_natural, rule),
-            NPY: partial(_alike, bare, strict, x.shape),
-        }
-    read = reads.get(call.media_type)
-    return Job(key, x, run, None if read is None else Again(key, read, run, partial(answer, bare)))
+    read: Callable[[bytes], np.ndarray | None]
+    if call.media_type == OCTETS:
+        read = partial(_levels, x.shape)
+    elif call.media_type == PNG:
+        read = partial(_natural, rule)
+    else:
+        read = partial(_alike, bare, strict, x.shape)
+    return Job(key, x, run, Again(key, read, run, partial(answer, bare)))
 
 
 def _levels(shape: tuple[int, ...], body: bytes) -> np.ndarray:
