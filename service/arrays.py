@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from contextlib import suppress
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -51,6 +52,14 @@ def read_npy(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=dtype.newbyteorder("="))
 
 
+def npy_shape(data: bytes) -> tuple[int, ...]:
+    """The shape that an .npy file's header tells, whatever its body holds; () where none is to be read."""
+    try:
+        return _read_header(data)[0]
+    except InvalidInput:
+        return ()
+
+
 def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, Fortran order, dtype and where the data starts.
 
@@ -68,6 +77,7 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     return *_fields(data[start : start + size].decode("latin-1")), start + size
 
 
+@lru_cache(maxsize=64)
 def _fields(text: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         header = ast.literal_eval(text.strip())
@@ -207,9 +217,10 @@ def as_latents(array: np.ndarray, latent_dim: int, max_rows: int) -> np.ndarray:
         raise InvalidInput(f"latents have shape {array.shape}: (M, {latent_dim}) expected")
     if len(rows) > max_rows:
         raise LimitExceeded(f"{len(rows)} latents: at most {max_rows} here (setting max_batch)")
-    with np.errstate(over="ignore"):
-        latents = rows.astype(np.float32)
-    finite = np.isfinite(latents).all(1)
+    if rows.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            rows = rows.astype(np.float32)
+    finite = np.isfinite(rows)
     if not finite.all():
-        raise InvalidInput(f"latent {int(np.argmin(finite))}: finite float32 numbers expected")
-    return latents
+        raise InvalidInput(f"latent {int(np.argmin(finite.all(1)))}: finite float32 numbers expected")
+    return rows

@@ -26,7 +26,7 @@ class Asked(NamedTuple):
     """A place and a query that are known: of which model which verb with which parameters.
 
     ``route`` is what FastAPI would have found; ``much`` whether the parameters alone ask for more than a moment's work;
-    ``numbers`` how many a row of the model has.
+    ``numbers`` how many a row of the model has; ``rows`` how many are asked for without a body, None with one.
     """
 
     served: Served
@@ -35,17 +35,18 @@ class Asked(NamedTuple):
     route: APIRoute
     much: bool
     numbers: int
+    rows: int | None
 
 
 class Addresses:
-    """The places of ``fastapi`` where one of ``verbs`` is asked for by POST."""
+    """The places of ``fastapi`` where one of ``verbs`` is asked for."""
 
     def __init__(self, fastapi: FastAPI, verbs: Iterable[Verb]) -> None:
         self.fastapi = fastapi
-        self._verbs = {verb.name: verb for verb in verbs}
-        self._routes: Mapping[str, APIRoute] = {}
+        self._verbs = {(verb.method, verb.name): verb for verb in verbs}
+        self._routes: Mapping[tuple[str, str], APIRoute] = {}
         self._house: House | None = None
-        self._known: OrderedDict[tuple[str, bytes], Asked] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str, bytes], Asked] = OrderedDict()
 
     @property
     def house(self) -> House:
@@ -62,9 +63,9 @@ class Addresses:
         """These are the parts of the app from now on."""
         self._house = house
 
-    def find(self, path: str, query: bytes) -> Asked | None:
-        """What is asked, remembered by path and query string; None where FastAPI is to answer, or to refuse."""
-        key = path, query
+    def find(self, method: str, path: str, query: bytes) -> Asked | None:
+        """What is asked, remembered by method, path and query string; None where FastAPI is to answer, or refuse."""
+        key = method, path, query
         known = self._known.get(key)
         if known is not None:
             return known
@@ -75,9 +76,9 @@ class Addresses:
                 self._known.popitem(last=False)
         return found
 
-    def _find(self, path: str, text: bytes) -> Asked | None:
+    def _find(self, method: str, path: str, text: bytes) -> Asked | None:
         *place, name = path.split("/")
-        verb = self._verbs.get(name)
+        verb = self._verbs.get((method, name))
         query = None if verb is None else _query(verb, text)
         if verb is None or query is None:
             return None
@@ -95,14 +96,17 @@ class Addresses:
         except VaeserveError:
             return None  # FastAPI finds the same, and says so
         numbers = math.prod(served.manifest.preprocessing.shape)
-        return Asked(served, verb, query, self._route(template), _asks_for_much(served, query), numbers)
+        rows = None if verb.rows is None else verb.rows(query)
+        return Asked(
+            served, verb, query, self._route(method, template), _asks_for_much(served, verb, query), numbers, rows
+        )
 
-    def _route(self, template: str) -> APIRoute:
+    def _route(self, method: str, template: str) -> APIRoute:
         """The route that FastAPI would have found: it names the request in metrics and log."""
         if not self._routes:
             routes = [route for route in self.fastapi.routes if isinstance(route, APIRoute)]
-            self._routes = {route.path: route for route in routes if "POST" in (route.methods or ())}
-        return self._routes[template]
+            self._routes = {(method, route.path): route for route in routes for method in route.methods or ()}
+        return self._routes[method, template]
 
 
 def _query(verb: Verb, text: bytes) -> Parameters | None:
@@ -116,7 +120,7 @@ def _query(verb: Verb, text: bytes) -> Parameters | None:
         return None
 
 
-def _asks_for_much(served: Served, query: Parameters) -> bool:
-    """Whole images, or an answer of many numbers."""
-    asked = (getattr(query, name, 0) for name in ("samples", "map", "top_latents"))
-    return served.tiled is not None or any(asked)
+def _asks_for_much(served: Served, verb: Verb, query: Parameters) -> bool:
+    """Whole images, an answer of many numbers, or noise for every row."""
+    names = ("samples", "map", "top_latents") if verb.rows is None else ("draw",)
+    return served.tiled is not None or any(getattr(query, name, 0) for name in names)

@@ -37,6 +37,8 @@ from service.routes.house import Call, Content
 
 OnError = Callable[[Request, Exception], Awaitable[Response]]
 Headers = list[tuple[bytes, bytes]]
+PlanKey = tuple[bytes, bytes, bytes, bytes]
+"""Method, target, Content-Type and Accept."""
 
 MOST_KNOWN = 512
 MOST_KEY_BYTES = 512  # of target, Content-Type and Accept
@@ -77,7 +79,7 @@ class Direct:
 
     def __init__(self, addresses: Addresses, bodies: Bodies, metrics: Metrics, on_error: OnError) -> None:
         self._addresses, self.bodies, self.metrics, self.on_error = addresses, bodies, metrics, on_error
-        self._plans: OrderedDict[tuple[bytes, bytes, bytes], Plan] = OrderedDict()
+        self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self.heads: Heads[Plan] = Heads()
         self._most_bytes = min(MOST_BYTES, bodies.most)
         self._server_headers: Headers | None = None
@@ -94,25 +96,30 @@ class Direct:
             self._server_headers, self._common = server, b"".join(map(header_line, [*server, *ANSWER_HEADERS]))
         return self._common
 
-    def plan(self, target: bytes, headers: Headers) -> tuple[Plan, str] | None:
-        """What a POST with these headers (names in lower case) asks for, and the id that it brings; None: by ASGI."""
+    def plan(self, method: bytes, target: bytes, headers: Headers) -> tuple[Plan, str] | None:
+        """What a request with these headers (names in lower case) asks for, and the id it brings; None: by ASGI."""
         named = dict(headers)
         if len(named) < len(headers) or any(name in named for name in REFUSED_HEADERS):
             return None
-        length = named.get(b"content-length", b"")
-        if not length.isdigit() or not 0 < int(length[:20]) <= self._most_bytes:
+        if not self._is_small(method, named.get(b"content-length", b"")):
             return None
-        key = target, named.get(b"content-type", b""), named.get(b"accept", b"")
+        key = method, target, named.get(b"content-type", b""), named.get(b"accept", b"")
         found = self._plans.get(key) or self._make(key)
         return None if found is None else (found, named.get(b"x-request-id", b"").decode("latin-1"))
 
-    def _make(self, key: tuple[bytes, bytes, bytes]) -> Plan | None:
-        target, content_type, accept = key
+    def _is_small(self, method: bytes, length: bytes) -> bool:
+        """A POST with a body, or a GET without one."""
+        if method == b"GET":
+            return length in (b"", b"0")
+        return method == b"POST" and length.isdigit() and 0 < int(length[:20]) <= self._most_bytes
+
+    def _make(self, key: PlanKey) -> Plan | None:
+        method, target, content_type, accept = key
         if sum(map(len, key)) > MOST_KEY_BYTES or b"%" in target or not self._addresses.is_open:
             return None
         url = httptools.parse_url(target)
         path = url.path.decode("ascii")
-        asked = self._addresses.find(path, url.query or b"")
+        asked = self._addresses.find(method.decode("ascii"), path, url.query or b"")
         if asked is None or asked.much:
             return None
         text = content_type.decode("latin-1")
@@ -129,7 +136,7 @@ class Direct:
         house, asked = self._addresses.house, plan.asked
         call = Call(house, asked.served, plan.content_type, plan.media_type, plan.accept, body)
         try:
-            if not is_light(call, asked.numbers):
+            if not is_light(call, asked.numbers, asked.rows):
                 return None
             work = asked.verb.work(call, asked.query)
             job = next(work)
@@ -292,4 +299,5 @@ class Exchange:
         if not self.disconnected:
             self.connection.answer(head + content, self.keep_alive)
         seconds = time.perf_counter() - self.started
-        report(direct.metrics, self.request_id, "POST", plan.asked.route.path, plan.path, status, seconds)
+        asked = plan.asked
+        report(direct.metrics, self.request_id, asked.verb.method, asked.route.path, plan.path, status, seconds)

@@ -1,4 +1,4 @@
-"""The short way for small requests: POST …/encode, /decode, /reconstruct and /score without FastAPI's machinery.
+"""The short way for small requests of most verbs (SHORT of service.routes) without FastAPI's machinery.
 
 FastAPI finds the route, resolves dependencies, validates the query and sends work to a thread in three times the time
 that a small model computes for. Here path and query, once looked at, are remembered with what they ask (service.asked),
@@ -51,9 +51,9 @@ class Express:
         await send({"type": "http.response.body", "body": content})
 
     def _asked(self, scope: Scope) -> Asked | None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope.get("root_path"):
+        if scope["type"] != "http" or scope.get("root_path"):
             return None
-        return self._addresses.find(scope["path"], scope["query_string"])
+        return self._addresses.find(scope["method"], scope["path"], scope["query_string"])
 
 
 async def _body(receive: Receive) -> bytes:
@@ -71,7 +71,7 @@ async def _body(receive: Receive) -> bytes:
 async def _answer(call: Call, asked: Asked) -> Content:
     """The work's answer; of small requests the jobs are computed with those of others."""
     work = asked.verb.work(call, asked.query)
-    if asked.much or not is_light(call, asked.numbers):
+    if asked.much or not is_light(call, asked.numbers, asked.rows):
         return await call.answered(lambda: finish(work))
     try:
         job = next(work)

@@ -49,7 +49,7 @@ class Heads(Generic[P]):
         """
         end = data.find(END) + len(END)
         head = data[:end]
-        if len(data) - end != size or end > MOST_BYTES or not head.startswith(b"POST "):
+        if len(data) - end != size or end > MOST_BYTES or not head.startswith((b"POST ", b"GET ")):
             return
         if head.count(b"\n") != head.count(b"\r\n") or ID in head.lower():
             return

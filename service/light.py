@@ -6,9 +6,9 @@ Such are read on the event loop, where all other connections wait.
 from __future__ import annotations
 
 import math
-import re
 import struct
 
+from service.arrays import npy_shape
 from service.codecs import OCTETS
 from service.plain_png import FIRST, HEAD
 from service.routes.house import JSON, NPY, PNG, Call
@@ -20,18 +20,17 @@ MOST_CHUNKS = 64
 PNG_CHUNKS = frozenset(
     {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"IDAT", b"IEND"}
 )
-NPY_HEAD = 256
-NPY_SHAPE = re.compile(rb"'shape': \(([0-9, ]{1,60})\)")
 
 
-def is_light(call: Call, numbers: int) -> bool:
+def is_light(call: Call, numbers: int, rows: int | None = None) -> bool:
     """Whether all but the jobs takes a moment, for sure: it will run on the event loop.
 
-    Few rows of the model's own size that need no decoder but a plain PNG's.
+    Few rows of the model's own size that need no decoder but a plain PNG's; or so many ``rows`` without a body.
     """
-    if len(call.body) > MOST_BYTES:
+    if len(call.body) > (MOST_BYTES if rows is None else 0):
         return False
-    rows = _plain_rows(call, numbers)
+    if rows is None:
+        rows = _plain_rows(call, numbers)
     return rows is not None and rows <= MOST_ROWS and rows * numbers <= MOST_NUMBERS
 
 
@@ -50,16 +49,14 @@ def _plain_rows(call: Call, numbers: int) -> int | None:
 
 def _npy_rows(call: Call) -> int | None:
     """By the header: latents [M,L], or rows in the model's own size, of images the channels first, last or left out."""
-    found = NPY_SHAPE.search(call.body[:NPY_HEAD])
-    shape = [int(side) for side in found[1].split(b",") if side.strip()] if found else []
-    natural = list(call.rule.natural)
+    shape, natural = npy_shape(call.body), call.rule.natural
     width = call.served.manifest.signature.latent_dim
     if len(shape) == 2 and shape[1] == width:
         return shape[0]
     ends = [natural]
     if call.rule.kind == "image":
         channels, *size = natural
-        ends += [[*size, channels], *([size] if channels == 1 else [])]
+        ends += [(*size, channels), *([tuple(size)] if channels == 1 else [])]
     if any(shape[-len(end) :] == end for end in ends):
         return math.prod(shape) // math.prod(natural) if math.prod(natural) else None
     return None

@@ -279,19 +279,32 @@ class Model:
         Which component of a mixture a draw comes from is left to the prior at any temperature. Raises InvalidInput, and
         UnsupportedVerb without a prior.
         """
+        return self.latents_of(self.prior_noise(n, seed, temperature))
+
+    def prior_noise(self, n: int, seed: int = 0, temperature: float = 1.0) -> np.ndarray:
+        """What n draws of the prior are made of, float32 [n,P], or [n,P+1] where each chooses a component besides.
+
+        P is the prior's ``noise_dim``, or L. Raises as ``sample_latents`` does.
+        """
         self.require("sample")
         _check_count("n", n, 1)
         if not 0 <= temperature <= MAX_TEMPERATURE:
             raise InvalidInput(f"temperature is {temperature}, expected a number from 0 to {MAX_TEMPERATURE}")
-        return self._prior_draws(n, _checked_seed(seed), temperature)
+        return self._prior_noise(n, _checked_seed(seed), temperature)
 
-    def _prior_draws(self, n: int, seed: int, temperature: float) -> np.ndarray:
+    def _prior_noise(self, n: int, seed: int, temperature: float) -> np.ndarray:
         prior = self.manifest.prior
-        draws = noise.prior_noise(seed, n, prior.noise_dim or self._latent_dim) * np.float32(temperature)
+        drawn = noise.prior_noise(seed, n, prior.noise_dim or self._latent_dim) * np.float32(temperature)
+        return np.column_stack([drawn, noise.prior_choice(seed, n)]) if prior.choice else drawn
+
+    def latents_of(self, drawn: np.ndarray) -> np.ndarray:
+        """The latents z, float32 [n,L], of rows of ``prior_noise``, each of its own row alone."""
         if self._prior is None:
-            return self._latents(draws)
-        feeds = {"noise": draws} | ({"choice": noise.prior_choice(seed, n)} if prior.choice else {})
-        return self._prior.run(feeds)["z"]
+            return self._latents(drawn)
+        if not self.manifest.prior.choice:
+            return self._prior.run({"noise": drawn})["z"]
+        noise_, choice = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, -1])
+        return self._prior.run({"noise": noise_, "choice": choice})["z"]
 
     def interpolate(self, a: np.ndarray, b: np.ndarray, steps: int, mode: str = "lerp") -> np.ndarray:
         """Latents from a to b, both [L], ends included: float32 [steps,L].
@@ -388,7 +401,9 @@ class Model:
     @cached_property
     def _marginals(self) -> Marginals | None:
         """Of the prior by latent dimension; None of N(0, I). Drawn when first asked for."""
-        return None if is_standard_normal(self.manifest) else Marginals(self._prior_draws(DRAWS, 0, 1.0))
+        return (
+            None if is_standard_normal(self.manifest) else Marginals(self.latents_of(self._prior_noise(DRAWS, 0, 1.0)))
+        )
 
     @property
     def default_map(self) -> MapKind:

@@ -6,6 +6,7 @@ Numbers are float32. Arrays that many calls share are read-only.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +20,7 @@ CACHED = 8
 @lru_cache(maxsize=CACHED)
 def posterior_noise(seed: int, k: int, noise_dim: int) -> np.ndarray:
     """Standard normal [k, noise_dim], shared by all images; the first rows of a larger k are those of a smaller."""
-    return _frozen(np.random.RandomState(seed).standard_normal((k, noise_dim)).astype(np.float32))
+    return _frozen(_stream(seed).standard_normal((k, noise_dim)).astype(np.float32))
 
 
 @lru_cache(maxsize=CACHED)
@@ -34,13 +35,13 @@ def posterior_chunk(seed: int, k: int, noise_dim: int, start: int, chunk: int) -
 @lru_cache(maxsize=CACHED)
 def dither(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
     """Uniform numbers in (0, 1), [C,H,W], shared by all images."""
-    return _frozen(_uniform(np.random.RandomState([seed, DITHER]), shape))
+    return _frozen(_uniform(_stream([seed, DITHER]), shape))
 
 
 @lru_cache(maxsize=CACHED)
 def observation_noise(seed: int, shape: tuple[int, int, int], distribution: str) -> np.ndarray:
     """Noise of one draw x ~ p(x|z), [C,H,W]: ``distribution`` is "uniform" in (0, 1) or "standard_normal"."""
-    random = np.random.RandomState([seed, OBSERVATION])
+    random = _stream([seed, OBSERVATION])
     if distribution == "uniform":
         return _frozen(_uniform(random, shape))
     return _frozen(random.standard_normal(shape).astype(np.float32))
@@ -48,12 +49,27 @@ def observation_noise(seed: int, shape: tuple[int, int, int], distribution: str)
 
 def prior_noise(seed: int, n: int, noise_dim: int) -> np.ndarray:
     """Standard normal [n, noise_dim]; the first rows of a larger n are those of a smaller."""
-    return np.random.RandomState(seed).standard_normal((n, noise_dim)).astype(np.float32)
+    return _stream(seed).standard_normal((n, noise_dim)).astype(np.float32)
 
 
 def prior_choice(seed: int, n: int) -> np.ndarray:
     """Uniform numbers in (0, 1), [n]; the first of a larger n are those of a smaller."""
-    return _uniform(np.random.RandomState([seed, CHOICE]), (n,))
+    return _uniform(_stream([seed, CHOICE]), (n,))
+
+
+def _stream(seed: int | list[int]) -> np.random.RandomState:
+    """RandomState(seed), which ends the stream that this thread was given before.
+
+    A new one would ask the operating system for a seed first, for 80 µs; to begin another stream takes one.
+    """
+    if not hasattr(_of_thread, "random"):
+        _of_thread.random = np.random.RandomState()
+    random: np.random.RandomState = _of_thread.random
+    random.seed(seed)
+    return random
+
+
+_of_thread = threading.local()
 
 
 def _uniform(random: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:

@@ -179,12 +179,12 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _plan(self) -> tuple[Plan, str] | None:
         """What service.direct may answer."""
-        if self.direct is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
+        if self.direct is None or self.parser.get_http_version() != "1.1":
             return None
         if not self._may_take():
             return None
         self._keep_alive = self.parser.should_keep_alive()
-        return self.direct.plan(self.url, self.headers)
+        return self.direct.plan(self.parser.get_method(), self.url, self.headers)
 
     def on_body(self, body: bytes) -> None:
         if self._held is None:

@@ -168,11 +168,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Verb:
-    """What POST …/``name`` does: ``work`` of a call and its ``query``."""
+    """What a request of …/``name`` by ``method`` does: ``work`` of a call and its ``query``.
+
+    ``rows`` tells how many the query asks for, of a verb whose requests have no body.
+    """
 
     name: str
     query: type[Parameters]
     work: Callable[[Call, Any], Work[Content]]
+    method: str = "POST"
+    rows: Callable[[Any], int] | None = None
 
 
 async def get_call(request: Request, house: HouseDep) -> Call:

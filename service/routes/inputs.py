@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -76,29 +76,35 @@ def read_x(call: Call, strict: bool) -> np.ndarray:
 
 
 def repeatable(
-    call: Call,
-    strict: bool,
-    key: Hashable,
-    x: np.ndarray,
-    run: Callable[[np.ndarray], Any],
-    answer: Callable[[Call, Any], Content],
+    call: Call, job: Job, answer: Callable[[Call, Any], Content], read: Callable[[bytes], np.ndarray | None] | None
 ) -> Job:
-    """The job for x, which was read of that call. Where the body holds nothing else, it tells how others go on.
+    """The job, which tells how others of its head go on; ``read``: their rows, as Again has it; None: of each anew.
 
     ``answer`` makes the answer of the result, and asks nothing of the call's body.
     """
+    return job if read is None else job._replace(again=Again(job.key, read, job.run, partial(answer, _bare(call))))
+
+
+def _bare(call: Call, body: bytes = b"") -> Call:
+    """A call with the same headers, and that body."""
+    return Call(call.house, call.served, call.content_type, call.media_type, call.accept, body)
+
+
+def x_again(call: Call, strict: bool, x: np.ndarray) -> Callable[[bytes], np.ndarray | None] | None:
+    """What reads bodies like this call's, of which x was read: for ``repeatable``."""
     rule = call.rule
-    if not isinstance(rule, Preprocessing) or call.media_type not in (OCTETS, PNG, NPY):
-        return Job(key, x, run)
-    bare = Call(call.house, call.served, call.content_type, call.media_type, call.accept)
-    read: Callable[[bytes], np.ndarray | None]
+    if not isinstance(rule, Preprocessing):
+        return None
     if call.media_type == OCTETS:
-        read = partial(_levels, x.shape)
-    elif call.media_type == PNG:
-        read = partial(_natural, rule)
-    else:
-        read = partial(_alike, bare, strict, x.shape)
-    return Job(key, x, run, Again(key, read, run, partial(answer, bare)))
+        return partial(_levels, x.shape)
+    if call.media_type == PNG:
+        return partial(_natural, rule)
+    return _array_again(call, x.shape, math.prod(x.shape[1:]), lambda each: read_x(each, strict))
+
+
+def latents_again(call: Call, z: np.ndarray, numbers: int) -> Callable[[bytes], np.ndarray | None] | None:
+    """As ``x_again``, of a call of which latents z were read, for rows of x of so many numbers."""
+    return _array_again(call, z.shape, numbers, read_latents)
 
 
 def _levels(shape: tuple[int, ...], body: bytes) -> np.ndarray:
@@ -110,13 +116,22 @@ def _natural(rule: Preprocessing, body: bytes) -> np.ndarray | None:
     return None if image is None else image[None]
 
 
-def _alike(bare: Call, strict: bool, shape: tuple[int, ...], body: bytes) -> np.ndarray | None:
-    """The rows of an array, if they are read in a moment and of that shape."""
-    call = Call(bare.house, bare.served, bare.content_type, bare.media_type, bare.accept, body)
-    if not is_light(call, math.prod(shape[1:])):
+def _array_again(
+    call: Call, shape: tuple[int, ...], numbers: int, read: Callable[[Call], np.ndarray]
+) -> Callable[[bytes], np.ndarray | None] | None:
+    """Of an array, where it is in a moment found to be read in a moment, and of that shape."""
+    if call.media_type != NPY:
         return None
-    x = read_x(call, strict)
-    return x if x.shape == shape else None
+    bare = _bare(call)
+
+    def again(body: bytes) -> np.ndarray | None:
+        each = _bare(bare, body)
+        if not is_light(each, numbers):
+            return None
+        rows = read(each)
+        return rows if rows.shape == shape else None
+
+    return again
 
 
 def read_images(call: Call) -> list[np.ndarray]:

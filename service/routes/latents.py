@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Query
@@ -13,10 +13,20 @@ from fastapi.responses import Response
 from service import codecs
 from service.errors import InvalidInput
 from service.jobs import Job, Work, finish
-from service.model import Encoding
+from service.model import Encoding, Model
 from service.routes.documents import DATA_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
 from service.routes.house import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, Content, Verb, dump
-from service.routes.inputs import LATENTS, data_names, parameters, read_latents, read_pair, read_x, repeatable
+from service.routes.inputs import (
+    LATENTS,
+    data_names,
+    latents_again,
+    parameters,
+    read_latents,
+    read_pair,
+    read_x,
+    repeatable,
+    x_again,
+)
 from service.schemas import (
     DecodeParameters,
     Encoded,
@@ -29,6 +39,14 @@ from service.schemas import (
 )
 
 router = APIRouter(tags=["latents"])
+
+
+class Generated(NamedTuple):
+    """Latents z, float32 [N,L], of the prior, and the x [N,C,H,W] of each."""
+
+    z: np.ndarray
+    x: np.ndarray
+
 
 NUMBERS = (JSON, NPY)
 ROWS = (JSON, NPY, PNG)
@@ -62,13 +80,13 @@ async def interpolate(call: CallDep, query: Annotated[InterpolateParameters, Que
 @router.get("/sample", responses=answers(LatentRows, JSON, NPY, PNG))
 async def sample(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
     """New images (vectors, signals): z from the prior, then E[x|z] or a draw from p(x|z)."""
-    return await call.answer(lambda: _sample(call, query))
+    return await call.answer(lambda: finish(_sample(call, query)))
 
 
 @router.post("/sample", openapi_extra=PARAMETER_BODY, responses=answers(LatentRows, JSON, NPY, PNG))
 async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
     """As GET; the parameters may also be a JSON object in the body."""
-    return await call.answer(lambda: _sample(call, query))
+    return await call.answer(lambda: finish(_sample(call, query)))
 
 
 def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
@@ -81,9 +99,8 @@ def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
     call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
     model, samples, seed = call.served.model, asked.samples, asked.seed
     answer = partial(_encoded, asked, media_type)
-    key = ("encode", model, samples, seed)
-    posterior = yield repeatable(call, asked.strict, key, x, lambda rows: model.encode(rows, samples, seed), answer)
-    return answer(call, posterior)
+    job = Job(("encode", model, samples, seed), x, lambda rows: model.encode(rows, samples, seed))
+    return answer(call, (yield repeatable(call, job, answer, x_again(call, asked.strict, x))))
 
 
 def _encoded(asked: EncodeParameters, media_type: str, call: Call, posterior: Encoding) -> Content:
@@ -103,13 +120,15 @@ def _decode(call: Call, query: DecodeParameters) -> Work[Content]:
     _require_draw(call, "decode", asked.draw)
     z = read_latents(call)
     call.house.limit_numbers_out(len(z), _numbers(call))
-    decoded = yield Job(
-        ("decode", call.served.model, asked.draw, asked.seed),
-        z,
-        lambda rows: _decoded(call, rows, asked.draw, asked.seed),
-    )
-    call.house.metrics.rows("decode", len(z))
-    return _show(call, media_type, decoded)
+    model, draw, seed = call.served.model, asked.draw, asked.seed
+    answer = partial(_decoded, media_type)
+    job = Job(("decode", model, draw, seed), z, lambda rows: _observed(model, rows, draw, seed))
+    return answer(call, (yield repeatable(call, job, answer, latents_again(call, z, _numbers(call)))))
+
+
+def _decoded(media_type: str, call: Call, x: np.ndarray) -> Content:
+    call.house.metrics.rows("decode", len(x))
+    return _show(call, media_type, x)
 
 
 def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
@@ -119,9 +138,9 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), _numbers(call))
     model, seed = call.served.model, asked.seed
-    answer, key = partial(_reconstructed, media_type), ("reconstruct", model, seed)
-    decoded = yield repeatable(call, asked.strict, key, x, lambda rows: model.reconstruct(rows, seed), answer)
-    return answer(call, decoded)
+    answer = partial(_reconstructed, media_type)
+    job = Job(("reconstruct", model, seed), x, lambda rows: model.reconstruct(rows, seed))
+    return answer(call, (yield repeatable(call, job, answer, x_again(call, asked.strict, x))))
 
 
 def _reconstructed(media_type: str, call: Call, decoded: np.ndarray) -> Content:
@@ -139,21 +158,35 @@ def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
     a, b = read_pair(call, asked.strict)
     z = call.served.model.interpolate(a, b, asked.steps, asked.mode)
     call.house.metrics.rows("interpolate", len(z))
-    return _show(call, media_type, _decoded(call, z, asked.draw, asked.seed), latents=z)
+    return _show(call, media_type, _observed(call.served.model, z, asked.draw, asked.seed), latents=z)
 
 
-def _sample(call: Call, query: SampleParameters) -> tuple[bytes, str]:
+def _sample(call: Call, query: SampleParameters) -> Work[Content]:
     media_type = call.negotiate(ROWS)
     asked = parameters(call, query)
     call.served.model.require("sample")
     _require_draw(call, "sample", asked.draw)
     call.house.limit("n", asked.n, "max_n")
     call.house.limit_numbers_out(asked.n, _numbers(call) + call.served.manifest.signature.latent_dim)
-    z = call.served.model.sample_latents(asked.n, asked.seed, asked.temperature)
-    call.house.metrics.rows("sample", len(z))
-    # Draws of one sample are independent of each other: a seed each.
-    seeds = [(asked.seed + row) % 2**32 for row in range(len(z))]
-    return _show(call, media_type, _decoded(call, z, asked.draw, seeds), latents=z)
+    model, answer = call.served.model, partial(_sampled, media_type)
+    draw_noise = partial(model.prior_noise, asked.n, asked.seed, asked.temperature)
+    if asked.draw:
+        # Draws of one sample are independent of each other, a seed each, and so of no job that others might share.
+        seeds = [(asked.seed + row) % 2**32 for row in range(asked.n)]
+        z = model.latents_of(draw_noise())
+        return answer(call, Generated(z, _observed(model, z, True, seeds)))
+    job = Job(("sample", model), draw_noise(), partial(_generated, model))
+    return answer(call, (yield repeatable(call, job, answer, lambda _: draw_noise())))
+
+
+def _generated(model: Model, prior_noise: np.ndarray) -> Generated:
+    z = model.latents_of(prior_noise)
+    return Generated(z, _observed(model, z, False, 0))
+
+
+def _sampled(media_type: str, call: Call, generated: Generated) -> Content:
+    call.house.metrics.rows("sample", len(generated.x))
+    return _show(call, media_type, generated.x, generated.z)
 
 
 def _require_draw(call: Call, verb: str, draw: bool) -> None:
@@ -166,8 +199,8 @@ def _numbers(call: Call) -> int:
     return math.prod(call.served.manifest.signature.shape)
 
 
-def _decoded(call: Call, z: np.ndarray, draw: bool, seed: int | list[int]) -> np.ndarray:
-    x = call.served.model.observe(z, seed) if draw else call.served.model.decode(z)
+def _observed(model: Model, z: np.ndarray, draw: bool, seed: int | list[int]) -> np.ndarray:
+    x = model.observe(z, seed) if draw else model.decode(z)
     if not np.isfinite(x).all():
         raise InvalidInput("these latents lead to numbers that are not finite: expected latents of the prior's size")
     return x
@@ -187,5 +220,6 @@ SHORT = (
     Verb("encode", EncodeParameters, _encode),
     Verb("decode", DecodeParameters, _decode),
     Verb("reconstruct", ReconstructParameters, _reconstruct),
+    Verb("sample", SampleParameters, _sample, "GET", rows=lambda asked: asked.n),
 )
 """Verbs that service.express may answer."""

@@ -14,12 +14,12 @@ from fastapi.responses import Response
 from service import codecs
 from service.bundle import ScoreDefinition
 from service.errors import InvalidInput
-from service.jobs import Work, finish
+from service.jobs import Job, Work, finish
 from service.maps import PASSES
 from service.model import Scores
 from service.routes.documents import DATA_BODY, answers
 from service.routes.house import JSON, NPY, PNG, Call, CallDep, Content, Verb, dump
-from service.routes.inputs import data_names, parameters, read_images, read_x, repeatable
+from service.routes.inputs import data_names, parameters, read_images, read_x, repeatable, x_again
 from service.schemas import Scored, ScoreParameters
 from service.scoring import (
     Asked,
@@ -74,7 +74,7 @@ def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     if call.served.tiled is not None:
         return answer(call, run(x))
     assert isinstance(x, np.ndarray)
-    return answer(call, (yield repeatable(call, asked.strict, meant.key, x, run, answer)))
+    return answer(call, (yield repeatable(call, Job(meant.key, x, run), answer, x_again(call, asked.strict, x))))
 
 
 def _answer(meant: Asked, used: UsedMap, media_type: str, x: Rows, call: Call, scores: Scores | TiledScores) -> Content:

@@ -7,7 +7,9 @@ import socket
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
 
@@ -48,7 +50,7 @@ def ways(monkeypatch):
         return exchange
 
     def told_asked(self, scope):
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] == "http" and (scope["method"] == "POST" or scope["path"].endswith("/sample")):
             taken.append("asgi")
         return asked(self, scope)
 
@@ -93,6 +95,70 @@ def test_latents_are_decoded_alike(client, ways):
     plain, other = post(client, "decode", "", NPY, body, NPY), post(client, "decode", "", NPY, iter([body]), NPY)
     assert plain.content == other.content
     assert ways == ["direct", "asgi"]
+
+
+def drawn(client, query, accept=NPY, *more):
+    headers = [("accept", accept), *(("x-more", each) for each in more)]
+    return client.get(f"/v1/models/ppca/sample?{query}", headers=headers)
+
+
+@pytest.mark.parametrize("accept", [NPY, JSON, "image/png"])
+def test_samples_are_drawn_alike(client, ways, accept):
+    query = "n=3&seed=0&temperature=0.7"
+    found = [
+        drawn(client, query, accept),
+        client.get(f"/v1/models/ppca/sample?{query}", headers={"accept": accept, "content-length": "0"}),
+        drawn(client, query, accept, "a", "b"),  # a header that is said twice goes by ASGI
+        drawn(client, f"{query}&{FASTAPI}", accept),
+    ]
+    assert {answer.status_code for answer in found} == {200}
+    assert len({answer.content for answer in found}) == 1
+    assert {*found[0].headers} == {*found[2].headers} == {*found[3].headers}
+    assert ways == ["direct", "direct", "asgi", "asgi"]
+
+
+@pytest.mark.parametrize("query", ["n=65", "n=2&draw=true"])
+def test_many_samples_and_draws_of_x_go_by_asgi(client, ways, query):
+    assert drawn(client, query).status_code == 200
+    assert ways == ["asgi"]
+
+
+@pytest.mark.parametrize("query", ["n=0", "n=257", "n=1&temperature=11", "n=2&seed=-1", "what=1"])
+def test_samples_are_refused_alike(client, query):
+    problems = [assert_problem(drawn(client, query, JSON, *more), 422) for more in ("", "ab")]
+    for problem in problems:
+        problem.pop("request_id")
+    assert problems[0] == problems[1]
+
+
+def test_a_sample_with_a_body_goes_by_asgi(client, ways):
+    """Which may hold parameters."""
+    body = {"content": b'{"n": 2}', "headers": {"accept": NPY, "content-type": JSON}}
+    answer = client.request("GET", "/v1/models/ppca/sample", **body)
+    assert answer.content == drawn(client, "n=2").content
+    assert ways == ["asgi", "direct"]
+
+
+def test_samples_at_the_same_time_are_computed_together_and_each_gets_its_own(client, ways):
+    queries = [f"n={1 + i % 3}&seed={i % 20}&temperature={1 + i % 2}" for i in range(60)]
+    alone = [drawn(client, query).content for query in queries]
+    runs, rows = counted(client, "vaeserve_run_rows_count"), counted(client, "vaeserve_run_rows_sum")
+    limits = httpx.Limits(max_connections=60)
+    with httpx.Client(base_url=client.base_url, limits=limits, timeout=60) as many, ThreadPoolExecutor(30) as threads:
+        found = list(threads.map(lambda query: drawn(many, query).content, queries))
+    assert found == alone
+    assert ways == ["direct"] * 120
+    assert counted(client, "vaeserve_run_rows_sum") - rows == 120
+    assert counted(client, "vaeserve_run_rows_count") - runs < 60
+
+
+def test_samples_are_counted_under_their_own_method_and_route(client, ways):
+    line = 'vaeserve_requests_total{method="GET",route="/v1/models/{model}/sample",status="200"}'
+    before = [counted(client, each) for each in (line, 'vaeserve_batch_size_sum{verb="sample"}')]
+    drawn(client, "n=3")
+    after = [counted(client, each) for each in (line, 'vaeserve_batch_size_sum{verb="sample"}')]
+    assert [after[0] - before[0], after[1] - before[1]] == [1, 3]
+    assert ways == ["direct"]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -17,6 +17,7 @@ from service.direct import Direct
 from service.heads import MOST_BYTES, MOST_KNOWN, Heads
 from service.jobs import Again
 from service.routes.house import Call
+from tests.ppca_bundle import LATENT_DIM
 from tests.service.http import APPS, npy, serving
 from tests.service.test_direct import ROW, answers, raw
 from tests.service.test_express import JSON, NPY
@@ -61,7 +62,7 @@ def test_all_else_is_for_the_parser(data):
         HEAD.replace(b"\r\n", b"\n") + b"\r\n\r\nabc",
         HEAD.replace(b"host", b"X-Request-ID") + b"abc",
         HEAD.replace(b"x\r", b"x" * MOST_BYTES + b"\r") + b"abc",
-        HEAD.replace(b"POST", b"GET") + b"abc",
+        HEAD.replace(b"POST", b"PUT") + b"abc",
     ],
 )
 def test_what_may_be_read_in_two_ways_is_not_remembered(request_):
@@ -336,6 +337,38 @@ def test_a_head_that_says_all_is_answered_as_by_asgi(connect, repeated, verb, ac
     assert repeated == bodies
 
 
+def test_latents_of_a_known_head_are_decoded_as_by_asgi(connect, repeated):
+    """Of as many bytes: other latents, fewer of more bytes each, some that are no numbers, no array at all."""
+    random = np.random.RandomState(0)
+    rows = [random.standard_normal((4, LATENT_DIM)).astype(np.float32) for _ in range(3)]
+    rows += [random.standard_normal((2, LATENT_DIM)), rows[0], rows[1], np.full_like(rows[0], np.nan)]
+    bodies = [*map(npy, rows), b"x" * len(npy(rows[0]))]
+    assert len({*map(len, bodies)}) == 1
+    requests = [raw(body, "decode", **{"content-type": NPY}) for body in bodies]
+    found, expected = asked(connect, *requests), asked(connect, *map(odd, requests))
+    said = [re.sub(rb'"request_id":"[^"]*"', b"", body) for _, body in found]
+    assert said == [re.sub(rb'"request_id":"[^"]*"', b"", body) for _, body in expected]
+    assert [head[9:12] for head, _ in found] == [b"200"] * 6 + [b"422"] * 2
+    assert repeated == [bodies[1], bodies[2], bodies[5]]
+
+
+def drawing(query, accept=NPY, **headers):
+    """The bytes of a request for samples."""
+    named = {"host": "x", "accept": accept, **headers}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in named.items())
+    return f"GET /v1/models/ppca/sample?{query} HTTP/1.1\r\n{lines}\r\n".encode()
+
+
+@pytest.mark.parametrize("accept", [NPY, JSON, "image/png"])
+def test_samples_of_a_known_head_are_drawn_as_by_asgi(connect, looked_up, repeated, accept):
+    queries = ["n=3&seed=1", "n=3&seed=2", "n=3&seed=1", "n=3&seed=1&temperature=0.5", "n=3&seed=2", "n=3&seed=1"]
+    found = [body for _, body in asked(connect, *(drawing(query, accept) for query in queries))]
+    assert looked_up == repeated == [b""] * 3
+    assert found == [body for _, body in asked(connect, *(drawing(query, accept, expect="") for query in queries))]
+    assert len({*found}) == 3
+    assert looked_up == [b""] * 3
+
+
 GREY = [np.full((8, 8), value, np.uint8) for value in (0, 3, 77)]
 
 
@@ -456,14 +489,23 @@ def test_bodies_of_known_heads_count_into_the_memory_of_all(ppca_root, repeated,
     assert held == [0] * 40  # given back each time
 
 
+def held_by(function):
+    """What a closure or a partial function keeps."""
+    closure = getattr(function, "__closure__", None) or ()
+    return [*getattr(function, "args", ()), *(cell.cell_contents for cell in closure)]
+
+
 def test_nothing_of_a_body_is_kept_with_its_head(connect, repeated):
     for verb in ("encode", "reconstruct", "score"):
         asked(connect, raw(verb=verb), raw(verb=verb))
-    assert len(repeated) == 3
+    latents = raw(npy(np.zeros((3, LATENT_DIM), np.float32)), "decode", **{"content-type": NPY})
+    asked(connect, latents, latents, drawing("n=3"), drawing("n=3"))
+    assert len(repeated) == 5
     gc.collect()
-    assert [each for each in gc.get_objects() if type(each) is Call and each.body] == []
+    house = APPS[connect.client].state.house  # other tests' may have been left with requests under way
+    assert [each for each in gc.get_objects() if type(each) is Call and each.house is house and each.body] == []
     kept = [each for each in gc.get_objects() if type(each) is Again]
-    assert len(kept) >= 3
+    assert len(kept) >= 5
     for each in kept:
-        found = [*(cell.cell_contents for cell in each.run.__closure__), *each.answer.args]
+        found = [*held_by(each.run), *held_by(each.read), *held_by(each.answer)]
         assert not any(isinstance(one, np.ndarray | bytes) for one in found)

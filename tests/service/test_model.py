@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -393,6 +394,23 @@ def test_noise_streams_are_frozen():
         np.float32(value) for value in (1.764052345967664, 0.4001572083672233, 0.9787379841057392, 2.240893199201458)
     ]
     assert noise.prior_noise(0, 2, 2).tolist() == noise.posterior_noise(0, 2, 2).tolist()
+
+
+def test_a_stream_begins_anew_whatever_the_thread_drew_before():
+    """Normal numbers are drawn in pairs: of an odd count the second of a pair is left."""
+    wanted = np.random.RandomState(7).standard_normal((3, 5)).astype(np.float32)
+    for count in (0, 1, 2, 3):
+        noise.prior_noise(11, 1, count)
+        assert noise.prior_noise(7, 3, 5).tobytes() == wanted.tobytes()
+    fresh = np.random.RandomState([7, noise.CHOICE]).randint(2**23, size=4)
+    assert noise.prior_choice(7, 4).tolist() == ((fresh + 0.5) / 2**23).astype(np.float32).tolist()
+
+
+def test_streams_of_several_threads_are_their_own():
+    wanted = {seed: noise.prior_noise(seed, 50, 7).tobytes() for seed in range(8)}
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda seed: noise.prior_noise(seed % 8, 50, 7).tobytes(), range(2000)))
+    assert found == [wanted[seed % 8] for seed in range(2000)]
 
 
 def test_callers_seeds_do_not_fill_memory():

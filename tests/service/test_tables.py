@@ -270,6 +270,13 @@ def test_draws_of_the_prior_do_not_depend_on_their_number(models):
     np.testing.assert_array_equal(noise.prior_choice(4, 100)[:7], noise.prior_choice(4, 7))
 
 
+def test_draws_of_the_prior_do_not_depend_on_those_beside_them(models):
+    """As requests with other seeds and temperatures are computed together."""
+    model, asked = models["mixture"], [(2, 4, 1.0), (1, 5, 0.5), (3, 4, 2.0)]
+    together = model.latents_of(np.concatenate([model.prior_noise(*each) for each in asked]))
+    assert together.tobytes() == b"".join(model.sample_latents(*each).tobytes() for each in asked)
+
+
 def test_a_draw_of_x_is_in_raw_units(client):
     answer = client.get("/v1/models/table/sample", params={"n": 200, "draw": True}, headers={"accept": NPY})
     drawn, spread = from_npy(answer), np.sqrt((linear.TABLE.weight**2).sum(axis=1) + linear.TABLE.scale**2)
