@@ -68,6 +68,7 @@ class Addresses:
         key = method, path, query
         known = self._known.get(key)
         if known is not None:
+            self._known.move_to_end(key)
             return known
         found = self._find(*key)
         if found is not None:

@@ -16,7 +16,7 @@ import asyncio
 import math
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -86,9 +86,9 @@ class Queue(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """Tickets of a queue that are waited for, until the ``end``."""
+    """Rows of a queue that are waited for, until the ``end``."""
 
-    enough: int
+    enough: float
     end: asyncio.TimerHandle
 
 
@@ -153,7 +153,7 @@ class Batcher:
         waiting = self._waiting.setdefault(queue, deque())
         waiting.append(ticket)
         pause = self._pauses.get(queue)
-        if len(waiting) == 1 or (pause is not None and len(waiting) >= pause.enough):
+        if len(waiting) == 1 or (pause is not None and _rows(waiting) >= pause.enough):
             self._go_on(queue)
 
     def _go_on(self, queue: Queue) -> None:
@@ -185,8 +185,7 @@ class Batcher:
 
     def _next(self, queue: Queue) -> list[Ticket]:
         """Waiting tickets for one batch, those left out whose callers have gone."""
-        allowed = INLINE_SECONDS if queue.short else BATCH_SECONDS
-        most = min(MOST_ROWS, allowed / max(self._seconds_of(queue.key), 1e-9))
+        most = self._most_rows(queue)
         chosen: list[Ticket] = []
         waiting, rows = self._waiting.get(queue, deque()), 0
         while waiting and (not chosen or rows + len(waiting[0].job.rows) <= most):
@@ -201,6 +200,11 @@ class Batcher:
             self._waiting.pop(queue, None)
         return chosen
 
+    def _most_rows(self, queue: Queue) -> float:
+        """In a batch of several jobs."""
+        allowed = INLINE_SECONDS if queue.short else BATCH_SECONDS
+        return min(MOST_ROWS, allowed / max(self._seconds_of(queue.key), 1e-9))
+
     def _landed(self, queue: Queue, tickets: list[Ticket], done: asyncio.Future[Computed]) -> None:
         self._under_way[queue] -= 1
         if not self._under_way[queue]:
@@ -208,14 +212,14 @@ class Batcher:
         stopping = Computed([Overloaded("the service is stopping")] * len(tickets), 0, 0.0)
         computed = stopping if done.cancelled() else done.result()
         self._settle(tickets, computed)
-        waiting = len(self._waiting.get(queue, ()))
-        if 0 < waiting < MOST_ROWS:
-            self._pause(queue, min(waiting + len(tickets), MOST_ROWS), computed.seconds * PAUSE)
+        waiting, most = _rows(self._waiting.get(queue, ())), self._most_rows(queue)
+        if 0 < waiting < most:
+            self._pause(queue, min(waiting + computed.rows, most), computed.seconds * PAUSE)
         else:
             self._go_on(queue)
 
-    def _pause(self, queue: Queue, enough: int, seconds: float) -> None:
-        """Go on when so many tickets wait, or after that time."""
+    def _pause(self, queue: Queue, enough: float, seconds: float) -> None:
+        """Go on when so many rows wait, or after that time."""
         if queue not in self._pauses:
             end = asyncio.get_running_loop().call_later(seconds, self._go_on, queue)
             self._pauses[queue] = Pause(enough, end)
@@ -240,6 +244,10 @@ class Batcher:
         self._seconds.move_to_end(key)
         while len(self._seconds) > KNOWN_COSTS:
             self._seconds.popitem(last=False)
+
+
+def _rows(tickets: Iterable[Ticket]) -> int:
+    return sum(len(ticket.job.rows) for ticket in tickets)
 
 
 def _computed(tickets: list[Ticket], clock: Callable[[], float]) -> Computed:

@@ -269,6 +269,10 @@ class Combination:
         check_arrays("combination", arrays, specs, file)
         if arrays["knots"].shape != arrays["surprisals"].shape:
             raise BundleFormatError(f"{file}: a combination has other surprisals than knots")
+        with np.errstate(over="ignore"):
+            spans = arrays["knots"][:, -1] - arrays["knots"][:, 0]
+        if not np.isfinite(spans).all():
+            raise BundleFormatError(f"{file}: a combination's knots are further apart than float64 can tell")
         self.arrays = arrays
 
     @classmethod

@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -59,7 +59,12 @@ class Plan:
 
 
 class Connection(Protocol):
-    """What is asked of the protocol that a request came by."""
+    """What is asked of the protocol that a request came by.
+
+    ``headers_at``: when the headers of its last request were complete, by time.perf_counter.
+    """
+
+    headers_at: float
 
     def answer(self, data: bytes, keep_alive: bool) -> None:
         """Write a whole answer, and close the connection after it or go on to the next request."""
@@ -104,7 +109,11 @@ class Direct:
         if not self._is_small(method, named.get(b"content-length", b"")):
             return None
         key = method, target, named.get(b"content-type", b""), named.get(b"accept", b"")
-        found = self._plans.get(key) or self._make(key)
+        found = self._plans.get(key)
+        if found is not None:
+            self._plans.move_to_end(key)
+        else:
+            found = self._make(key)
         return None if found is None else (found, named.get(b"x-request-id", b"").decode("latin-1"))
 
     def _is_small(self, method: bytes, length: bytes) -> bool:
@@ -170,7 +179,7 @@ class Direct:
         house = self._addresses.house
         if self.bodies.held + size > self.bodies.most_together:
             return None
-        exchange = Exchange(self, connection, plan, request_id, keep_alive, job, make, size)
+        exchange = Exchange(self, connection, plan, request_id, keep_alive, job, make, size, connection.headers_at)
         try:
             is_short = house.batcher.take(exchange)
         except Overloaded:  # refused there in the same words
@@ -215,7 +224,7 @@ class Exchange:
     job: Job
     make: Callable[[Any], Content]
     size: int
-    started: float = field(default_factory=time.perf_counter)
+    started: float
     disconnected: bool = False
     response_started: bool = False
     response_complete: bool = False

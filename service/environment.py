@@ -1,4 +1,4 @@
-"""The only reader of the environment. ``vaeserve serve`` derives its flags from the fields of the settings.
+"""The only reader of the settings' environment. ``vaeserve serve`` derives its flags from the fields of the settings.
 
 Apart from these, since who is handed settings need not import what reads them.
 """

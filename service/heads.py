@@ -36,9 +36,11 @@ class Heads(Generic[P]):
     def find(self, data: bytes) -> tuple[Known[P], bytes] | None:
         """What is known of the head of ``data``, and its body, if it is one whole request with a known head."""
         end = data.find(END) + len(END)
-        known = self._known.get(data[:end])
+        head = data[:end]
+        known = self._known.get(head)
         if known is None or len(data) - end != known.size:
             return None
+        self._known.move_to_end(head)
         return known, data[end:]
 
     def remember(self, data: bytes, plan: P, size: int, again: Again | None = None) -> None:

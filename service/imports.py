@@ -29,8 +29,9 @@ def import_fastapi() -> None:
         return
     from pydantic import BaseModel
 
+    kept = BaseModel.model_config.get("defer_build", False)
     BaseModel.model_config["defer_build"] = True
     try:
         import fastapi  # noqa: F401
     finally:
-        del BaseModel.model_config["defer_build"]
+        BaseModel.model_config["defer_build"] = kept

@@ -14,10 +14,10 @@ FAR = 1e36  # squared norm beyond which a point is left to float64: float32's ra
 class Neighbours:
     """The nearest of ``points``, float32 [m,L], to any row, by Euclidean distance.
 
-    What is nearest by float32 need not be so. With u = 2⁻²⁴ and c = (L + 6) u, what it gives for |r|² − 2 r·x, which is
-    e − |x|² of the true square e, is off by c (|x|² + 2|r|²) at most, points r and row x taken from the points' mean:
-    each of L + 1 terms is rounded so often (Higham 2002, sec. 3.1), and 2 Σ|r x| ≤ |x|² + |r|². As |r|² ≤ 2|x|² + 2e,
-    points for which it gives t or more have
+    What is nearest by float32 need not be so. With n = L + 6, u = 2⁻²⁴ and c = n u / (1 − n u), what it gives for
+    |r|² − 2 r·x, which is e − |x|² of the true square e, is off by c (|x|² + 2|r|²) at most, points r and row x taken
+    from the points' mean: each of L + 1 terms is rounded so often (Higham 2002, sec. 3.1), and 2 Σ|r x| ≤ |x|² + |r|².
+    As |r|² ≤ 2|x|² + 2e, points for which it gives t or more have
 
         e ≥ (t + (1 − 5c) |x|²) / (1 + 4c).
 
@@ -78,6 +78,7 @@ class Neighbours:
         """Whether all points that were not looked at are farther than the ``farthest`` wanted, squared: bool [N]."""
         norms = (apart**2).sum(axis=1)
         c = (apart.shape[1] + 6) * 2.0**-24
+        c /= 1 - c
         least = (beyond + (1 - 5 * c) * norms) / (1 + 4 * c)
         # Below the first bound float32 may have lost what is denormal, beyond the other far points may be near.
         return (farthest + 1e-30 <= least) & (np.maximum(norms, farthest) <= FAR / 1e4) & np.isfinite(beyond)

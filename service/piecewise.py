@@ -16,11 +16,14 @@ class PiecewiseLinear:
     """
 
     def __init__(self, knots: np.ndarray, values: np.ndarray, slope: float) -> None:
-        """``knots`` and ``values``: float64 [K], K ≥ 1, finite, the knots not falling; at equal ones it jumps."""
+        """``knots`` and ``values``: float64 [K], K ≥ 1, the knots not falling; at equal ones it jumps.
+
+        The first and the last knot are apart by a finite number.
+        """
         rises = np.diff(knots) > 0
         first, last = np.insert(rises, 0, True), np.append(rises, True)
         ends, before, after = knots[last], values[first], values[last]
-        with np.errstate(over="ignore"):  # between knots so close there is no number
+        with np.errstate(over="ignore"):  # between knots so close (1e-300) hardly a number lies
             slopes = np.minimum((before[1:] - after[:-1]) / np.diff(ends), np.finfo(float).max)
         # Piece i begins at knot i − 1, the first one before all knots.
         self._origins, self._levels = np.insert(ends, 0, ends[0]), np.insert(after, 0, values[0])

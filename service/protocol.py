@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 import uuid
 from collections.abc import Coroutine
 from typing import Any
@@ -91,11 +92,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._partial = 0  # bytes received while the headers were unfinished
         self._in_headers = True
+        self._in_message = False  # a request has begun to arrive that has not arrived whole
         self._is_between = True  # no byte has come of a request that the parser would have to read on
         self._refused = False
         self._held: tuple[Plan, str] | None = None  # what the request asks for whose headers are held back, its id
         self._parts: list[bytes] = []  # of its body
         self._keep_alive = True
+        self.headers_at = 0.0
         self._idle_since: float | None = None  # by the loop's clock; None while a request is under way
         self.headers: list[tuple[bytes, bytes]] = []
 
@@ -137,7 +140,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.direct is None or (found := self.direct.heads.find(data)) is None or not self._may_take():
             return False
         self._disarm()
-        self._unset_keepalive_if_required()
+        self._idle_since, self.headers_at = None, time.perf_counter()
         known, body = found
         if known.again is None:
             return self._taken(known.plan, "", body, keep_alive=True)
@@ -155,13 +158,13 @@ class GuardedProtocol(HttpToolsProtocol):
         return not self.flow.write_paused and (self.cycle is None or self.cycle.response_complete)
 
     def on_message_begin(self) -> None:
-        self._is_between = False
+        self._is_between, self._in_message, self._idle_since = False, True, None
         self.url, self.headers, self.expect_100_continue = b"", [], False
         self._in_headers, self._partial = True, 0
 
     def on_headers_complete(self) -> None:
         self._disarm()
-        self._in_headers = False
+        self._in_headers, self.headers_at = False, time.perf_counter()
         self._check(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
         if self._refused:
             raise httptools.HttpParserError("headers refused")
@@ -193,6 +196,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._parts.append(body)
 
     def on_message_complete(self) -> None:
+        self._in_message = False
         if self._held is not None and self._taken(*self._held, b"".join(self._parts), self._keep_alive):
             self._held, self._parts = None, []
             self._disarm()
@@ -232,12 +236,12 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self.server_state.total_requests += 1
         self.flow.resume_reading()
-        self._idle_since = self.loop.time()
+        self._idle_since = None if self._in_message else self.loop.time()
         if self.timeout_keep_alive_task is None:
             self._look_later(self.timeout_keep_alive)
 
     def _unset_keepalive_if_required(self) -> None:
-        self._idle_since = None
+        """Bytes that arrive need not be those of a request: ``on_message_begin`` knows."""
 
     def _look_later(self, seconds: float) -> None:
         """Whether the connection has been idle for long."""

@@ -182,6 +182,7 @@ def npy_headers(shape: Shape) -> list[Body]:
         "fortran_order is text": npy_raw(f"{{'descr': '|u1', 'fortran_order': 'no', 'shape': {sound}}}", pixels),
         "sides are fractions": npy_of("|u1", f"(1.0, {c}, {h}, {w})", pixels),
         "sides are bools": npy_of("|u1", f"(True, {c}, {h}, None)", pixels),
+        "two numbers are one side": npy_of("|u1", f"(1 2, {h}, {w})", pixels),
         "shape is a list": npy_of("|u1", f"[1, {c}, {h}, {w}]", pixels),
         "shape is a number": npy_of("|u1", str(size), pixels),
         "no descr": npy_raw(f"{{'fortran_order': False, 'shape': {sound}}}", pixels),

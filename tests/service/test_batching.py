@@ -140,8 +140,11 @@ def test_the_clock_that_is_given_tells_what_a_row_takes():
     asyncio.run(whole())
 
 
-async def landing(batcher, monkeypatch, waiting, pause):
-    """A batch of two lands while so many jobs of a row wait: (its tasks, theirs), after some turns of the loop."""
+async def landing(batcher, monkeypatch, waiting, pause, rows=1, seconds=0.0):
+    """A batch of two lands while so many jobs of so many rows wait: their tasks, after some turns of the loop.
+
+    ``seconds``: what a row is held to take, as long as it is not what keeps jobs from the event loop.
+    """
     release = threading.Event()
 
     def slow(rows):
@@ -154,8 +157,9 @@ async def landing(batcher, monkeypatch, waiting, pause):
     first = [asyncio.create_task(batcher.run(job(number, run=slow), never)) for number in range(2)]
     try:
         await until(lambda: sum(batcher._under_way.values()))
-        others = [asyncio.create_task(batcher.run(job(number), never)) for number in range(waiting)]
+        others = [asyncio.create_task(batcher.run(job(*[number] * rows), never)) for number in range(waiting)]
         await asyncio.sleep(0)
+        batcher._seconds["double"] = max(seconds, batcher._seconds["double"])
     finally:
         release.set()
     await asyncio.gather(*first)
@@ -181,6 +185,17 @@ def test_the_wait_for_the_callers_of_a_batch_ends(monkeypatch):
         others = await landing(batcher, monkeypatch, waiting=3, pause=0.1)
         await asyncio.gather(*others)
         assert runs == [1, 2, 3]
+
+    scenario(body)
+
+
+@pytest.mark.parametrize(("count", "rows", "seconds"), [(2, MOST_ROWS // 2, 0.0), (2, MOST_ROWS, 0.0), (1, 1, 0.1)])
+def test_a_whole_batch_is_counted_in_rows_and_in_what_they_take(monkeypatch, count, rows, seconds):
+    """There is no pause where one more job would not fit into the next batch."""
+
+    async def body(batcher, runs, pool):
+        others = await landing(batcher, monkeypatch, count, 1e9, rows, seconds)
+        await asyncio.gather(*others)
 
     scenario(body)
 

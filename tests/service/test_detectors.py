@@ -550,6 +550,13 @@ def test_knots_and_surprisals_of_other_lengths_are_refused(fitted, tmp_path):
         load(fitted, tmp_path, npz(arrays_of(fitted) | {"combined/knots": arrays_of(fitted)["combined/knots"][:, 1:]}))
 
 
+def test_knots_too_far_apart_are_refused(fitted, tmp_path):
+    knots = arrays_of(fitted)["combined/knots"].copy()
+    knots[:, 0], knots[:, -1] = -1e308, 1e308
+    with pytest.raises(BundleFormatError, match="further apart than float64 can tell"):
+        load(fitted, tmp_path, npz(arrays_of(fitted) | {"combined/knots": knots}))
+
+
 def pickled() -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **{"typicality/mean": np.array([print, 1], object)})

@@ -541,6 +541,28 @@ def test_logged_as_others_are(client, capsys, ways):
     assert ways[:1] == ["direct"]
 
 
+def test_a_request_is_under_way_from_its_headers_on(client, ways, monkeypatch):
+    began, told, plan, report = [], [], protocol.GuardedProtocol._plan, direct.report
+
+    def planned(self):
+        if self.url.endswith(b"/encode"):
+            began.append(time.perf_counter())
+        return plan(self)
+
+    monkeypatch.setattr(protocol, "HELD_SECONDS", 10.0)
+    monkeypatch.setattr(protocol.GuardedProtocol, "_plan", planned)
+    monkeypatch.setattr(direct, "report", lambda *given: told.append(given) or report(*given))
+    connection, stream = asking(client, raw()[: -len(ROW)])
+    until(client, lambda: began)
+    sent = time.perf_counter()
+    connection.sendall(ROW)
+    answers(stream, 1)
+    connection.close()
+    seconds = next(given[-1] for given in told if given[3].endswith("/encode"))
+    assert seconds >= sent - began[0] > 0.0
+    assert ways == ["direct"]
+
+
 def test_plans_are_remembered_within_bounds(client, ways):
     for seed in range(MOST_KNOWN + 5):
         assert post(client, "encode", f"seed={seed}", OCTETS, ROW).status_code == 200

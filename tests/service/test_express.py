@@ -22,6 +22,7 @@ from service.repository import load_bundle
 from service.runtime import Runtime
 from service.schemas import ScoreParameters
 from service.scoring import meaning
+from tests.hostile import npy_raw
 from tests.ppca_bundle import LATENT_DIM, images
 from tests.service.http import assert_problem, npy, serving
 
@@ -189,6 +190,10 @@ HEAVY = {
     "one picture in JSON": (JSON, json.dumps({"images": base64.b64encode(SMALL_PNG).decode()}).encode()),
     "many tiny rows": (JSON, json.dumps({"images": [[[0]]] * 100}).encode()),
     "tiny rows as npy": (NPY, npy(np.zeros((300, 3, 2), np.uint8))),
+    "a shape that is said twice": (
+        NPY,
+        npy_raw("{'descr': '|u1', 'fortran_order': False, 'shape': (1, 8, 8), 'shape': (300, 3, 2)}", bytes(1800)),
+    ),
     "parameters beside": (JSON, json.dumps({"images": X.tolist(), "samples": 200}).encode()),
 }
 

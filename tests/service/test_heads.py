@@ -84,6 +84,15 @@ def test_the_oldest_heads_are_forgotten():
     assert found.find(numbered[1]) == found.find(numbered[-1]) == (("plan", 3, None), b"abc")
 
 
+def test_a_head_that_is_used_stays():
+    first, *others = [HEAD.replace(b"/a", b"/%d" % i) + b"abc" for i in range(2 * MOST_KNOWN)]
+    found = known(first)
+    for each in others:
+        assert found.find(first) is not None
+        found.remember(each, "plan", 3)
+    assert found.find(others[0]) is None
+
+
 @pytest.fixture(autouse=True)
 def all_are_short(monkeypatch):
     """However slow this machine is."""
@@ -276,6 +285,44 @@ def test_a_connection_is_idle_from_its_last_answer_on(connect, hurried):
     assert stream.read() == b""
 
 
+@pytest.mark.parametrize("request_", [raw(), b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_an_empty_line_is_no_request_that_is_waited_for(connect, monkeypatch, request_):
+    monkeypatch.setattr(protocol.GuardedProtocol, "_look_later", quickly(protocol.GuardedProtocol._look_later))
+    connection, stream = connect()
+    connection.sendall(request_)
+    answers(stream, 1)
+    connection.sendall(b"\r\n")
+    assert stream.read() == b""
+
+
+def quickly(look_later):
+    """A connection is idle for long after 0.2 s."""
+
+    def told(connection, seconds):
+        connection.timeout_keep_alive = 0.2
+        look_later(connection, min(seconds, 0.2))
+
+    return told
+
+
+def test_a_connection_is_not_idle_while_a_request_arrives(connect, hurried, monkeypatch):
+    """It has begun before the answer to the one before was there."""
+    held, go_on = [], Batcher._go_on
+    monkeypatch.setattr(Batcher, "_go_on", lambda *given: held.append((asyncio.get_running_loop(), given)))
+    connection, stream = connect()
+    connection.sendall(raw() + raw()[:20])
+    while not held or not hurried[-1]._in_message:
+        assert connect.client.get("/livez").status_code == 200
+    monkeypatch.setattr(Batcher, "_go_on", go_on)
+    loop, given = held[-1]
+    loop.call_soon_threadsafe(go_on, *given)
+    answers(stream, 1)
+    assert hurried[-1]._idle_since is None
+    connection.sendall(raw()[20:])
+    answers(stream, 1)
+    assert stream.read() == b""
+
+
 def test_a_known_request_waits_for_the_answer_before_it(connect, looked_up, monkeypatch):
     (_, expected), *_ = asked(connect, raw())
     held, go_on = [], Batcher._go_on
@@ -440,6 +487,17 @@ def test_a_picture_that_only_looks_like_the_one_before_is_read_as_any_other(conn
     assert [head[9:12] for head, _ in found] == [head[9:12] for head, _ in expected] == [b"200", b"200", b"422", b"200"]
     assert found[0][1] == found[3][1] != found[1][1]
     assert found[1][1] == expected[1][1]
+    assert repeated == []
+
+
+def test_a_picture_beyond_the_limit_is_refused_whatever_came_before(ppca_root, repeated):
+    """Of as many bytes as one that is within it, stored as it is: 8·9 = 24·3."""
+    small, large = (pictured(np.zeros((h, w), np.uint8), 0) for h, w in ((24, 2), (8, 8)))
+    assert len(small) == len(large)
+    with serving(ppca_root, max_image_pixels=50) as client:
+        for body, status in ((large, 413), (small, 200), (small, 200), (large, 413)):
+            asked_for = {"content": body, "headers": {"content-type": "image/png"}}
+            assert client.post("/v1/models/ppca/encode", **asked_for).status_code == status
     assert repeated == []
 
 
