@@ -232,7 +232,17 @@ def _resize_floats(planes: np.ndarray, preprocessing: Preprocessing) -> np.ndarr
 
 
 def _convert(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """To mode L or RGB: 16-bit grey scaled, transparency composited on the background."""
+    """To mode L or RGB: 16-bit grey scaled, transparency composited on the background.
+
+    Raises InvalidInput for a palette or a transparency that does not fit the pixels.
+    """
+    try:
+        return _converted(image, preprocessing)
+    except DECODER_ERRORS as error:
+        raise InvalidInput("the image is damaged: its palette or its transparency does not fit") from error
+
+
+def _converted(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _from_16_bits(image, preprocessing.background)
     if image.has_transparency_data:

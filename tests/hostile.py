@@ -446,11 +446,18 @@ def png_damage(shape: Shape) -> list[Body]:
     good = saved(pil(shape), "PNG", compress_level=0)
     cuts = {f"cut to {share}%": good[: len(good) * share // 100] for share in (3, 10, 20, 30, 40, 50, 60, 70)}
     pixels = zlib.compress(bytes(72))
+    palette, idat = header(8, 8, 8, 3), chunk(b"IDAT", zlib.compress(bytes([0, *range(8)]) * 8))
     bodies = {
         **cuts,
         "wrong IHDR checksum": png(chunk(b"IHDR", header(8, 8)[8:21], damage=1), chunk(b"IDAT", pixels), END),
         "wrong IDAT checksum": png(header(8, 8), chunk(b"IDAT", pixels, damage=1), END),
         "wrong tEXt checksum": grey_8x8(chunk(b"tEXt", b"a\0b", damage=1)),
+        "more transparencies than colours": png(
+            palette, chunk(b"PLTE", bytes(768)), chunk(b"tRNS", bytes(300)), idat, END
+        ),
+        "transparency of another header": png(
+            palette, chunk(b"tRNS", b"\0\5\6"), header(8, 8, 1), chunk(b"IDAT", zlib.compress(bytes(16))), END
+        ),
         "IDAT is no zlib": png(header(8, 8), chunk(b"IDAT", b"hello, I am text"), END),
         "IDAT too short": png(header(8, 8), chunk(b"IDAT", zlib.compress(bytes(20))), END),
         "bad filter": png(header(8, 8), chunk(b"IDAT", zlib.compress(b"\x09" * 72)), END),
