@@ -1,5 +1,8 @@
 """uvicorn's HTTP protocol with what it lacks: a deadline and caps for the headers, and errors in the one shape.
 
+What is refused is refused in its turn, behind the answers that are due. An upgrade is never made, as HTTP allows: a
+request that asks for one is read as if it had not.
+
 Middleware sees a request only once its headers are complete; a connection that never completes them can be ended only
 here.
 """
@@ -18,61 +21,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.direct import Direct, Exchange, Plan
 from service.logs import get_logger
+from service.middleware import Bodies
 from service.problems import MEDIA_TYPE, problem
 from service.settings import Settings
+from service.transport import GatheringTransport
 
 LINGER_SECONDS = 0.5
+UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 HELD_SECONDS = 0.05  # between a request's headers and the end of its body, if it is not to go by ASGI
-GATHERED_BYTES = 2**16  # that wait for the end of an iteration at most: what is streamed must feel its reader
-
-
-class GatheringTransport:
-    """A transport that hands on in one piece what is written in one iteration of the event loop.
-
-    uvicorn writes the head of an answer and its body apart: two system calls, two packets, and a reader woken twice.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
-        self._parts: list[bytes] = []
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        """As a transport's; not before the end of the iteration, unless it is much."""
-        if not self._parts:
-            self._loop.call_soon(self.flush)
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size > GATHERED_BYTES:
-            self.flush()
-
-    def write_whole(self, data: bytes) -> None:
-        """Hand on a whole answer, after what was gathered."""
-        self.flush()
-        self._transport.write(data)
-
-    def flush(self) -> None:
-        """Hand on what was gathered."""
-        parts, self._parts, self._size = self._parts, [], 0
-        if parts:
-            self._transport.writelines(parts)
-
-    def is_closing(self) -> bool:
-        """As a transport's."""
-        return self._transport.is_closing()
-
-    def close(self) -> None:
-        """As a transport's, after what was written."""
-        self.flush()
-        self._transport.close()
-
-    def write_eof(self) -> None:
-        """As a transport's, after what was written."""
-        self.flush()
-        self._transport.write_eof()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -85,6 +41,8 @@ class GuardedProtocol(HttpToolsProtocol):
     max_headers = 100
     max_header_bytes = 32 * 2**10
     header_timeout = 10.0
+    send_timeout = 30.0
+    bodies = Bodies(0, 0)
     direct: Direct | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -95,6 +53,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_message = False  # a request has begun to arrive that has not arrived whole
         self._is_between = True  # no byte has come of a request that the parser would have to read on
         self._refused = False
+        self._parting: bytes | None = None  # the refusal that waits for the answers before it
         self._held: tuple[Plan, str] | None = None  # what the request asks for whose headers are held back, its id
         self._parts: list[bytes] = []  # of its body
         self._keep_alive = True
@@ -103,7 +62,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.headers: list[tuple[bytes, bytes]] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(GatheringTransport(transport, self.loop))  # type: ignore[arg-type]
+        gathering = GatheringTransport(transport, self.loop, self.bodies, self.send_timeout)
+        super().connection_made(gathering)  # type: ignore[arg-type]
         _send_at_once(transport)
         self._arm()
 
@@ -112,19 +72,31 @@ class GuardedProtocol(HttpToolsProtocol):
         self._held, self._parts = None, []
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
+        self._gathering.release()
         super().connection_lost(exc)
+
+    @property
+    def _gathering(self) -> GatheringTransport:
+        return self.transport  # type: ignore[return-value]
 
     def eof_received(self) -> None:
         """The loop closes the transport on the end of what the peer sends: before that goes what was written."""
-        gathered: GatheringTransport = self.transport  # type: ignore[assignment]
-        gathered.flush()
+        self._gathering.flush()
         super().eof_received()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._gathering.hold()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._gathering.release()
 
     def data_received(self, data: bytes) -> None:
         if self._refused or (self._is_between and self._take_known(data)):
             return
         was_between, self._is_between = self._is_between, False
-        super().data_received(data)
+        self._parse(data)
         if was_between and self._is_between:
             self._remember(data)
         if self._held is not None and self._timer is None:  # many clients send the body apart
@@ -134,6 +106,26 @@ class GuardedProtocol(HttpToolsProtocol):
             self._check(self._partial)
             if self._timer is None and not self._refused:
                 self._arm()
+
+    def _parse(self, data: bytes) -> None:
+        """As uvicorn's ``data_received``, which drops a body that comes with an Upgrade."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._parse_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(400, "Invalid HTTP request received.")
+
+    def _parse_without_upgrade(self, rest: bytes) -> None:
+        """Read the request anew whose headers have come, without the Upgrade at which the parser stops, and go on."""
+        if self._refused or self.parser.get_method() == b"CONNECT":  # which is refused by now
+            return
+        head = _head(self.parser, self.url, [pair for pair in self.headers if pair[0] not in UPGRADE_HEADERS])
+        if head.count(b"\n") != head.count(b"\r\n"):  # the parser joins lines of headers, some of them at odd ends
+            self._refuse(400, "headers with line ends in them")
+            return
+        self.parser = httptools.HttpRequestParser(self)
+        self._parse(head + rest)
 
     def _take_known(self, data: bytes) -> bool:
         """Whether it is one whole request whose head was read before, and now under way: the parser need not see it."""
@@ -163,6 +155,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_headers, self._partial = True, 0
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            return  # the parser stops here
         self._disarm()
         self._in_headers, self.headers_at = False, time.perf_counter()
         self._check(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
@@ -196,6 +190,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._parts.append(body)
 
     def on_message_complete(self) -> None:
+        if self._in_headers:  # an upgrade's
+            return
         self._in_message = False
         if self._held is not None and self._taken(*self._held, b"".join(self._parts), self._keep_alive):
             self._held, self._parts = None, []
@@ -236,6 +232,9 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self.server_state.total_requests += 1
         self.flow.resume_reading()
+        if self._parting is not None:
+            self._part(self._parting)
+            return
         self._idle_since = None if self._in_message else self.loop.time()
         if self.timeout_keep_alive_task is None:
             self._look_later(self.timeout_keep_alive)
@@ -262,8 +261,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Write a whole answer, and close the connection after it or go on to the next request."""
         if self.transport.is_closing():
             return
-        gathered: GatheringTransport = self.transport  # type: ignore[assignment]
-        gathered.write_whole(data)
+        self._gathering.write_whole(data)
         if not keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -277,9 +275,6 @@ class GuardedProtocol(HttpToolsProtocol):
         started = self.loop.create_task(task)
         started.add_done_callback(self.tasks.discard)
         self.tasks.add(started)
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
 
     def _check(self, size: int) -> None:
         """Refuse headers that are too many, or whose ``size`` in bytes is too large."""
@@ -301,27 +296,51 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(408, f"the headers did not arrive within {self.header_timeout:g} s (setting header_timeout)")
 
     def _refuse(self, status: int, detail: str) -> None:
-        """Answer, then close. Only once a connection, and never into an answer that is under way."""
+        """Answer, then close. Only once a connection, behind the answers that are due, and never into one.
+
+        What has come of the request that is refused is dropped.
+        """
         if self._refused:
             return
         self._refused = True
         self._disarm()
+        self._held, self._parts = None, []
         get_logger().info("connection refused", status=status, detail=detail, client=self.client)
-        under_way = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if not self.pipeline and not under_way:
-            self.transport.write(_bytes(status, detail))
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-        self._linger()
+        cycle = self.cycle
+        is_its_own = cycle is not None and getattr(cycle, "more_body", False)  # by ASGI, its body unfinished
+        if is_its_own and self.pipeline:
+            self.pipeline.popleft()
+        elif is_its_own:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._part(b"" if cycle.response_started and not cycle.response_complete else _bytes(status, detail))
+            return
+        if self.pipeline or is_its_own or (cycle is not None and not cycle.response_complete):
+            self._parting = _bytes(status, detail)
+            self.flow.resume_reading()
+        else:
+            self._part(_bytes(status, detail))
 
-    def _linger(self) -> None:
-        """Say that no more comes, drop what still arrives, close shortly.
+    def _part(self, last: bytes) -> None:
+        """Write that, say that no more comes, drop what still arrives, close shortly.
 
         A socket closed on unread bytes is reset, and the caller would never read the answer.
         """
+        self._parting = None
+        if self.transport.is_closing():
+            return
+        if last:
+            self.transport.write(last)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+
+def _head(parser: httptools.HttpRequestParser, target: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The bytes of a request's head."""
+    lines = [b"%b %b HTTP/%b" % (parser.get_method(), target, parser.get_http_version().encode())]
+    lines += [b"%b: %b" % pair for pair in headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 def guarded_protocol(settings: Settings, direct: Direct | None = None) -> type[GuardedProtocol]:
@@ -331,6 +350,8 @@ def guarded_protocol(settings: Settings, direct: Direct | None = None) -> type[G
         "max_headers": settings.max_headers,
         "max_header_bytes": settings.max_header_bytes,
         "header_timeout": settings.header_timeout,
+        "send_timeout": settings.send_timeout,
+        "bodies": Bodies(0, 0) if direct is None else direct.bodies,
     }
     return type("ConfiguredProtocol", (GuardedProtocol,), caps)
 

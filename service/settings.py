@@ -62,6 +62,9 @@ class Settings(BaseModel):
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024, description="bytes of a request's line and headers")
     header_timeout: float = Field(default=10.0, gt=0, description="seconds in which the headers must arrive")
     receive_timeout: float = Field(default=30.0, gt=0, description="seconds in which the body must arrive")
+    send_timeout: float = Field(
+        default=30.0, gt=0, description="seconds in which some of an answer that waits to be read must be read"
+    )
     request_timeout: float = Field(default=60.0, gt=0, description="seconds from a complete body to its answer")
     drain_seconds: float = Field(
         default=3.0, ge=0, description="seconds served on after SIGTERM, while /readyz already says 503"

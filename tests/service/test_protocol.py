@@ -1,86 +1,149 @@
-"""What is written in one iteration of the event loop leaves in one piece, and nothing is lost or held back."""
+"""What is refused below ASGI is refused in its turn; an upgrade is never made, and nothing of its request lost."""
 
-import asyncio
+import socket
 
-import numpy as np
 import pytest
 
-from service.protocol import GATHERED_BYTES, GatheringTransport
-from tests.service.http import serving
+from service.batching import Batcher
+from tests.service.http import APPS, serving
+from tests.service.test_direct import LEVELS, NPY, ROW, answers, raw
+
+LIVE = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
+NOISE = b"\0noise\r\n\r\n"
+UPGRADE = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQ"}
 
 
-class Recorded:
-    """A transport that keeps what it is told."""
-
-    def __init__(self):
-        self.told = []
-
-    def writelines(self, parts):
-        self.told.append(b"".join(parts))
-
-    def close(self):
-        self.told.append("close")
-
-    def write_eof(self):
-        self.told.append("eof")
-
-    def is_closing(self):
-        return "close" in self.told
+@pytest.fixture(scope="module")
+def client(ppca_root):
+    with serving(ppca_root, header_timeout=0.5) as client:
+        yield client
 
 
-def gathered(*calls):
-    """What a transport was told after these calls on the gathering one, and after the iteration."""
-
-    async def body():
-        recorded = Recorded()
-        transport = GatheringTransport(recorded, asyncio.get_running_loop())
-        for name, *given in calls:
-            getattr(transport, name)(*given)
-        during = list(recorded.told)
-        await asyncio.sleep(0)
-        return during, recorded.told
-
-    return asyncio.run(body())
+@pytest.fixture(params=["short", "long"])
+def kind(request, monkeypatch):
+    """Whether jobs run on the event loop or on the pool."""
+    monkeypatch.setattr(Batcher, "is_short", lambda self, key, rows: request.param == "short")
 
 
-def test_writes_of_one_iteration_leave_together_at_its_end():
-    assert gathered(("write", b"head"), ("write", b"body")) == ([], [b"headbody"])
+def asked(client, *pieces):
+    """All that comes back until the server closes."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+        for index, piece in enumerate(pieces):
+            if index:
+                assert client.get("/livez").status_code == 200  # what went before has been read
+            connection.sendall(piece)
+        with connection.makefile("rb") as stream:
+            return stream.read()
 
 
-@pytest.mark.parametrize(("call", "told"), [("close", "close"), ("write_eof", "eof")])
-def test_what_was_written_goes_before_the_end(call, told):
-    during, after = gathered(("write", b"head"), ("write", b"body"), (call,))
-    assert during == after == [b"headbody", told]
+def statuses(received):
+    return [part[:3] for part in received.split(b"HTTP/1.1 ")[1:]]
 
 
-def test_much_is_not_held_back():
-    """A stream that is written without a pause must feel how fast its reader is."""
-    large = bytes(GATHERED_BYTES)
-    during, after = gathered(("write", large), ("write", b"x"), ("write", b"y"))
-    assert during == [large + b"x"]
-    assert after == [large + b"x", b"y"]
+def encode(rows=ROW, **headers):
+    return raw(rows, **headers)
 
 
-def test_all_else_is_the_transport_s():
-    async def body():
-        recorded = Recorded()
-        transport = GatheringTransport(recorded, asyncio.get_running_loop())
-        assert not transport.is_closing()
-        transport.close()
-        return transport.is_closing()
-
-    assert asyncio.run(body())
+def by_asgi(rows=ROW):
+    return raw(rows, expect="")
 
 
-def test_an_answer_of_the_service_is_one_write(ppca_root, monkeypatch):
-    told = []
-    kept = GatheringTransport.flush
-    monkeypatch.setattr(GatheringTransport, "flush", lambda self: told.append(list(self._parts)) or kept(self))
-    with serving(ppca_root) as client:
-        body = np.zeros((2, 1, 8, 8), np.uint8).tobytes()
-        octets = {"content-type": "application/octet-stream"}
-        answer = client.post("/v1/encode", content=iter([body]), headers=octets)  # by ASGI, which writes head and body
-    assert answer.status_code == 200
-    whole = [b"".join(parts) for parts in told if parts]
-    assert len(whole) == 1
-    assert whole[0].endswith(answer.content)
+VALID = {
+    "direct": [encode()],
+    "by ASGI": [by_asgi()],
+    "live": [LIVE],
+    "direct, direct": [encode(), encode()],
+    "direct, live": [encode(), LIVE],
+    "live, direct": [LIVE, encode()],
+    "by ASGI, direct, live": [by_asgi(), encode(), LIVE],
+    "live, live": [LIVE, LIVE],
+}
+LAST = {
+    "noise": (NOISE, b"400"),
+    "no length": (raw(content_length="x")[: -len(ROW)], b"400"),
+    "many headers": (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", b"431"),
+    "half a head": (LIVE[:20], b"408"),
+    "a broken chunk": (b"POST /v1/encode HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nz\r\n", b"400"),
+}
+
+
+@pytest.mark.parametrize("last", LAST)
+@pytest.mark.parametrize("valid", VALID)
+def test_what_came_before_is_answered_before_a_refusal(client, kind, valid, last):
+    app = APPS[client]
+    noise, status = LAST[last]
+    received = asked(client, b"".join(VALID[valid]) + noise)
+    assert statuses(received) == [b"200"] * len(VALID[valid]) + [status]
+    assert app.state.metrics._under_way == 0
+    assert (app.state.house.pool.pending, app.state.direct.bodies.held) == (0, 0)
+
+
+@pytest.mark.parametrize("last", ["noise", "many headers"])
+def test_nothing_is_counted_twice_or_left_under_way(client, kind, last, caplog):
+    before = answered(client)
+    for _ in range(3):
+        asked(client, encode() + encode() + LIVE + LAST[last][0])
+    assert [now - then for now, then in zip(answered(client), before, strict=True)] == [6, 3]
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
+
+
+def answered(client):
+    lines = client.get("/metrics").text.splitlines()
+    counts = dict(line.rsplit(" ", 1) for line in lines if line.startswith("vaeserve_requests_total"))
+    return [
+        float(next((count for name, count in counts.items() if f'{route}",status="200"' in name), 0))
+        for route in ("{model}/encode", "/livez")
+    ]
+
+
+def test_nothing_is_answered_behind_a_refusal(client):
+    assert statuses(asked(client, encode() + NOISE + encode())) == [b"200", b"400"]
+
+
+@pytest.mark.parametrize("cut", [0, 20, -len(ROW), -1])
+@pytest.mark.parametrize("more", [{}, {"expect": ""}])
+def test_an_upgrade_is_not_made_and_its_body_read(client, cut, more):
+    plain = asked(client, encode(connection="close", accept=NPY, **more))
+    request = encode(**{**UPGRADE, **more})
+    for pieces in ([request[:cut], request[cut:]] if cut else [request], [request + encode(connection="close")]):
+        with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+            for index, piece in enumerate(pieces):
+                if index:
+                    assert client.get("/livez").status_code == 200
+                connection.sendall(piece)
+            with connection.makefile("rb") as stream:
+                ((head, body),) = answers(stream, 1)
+        assert head.startswith(b"HTTP/1.1 200")
+        assert plain.endswith(body)
+
+
+def test_a_body_behind_an_upgrade_is_no_request(client):
+    body = LIVE.ljust(len(ROW), b"x")
+    request = encode(body, **UPGRADE)
+    received = asked(client, request[: -len(body)], body + LIVE.replace(b"host: x", b"connection: close"))
+    assert statuses(received) == [b"200", b"200"]
+    assert received.endswith(b"}")  # of /livez
+
+
+def test_many_requests_with_upgrades_on_one_connection(client):
+    requests = [encode(LEVELS[i].tobytes(), **UPGRADE) for i in range(4)]
+    plain = [encode(LEVELS[i].tobytes()) for i in range(4)]
+    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+        stream = connection.makefile("rb")
+        found = []
+        for sent in (requests, plain):
+            connection.sendall(b"".join(sent))
+            found.append([body for _, body in answers(stream, 4)])
+        stream.close()
+    assert found[0] == found[1]
+
+
+def test_headers_count_that_ask_for_an_upgrade(client):
+    lines = b"".join(b"a: %d\r\n" % i for i in range(200))
+    upgrade = b"connection: upgrade\r\nupgrade: h2c\r\n"
+    assert statuses(asked(client, b"GET /livez HTTP/1.1\r\nhost: x\r\n" + upgrade + lines + b"\r\n")) == [b"431"]
+
+
+@pytest.mark.parametrize("target", [b"a:1", b"/livez"])
+def test_a_tunnel_is_refused(client, target):
+    assert statuses(asked(client, b"CONNECT " + target + b" HTTP/1.1\r\nhost: x\r\n\r\n", b"hello"))[0][:1] == b"4"
