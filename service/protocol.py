@@ -121,9 +121,6 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refused or self.parser.get_method() == b"CONNECT":  # which is refused by now
             return
         head = _head(self.parser, self.url, [pair for pair in self.headers if pair[0] not in UPGRADE_HEADERS])
-        if head.count(b"\n") != head.count(b"\r\n"):  # the parser joins lines of headers, some of them at odd ends
-            self._refuse(400, "headers with line ends in them")
-            return
         self.parser = httptools.HttpRequestParser(self)
         self._parse(head + rest)
 
@@ -304,7 +301,6 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self._disarm()
-        self._held, self._parts = None, []
         get_logger().info("connection refused", status=status, detail=detail, client=self.client)
         cycle = self.cycle
         is_its_own = cycle is not None and getattr(cycle, "more_body", False)  # by ASGI, its body unfinished
@@ -317,7 +313,6 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if self.pipeline or is_its_own or (cycle is not None and not cycle.response_complete):
             self._parting = _bytes(status, detail)
-            self.flow.resume_reading()
         else:
             self._part(_bytes(status, detail))
 
@@ -327,6 +322,7 @@ class GuardedProtocol(HttpToolsProtocol):
         A socket closed on unread bytes is reset, and the caller would never read the answer.
         """
         self._parting = None
+        self.flow.resume_reading()
         if self.transport.is_closing():
             return
         if last:
@@ -337,7 +333,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 def _head(parser: httptools.HttpRequestParser, target: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The bytes of a request's head."""
+    """The bytes of a request's head, whose headers hold no line ends: the parser refuses folded ones."""
     lines = [b"%b %b HTTP/%b" % (parser.get_method(), target, parser.get_http_version().encode())]
     lines += [b"%b: %b" % pair for pair in headers]
     return b"\r\n".join(lines) + b"\r\n\r\n"

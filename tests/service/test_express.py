@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import struct
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ from PIL import Image
 from service import express
 from service.asked import MOST_KNOWN, Addresses
 from service.light import MOST_BYTES
+from service.model import Model
 from service.repository import load_bundle
 from service.runtime import Runtime
 from service.schemas import ScoreParameters
@@ -207,6 +209,28 @@ def test_only_what_is_read_in_a_moment_for_sure_is_read_on_the_event_loop(client
     assert len(body) < MOST_BYTES
     assert post(client, "encode", "", kind, body).status_code in ((200,) if light else (200, 422))
     assert found == [light]
+
+
+@pytest.mark.parametrize(("n", "body", "light"), [(64, b"", True), (65, b"", False), (2, b'{"seed": 3}', False)])
+def test_only_few_samples_are_drawn_on_the_event_loop(client, monkeypatch, n, body, light):
+    """By what the query says: a body, which may say more, is not read there."""
+    found, kept = [], express.is_light
+    monkeypatch.setattr(express, "is_light", lambda *given: found.append(kept(*given)) or found[-1])
+    headers = [("content-type", JSON), ("x-more", "a"), ("x-more", "b")]  # said twice: service.direct leaves it alone
+    answer = client.request("GET", f"/v1/models/ppca/sample?n={n}", content=body, headers=headers)
+    assert answer.status_code == 200
+    assert found == [light]
+
+
+def test_draws_of_x_are_made_on_worker_threads(client, monkeypatch, ways):
+    threads, kept = [], Model.observe
+    monkeypatch.setattr(
+        Model, "observe", lambda self, *given: threads.append(threading.current_thread().name) or kept(self, *given)
+    )
+    headers = [("x-more", "a"), ("x-more", "b")]
+    assert client.get("/v1/models/ppca/sample?n=2&draw=true", headers=headers).status_code == 200
+    assert ways == ["express"]
+    assert [name.startswith("vaeserve") for name in threads] == [True]
 
 
 def test_queries_are_remembered_within_bounds(client, ways):

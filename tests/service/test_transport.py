@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -153,8 +155,10 @@ def test_what_is_held_counts_among_the_bodies_until_it_is_read():
     assert Slow(1000, 100, end="close").counts == [0, 0]
 
 
-def test_a_client_that_reads_nothing_is_given_up(ppca_root):
-    with serving(ppca_root, send_timeout=0.3, max_batch=2000) as client, socket.socket() as connection:
+@contextmanager
+def asking_for_much(client):
+    """A connection whose answer, which takes more than the kernel holds, is being sent: (connection, bodies held)."""
+    with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(20)
         connection.connect((client.base_url.host, client.base_url.port))
@@ -165,7 +169,42 @@ def test_a_client_that_reads_nothing_is_given_up(ppca_root):
         while bodies.held <= len(rows):
             assert client.get("/livez").status_code == 200
         assert bodies.held > 2**20
-        while bodies.held:
-            assert client.get("/livez").status_code == 200
+        yield connection, bodies
+
+
+def nothing_is_held(client, bodies):
+    """At some time soon."""
+    deadline = time.monotonic() + 20
+    while bodies.held and time.monotonic() < deadline:
+        assert client.get("/livez").status_code == 200
+    return not bodies.held
+
+
+def test_a_client_that_reads_nothing_is_given_up(ppca_root):
+    with (
+        serving(ppca_root, send_timeout=0.3, max_batch=2000) as client,
+        asking_for_much(client) as (connection, bodies),
+    ):
+        assert nothing_is_held(client, held)
         received = sum(map(len, iter(lambda: connection.recv(65536), b"")))
         assert 0 < received < 2**23  # the beginning, which the kernel had taken
+
+
+def test_what_is_read_late_is_not_held_any_more(ppca_root):
+    with serving(ppca_root, send_timeout=1e6, max_batch=2000) as client, asking_for_much(client) as (connection, held):
+        stream = connection.makefile("rb")
+        while not (line := stream.readline()).startswith(b"content-length"):
+            pass
+        while stream.readline() != b"\r\n":
+            pass
+        assert len(stream.read(int(line.split()[1]))) > 2**23
+        assert nothing_is_held(client, held)
+        connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert stream.readline().startswith(b"HTTP/1.1 200")
+        stream.close()
+
+
+def test_nothing_is_held_for_a_client_that_has_left(ppca_root):
+    with serving(ppca_root, send_timeout=1e6, max_batch=2000) as client, asking_for_much(client) as (connection, held):
+        connection.close()
+        assert nothing_is_held(client, held)
