@@ -183,7 +183,7 @@ def nothing_is_held(client, bodies):
 def test_a_client_that_reads_nothing_is_given_up(ppca_root):
     with (
         serving(ppca_root, send_timeout=0.3, max_batch=2000) as client,
-        asking_for_much(client) as (connection, bodies),
+        asking_for_much(client) as (connection, held),
     ):
         assert nothing_is_held(client, held)
         received = sum(map(len, iter(lambda: connection.recv(65536), b"")))
