@@ -140,6 +140,11 @@ class Call:
         """The JSON body, parsed once. Raises as arrays.parse_json does."""
         return parse_json(self.body)
 
+    def forget_body(self) -> None:
+        """It has been read: neither it nor what was parsed of it is kept for as long as the request waits."""
+        self.body = b""
+        self.__dict__.pop("document", None)
+
     def negotiate(self, offers: tuple[str, ...]) -> str:
         """The offered media type that Accept prefers; only of images there are pictures.
 

@@ -80,8 +80,9 @@ def repeatable(
 ) -> Job:
     """The job, which tells how others of its head go on; ``read``: their rows, as Again has it; None: of each anew.
 
-    ``answer`` makes the answer of the result, and asks nothing of the call's body.
+    ``answer`` makes the answer of the result, and asks nothing of the call's body, which is forgotten.
     """
+    call.forget_body()
     return job if read is None else job._replace(again=Again(job.key, read, job.run, partial(answer, _bare(call))))
 
 
