@@ -62,7 +62,10 @@ class RawModel:
             raise DeviceUnavailable(f"{provider} was asked for, ONNX Runtime took {', '.join(sorted(taken))}")
 
     def verb(self, name: str, x: np.ndarray) -> Work:
-        """The verb as a function of nothing, its inputs made beforehand; of ``sample``, as many draws as x has rows."""
+        """The verb as a function of nothing, its inputs made beforehand.
+
+        Of ``sample`` as many draws as x has rows, of ``interpolate`` as many images from the first of x to the second.
+        """
         if name.startswith(BOUND):
             return self._pass(x, int(name.removeprefix(BOUND)), at_loc=False)
         verbs = {
@@ -70,6 +73,7 @@ class RawModel:
             "decode": self._decode,
             "reconstruct": self._reconstruct,
             "score": self._score,
+            "interpolate": self._interpolate,
             "sample": self._sample,
         }
         return verbs[name](x)
@@ -94,6 +98,10 @@ class RawModel:
     def _reconstruct(self, x: np.ndarray) -> Work:
         encoder, decoder, feeds = self._sessions["encoder"], self._sessions["decoder"], self._inputs(x, 1)
         return lambda: decoder.run(["mean"], {"z": encoder.run(["loc"], feeds)[0]})
+
+    def _interpolate(self, x: np.ndarray) -> Work:
+        encode, decode = self._encode(x[:2]), self._decode(x)
+        return lambda: (encode(), decode())
 
     def _sample(self, x: np.ndarray) -> Work:
         prior, decode = self._sessions.get("prior"), self._decode(x)

@@ -12,15 +12,18 @@ import numpy as np
 from bench.bodies import COMMON, FORMATS, LATENT_FORMATS, ONE_IMAGE
 from bench.load import LoadError, Target, http_request
 
-ANSWERS: Final = {"json": "application/json", "npy": "application/x-npy", "png": "image/png"}
+ANSWERS: Final = {"json": "application/json", "npy": "application/x-npy", "png": "image/png", "gif": "image/gif"}
 # The answer to every input format, and more answers of the verb (to the cheapest input format).
 VERBS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "encode": ("json", ("npy",)),
     "decode": ("npy", ("json",)),
     "reconstruct": ("npy", ("json", "png")),
     "score": ("json", ("npy",)),
+    "interpolate": ("npy", ("json", "gif")),
     "sample": ("npy", ("json", "png")),
 }
+LEAST_ROWS: Final = {"interpolate": 2}
+"""Of an answer, for verbs that do not answer with one."""
 TIMEOUT = 60  # seconds for an answer that is checked
 
 
@@ -41,13 +44,16 @@ def cases(
     address: tuple[str, int],
     formats: Collection[str] = COMMON,
 ) -> list[Case]:
-    """All requests of a verb in these formats with images ``pixels``, uint8 [N,C,H,W], or with N latents or draws."""
+    """All requests of a verb in these formats with images ``pixels``, uint8 [N,C,H,W], or with N latents or draws, or
+    for N images on the way from the first of them to the second."""
     answer, more = VERBS[verb]
     path = f"/v1/models/{model}/{verb}"
     if verb == "sample":
         asked = [("n", kind, http_request("GET", f"{path}?n={len(pixels)}", _accept(kind))) for kind in (answer, *more)]
         return [Case(name, kind, Target(*address, request)) for name, kind, request in asked]
-    if verb == "decode":
+    if verb == "interpolate":
+        path, bodies = f"{path}?steps={len(pixels)}", {"octet-stream": FORMATS["octet-stream"](pixels[:2])}
+    elif verb == "decode":
         latents = np.random.RandomState(0).standard_normal((len(pixels), latent_dim)).astype(np.float32)
         bodies = {name: make(latents) for name, make in LATENT_FORMATS.items()}
     else:
@@ -56,6 +62,11 @@ def cases(
     first = next(iter(bodies))
     pairs = [*((name, answer) for name in bodies), *((first, kind) for kind in more)]
     return [Case(name, kind, Target(*address, request(path, kind, *bodies[name]))) for name, kind in pairs]
+
+
+def images_sent(verb: str, batch: int) -> int:
+    """In a request whose answer has ``batch`` rows."""
+    return {"sample": 0, "interpolate": 2}.get(verb, batch)
 
 
 def request(path: str, answer: str, content_type: str, body: bytes) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 from bench.bodies import COMMON, FORMATS
 from bench.compare import OFTEN, Group, Progress, Result, Subject
 from bench.raw import reference_pixels
-from bench.requests import VERBS, cases, check_answers
+from bench.requests import LEAST_ROWS, VERBS, cases, check_answers, images_sent
 from bench.servers import ROOT, vae_server
 from bench.stage import Stage
 
@@ -53,6 +53,7 @@ def cells(stage: Stage, selection: Selection, progress: Progress) -> list[Result
         group(stage, verb, connections, batch, selection.formats)
         for verb in selection.verbs
         for connections, batch in selection.loads
+        if batch >= LEAST_ROWS.get(verb, 1)
     ]
     return stage.arena.measure(groups, progress)
 
@@ -68,7 +69,7 @@ def group(stage: Stage, verb: str, connections: int, batch: int, formats: Collec
         for case in made
     ]
     often = OFTEN if (verb, connections, batch) in PLANNED else 1
-    return Group(verb, batch, connections, subjects, stage.bare(0 if verb == "sample" else batch), often)
+    return Group(verb, batch, connections, subjects, stage.bare(images_sent(verb, batch)), often)
 
 
 def memory(stage: Stage) -> dict[str, Any]:

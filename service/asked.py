@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from starlette.datastructures import QueryParams
 
 from service.errors import VaeserveError
+from service.light import are_few
 from service.repository import Served
 from service.routes.house import House, Verb
 from service.schemas import Parameters
@@ -98,9 +99,8 @@ class Addresses:
             return None  # FastAPI finds the same, and says so
         numbers = math.prod(served.manifest.preprocessing.shape)
         rows = None if verb.rows is None else verb.rows(query)
-        return Asked(
-            served, verb, query, self._route(method, template), _asks_for_much(served, verb, query), numbers, rows
-        )
+        much = _asks_for_much(served, verb, query) or not are_few(getattr(query, "steps", 0), numbers)
+        return Asked(served, verb, query, self._route(method, template), much, numbers, rows)
 
     def _route(self, method: str, template: str) -> APIRoute:
         """The route that FastAPI would have found: it names the request in metrics and log."""

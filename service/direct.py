@@ -129,7 +129,7 @@ class Direct:
         url = httptools.parse_url(target)
         path = url.path.decode("ascii")
         asked = self._addresses.find(method.decode("ascii"), path, url.query or b"")
-        if asked is None or asked.much:
+        if asked is None or asked.much or asked.verb.several:
             return None
         text = content_type.decode("latin-1")
         plan = Plan(asked, text, media_type(text), accept.decode("latin-1"), path)

@@ -17,6 +17,7 @@ MOST_BYTES = 2**16  # of a body
 MOST_PIXELS = 2**16  # of a PNG, by its header: few bytes may hold many
 MOST_ROWS, MOST_NUMBERS = 64, 2**16
 MOST_CHUNKS = 64
+LONG_TO_WRITE = ("gif", "webp")  # answers, where a request's Accept names them
 PNG_CHUNKS = frozenset(
     {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"IDAT", b"IEND"}
 )
@@ -27,11 +28,18 @@ def is_light(call: Call, numbers: int, rows: int | None = None) -> bool:
 
     Few rows of the model's own size that need no decoder but a plain PNG's; or so many ``rows`` without a body.
     """
-    if len(call.body) > (MOST_BYTES if rows is None else 0):
+    if len(call.body) > (MOST_BYTES if rows is None else 0) or any(
+        kind in call.accept.lower() for kind in LONG_TO_WRITE
+    ):
         return False
     if rows is None:
         rows = _plain_rows(call, numbers)
-    return rows is not None and rows <= MOST_ROWS and rows * numbers <= MOST_NUMBERS
+    return rows is not None and are_few(rows, numbers)
+
+
+def are_few(rows: int, numbers: int) -> bool:
+    """Whether so many rows of so many numbers are read, or written, in a moment."""
+    return rows <= MOST_ROWS and rows * numbers <= MOST_NUMBERS
 
 
 def _plain_rows(call: Call, numbers: int) -> int | None:

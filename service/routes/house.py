@@ -175,7 +175,8 @@ class Call:
 class Verb:
     """What a request of …/``name`` by ``method`` does: ``work`` of a call and its ``query``.
 
-    ``rows`` tells how many the query asks for, of a verb whose requests have no body.
+    ``rows`` tells how many the query asks for, of a verb whose requests have no body; ``several``: its work has more
+    than one job.
     """
 
     name: str
@@ -183,6 +184,7 @@ class Verb:
     work: Callable[[Call, Any], Work[Content]]
     method: str = "POST"
     rows: Callable[[Any], int] | None = None
+    several: bool = False
 
 
 async def get_call(request: Request, house: HouseDep) -> Call:

@@ -147,8 +147,8 @@ def read_latents(call: Call) -> np.ndarray:
     return codecs.read_latents(call.content_type, call.body, lambda: call.document, width, limit)
 
 
-def read_pair(call: Call, strict: bool) -> np.ndarray:
-    """Two latents [2,L]: those of the body, or the posterior's loc of its two rows.
+def read_pair(call: Call, strict: bool) -> tuple[np.ndarray, bool]:
+    """The body's two latents [2,L], or its two rows as ``read_x`` gives them; and whether it is latents.
 
     Raises:
         InvalidInput: not two, or rows as well as latents.
@@ -157,8 +157,8 @@ def read_pair(call: Call, strict: bool) -> np.ndarray:
     if _holds_latents(call):
         if call.media_type == JSON and (more := [name for name in names if name in call.document]):
             raise InvalidInput(f'"{more[0]}" beside "latents": one or the other expected')
-        return _two(read_latents(call), "latents")
-    return call.served.model.encode(_two(read_x(call, strict), names[0])).loc
+        return _two(read_latents(call), "latents"), True
+    return _two(read_x(call, strict), names[0]), False
 
 
 def _two(found: np.ndarray, kind: str) -> np.ndarray:

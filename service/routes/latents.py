@@ -74,7 +74,7 @@ async def reconstruct(call: CallDep, query: Annotated[ReconstructParameters, Que
 @router.post("/interpolate", openapi_extra=PAIR_BODY, responses=answers(LatentRows, JSON, NPY, PNG, GIF, WEBP))
 async def interpolate(call: CallDep, query: Annotated[InterpolateParameters, Query()]) -> Response:
     """A path between two images (vectors, signals) or two latents, decoded."""
-    return await call.answer(lambda: _interpolate(call, query))
+    return await call.answer(lambda: finish(_interpolate(call, query)))
 
 
 @router.get("/sample", responses=answers(LatentRows, JSON, NPY, PNG))
@@ -97,10 +97,16 @@ def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
         call.served.model.require("encode.samples")
     x = read_x(call, asked.strict)
     call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
-    model, samples, seed = call.served.model, asked.samples, asked.seed
-    answer = partial(_encoded, asked, media_type)
-    job = Job(("encode", model, samples, seed), x, lambda rows: model.encode(rows, samples, seed))
+    answer, job = partial(_encoded, asked, media_type), _encoding(call.served.model, x, asked.samples, asked.seed)
     return answer(call, (yield repeatable(call, job, answer, x_again(call, asked.strict, x))))
+
+
+def _encoding(model: Model, x: np.ndarray, samples: int, seed: int) -> Job:
+    return Job(("encode", model, samples, seed), x, lambda rows: model.encode(rows, samples, seed))
+
+
+def _decoding(model: Model, z: np.ndarray, draw: bool, seed: int) -> Job:
+    return Job(("decode", model, draw, seed), z, lambda rows: _observed(model, rows, draw, seed))
 
 
 def _encoded(asked: EncodeParameters, media_type: str, call: Call, posterior: Encoding) -> Content:
@@ -120,9 +126,7 @@ def _decode(call: Call, query: DecodeParameters) -> Work[Content]:
     _require_draw(call, "decode", asked.draw)
     z = read_latents(call)
     call.house.limit_numbers_out(len(z), _numbers(call))
-    model, draw, seed = call.served.model, asked.draw, asked.seed
-    answer = partial(_decoded, media_type)
-    job = Job(("decode", model, draw, seed), z, lambda rows: _observed(model, rows, draw, seed))
+    answer, job = partial(_decoded, media_type), _decoding(call.served.model, z, asked.draw, asked.seed)
     return answer(call, (yield repeatable(call, job, answer, latents_again(call, z, _numbers(call)))))
 
 
@@ -148,17 +152,21 @@ def _reconstructed(media_type: str, call: Call, decoded: np.ndarray) -> Content:
     return _show(call, media_type, decoded)
 
 
-def _interpolate(call: Call, query: InterpolateParameters) -> tuple[bytes, str]:
+def _interpolate(call: Call, query: InterpolateParameters) -> Work[Content]:
     media_type = call.negotiate((*ROWS, GIF, WEBP))
     asked = parameters(call, query, *data_names(call.rule), *LATENTS)
     call.served.model.require("interpolate")
     _require_draw(call, "interpolate", asked.draw)
     call.house.limit("steps", asked.steps, "max_steps")
     call.house.limit_numbers_out(asked.steps, _numbers(call) + call.served.manifest.signature.latent_dim)
-    a, b = read_pair(call, asked.strict)
-    z = call.served.model.interpolate(a, b, asked.steps, asked.mode)
+    pair, is_of_latents = read_pair(call, asked.strict)
+    call.forget_body()
+    model = call.served.model
+    a, b = pair if is_of_latents else (yield _encoding(model, pair, 0, 0)).loc
+    z = model.interpolate(a, b, asked.steps, asked.mode)
+    x = yield _decoding(model, z, asked.draw, asked.seed)
     call.house.metrics.rows("interpolate", len(z))
-    return _show(call, media_type, _observed(call.served.model, z, asked.draw, asked.seed), latents=z)
+    return _show(call, media_type, x, latents=z)
 
 
 def _sample(call: Call, query: SampleParameters) -> Work[Content]:
@@ -220,6 +228,7 @@ SHORT = (
     Verb("encode", EncodeParameters, _encode),
     Verb("decode", DecodeParameters, _decode),
     Verb("reconstruct", ReconstructParameters, _reconstruct),
+    Verb("interpolate", InterpolateParameters, _interpolate, several=True),
     Verb("sample", SampleParameters, _sample, "GET", rows=lambda asked: asked.n),
 )
 """Verbs that service.express may answer."""

@@ -161,6 +161,12 @@ def test_samples_are_counted_under_their_own_method_and_route(client, ways):
     assert ways == ["direct"]
 
 
+def test_a_path_between_two_images_goes_by_asgi(client, ways):
+    """It is encoded, then decoded."""
+    assert post(client, "interpolate", "steps=3", OCTETS, LEVELS[:2].tobytes(), NPY).status_code == 200
+    assert ways == ["asgi"]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_all_ways_refuse_alike(client, name):
     verb, query, kind, body, status = REFUSED[name]

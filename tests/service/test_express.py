@@ -18,6 +18,7 @@ from PIL import Image
 
 from service import express
 from service.asked import MOST_KNOWN, Addresses
+from service.batching import Batcher
 from service.light import MOST_BYTES
 from service.model import Model
 from service.repository import load_bundle
@@ -98,6 +99,51 @@ def test_latents_are_decoded_both_ways_alike(client, ways):
     short, long = (post(client, "decode", query, NPY, body, NPY) for query in ("draw=false&seed=0", FASTAPI))
     assert short.content == long.content
     assert ways == ["express", "fastapi"]
+
+
+PAIRS = {
+    "octets": (OCTETS, LEVELS[:2].tobytes()),
+    "json": (JSON, json.dumps({"images": LEVELS[:2].tolist(), "dtype": "uint8"}).encode()),
+    "latents": (NPY, npy(np.random.RandomState(0).standard_normal((2, LATENT_DIM)).astype(np.float32))),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("accept", [JSON, NPY, PNG, "image/gif"])
+@pytest.mark.parametrize("query", ["steps=5&mode=slerp", "steps=3&draw=true"])
+def test_both_ways_lead_from_one_to_the_other(client, ways, name, accept, query):
+    short, long = (post(client, "interpolate", f"{query}&{more}", *PAIRS[name], accept) for more in ("seed=0", FASTAPI))
+    assert short.status_code == long.status_code == 200, short.text
+    assert short.content == long.content
+    assert short.headers["content-type"] == long.headers["content-type"] == accept
+    assert ways == ["express", "fastapi"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "accept", "light"),
+    [(64, NPY, True), (64, PNG, True), (65, NPY, False), (3, "image/gif", False), (3, "image/WebP, */*", False)],
+)
+def test_only_short_paths_are_answered_on_the_event_loop(client, monkeypatch, steps, accept, light):
+    """And no moving pictures, which take long to write."""
+    threads, kept = [], Model.decode
+    monkeypatch.setattr(Batcher, "is_short", lambda self, key, rows: True)
+    monkeypatch.setattr(
+        Model, "decode", lambda self, *given: threads.append(threading.current_thread().name) or kept(self, *given)
+    )
+    assert post(client, "interpolate", f"steps={steps}", *PAIRS["octets"], accept).status_code == 200
+    assert [name.startswith("vaeserve") for name in threads] == [not light]
+
+
+def test_paths_at_the_same_time_are_decoded_together(client):
+    bodies = [LEVELS[[i, 1 + i % 5]].tobytes() for i in range(5)] * 8
+    alone = [post(client, "interpolate", "steps=3", OCTETS, body, NPY).content for body in bodies]
+    runs, rows = counted(client, "vaeserve_run_rows_count"), counted(client, "vaeserve_run_rows_sum")
+    limits = httpx.Limits(max_connections=40)
+    with httpx.Client(base_url=client.base_url, limits=limits, timeout=60) as many, ThreadPoolExecutor(20) as threads:
+        answers = threads.map(lambda body: post(many, "interpolate", "steps=3", OCTETS, body, NPY).content, bodies)
+        assert list(answers) == alone
+    assert counted(client, "vaeserve_run_rows_sum") - rows == 40 * (2 + 3)
+    assert counted(client, "vaeserve_run_rows_count") - runs < 80
 
 
 @pytest.mark.parametrize("at", ["/v1/models/ppca", "/v1/models/ppca/versions/1", "/v1"])
