@@ -24,6 +24,7 @@ from service.bundle import Preprocessing
 from service.containers import check_container, check_exif
 from service.errors import InvalidInput, PayloadTooLarge
 from service.plain_png import read_plain_png
+from service.png_rows import holds_all_rows, shows_its_last_row
 from service.tiles import check_size
 
 LEVELS = np.float32(255)
@@ -165,14 +166,22 @@ def read_whole(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Decoded and turned as its EXIF says. Raises InvalidInput for damaged pixels."""
+    source = getattr(image, "fp", None)
     try:
         image.load()
     except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
         raise InvalidInput(f"the {image.format} image is damaged or truncated") from error
+    if image.format == "PNG" and isinstance(source, BytesIO) and not _has_all_rows(image, source):
+        raise InvalidInput("the PNG image is damaged or truncated")
     if image.mode == "P" and image.palette is None:
         raise InvalidInput(f"the {image.format} image is damaged: its palette is missing")
     turn = _turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def _has_all_rows(image: Image.Image, source: BytesIO) -> bool:
+    """Of a decoded PNG, and the file that it was decoded from."""
+    return shows_its_last_row(image) or holds_all_rows(source.getvalue())
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -28,9 +28,8 @@ def is_light(call: Call, numbers: int, rows: int | None = None) -> bool:
 
     Few rows of the model's own size that need no decoder but a plain PNG's; or so many ``rows`` without a body.
     """
-    if len(call.body) > (MOST_BYTES if rows is None else 0) or any(
-        kind in call.accept.lower() for kind in LONG_TO_WRITE
-    ):
+    most = MOST_BYTES if rows is None else 0
+    if len(call.body) > most or any(kind in call.accept.lower() for kind in LONG_TO_WRITE):
         return False
     if rows is None:
         rows = _plain_rows(call, numbers)

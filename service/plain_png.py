@@ -11,6 +11,8 @@ import zlib
 
 from PIL import Image
 
+from service.png_rows import inflates_to, row_bytes, shows_its_last_row
+
 HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 FIRST = len(HEAD) + 13 + 4  # where the second chunk begins
 MOST_PIXELS = 2**16
@@ -33,6 +35,8 @@ def read_plain_png(data: bytes) -> Image.Image | None:
     try:
         image = Image.frombytes(mode, (width, height), pixels, "zip", mode)
     except (ValueError, OSError):
+        return None
+    if not shows_its_last_row(image) and not inflates_to([pixels], height * row_bytes(width, 8 * len(mode))):
         return None
     image.format = "PNG"
     return image

@@ -460,6 +460,10 @@ def png_damage(shape: Shape) -> list[Body]:
         ),
         "IDAT is no zlib": png(header(8, 8), chunk(b"IDAT", b"hello, I am text"), END),
         "IDAT too short": png(header(8, 8), chunk(b"IDAT", zlib.compress(bytes(20))), END),
+        "rows are missing": png(header(8, 8), chunk(b"IDAT", zlib.compress(bytes(63))), END),
+        "rows of an interlaced one are missing": png(
+            chunk(b"IHDR", header(8, 8)[8:20] + b"\1"), chunk(b"IDAT", zlib.compress(bytes(70))), END
+        ),
         "bad filter": png(header(8, 8), chunk(b"IDAT", zlib.compress(b"\x09" * 72)), END),
         "text named png": b"I am a picture" * 10,
         "empty": b"",
