@@ -38,7 +38,7 @@ class Subject:
 class Group:
     """What is compared: subjects that answer one verb on ``batch`` images over so many connections.
 
-    ``often``: how many rounds it has for each one of the arena's.
+    ``often``: how many rounds it has for each one of the arena's; ``long``: how many times as long its blocks are.
     """
 
     verb: str
@@ -47,6 +47,7 @@ class Group:
     subjects: list[Subject]
     hello: Target
     often: int = 1
+    long: float = 1
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,18 @@ class Arena:
     def _round(self, group: Group) -> list[Row]:
         """One block of everything in a group, shuffled; a row for each subject."""
         loads: dict[int, tuple[Load, float]] = {}
-        http, best, one = 0.0, None, None
+        http, best, one, seconds = 0.0, None, None, self.seconds * group.long
         for item in self.order.permutation(len(group.subjects) + 3) - 3:
             if item == -3:
-                best = self.raw.best(group.verb, self.seconds)
+                best = self.raw.best(group.verb, seconds)
             elif item == -2:
-                one = self.raw.one(group.verb, group.batch, self.seconds)
+                one = self.raw.one(group.verb, group.batch, seconds)
             elif item == -1:
-                http = self.client(group.hello, group.connections, self.seconds).rate
+                http = self.client(group.hello, group.connections, seconds).rate
             else:
                 subject = group.subjects[item]
                 before = subject.server.cpu_seconds()
-                load = self.client(subject.target, group.connections, self.seconds)
+                load = self.client(subject.target, group.connections, seconds)
                 loads[item] = load, subject.server.cpu_seconds() - before
         assert best is not None
         assert one is not None

@@ -29,6 +29,10 @@ MANY = 4
 PLANNED = {("encode", 1, 1), ("encode", 64, 1), ("encode", MANY, 64), ("score", 16, 1)}
 """Verbs, connections and images a request of the plan's rows (bench.table): measured OFTEN times as often as others."""
 
+LONG = {"score": 3}
+"""How many times as long blocks are of verbs that take ten times as long as others: the first and the last answers of a
+connection, which are not in full batches, are a small part of a block."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -69,7 +73,7 @@ def group(stage: Stage, verb: str, connections: int, batch: int, formats: Collec
         for case in made
     ]
     often = OFTEN if (verb, connections, batch) in PLANNED else 1
-    return Group(verb, batch, connections, subjects, stage.bare(images_sent(verb, batch)), often)
+    return Group(verb, batch, connections, subjects, stage.bare(images_sent(verb, batch)), often, LONG.get(verb, 1))
 
 
 def memory(stage: Stage) -> dict[str, Any]:
