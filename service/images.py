@@ -145,6 +145,11 @@ def read_image(image: Image.Image, preprocessing: Preprocessing, strict: bool = 
     return apply(_upright(image), preprocessing, strict)
 
 
+def is_of_natural_size(data: bytes, preprocessing: Preprocessing) -> bool:
+    """Whether a PNG has the rule's own size, by its header."""
+    return data[16:24] == struct.pack(">II", preprocessing.width, preprocessing.height)
+
+
 def read_natural(data: bytes, preprocessing: Preprocessing) -> np.ndarray | None:
     """uint8 [C,H,W] of a plain PNG that has the rule's own mode and size; None of all else, sound or not."""
     image = read_plain_png(data)

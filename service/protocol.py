@@ -108,21 +108,27 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._arm()
 
     def _parse(self, data: bytes) -> None:
-        """As uvicorn's ``data_received``, which drops a body that comes with an Upgrade."""
+        """As uvicorn's ``data_received``, which drops a body that comes with an Upgrade.
+
+        The parser stops at one: the request is read anew without it, by another parser, then what follows.
+        """
+        pieces: list[bytes | memoryview] = [memoryview(data)]
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._parse_without_upgrade(data[upgrade.args[0] :])
+            while pieces:
+                piece = pieces.pop(0)
+                try:
+                    self.parser.feed_data(piece)
+                except httptools.HttpParserUpgrade as upgrade:
+                    if self.parser.get_method() != b"CONNECT":  # which is refused by now
+                        pieces = [self._begun_anew(), piece[upgrade.args[0] :]]
         except httptools.HttpParserError:
             self._refuse(400, "Invalid HTTP request received.")
 
-    def _parse_without_upgrade(self, rest: bytes) -> None:
-        """Read the request anew whose headers have come, without the Upgrade at which the parser stops, and go on."""
-        if self._refused or self.parser.get_method() == b"CONNECT":  # which is refused by now
-            return
+    def _begun_anew(self) -> bytes:
+        """The head of the request whose headers have come, without its Upgrade, for a parser that is new."""
         head = _head(self.parser, self.url, [pair for pair in self.headers if pair[0] not in UPGRADE_HEADERS])
         self.parser = httptools.HttpRequestParser(self)
-        self._parse(head + rest)
+        return head
 
     def _take_known(self, data: bytes) -> bool:
         """Whether it is one whole request whose head was read before, and now under way: the parser need not see it."""

@@ -15,7 +15,7 @@ from service.arrays import read_npy
 from service.bundle import ArrayPreprocessing, InputRule, Preprocessing
 from service.codecs import OCTETS
 from service.errors import InvalidInput
-from service.images import read_natural
+from service.images import is_of_natural_size, read_natural
 from service.jobs import Again, Job
 from service.light import is_light
 from service.routes.house import JSON, NPY, PNG, Call, Content
@@ -99,7 +99,7 @@ def x_again(call: Call, strict: bool, x: np.ndarray) -> Callable[[bytes], np.nda
     if call.media_type == OCTETS:
         return partial(_levels, x.shape)
     if call.media_type == PNG:  # one that was resized tells nothing, and another may be larger than is allowed
-        return partial(_natural, rule) if read_natural(call.body, rule) is not None else None
+        return partial(_natural, rule) if is_of_natural_size(call.body, rule) else None
     return _array_again(call, x.shape, math.prod(x.shape[1:]), lambda each: read_x(each, strict))
 
 

@@ -169,6 +169,11 @@ def test_many_requests_with_upgrades_on_one_connection(client):
     assert found[0] == found[1]
 
 
+def test_very_many_requests_with_upgrades_at_once(client):
+    upgrade = LIVE.replace(b"host: x", b"connection: upgrade\r\nupgrade: h2c\r\nhost: x")
+    assert statuses(asked(client, upgrade * 700 + NOISE)) == [b"200"] * 700 + [b"400"]
+
+
 def test_headers_count_that_ask_for_an_upgrade(client):
     lines = b"".join(b"a: %d\r\n" % i for i in range(200))
     upgrade = b"connection: upgrade\r\nupgrade: h2c\r\n"
