@@ -10,6 +10,7 @@ A request that is not light for certain is read, computed and answered on a work
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.asked import Addresses, Asked
 from service.errors import VaeserveError
-from service.jobs import finish
+from service.jobs import Work, finish
 from service.light import is_light
 from service.routes.house import Call, Content
 
@@ -70,9 +71,20 @@ async def _body(receive: Receive) -> bytes:
 
 async def _answer(call: Call, asked: Asked) -> Content:
     """The work's answer; of small requests the jobs are computed with those of others."""
-    work = asked.verb.work(call, asked.query)
+    work, pool = asked.verb.work(call, asked.query), call.house.pool
     if asked.much or not is_light(call, asked.numbers, asked.rows):
         return await call.answered(lambda: finish(work))
+    if not asked.verb.several:
+        return await _computed(call, work)
+    try:
+        async with asyncio.timeout(pool.timeout):  # of all its jobs
+            return await _computed(call, work)
+    except TimeoutError as error:
+        raise pool.late() from error
+
+
+async def _computed(call: Call, work: Work[Content]) -> Content:
+    """The work's answer, its jobs computed with those of others."""
     try:
         job = next(work)
         while True:

@@ -40,24 +40,28 @@ def row_bytes(width: int, bits: int) -> int:
     return 1 + -(-width * bits // 8)
 
 
-def inflates_to(pieces: Iterable[bytes], size: int) -> bool:
+def inflates_to(pieces: Iterable[bytes | memoryview], size: int) -> bool:
     """Whether a zlib stream in pieces holds so many bytes at least. No more than PIECE of them are held at once."""
     stream = zlib.decompressobj()
     for piece in pieces:
-        while piece and size > 0:
-            try:
-                size -= len(stream.decompress(piece, PIECE))
-            except zlib.error:
-                return False
-            piece = stream.unconsumed_tail
-    return size <= 0
+        for start in range(0, len(piece), PIECE):  # what is left over is copied each time: it must not be much
+            part = bytes(piece[start : start + PIECE])
+            while part and size > 0 and not stream.eof:
+                try:
+                    size -= len(stream.decompress(part, PIECE))
+                except zlib.error:
+                    return False
+                part = stream.unconsumed_tail
+            if stream.eof or size <= 0:
+                return size <= 0
+    return False
 
 
-def _compressed(data: bytes) -> Iterator[bytes]:
+def _compressed(data: bytes) -> Iterator[memoryview]:
     """What its chunks IDAT hold."""
-    start = 8
+    view, start = memoryview(data), 8
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         if data[start + 4 : start + 8] == b"IDAT":
-            yield data[start + 8 : end - 4]
+            yield view[start + 8 : end - 4]
         start = end

@@ -72,7 +72,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._held, self._parts = None, []
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
-        self._gathering.release()
+        self._gathering.end()
         super().connection_lost(exc)
 
     @property
@@ -81,8 +81,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> None:
         """The loop closes the transport on the end of what the peer sends: before that goes what was written."""
-        self._gathering.flush()
         super().eof_received()
+        self._gathering.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -97,6 +97,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         was_between, self._is_between = self._is_between, False
         self._parse(data)
+        if self._idle_since is not None and self._in_message:  # of a body whose answer has gone out before its end
+            self._idle_since = self.loop.time()
         if was_between and self._is_between:
             self._remember(data)
         if self._held is not None and self._timer is None:  # many clients send the body apart
@@ -119,7 +121,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 try:
                     self.parser.feed_data(piece)
                 except httptools.HttpParserUpgrade as upgrade:
-                    if self.parser.get_method() != b"CONNECT":  # which is refused by now
+                    if self.parser.get_method() != b"CONNECT":  # of which no more is read
                         pieces = [self._begun_anew(), piece[upgrade.args[0] :]]
         except httptools.HttpParserError:
             self._refuse(400, "Invalid HTTP request received.")
@@ -128,6 +130,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The head of the request whose headers have come, without its Upgrade, for a parser that is new."""
         head = _head(self.parser, self.url, [pair for pair in self.headers if pair[0] not in UPGRADE_HEADERS])
         self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         return head
 
     def _take_known(self, data: bytes) -> bool:
@@ -158,13 +161,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_headers, self._partial = True, 0
 
     def on_headers_complete(self) -> None:
+        self._check(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
+        if self._refused:
+            raise httptools.HttpParserError("headers refused")
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             return  # the parser stops here
         self._disarm()
         self._in_headers, self.headers_at = False, time.perf_counter()
-        self._check(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
-        if self._refused:
-            raise httptools.HttpParserError("headers refused")
         self._held = self._plan()
         if self._held is None:
             self._by_asgi()
@@ -238,7 +241,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._parting is not None:
             self._part(self._parting)
             return
-        self._idle_since = None if self._in_message else self.loop.time()
+        is_arriving = self._in_message and (self._in_headers or self._held is not None)  # another, which has timers
+        self._idle_since = None if is_arriving else self.loop.time()
         if self.timeout_keep_alive_task is None:
             self._look_later(self.timeout_keep_alive)
 
@@ -309,13 +313,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self._disarm()
         get_logger().info("connection refused", status=status, detail=detail, client=self.client)
         cycle = self.cycle
-        is_its_own = cycle is not None and getattr(cycle, "more_body", False)  # by ASGI, its body unfinished
+        in_body = self._in_message and not self._in_headers
+        is_its_own = in_body and cycle is not None and getattr(cycle, "more_body", False)  # by ASGI
         if is_its_own and self.pipeline:
             self.pipeline.popleft()
         elif is_its_own:
             cycle.disconnected = True
             cycle.message_event.set()
-            self._part(b"" if cycle.response_started and not cycle.response_complete else _bytes(status, detail))
+            self._part(b"" if cycle.response_started else _bytes(status, detail))
             return
         if self.pipeline or is_its_own or (cycle is not None and not cycle.response_complete):
             self._parting = _bytes(status, detail)

@@ -27,6 +27,7 @@ class GatheringTransport:
         self._bodies, self._send_timeout = bodies, send_timeout
         self._parts: list[bytes] = []
         self._size = 0
+        self._written = 0  # bytes handed on so far
         self._counted = 0  # bytes held that count among the bodies
         self._look: asyncio.TimerHandle | None = None
 
@@ -42,12 +43,14 @@ class GatheringTransport:
     def write_whole(self, data: bytes) -> None:
         """Hand on a whole answer, after what was gathered."""
         self.flush()
+        self._written += len(data)
         self._transport.write(data)
 
     def flush(self) -> None:
         """Hand on what was gathered, unless the connection is closed by now."""
-        parts, self._parts, self._size = self._parts, [], 0
+        parts, self._parts, size, self._size = self._parts, [], self._size, 0
         if parts and not self._transport.is_closing():
+            self._written += size
             self._transport.writelines(parts)
 
     def hold(self) -> None:
@@ -56,8 +59,17 @@ class GatheringTransport:
         self._look_later()
 
     def release(self) -> None:
-        """No more (``resume_writing``, or the connection has ended)."""
+        """Little is (``resume_writing``): that is looked after only where the connection is to be closed."""
+        self.end()
+        if self._transport.is_closing():
+            self._look_later()
+
+    def end(self) -> None:
+        """The connection has ended."""
         self._count(0)
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
 
     def _count(self, held: int) -> None:
         self._bodies.held += held - self._counted
@@ -67,12 +79,13 @@ class GatheringTransport:
         """Whether any of what is held will have gone."""
         held = self._transport.get_write_buffer_size()
         if held and self._look is None:
-            self._look = self._loop.call_later(self._send_timeout, self._give_up_unless_below, held)
+            gone = self._written - held
+            self._look = self._loop.call_later(self._send_timeout, self._give_up_unless_more_than, gone)
 
-    def _give_up_unless_below(self, before: int) -> None:
+    def _give_up_unless_more_than(self, gone: int) -> None:
         self._look = None
         held = self._transport.get_write_buffer_size()
-        if held >= before:
+        if held and self._written - held <= gone:
             get_logger().info("connection given up: its answer is not read", held=held, seconds=self._send_timeout)
             self._transport.abort()
             return

@@ -8,6 +8,7 @@ import io
 import json
 import struct
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -144,6 +145,16 @@ def test_paths_at_the_same_time_are_decoded_together(client):
         assert list(answers) == alone
     assert counted(client, "vaeserve_run_rows_sum") - rows == 40 * (2 + 3)
     assert counted(client, "vaeserve_run_rows_count") - runs < 80
+
+
+def test_a_path_has_one_deadline_for_all_its_jobs(ppca_root, monkeypatch):
+    """Each of the two takes less than that."""
+    kept, encode = Model.decode, Model.encode
+    monkeypatch.setattr(Model, "decode", lambda self, *given: time.sleep(0.6) or kept(self, *given))
+    monkeypatch.setattr(Model, "encode", lambda self, *given, **more: time.sleep(0.6) or encode(self, *given, **more))
+    with serving(ppca_root, request_timeout=1.0) as client:
+        problem = assert_problem(post(client, "interpolate", "steps=3", *PAIRS["octets"]), 503)
+        assert problem["detail"] == "no answer within 1 s (setting request_timeout)"
 
 
 @pytest.mark.parametrize("at", ["/v1/models/ppca", "/v1/models/ppca/versions/1", "/v1"])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service import png_rows
 from service.bundle import Preprocessing
 from service.errors import InvalidInput
 from service.images import ImageLimits, decode_image
-from service.png_rows import PASSES, holds_all_rows
+from service.png_rows import PASSES, holds_all_rows, inflates_to
 
 LIMITS = ImageLimits(2**22, 2**22)
 KINDS = {(1, 0): 1, (2, 0): 2, (4, 0): 4, (8, 0): 8, (16, 0): 16, (8, 2): 24, (16, 2): 48, (1, 3): 1, (4, 3): 4}
@@ -75,6 +76,40 @@ def test_black_pictures_of_pillows_are_read(mode, side):
 def test_a_damaged_stream_holds_nothing():
     data = png(8, 8, 8, 0, bytes(72))
     assert not holds_all_rows(data.replace(b"IDAT\x78", b"IDAT\x00"))
+
+
+def test_nothing_is_read_behind_the_end_of_a_stream():
+    """What follows would be copied with each piece: a megabyte of them, ten thousand times."""
+    read = []
+
+    def pieces():
+        for each in (zlib.compress(bytes(10)), b"junk", b"more"):
+            read.append(each)
+            yield each
+
+    assert not inflates_to(pieces(), 11)
+    assert len(read) == 1
+
+
+def test_a_large_piece_is_read_little_by_little(monkeypatch):
+    sizes, made = [], zlib.decompressobj
+
+    class Told:
+        def __init__(self):
+            self._stream = made()
+
+        def __getattr__(self, name):
+            return getattr(self._stream, name)
+
+        def decompress(self, data, most):
+            sizes.append((len(data), most))
+            return self._stream.decompress(data, most)
+
+    monkeypatch.setattr(png_rows.zlib, "decompressobj", Told)
+    noise = np.random.RandomState(0).bytes(2**20)
+    assert inflates_to([zlib.compress(noise)], 2**20)
+    assert not inflates_to([zlib.compress(noise)], 2**20 + 1)
+    assert max(sizes) <= (png_rows.PIECE, png_rows.PIECE)
 
 
 def test_much_is_counted_in_pieces():

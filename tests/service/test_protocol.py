@@ -5,6 +5,8 @@ import socket
 import pytest
 
 from service.batching import Batcher
+from service.protocol import GuardedProtocol
+from service.transport import GatheringTransport
 from tests.service.http import APPS, serving
 from tests.service.test_direct import LEVELS, NPY, ROW, answers, raw
 
@@ -169,14 +171,57 @@ def test_many_requests_with_upgrades_on_one_connection(client):
     assert found[0] == found[1]
 
 
+NOWHERE = b"POST /nowhere HTTP/1.1\r\nhost: x\r\n"
+
+
+def test_a_request_is_answered_once_whatever_becomes_of_its_body(client):
+    chunked = NOWHERE + b"transfer-encoding: chunked\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+        connection.sendall(chunked)
+        stream = connection.makefile("rb")
+        assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
+        connection.sendall(b"z\r\n")
+        assert stream.read() == b""
+        stream.close()
+
+
+@pytest.mark.parametrize("rest", [b"", b"x", b"x" * 7])
+def test_a_connection_whose_body_comes_late_or_never_is_idle_after_an_early_answer(client, monkeypatch, rest):
+    look_later = GuardedProtocol._look_later
+    monkeypatch.setattr(GuardedProtocol, "_look_later", lambda self, seconds: look_later(self, min(seconds, 0.2)))
+    made = GuardedProtocol.connection_made
+
+    def hurried(self, transport):
+        made(self, transport)
+        self.timeout_keep_alive = 0.2
+
+    monkeypatch.setattr(GuardedProtocol, "connection_made", hurried)
+    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+        connection.sendall(NOWHERE + b"content-length: 10\r\n\r\nabc")
+        stream = connection.makefile("rb")
+        assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
+        connection.sendall(rest)
+        assert stream.read() == b""
+        stream.close()
+
+
+def test_what_is_held_for_a_client_that_ends_its_side_is_looked_after(client, monkeypatch):
+    closed, close = [], GatheringTransport.close
+    monkeypatch.setattr(GatheringTransport, "close", lambda self: closed.append(self) or close(self))
+    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    assert len(set(closed)) == 1
+
+
 def test_very_many_requests_with_upgrades_at_once(client):
     upgrade = LIVE.replace(b"host: x", b"connection: upgrade\r\nupgrade: h2c\r\nhost: x")
     assert statuses(asked(client, upgrade * 700 + NOISE)) == [b"200"] * 700 + [b"400"]
 
 
 def test_headers_count_that_ask_for_an_upgrade(client):
-    lines = b"".join(b"a: %d\r\n" % i for i in range(200))
-    upgrade = b"connection: upgrade\r\nupgrade: h2c\r\n"
+    lines = b"".join(b"upgrade: %d\r\n" % i for i in range(200))
+    upgrade = b"connection: upgrade\r\n"
     assert statuses(asked(client, b"GET /livez HTTP/1.1\r\nhost: x\r\n" + upgrade + lines + b"\r\n")) == [b"431"]
 
 

@@ -25,6 +25,9 @@ class Recorded:
     def abort(self):
         self.told.append("abort")
 
+    def write(self, data):
+        self.told.append(data)
+
     def writelines(self, parts):
         self.told.append(b"".join(parts))
 
@@ -114,21 +117,32 @@ class Slow:
     def __init__(self, held, *read, end="hold"):
         self.bodies, self.recorded, self.counts = Bodies(0, 0), Recorded(), []
         self.transport = GatheringTransport(self.recorded, self, self.bodies, 7.0)
-        self.recorded.unread = held
+        self.write(held)
         getattr(self.transport, end)()
         for count in read:
             self.counts.append(self.bodies.held)
-            later, self.later = self.later, None
-            self.recorded.unread -= count
-            later()
+            self.read(count)
         self.counts.append(self.bodies.held)
 
     later = None
 
+    def read(self, count):
+        """So many bytes, and the time is over."""
+        later, self.later = self.later, None
+        self.recorded.unread -= count
+        later()
+
+    def write(self, count):
+        self.transport.write_whole(bytes(count))
+        self.recorded.unread += count
+
     def call_later(self, seconds, call, *given):
         assert (seconds, self.later) == (7.0, None)
         self.later = lambda: call(*given)
-        return self.later
+        return self
+
+    def cancel(self):
+        self.later = None
 
 
 @pytest.mark.parametrize("end", ["hold", "close"])
@@ -150,9 +164,40 @@ def test_what_is_held_counts_among_the_bodies_until_it_is_read():
     assert slow.counts == [1000, 900, 700]
     slow.transport.release()
     assert slow.bodies.held == 0
-    slow.later()  # less than before, and no more counted
-    assert slow.bodies.held == 0
+    assert slow.later is None
     assert Slow(1000, 100, end="close").counts == [0, 0]
+
+
+def test_what_is_written_meanwhile_is_not_taken_for_what_was_not_read():
+    slow = Slow(1000, 500)
+    slow.write(700)
+    slow.read(100)  # 1100 are held, more than when it was looked at; but a hundred have gone
+    assert slow.bodies.held == 1100
+    slow.read(0)
+    assert slow.recorded.told[-1] == "abort"
+
+
+def test_the_time_of_an_answer_does_not_begin_with_the_one_before():
+    slow = Slow(1000)
+    slow.recorded.unread = 0
+    slow.transport.release()
+    assert slow.later is None
+    slow.write(10)
+    slow.transport.hold()
+    slow.read(1)
+    assert slow.recorded.told[-1] != "abort"
+
+
+def test_what_little_is_held_when_it_is_closed_is_looked_after():
+    slow = Slow(1000, end="close")
+    slow.recorded.unread = 10
+    slow.transport.release()
+    slow.read(1)
+    assert slow.recorded.told[-1] == "close"
+    slow.read(0)
+    assert slow.recorded.told[-1] == "abort"
+    slow.transport.end()
+    assert slow.later is None
 
 
 @contextmanager
