@@ -46,7 +46,7 @@ def inflates_to(pieces: Iterable[bytes | memoryview], size: int) -> bool:
     for piece in pieces:
         for start in range(0, len(piece), PIECE):  # what is left over is copied each time: it must not be much
             part = bytes(piece[start : start + PIECE])
-            while part and size > 0 and not stream.eof:
+            while part and size > 0:
                 try:
                     size -= len(stream.decompress(part, PIECE))
                 except zlib.error:
