@@ -206,7 +206,7 @@ def as_images(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 def as_latents(array: np.ndarray, latent_dim: int, max_rows: int) -> np.ndarray:
-    """[M,L] or [L] -> float32 [M,L].
+    """[M,L] or [L] -> float32 [M,L], the same numbers where they are float32.
 
     Raises:
         InvalidInput: another width, or numbers that are not finite in float32.

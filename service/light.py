@@ -26,7 +26,8 @@ PNG_CHUNKS = frozenset(
 def is_light(call: Call, numbers: int, rows: int | None = None) -> bool:
     """Whether all but the jobs takes a moment, for sure: it will run on the event loop.
 
-    Few rows of the model's own size that need no decoder but a plain PNG's; or so many ``rows`` without a body.
+    Few rows of the model's own size that need no decoder but a plain PNG's; or so many ``rows`` without a body. No
+    answer that takes long to write.
     """
     most = MOST_BYTES if rows is None else 0
     if len(call.body) > most or any(kind in call.accept.lower() for kind in LONG_TO_WRITE):

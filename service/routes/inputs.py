@@ -120,7 +120,7 @@ def _natural(rule: Preprocessing, body: bytes) -> np.ndarray | None:
 def _array_again(
     call: Call, shape: tuple[int, ...], numbers: int, read: Callable[[Call], np.ndarray]
 ) -> Callable[[bytes], np.ndarray | None] | None:
-    """Of an array, where it is in a moment found to be read in a moment, and of that shape."""
+    """Of an npy array: its rows, if they are light and of that shape."""
     if call.media_type != NPY:
         return None
     bare = _bare(call)

@@ -191,11 +191,14 @@ def test_the_wait_for_the_callers_of_a_batch_ends(monkeypatch):
 
 @pytest.mark.parametrize(("count", "rows", "seconds"), [(2, MOST_ROWS // 2, 0.0), (2, MOST_ROWS, 0.0), (1, 1, 0.1)])
 def test_a_whole_batch_is_counted_in_rows_and_in_what_they_take(monkeypatch, count, rows, seconds):
-    """There is no pause where one more job would not fit into the next batch."""
+    """There is no pause, which would last for ever here, where one more job would not fit into the next batch."""
 
     async def body(batcher, runs, pool):
         others = await landing(batcher, monkeypatch, count, 1e9, rows, seconds)
-        await asyncio.gather(*others)
+        for number, result in enumerate(await asyncio.gather(*others)):
+            assert_doubled(result, *[number] * rows)
+        assert sum(runs) == 1 + 2 + count * rows
+        assert batcher._pauses == {}
 
     scenario(body)
 
