@@ -14,7 +14,6 @@ What has been sent is kept open until the other has taken it: if that one ends b
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 import socket
 import struct
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from service.logs import get_logger
+from service.mapped import map_numbers
 from service.protocol import GuardedProtocol
 
 UNEVEN = 2  # connections more than another worker has; with one more, handing over would only turn it round
@@ -39,7 +39,7 @@ TAKEN = b"\0"  # what the receiver says when it has taken some; how many, the ta
 class Table:
     """How many connections each of n workers has, and how many are on their way, in a file that all of them map.
 
-    Each number is an aligned int64 with one writer, so that nobody waits for a lock:
+    Each number has one writer:
     ``present`` [n], one more than the connections of each worker, 0 where none serves (a new file's content);
     ``sent`` [n, n], by receiver and sender, the number of the last connection sent;
     ``taken`` [n, n], the same, of the last one taken, written by the receiver.
@@ -49,15 +49,9 @@ class Table:
 
     def __init__(self, path: Path, workers: int) -> None:
         rows = 2 * workers + 1
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, rows * workers * 8)  # a full disk is an error here, not a signal later
-            memory = mmap.mmap(descriptor, rows * workers * 8)
-        finally:
-            os.close(descriptor)
-        numbers = np.frombuffer(memory, np.int64).reshape(rows, workers)
+        flat = map_numbers(path, rows * workers)
+        numbers = np.frombuffer(flat, np.int64).reshape(rows, workers)
         self.present, self.sent, self.taken = numbers[0], numbers[1 : workers + 1], numbers[workers + 1 :]
-        flat = memoryview(memory).cast("q")
         self._rows = [flat[i : i + workers] for i in range(0, len(flat), workers)]  # quicker than numpy for few numbers
         self._workers = workers
 

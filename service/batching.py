@@ -93,19 +93,23 @@ class Pause(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """Each ticket's result, or the exception that is its result; the rows of the run and what it took."""
+    """Each ticket's result, or the exception that is its result; the rows of the run and what it took.
+
+    ``seconds`` by the batcher's clock, ``lasted`` by the wall's.
+    """
 
     results: list[Any]
     rows: int
     seconds: float
+    lasted: float
 
 
 class Batcher:
     """Runs jobs for the requests of one event loop; only that loop may call it.
 
     ``lanes``: batches of a key that run at once on the pool, as many as find a CPU; more would only be smaller ones.
-    ``observe`` is told the rows of every batch. ``clock``, read on the thread that computes it, tells what one takes;
-    where all is computed there, its own time leaves out the waiting for the interpreter.
+    ``observe`` is told the rows of every batch. ``clock``, read on the thread that computes it, tells what one takes:
+    the CPU time of that thread, and of those that help it, leaves out the waiting for the interpreter.
     """
 
     def __init__(
@@ -177,7 +181,7 @@ class Batcher:
         try:
             future = asyncio.wrap_future(self._pool.start(lambda: _computed(tickets, self._clock)))
         except Overloaded as error:
-            self._settle(tickets, Computed([error] * len(tickets), 0, 0.0))
+            self._settle(tickets, Computed([error] * len(tickets), 0, 0.0, 0.0))
             return
         self._under_way[queue] += 1
         future.add_done_callback(lambda done: self._landed(queue, tickets, done))
@@ -209,12 +213,13 @@ class Batcher:
         self._under_way[queue] -= 1
         if not self._under_way[queue]:
             del self._under_way[queue]
-        stopping = Computed([Overloaded("the service is stopping")] * len(tickets), 0, 0.0)
+        stopping = Computed([Overloaded("the service is stopping")] * len(tickets), 0, 0.0, 0.0)
         computed = stopping if done.cancelled() else done.result()
         self._settle(tickets, computed)
         waiting, most = _rows(self._waiting.get(queue, ())), self._most_rows(queue)
         if 0 < waiting < most:
-            self._pause(queue, min(waiting + computed.rows, most), computed.seconds * PAUSE)
+            took = min(computed.seconds, computed.lasted)  # several threads have more seconds than pass
+            self._pause(queue, min(waiting + computed.rows, most), took * PAUSE)
         else:
             self._go_on(queue)
 
@@ -253,12 +258,12 @@ def _rows(tickets: Iterable[Ticket]) -> int:
 def _computed(tickets: list[Ticket], clock: Callable[[], float]) -> Computed:
     """On whatever thread this is."""
     first, rows = tickets[0].job, [ticket.job.rows for ticket in tickets]
-    started = clock()
+    started, began = clock(), time.perf_counter()
     try:
         whole = first.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
-        seconds = clock() - started
+        seconds, lasted = clock() - started, time.perf_counter() - began
         if len(rows) == 1:
-            return Computed([whole], len(rows[0]), seconds)
+            return Computed([whole], len(rows[0]), seconds, lasted)
         ends = list(accumulate(map(len, rows)))
         parts = parts_of(whole, list(map(slice, [0, *ends], ends)))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is for the callers
@@ -266,5 +271,5 @@ def _computed(tickets: list[Ticket], clock: Callable[[], float]) -> Computed:
             forget_frames(error)
         # Of several one may be at fault, and its text may name a row: each alone.
         alone = [error] if len(tickets) == 1 else [_computed([each], clock).results[0] for each in tickets]
-        return Computed(alone, 0, 0.0)
-    return Computed(parts, ends[-1], seconds)
+        return Computed(alone, 0, 0.0, 0.0)
+    return Computed(parts, ends[-1], seconds, lasted)

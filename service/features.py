@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
-
 import numpy as np
 import onnxruntime as ort
 
@@ -12,6 +10,7 @@ from service.errors import InvalidInput
 from service.graphs import check_operators
 from service.rows import TWO_PATHS, Arrays, RowRunner, random_rows
 from service.runtime import Runtime
+from service.spare import SpareCpus
 
 SIZES = (1, 8)
 """Rows at once. A backbone's one row is work enough for a processor, and every size costs its trials at the start."""
@@ -22,7 +21,7 @@ Shape = tuple[int, int, int]
 class FeatureExtractor:
     """Runs backbone.onnx on images of shape ``image`` (C, H, W); rows are independent, bitwise (service.rows).
 
-    ``pool`` is given where the session has one thread: a graph with operators of two paths. ``memory``: see RowRunner.
+    ``vectors``, ``spare``, ``memory``: see RowRunner.
     """
 
     def __init__(
@@ -30,13 +29,14 @@ class FeatureExtractor:
         session: ort.InferenceSession,
         backbone: Backbone,
         image: Shape,
-        pool: Executor | None = None,
+        vectors: bool = False,
+        spare: SpareCpus | None = None,
         memory: str | None = None,
     ) -> None:
         self.backbone, self.image = backbone, image
         sizes = SIZES if backbone.batch == "any" else (1,)
-        trial_rows, vectors = random_rows({"x": image}, frozenset({"x"})), pool is not None
-        self._rows = RowRunner(session, trial_rows, sizes, vectors, pool, memory)
+        trial_rows = random_rows({"x": image}, frozenset({"x"}))
+        self._rows = RowRunner(session, trial_rows, sizes, vectors, spare, memory)
         self._session = session
 
     @classmethod
@@ -44,7 +44,7 @@ class FeatureExtractor:
         """Of a serialised backbone.onnx that no bundle holds yet. Raises BundleGraphError."""
         serial = bool(TWO_PATHS & check_operators(graph).keys())
         session = runtime.session(graph, threads=1 if serial else None)
-        return cls(session, backbone, image, runtime.pool if serial else None, runtime.memory)
+        return cls(session, backbone, image, serial, runtime.spare, runtime.memory)
 
     def run(self, x: np.ndarray) -> np.ndarray:
         """Features, float32 [N,*backbone.shape], of images x, float32 [N,*image] in [0, 1].

@@ -135,9 +135,13 @@ class Model:
         )
         self._backbone: FeatureExtractor | None = None
         if self.manifest.backbone is not None:
-            pool = runtime.pool if "backbone" in serial else None
             self._backbone = FeatureExtractor(
-                sessions["backbone"], self.manifest.backbone, self.manifest.preprocessing.shape, pool, runtime.memory
+                sessions["backbone"],
+                self.manifest.backbone,
+                self.manifest.preprocessing.shape,
+                "backbone" in serial,
+                runtime.spare,
+                runtime.memory,
             )
         self._dimensions = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._dimensions <= MAX_ELEMENTS]
@@ -542,10 +546,9 @@ class Model:
     def _runner(
         self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] | None = None
     ) -> RowRunner:
-        """The graph's runner. A session of one thread leaves it to Python threads to run several batches at once."""
-        serial = role in self._serial
-        pool = self.runtime.pool if serial and self.runtime.threads > 1 else None
-        return RowRunner(self._sessions[role], trial_rows, sizes, serial, pool, self.runtime.memory)
+        """The graph's runner."""
+        session, vectors = self._sessions[role], role in self._serial
+        return RowRunner(session, trial_rows, sizes, vectors, self.runtime.spare, self.runtime.memory)
 
     def _encoder(self, chunk: int) -> RowRunner:
         """The runner for so many samples a row: few sizes, since each is tried for row independence."""

@@ -16,14 +16,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 
 from service.aligned import aligned_empty, is_aligned
 from service.binding import BoundSession, Value
+from service.spare import SpareCpus
 
 TWO_PATHS = frozenset(
     {"Acos", "Asin", "Atan", "Celu", "Cos", "Elu", "Log", "Mish", "ReduceLogSum", "ReduceLogSumExp", "Selu", "Sin"}
@@ -35,6 +37,10 @@ DEVICE_SIZES = (*SIZES, 64, 128)  # a device has more to do at once; how far thi
 # Trials a size: each puts other rows at every place. Large rows bring more places to one, cost more, and take fewer.
 MOST_TRIALS, LEAST_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
 RUN = 2  # rows that take about as long as what every run takes besides; small networks more, large ones less
+HOP = 0.0005  # seconds that another thread costs: it wakes, and the weights are read into its caches, too
+NEWEST = 0.3  # weight of the newest measurement of a row's cost
+MOST_THREADS = 16
+AT_ONCE = 2  # batches of the largest size whose rows all threads of a run hold together: memory that stays
 MAX_ELEMENTS = 2**21  # of one input or output at one run: bounds memory, and time at start, for large images
 
 KEPT_SAME, KEPT_BYTES = 16, 2**20  # arrays of ``same`` that a runner keeps spread over rows, and bytes of one
@@ -43,14 +49,22 @@ Arrays = dict[str, np.ndarray]
 NOTHING: Mapping[str, np.ndarray] = {}
 
 
+class Batch(NamedTuple):
+    """Rows ``start`` to ``end``, run as ``size`` rows."""
+
+    start: int
+    end: int
+    size: int
+
+
 class RowRunner:
     """Runs a session on any number of rows, all inputs and outputs having the rows as their first axis.
 
     Arguments: ``session``; ``trial_rows`` gives that many typical rows, all different, for the trials (called on first
     use); ``sizes`` the batch sizes to try, (1,) for one row at a time without a trial, by default those of ``memory``;
-    ``vectors`` whether the graph has operators of two paths, and so wants batches of whole vectors; ``pool`` runs
-    several batches at once; ``memory`` the device that inputs and outputs are bound to (service.binding), None for
-    plain runs.
+    ``vectors`` whether the graph has operators of two paths, and so wants batches of whole vectors; ``spare`` the CPUs
+    that many rows may be divided over where the session has one thread, and that are told of each run; ``memory`` the
+    device that inputs and outputs are bound to (service.binding), None for plain runs.
     """
 
     def __init__(
@@ -59,7 +73,7 @@ class RowRunner:
         trial_rows: Callable[[int], Arrays],
         sizes: Sequence[int] | None = None,
         vectors: bool = False,
-        pool: Executor | None = None,
+        spare: SpareCpus | None = None,
         memory: str | None = None,
     ) -> None:
         bound = None if memory is None else BoundSession(session, memory)
@@ -69,7 +83,9 @@ class RowRunner:
         self._outputs = [output.name for output in session.get_outputs()]
         self._candidates = sizes_in(memory) if sizes is None else tuple(sizes)
         self._vectors = vectors
-        self._pool = pool
+        self._spare = spare if spare is not None and memory is None else SpareCpus(1)
+        self._divides = session.get_session_options().intra_op_num_threads == 1
+        self._seconds = 0.0  # a row takes of one CPU; what each run takes besides are RUN rows
         self._sizes: tuple[int, ...] | None = (1,) if self._candidates == (1,) else None
         self._same: OrderedDict[tuple[str, int, int], tuple[np.ndarray, Value]] = OrderedDict()
         self._lock = threading.Lock()
@@ -93,17 +109,59 @@ class RowRunner:
         those that are wanted, all by default.
         """
         names = self._outputs if outputs is None else list(outputs)
-        sizes = batch_sizes(self.sizes, len(next(iter(feeds.values()))))
-        if len(sizes) == 1:
-            return dict(zip(names, self._run_at(sizes[0], feeds, same, names), strict=True))
-        batches: list[tuple[int, Arrays]] = []
-        start = 0
-        for size in sizes:
-            batches.append((size, {name: value[start : start + size] for name, value in feeds.items()}))
-            start += size
-        spread = self._pool.map if self._pool is not None else map
-        parts = list(spread(lambda batch: self._run_at(batch[0], batch[1], same, names), batches))
-        return {name: _join([part[i] for part in parts]) for i, name in enumerate(names)}
+        count = len(next(iter(feeds.values())))
+        self._spare.begin()
+        try:
+            if count == 1:
+                batches = [self._run_at(self.sizes[0], feeds, same, names)]
+            else:
+                batches = self._run_many(count, feeds, same, names)
+        finally:
+            self._spare.end()
+        if len(batches) == 1:
+            return dict(zip(names, batches[0], strict=True))
+        return {name: _join([batch[i] for batch in batches]) for i, name in enumerate(names)}
+
+    def _run_many(
+        self, count: int, feeds: Arrays, same: Mapping[str, np.ndarray], names: Sequence[str]
+    ) -> list[list[np.ndarray]]:
+        """Outputs of each batch. The first batch ever comes before all others: it tells what rows cost."""
+        first = batch_sizes(self.sizes, count)[0]
+        if self._seconds or first >= count:
+            return self._run_batches(count, feeds, same, names)
+        head, rest = ({name: value[at] for name, value in feeds.items()} for at in (slice(first), slice(first, None)))
+        return self._run_batches(first, head, same, names) + self._run_batches(count - first, rest, same, names)
+
+    def _run_batches(
+        self, count: int, feeds: Arrays, same: Mapping[str, np.ndarray], names: Sequence[str]
+    ) -> list[list[np.ndarray]]:
+        """As ``_run_many``, by this thread and those that help."""
+        threads = self._threads_for(count)
+        batches, began = batches_of(self.sizes, count, threads), self._spare.clock()
+        if len(batches) == 1:
+            outputs = [self._run_at(batches[0].size, feeds, same, names)]
+        else:
+            parts = [{name: value[start:end] for name, value in feeds.items()} for start, end, _ in batches]
+            works = [
+                partial(self._run_at, size, part, same, names) for part, (*_, size) in zip(parts, batches, strict=True)
+            ]
+            outputs = self._spare.run(works, threads - 1)
+        self._learn((self._spare.clock() - began) / _cost(batches))
+        return outputs
+
+    def _threads_for(self, count: int) -> int:
+        """How many threads so many rows are best divided over."""
+        if not self._divides or self._seconds * (count - 1) <= HOP:
+            return 1
+        most = min(count, 1 + self._spare.free(), MOST_THREADS)
+        return min(range(1, most + 1), key=lambda threads: self._expected(count, threads))
+
+    def _expected(self, count: int, threads: int) -> float:
+        """Seconds that so many rows take so many threads."""
+        return self._seconds * _cost(batches_of(self.sizes, count, threads)) / threads + HOP * (threads - 1)
+
+    def _learn(self, seconds: float) -> None:
+        self._seconds += (NEWEST if self._seconds else 1.0) * (seconds - self._seconds)
 
     def _run_at(
         self,
@@ -207,6 +265,27 @@ def batch_sizes(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
     whole = (rows - 1) // sizes[-1]
     last = _sizes_of_few(sizes, rows - whole * sizes[-1])
     return (sizes[-1],) * whole + last if whole else last
+
+
+@lru_cache(maxsize=4096)
+def batches_of(sizes: tuple[int, ...], rows: int, threads: int) -> tuple[Batch, ...]:
+    """So many rows in equal shares for so many threads, each in batches of the ``sizes``, small ones for many threads.
+
+    So all of them together hold no more rows than two batches of the largest size, or one each of the smallest.
+    """
+    most = max(sizes[0], AT_ONCE * sizes[-1] // threads)
+    small = tuple(size for size in sizes if size <= most)
+    found = []
+    for start, end in pairwise([rows * share // threads for share in range(threads + 1)]):
+        for size in batch_sizes(small, end - start):
+            found.append(Batch(start, min(start + size, end), size))
+            start += size
+    return tuple(found)
+
+
+def _cost(batches: Iterable[Batch]) -> int:
+    """In rows."""
+    return sum(batch.size + RUN for batch in batches)
 
 
 @lru_cache(maxsize=1024)

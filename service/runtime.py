@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import onnxruntime as ort
 
 from service.cpus import available_cpus
 from service.errors import BundleGraphError, DeviceUnavailable
+from service.spare import SpareCpus
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -30,7 +29,7 @@ class Runtime:
     Arguments: ``device`` is "cpu", "cuda", or "auto" (cuda where its provider loads, else cpu); ``threads`` the size of
     each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen; ``memory``
     is the device in whose memory sessions compute (service.binding), None where that is the host's.
-    ``pool`` has as many Python threads, for the batches of sessions that have one thread themselves.
+    ``spare`` tells how many CPUs a run of a session that has one thread itself may be divided over.
 
     Raises DeviceUnavailable when cuda is asked for and this installation has no such provider.
 
@@ -45,7 +44,7 @@ class Runtime:
             raise DeviceUnavailable(f"threads is {threads}, expected at least 1")
         ort.disable_telemetry_events()
         self.threads = threads if threads is not None else available_cpus()
-        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="batches")
+        self.spare = SpareCpus(self.threads)
         self.provider = CPU if device == "cpu" else CUDA
         if self.provider == CUDA:
             self._start_cuda(required=device == "cuda")
@@ -95,7 +94,7 @@ class Runtime:
         # A spinning pool burns the quota of a container between requests and slows its neighbours.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # The arena stays on: it grows to the largest batch seen, and service.rows bounds that batch.
+        # The arena stays on: it grows to what was computed at once, and service.rows bounds that.
         options.enable_cpu_mem_arena = True
         return options
 

@@ -20,13 +20,14 @@ from service.bundle import bundle_digests
 from service.channel import MOST_BYTES, WorkerLine
 from service.errors import BundleIntegrityError, VaeserveError
 from service.listening import bind_shared
-from service.logs import configure_logs
+from service.logs import configure_logs, get_logger
 from service.metrics import Metrics
 from service.nursery import name_process
 from service.repository import ModelRepository, load_repository
 from service.server import DrainingServer, build_server, spare_collections
 from service.settings import Settings
 from service.shared_drift import ToldDrift
+from service.spare import SpareCpus
 
 ORPHAN_SECONDS = 5.0  # for the requests in progress of a worker whose supervisor was killed
 FAILED = 1
@@ -88,14 +89,22 @@ class Worker:
         settings = self.settings
         drift = ToldDrift(self.line, settings.drift_window, settings.drift_level, metrics.unwatched.inc)
         repository = self.repository or load_repository(settings, self.bundles)
-        app = create_app(settings, repository, metrics, drift)
         assert isinstance(settings.workers, int)
+        self._share_cpus(repository.runtime.spare, settings.workers)
+        app = create_app(settings, repository, metrics, drift)
         balance = Balance(self.folder, self.number, settings.workers)
         self.server = build_server(app, settings, self._ready, self._alive, balance)
         spare_collections()
         self.server.run(bind_shared(settings.host, settings.port))
         if self.orphaned:
             self._clean_up()
+
+    def _share_cpus(self, spare: SpareCpus, workers: int) -> None:
+        """Where no file is to be had, every worker keeps to its own, and the log says so."""
+        try:
+            spare.join(self.folder / "cpus", self.number, workers)
+        except OSError as error:
+            get_logger().warning("idle CPUs are not lent", reason=str(error))
 
     def _ready(self) -> None:
         self.line.tell({"kind": "ready"})

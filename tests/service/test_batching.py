@@ -189,6 +189,18 @@ def test_the_wait_for_the_callers_of_a_batch_ends(monkeypatch):
     scenario(body)
 
 
+def test_the_wait_is_a_share_of_the_time_that_passed_not_of_what_several_threads_took(monkeypatch):
+    """By the clock a batch takes a thousand seconds, a tenth of which would outlast this test."""
+
+    async def body(batcher, runs, pool):
+        batcher._clock = (1000.0 * tick for tick in range(100)).__next__
+        others = await landing(batcher, monkeypatch, waiting=3, pause=0.1)
+        await asyncio.gather(*others)
+        assert runs == [1, 2, 3]
+
+    scenario(body)
+
+
 @pytest.mark.parametrize(("count", "rows", "seconds"), [(2, MOST_ROWS // 2, 0.0), (2, MOST_ROWS, 0.0), (1, 1, 0.1)])
 def test_a_whole_batch_is_counted_in_rows_and_in_what_they_take(monkeypatch, count, rows, seconds):
     """There is no pause, which would last for ever here, where one more job would not fit into the next batch."""

@@ -122,7 +122,7 @@ def test_an_answer_is_its_callers_own(session):
 
 def test_runs_at_the_same_time_do_not_meet(session):
     """Threads that share a runner, with other rows, other noise and other outputs each."""
-    bound, plain = runner(session, "cpu", pool=ThreadPoolExecutor(2)), runner(session, None)
+    bound, plain = runner(session, "cpu"), runner(session, None)
     drawn = [noise(seed) for seed in range(8)]
 
     def job(i):

@@ -115,7 +115,7 @@ def test_whole_vectors_on_one_thread_are_exact_for_operators_of_two_paths(runtim
     operators = [node.output[0] for node in g.nodes if node.op_type in rows.TWO_PATHS]
     outputs = {name: (["N", width], TensorProto.FLOAT) for name in operators}
     session = runtime.session(g.build({"x": ["N", width]}, outputs), threads=1)
-    runner = RowRunner(session, random_rows({"x": (width,)}), vectors=True, pool=runtime.pool)
+    runner = RowRunner(session, random_rows({"x": (width,)}), vectors=True, spare=runtime.spare)
     assert runner.sizes == (4, 8, 16, 32)
     x = random.standard_normal((3001, width)).astype(np.float32)
     together = runner.run({"x": x})
