@@ -59,18 +59,26 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv(x), 2)[:, :, : self.size[0], : self.size[1]]
+        return self.rearranged(self.conv(x))
+
+    def rearranged(self, x: Tensor) -> Tensor:
+        """[N,4·c,h,w] -> [N,c,*size], for any c."""
+        return F.pixel_shuffle(x, 2)[:, :, : self.size[0], : self.size[1]]
 
 
 class GatedUpsample(nn.Module):
-    """Gated sub-pixel convolution [N,inputs,h,w] -> [N,outputs,*size]."""
+    """Gated sub-pixel convolution [N,inputs,h,w] -> [N,outputs,*size].
+
+    The gate goes before the rearrangement, which leaves the halves what they are, and has half to move then: that costs
+    ONNX Runtime as much as a convolution.
+    """
 
     def __init__(self, inputs: int, outputs: int, size: tuple[int, int]) -> None:
         super().__init__()
         self.upsample = Upsample(inputs, 2 * outputs, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gate(self.upsample(x))
+        return self.upsample.rearranged(gate(self.upsample.conv(x)))
 
 
 class GatedResidual(nn.Module):
