@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from service.cpus import available_cpus
 from service.mapped import BYTES, map_numbers
 
 RECENT = 20_000_000  # ns since its last run in which a worker is taken to be at work: on what follows, or on HTTP
@@ -45,14 +46,16 @@ class SpareCpus:
         self._threads = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="spare")
 
     def join(self, file: Path, worker: int, workers: int) -> None:
-        """Share all CPUs of so many workers, of which this is number ``worker``: each has as many as this one.
+        """Share the CPUs of so many workers, of which this is number ``worker``. Each has as many as this one.
+
+        Where the machine has fewer, there are no more to share.
 
         ``file`` is what all of them tell each other by. Raises OSError where it cannot be had.
         """
         board, mine = map_numbers(file, workers * TOLD), worker * TOLD
         board[mine + BUSY] = board[mine + LAST] = 0  # of a dead worker in this place
         self._board, self._mine = board, mine
-        self._cpus = self._own * workers
+        self._cpus = min(self._own * workers, max(self._own, available_cpus()))
         self._threads = ThreadPoolExecutor(max(1, self._cpus - 1), thread_name_prefix="spare")
 
     def begin(self) -> None:

@@ -27,8 +27,9 @@ NEVER = -(10**18)
 
 
 @pytest.fixture
-def three(tmp_path):
-    """What three workers of one thread each know."""
+def three(tmp_path, monkeypatch):
+    """What three workers of one thread each know, on three CPUs."""
+    monkeypatch.setattr(spare, "available_cpus", lambda: 3)
     made = [SpareCpus(1) for _ in range(3)]
     for number, each in enumerate(made):
         each.join(tmp_path / "cpus", number, 3)
@@ -50,6 +51,15 @@ def test_alone_a_process_has_its_own_threads():
         alone = SpareCpus(threads)
         alone.begin()
         assert alone.free() == threads - 1
+
+
+@pytest.mark.parametrize(("threads", "cpus", "free"), [(1, 2, 1), (1, 64, 3), (2, 1, 1), (2, 5, 4)])
+def test_more_workers_than_cpus_have_no_more_to_share(tmp_path, monkeypatch, threads, cpus, free):
+    monkeypatch.setattr(spare, "available_cpus", lambda: cpus)
+    one = SpareCpus(threads)
+    one.join(tmp_path / "cpus", 0, 4)
+    one.begin()
+    assert one.free() == free
 
 
 def test_idle_workers_lend_their_cpus_and_those_that_compute_do_not(three, monkeypatch):
