@@ -127,7 +127,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
 
 
 def _clock(settings: Settings, repository: ModelRepository) -> Callable[[], float]:
-    """What tells how long a batch takes: the time of its threads, unless ONNX Runtime has some or a device computes."""
+    """What tells how long a batch takes: CPU time; the wall's where a device or threads of ONNX Runtime compute."""
     alone = settings.threads == 1 and settings.device == "cpu"
     return repository.runtime.spare.clock if alone else time.perf_counter
 

@@ -108,8 +108,8 @@ class Batcher:
     """Runs jobs for the requests of one event loop; only that loop may call it.
 
     ``lanes``: batches of a key that run at once on the pool, as many as find a CPU; more would only be smaller ones.
-    ``observe`` is told the rows of every batch. ``clock``, read on the thread that computes it, tells what one takes:
-    the CPU time of that thread, and of those that help it, leaves out the waiting for the interpreter.
+    ``observe`` is told the rows of every batch. ``clock``, read on the thread that computes it, tells what one takes.
+    That may be CPU time of this thread and of those that help it, which leaves out the waiting for the interpreter.
     """
 
     def __init__(

@@ -46,11 +46,9 @@ class SpareCpus:
         self._threads = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="spare")
 
     def join(self, file: Path, worker: int, workers: int) -> None:
-        """Share the CPUs of so many workers, of which this is number ``worker``. Each has as many as this one.
+        """Share the CPUs of so many workers, this one's among them: of each as many as its own, or all that there are.
 
-        Where the machine has fewer, there are no more to share.
-
-        ``file`` is what all of them tell each other by. Raises OSError where it cannot be had.
+        ``file`` is what they tell each other by. Raises OSError where it cannot be had.
         """
         board, mine = map_numbers(file, workers * TOLD), worker * TOLD
         board[mine + BUSY] = board[mine + LAST] = 0  # of a dead worker in this place

@@ -186,6 +186,23 @@ def test_where_no_thread_can_be_started_the_caller_does_it_all(three, monkeypatc
     assert three[0].free() == 2
 
 
+def test_where_no_more_threads_can_be_started_the_first_helper_is_waited_for(three, monkeypatch):
+    monkeypatch.setattr(spare, "RECENT", NEVER)
+    meet, submit, offered = threading.Barrier(2, timeout=30), three[0]._threads.submit, []
+
+    def submit_once(*asked):
+        if offered:
+            raise RuntimeError("can't start new thread")
+        offered.append(submit(*asked))
+        return offered[0]
+
+    monkeypatch.setattr(three[0]._threads, "submit", submit_once)
+    three[0].begin()
+    assert len(three[0].run([meet.wait] * 2, helpers=2)) == 2
+    assert offered[0].done()
+    assert three[0].free() == 2
+
+
 def burn(seconds):
     """CPU time of this thread."""
     began = time.thread_time()
