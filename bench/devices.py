@@ -23,7 +23,7 @@ from bench.servers import Server, vae_server
 from bench.serving import MANY, group
 from bench.stage import Effort, Stage, stage
 from service.errors import DeviceUnavailable
-from service.runtime import Runtime
+from service.inference.sessions import Runtime
 
 VERBS = ("encode", "score")
 OF_BIG = ("encode",)  # a batch of the big model's scores takes half a minute on two cores

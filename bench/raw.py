@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from service.bundle import FITTED, REFERENCE, Bundle, Graph, Manifest, ScoreDefinition
-from service.detectors import is_stretched
+from service.bundle.manifest import FITTED, REFERENCE, Bundle, Graph, Manifest, ScoreDefinition
 from service.errors import DeviceUnavailable
-from service.runtime import CPU, CUDA, providers_of
+from service.inference.sessions import CPU, CUDA, providers_of
+from service.scores.detectors import is_stretched
 
 Work = Callable[[], object]
 BOUND = "bound "
@@ -144,7 +144,7 @@ class RawModel:
 
 def needed_passes(manifest: Manifest) -> list[tuple[int, bool]]:
     """(k, whether also at loc) of each pass of the default score: one a seed, and another of the contrast-stretched
-    images where a part looks at these (service.estimates)."""
+    images where a part looks at these (service.scores.evaluation)."""
     longest: dict[tuple[int, bool], int] = {}
     parts = list(_parts(manifest, manifest.scores[manifest.default_score]))
     for part in parts:

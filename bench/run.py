@@ -31,7 +31,7 @@ from bench.rivals.measure import rivals
 from bench.servers import ROOT, ServerFailedError
 from bench.serving import BIG, FULL, Selection, cells, cold_start, memory
 from bench.stage import Effort, Stage, find_bundle, stage
-from service.cpus import available_cpus
+from service.resources import available_cpus
 
 SHIPPED = Path("exported")
 SECTIONS = ("start", "cells", "rivals", "curve", "big", "growth", "gpu")

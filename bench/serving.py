@@ -102,6 +102,6 @@ def cold_start(repository: Path, workers: int, count: int) -> dict[str, float]:
 
 
 def import_seconds() -> float:
-    """Time of ``import service.app`` in a fresh interpreter, by its own clock."""
-    code = "import time; t = time.perf_counter(); import service.app; print(time.perf_counter() - t)"
+    """Time of ``import service.api.app`` in a fresh interpreter, by its own clock."""
+    code = "import time; t = time.perf_counter(); import service.api.app; print(time.perf_counter() - t)"
     return float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))

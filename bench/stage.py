@@ -17,9 +17,9 @@ from bench.load import Load, Target, drive
 from bench.raw import reference_pixels
 from bench.requests import hello_request
 from bench.servers import Server, hello_server, vae_server
-from service.bundle import Bundle, open_bundle
-from service.cpus import available_cpus
-from service.repository import find_bundles
+from service.bundle.manifest import Bundle, open_bundle
+from service.repository.model_repository import find_bundles
+from service.resources import available_cpus
 
 T = TypeVar("T")
 

@@ -14,12 +14,12 @@ def main() -> None:
     gc.disable()  # what is imported stays
     first = None
     if seems_to_want_workers(sys.argv[1:], os.environ):
-        from service.forker import fork_nursery
+        from service.server.forker import fork_nursery
 
         first = fork_nursery()
         if first is None:  # this is the nursery or a worker, and ends
             return
-    from service import cli
+    from service.commands import cli
 
     gc.freeze()
     gc.enable()

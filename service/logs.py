@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from service.gathered import Gathered
+from service.deferred import Gathered
 from service.imports import hidden
 
 with hidden("rich"):  # which it would import for tracebacks in colours: 20 ms of a start

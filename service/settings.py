@@ -1,4 +1,4 @@
-"""Settings, whoever says them: flags and the environment are read by service/environment.py."""
+"""Settings, whoever says them: flags and the environment are read by service/commands/environment.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.cpus import available_cpus
+from service.resources import available_cpus
 
 
 class Settings(BaseModel):
@@ -86,7 +86,7 @@ class Settings(BaseModel):
     def for_each_worker(self) -> Settings:
         """The same with ``threads`` as each worker's share of the CPUs if it was left open.
 
-        One worker's threads stay open: 0 is all of them. ``workers`` must be a number by now (service/auto.py).
+        One worker's threads stay open: 0 is all of them. ``workers`` must be a number by now (service/server/auto.py).
         """
         assert self.workers != "auto"
         threads = max(1, available_cpus() // self.workers) if self.workers > 1 and not self.threads else self.threads

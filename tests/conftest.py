@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from service.bundle import open_bundle
-from service.model import Model
-from service.runtime import Runtime
+from service.bundle.manifest import open_bundle
+from service.inference.model import Model
+from service.inference.sessions import Runtime
 from tests.ppca_bundle import Ppca, fit_ppca, images, write_ppca_bundle
 
 

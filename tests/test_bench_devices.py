@@ -20,7 +20,7 @@ from bench.report import WIDTH, print_report
 from bench.run import SECTIONS, parse
 from bench.stage import Effort
 from service.errors import DeviceUnavailable
-from service.runtime import CUDA, Runtime
+from service.inference.sessions import CUDA, Runtime
 
 HERE = CUDA in ort.get_available_providers() and Runtime("auto").provider == CUDA
 no_gpu = pytest.mark.skipif(HERE, reason="a GPU is here")

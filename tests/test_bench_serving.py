@@ -39,9 +39,9 @@ from bench.serving import FULL
 from bench.stage import Effort, Stage, find_bundle
 from bench.table import ROWS, judged
 from bench.timer import Timer
-from service.bundle import open_bundle
-from service.codecs import Limits, Reader
-from service.images import ImageLimits
+from service.bundle.manifest import open_bundle
+from service.formats.codecs import Limits, Reader
+from service.formats.images import ImageLimits
 from tests.service.corruption_bundles import log_odds, write_corruption
 from training.config import load_config
 from training.models.build import build_model

@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from service import __version__
-from service.environment import check_environment
+from service.commands.environment import check_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -215,7 +215,7 @@ def test_the_wheel_holds_every_file_of_both_packages(tmp_path: Path) -> None:
 
 # --- the direction of imports ----------------------------------------------------------------------------------------
 
-COLD = "import sys, service.app, service.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+COLD = "import sys, service.api.app, service.commands.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
 
 
 def test_a_cold_import_of_the_service_loads_neither_torch_nor_training() -> None:
@@ -232,8 +232,8 @@ def test_a_cold_import_of_the_service_loads_neither_torch_nor_training() -> None
         ("service/extra.py", "import json\n", True),
         ("service/extra.py", "import training.data\n", False),
         ("service/extra.py", "def late() -> None:\n    import torch\n", False),
-        ("training/extra.py", "import service.app\n", False),
-        ("training/extra.py", "from service import model\n", True),
+        ("training/extra.py", "import service.api.app\n", False),
+        ("training/extra.py", "from service.inference import model\n", True),
     ],
 )
 def test_the_import_contract_holds_and_can_fail(tmp_path: Path, file: str, line: str, holds: bool) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle import open_bundle
-from service.detectors import to_arrays
-from service.images import unit_levels
-from service.model import Model
-from service.runtime import Runtime
-from service.tiled import TiledModel, fit_tails
+from service.bundle.manifest import open_bundle
+from service.formats.images import unit_levels
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.inference.tiled import TiledModel, fit_tails
+from service.scores.detectors import to_arrays
 from tests.ppca_bundle import npz, write_ppca_bundle
 
 TILE, STRIDE, LATENT_DIM = 16, 8, 8

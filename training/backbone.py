@@ -1,8 +1,8 @@
 """A user's ONNX feature extractor made into a bundle's backbone.onnx: one input, one output, what normalises inside.
 
 The file may come from anywhere. What is taken of it is the part that leads from its one image input to the chosen
-tensor, as standard operators without external data (service.graphs); the rest, classifier heads say, is cut off. It is
-then run on noise, to find out what its features are and how many rows it takes.
+tensor, as standard operators without external data (service.bundle.operators); the rest, classifier heads say, is cut
+off. It is then run on noise, to find out what its features are and how many rows it takes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, inliner, numpy_helper
 from pydantic import ValidationError
 
-from service.bundle import Backbone, InputRule
+from service.bundle.manifest import Backbone, InputRule
+from service.bundle.operators import check_operators
 from service.errors import BundleGraphError
-from service.graphs import check_operators
-from service.runtime import Runtime
+from service.inference.sessions import Runtime
 from training.config import BackboneConfig, Config
 from training.errors import BackboneError
 from training.export import MAX_GRAPH_BYTES, strip

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.images import unit_levels
+from service.formats.images import unit_levels
 from training.data.dataset import Dataset
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle import CALIBRATION, DETECTORS, TILES, Bundle, open_bundle
-from service.calibration import Calibrator
-from service.contamination import contamination
-from service.detectors import to_arrays
-from service.fitting import LEAST_ROWS, fitted_arrays, fitted_definitions, reference_room, room
-from service.model import Model
-from service.runtime import Runtime
-from service.tiled import TiledModel, fit_tails
+from service.bundle.manifest import CALIBRATION, DETECTORS, TILES, Bundle, open_bundle
+from service.calibration.conformal import Calibrator
+from service.calibration.contamination import contamination
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.inference.tiled import TiledModel, fit_tails
+from service.scores.detectors import to_arrays
+from service.scores.fitting import LEAST_ROWS, fitted_arrays, fitted_definitions, reference_room, room
 from training.batches import pixel_batches
 from training.data import Dataset
 from training.data.dataset import Wholes

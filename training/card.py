@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from service.bundle import ArrayPreprocessing, Manifest, Preprocessing, ScoreDefinition, Tiling
+from service.bundle.manifest import ArrayPreprocessing, Manifest, Preprocessing, ScoreDefinition, Tiling
 
 FIGURES = {
     "reconstructions": "Test {rows} and their reconstructions",

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from service.model import Model
-from service.runtime import Runtime
+from service.inference.model import Model
+from service.inference.sessions import Runtime
 from training import figures
 from training.batches import to_unit
 from training.card import duration

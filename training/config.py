@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from service.bundle import Name
+from service.bundle.manifest import Name
 from training.data.config import DataConfig
 from training.errors import ConfigError
 

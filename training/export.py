@@ -1,7 +1,7 @@
-"""From torch to ONNX: the graphs of service.bundle's docstring, traced from the model that trained.
+"""From torch to ONNX: the graphs of service.bundle.manifest's docstring, traced from the model that trained.
 
-The inputs, outputs, dtypes and symbolic sizes are read from the contract itself (``service.bundle.graph_spec``), so the
-two cannot drift apart.
+The inputs, outputs, dtypes and symbolic sizes are read from the contract itself
+(``service.bundle.manifest.graph_spec``), so the two cannot drift apart.
 """
 
 from __future__ import annotations
@@ -17,9 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from service.bundle import Graph, InputRule, Likelihood, Manifest, Posterior, Prior, Signature, TensorSpec, graph_spec
+from service.bundle.manifest import (
+    Graph,
+    InputRule,
+    Likelihood,
+    Manifest,
+    Posterior,
+    Prior,
+    Signature,
+    TensorSpec,
+    graph_spec,
+)
+from service.bundle.operators import check_operators
 from service.errors import BundleGraphError
-from service.graphs import check_operators
 from training.errors import ExportError
 from training.models.base import LatentVariableModel
 from training.rewrites import with_weights_in_half, without_logs_of_exponentials

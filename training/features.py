@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from service.bundle import Backbone, InputRule
+from service.bundle.manifest import Backbone, InputRule
 from service.errors import InvalidInput
-from service.features import FeatureExtractor
-from service.runtime import Runtime
+from service.inference.backbone import FeatureExtractor
+from service.inference.sessions import Runtime
 from training.backbone import Imported, import_backbone
 from training.batches import to_unit
 from training.config import BackboneConfig

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from service.bundle import Backbone, Tolerance
+from service.bundle.manifest import Backbone, Tolerance
 from training.batches import derived_seed, to_unit
 from training.data import Dataset
 from training.export import roles
@@ -37,7 +37,8 @@ EDGE = 1e-3
 
 @torch.no_grad()
 def reference_arrays(model: LatentVariableModel, dataset: Dataset, seed: int = 0) -> Arrays:
-    """Inputs x, noise, dither, observation_noise and the model's outputs, named as service.bundle.Reference says.
+    """Inputs x, noise, dither, observation_noise and the model's outputs, named as service.bundle.manifest.Reference
+    says.
 
     ``x`` are the first images of the test split; ``model`` is in eval mode, in float32, on the CPU.
     """

@@ -18,8 +18,8 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.calibration import needed
-from service.fitting import LEAST_ROWS
+from service.calibration.conformal import needed
+from service.scores.fitting import LEAST_ROWS
 from training.backbone import settled
 from training.calibrate import calibrate, images_to_score, suspects
 from training.card import duration

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from service.cpus import available_cpus
+from service.resources import available_cpus
 from training.config import Config
 from training.data.load import NAMED
 from training.runs import FitRecord, Launch, Run
@@ -114,7 +114,7 @@ def evaluate_command(run: Run) -> str:
 
 
 def provenance(run: Run) -> dict[str, Any]:
-    """Content of the manifest's ``provenance``; see service.bundle.Provenance."""
+    """Content of the manifest's ``provenance``; see service.bundle.manifest.Provenance."""
     record, state, metrics = run.record, run.checkpoint["state"], run.metrics()
     return {
         "config": public_config(run.config),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.bundle import Manifest, next_version, write_bundle
-from service.verify import verified
+from service.bundle.manifest import Manifest, next_version, write_bundle
+from service.inference.verification import verified
 from training import figures
 from training.card import FIGURES, card
 from training.errors import ExportError

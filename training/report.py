@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from service import noise
-from service.bundle import Manifest
-from service.calibration import Calibrator
+from service.bundle.manifest import Manifest
+from service.calibration.conformal import Calibrator
 from service.errors import InvalidInput
+from service.inference import noise
 from training import curves, figures
 from training.aggregate import moments, prior_moments
 from training.batches import pixel_batches, to_unit

@@ -13,7 +13,7 @@ def without_logs_of_exponentials(graph: onnx.GraphProto) -> None:
     """log(exp(a)) becomes a, in place.
 
     A diagonal Gaussian's log scale is such a one. ONNX Runtime's Log has two code paths, and because of it
-    service.rows would run a single row as four. A graph that has others inside is left as it is.
+    service.inference.batch_invariance would run a single row as four. A graph that has others inside is left as it is.
     """
     if any(attribute.type == onnx.AttributeProto.GRAPH for node in graph.node for attribute in node.attribute):
         return

@@ -1,4 +1,4 @@
-"""Writing a run's bundle: assembled, loaded by service.model, replayed, and only then put in its place."""
+"""Writing a run's bundle: assembled, loaded by service.inference.model, replayed, and only then put in its place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from service.bundle import (
+from service.bundle.manifest import (
     CALIBRATION,
     REFERENCE,
     ArrayPreprocessing,
@@ -19,9 +19,9 @@ from service.bundle import (
     write_bundle,
 )
 from service.errors import VaeserveError
-from service.model import Model
-from service.runtime import Runtime
-from service.verify import replay, verified
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.inference.verification import replay, verified
 from training.config import ScoreConfig
 from training.errors import ExportError
 from training.export import export_corruption, export_graphs, likelihood, posterior, prior, signature
@@ -140,7 +140,8 @@ def export(run: Run) -> Path:
 
 
 def _measure(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, float]:
-    """Largest |Δ| of every output from the trainer's, through service.model, from a bundle written for that only."""
+    """Largest |Δ| of every output from the trainer's, through service.inference.model, from a bundle written for that
+    only."""
     with tempfile.TemporaryDirectory() as root:
         model = Model.load(open_bundle(write_bundle(root, manifest, files)), Runtime("cpu"))
         return replay(model)

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from service.cpus import available_cpus
+from service.resources import available_cpus
 from training.config import Config
 
 CONVOLUTIONAL = ("ladder", "flow")

@@ -18,12 +18,12 @@ from rich.console import Console
 from bench.anomaly.measures import SPLITS, Rates, rates, resplit
 from bench.anomaly.rivals import BATCH, Detector, Maps
 from bench.anomaly.task import Inliers
-from service.bundle import CALIBRATION, Bundle, open_bundle
-from service.calibration import Calibrator
+from service.bundle.manifest import CALIBRATION, Bundle, open_bundle
+from service.calibration.conformal import Calibrator
 from service.errors import VaeserveError
-from service.model import Model
-from service.repository import find_bundles
-from service.runtime import Runtime
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.repository.model_repository import find_bundles
 from training.config import Config, load_config
 from training.errors import TrainingError
 from training.pipeline import calibrate_stage, export_stage, fit_stage
@@ -146,5 +146,5 @@ def _short(config: Config, data: Path) -> str:
 
 
 def _batches(x: np.ndarray) -> list[np.ndarray]:
-    """uint8 [N,C,H,W] -> float32 in [0, 1], BATCH images each, as service.codecs reads them."""
+    """uint8 [N,C,H,W] -> float32 in [0, 1], BATCH images each, as service.formats.codecs reads them."""
     return [x[i : i + BATCH] / np.float32(255) for i in range(0, len(x), BATCH)]

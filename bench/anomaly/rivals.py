@@ -18,8 +18,8 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import OneClassSVM
 
 from bench.anomaly.task import Inliers
-from service.bundle import Preprocessing
-from service.noise import dither
+from service.bundle.manifest import Preprocessing
+from service.inference.noise import dither
 from training.batches import to_unit
 from training.config import LikelihoodConfig, ModelConfig
 from training.data.dataset import Dataset

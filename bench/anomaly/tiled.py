@@ -20,8 +20,8 @@ from bench.anomaly.measures import auroc
 from bench.anomaly.report import table
 from bench.anomaly.surfaces import FLAWS, SURFACES, flawed, surfaces
 from bench.anomaly.transforms import as_levels
-from service.repository import Served, load_bundle
-from service.runtime import Runtime
+from service.inference.sessions import Runtime
+from service.repository.model_repository import Served, load_bundle
 from training.config import load_config
 from training.pipeline import all_stages, fit_stage
 from training.runs import Launch, Run

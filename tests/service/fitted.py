@@ -1,4 +1,5 @@
-"""A bundle with every anomaly score, fitted and calibrated: tests.ppca_bundle's with what service.fitting adds."""
+"""A bundle with every anomaly score, fitted and calibrated: tests.ppca_bundle's with what service.scores.fitting
+adds."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle import CALIBRATION, DETECTORS, open_bundle, write_bundle
-from service.fitting import fitted_arrays, fitted_definitions
-from service.model import Model
-from service.runtime import Runtime
+from service.bundle.manifest import CALIBRATION, DETECTORS, open_bundle, write_bundle
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.scores.fitting import fitted_arrays, fitted_definitions
 from tests.ppca_bundle import images
 
 N_CALIBRATION, N_FIT = 99, 120

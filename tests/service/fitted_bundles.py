@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from service.bundle import CALIBRATION, DETECTORS, Bundle, open_bundle, write_bundle
-from service.fitting import fitted_arrays, fitted_definitions
-from service.model import Model
-from service.runtime import Runtime
+from service.bundle.manifest import CALIBRATION, DETECTORS, Bundle, open_bundle, write_bundle
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.scores.fitting import fitted_arrays, fitted_definitions
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.linear_bundles import (
     MIXTURE,

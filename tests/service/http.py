@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 from fastapi import FastAPI
 
-from service.app import create_app
-from service.repository import load_repository
-from service.server import build_server
+from service.api.app import create_app
+from service.repository.model_repository import load_repository
+from service.server.draining import build_server
 from service.settings import Settings
 
 APPS: WeakKeyDictionary[httpx.Client, FastAPI] = WeakKeyDictionary()

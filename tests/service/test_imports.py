@@ -7,7 +7,8 @@ import sys
 import pytest
 
 BEFORE = """
-import service.nursery, service.model, service.bundle, service.logs, service.forker, sys, json
+import service.server.nursery, service.inference.model, service.bundle.manifest, service.logs
+import service.server.forker, sys, json
 print(json.dumps(sorted(sys.modules)))
 """
 
@@ -22,7 +23,7 @@ if sys.argv[1] == "later":
     class Ours(BaseModel):
         x: int
     assert Ours.__pydantic_complete__
-from service.app import create_app
+from service.api.app import create_app
 from service.settings import Settings
 print(json.dumps(create_app(Settings(), object()).openapi(), sort_keys=True))
 """

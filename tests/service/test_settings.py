@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from service import settings
-from service.cli import read_settings
-from service.environment import check_environment
+from service.commands.cli import read_settings
+from service.commands.environment import check_environment
 from service.errors import ConfigurationError
 from service.settings import Settings
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal, norm
 
-from service.bundle import open_bundle
-from service.model import Model
-from service.runtime import Runtime
+from service.bundle.manifest import open_bundle
+from service.inference.model import Model
+from service.inference.sessions import Runtime
 from tests.training.finished import finished_run
 from training.config import LikelihoodConfig, MixtureConfig, ModelConfig, NetworkConfig, load_config
 from training.data import load_dataset

@@ -5,11 +5,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from service.bundle import ArrayPreprocessing, Preprocessing
+from service.bundle.manifest import ArrayPreprocessing, Preprocessing
+from service.bundle.operators import check_operators
 from service.errors import InvalidInput
-from service.features import FeatureExtractor
-from service.graphs import check_operators
-from service.runtime import Runtime
+from service.inference.backbone import FeatureExtractor
+from service.inference.sessions import Runtime
 from training.backbone import import_backbone, settled
 from training.config import IMAGENET, BackboneConfig, load_config
 from training.errors import BackboneError

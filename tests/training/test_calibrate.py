@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle import CALIBRATION, DETECTORS, Preprocessing, open_bundle
-from service.calibration import Calibrator
-from service.contamination import Contamination
-from service.fitting import LEAST_ROWS, fitted_arrays
-from service.images import ImageLimits, decode_image, unit_levels
-from service.model import Model
-from service.runtime import Runtime
-from service.verify import verify_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS, Preprocessing, open_bundle
+from service.calibration.conformal import Calibrator
+from service.calibration.contamination import Contamination
+from service.formats.images import ImageLimits, decode_image, unit_levels
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.inference.verification import verify_bundle
+from service.scores.fitting import LEAST_ROWS, fitted_arrays
 from tests.training.finished import finished_run
 from training.batches import to_unit
 from training.calibrate import ORDER, calibrate, images_to_score, realised, score_split, summary, suspects

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.bundle import open_bundle
-from service.verify import verify_bundle
+from service.bundle.manifest import open_bundle
+from service.inference.verification import verify_bundle
 from tests.training.finished import finished_run
 from training.cli import _configure, _vaeserve, app
 from training.config import presets, summary_of

@@ -4,8 +4,8 @@ from typing import get_args
 
 import pytest
 
-from service.bundle import Preprocessing, ScoreDefinition
-from service.fitting import DESCRIPTIONS
+from service.bundle.manifest import Preprocessing, ScoreDefinition
+from service.scores.fitting import DESCRIPTIONS
 from training.config import Config, ScoreName, known_keys, load_config, parse_override, presets
 from training.errors import ConfigError
 from training.models.build import build_model

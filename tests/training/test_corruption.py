@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from service.bundle import REFERENCE, open_bundle
-from service.model import Model
-from service.runtime import Runtime
+from service.bundle.manifest import REFERENCE, open_bundle
+from service.inference.model import Model
+from service.inference.sessions import Runtime
 from tests.training.finished import finished_run
 from training.batches import to_unit
 from training.config import load_config

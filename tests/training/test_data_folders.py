@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle import Preprocessing
-from service.images import ImageLimits, decode_image
+from service.bundle.manifest import Preprocessing
+from service.formats.images import ImageLimits, decode_image
 from training.data import DataConfig, load_dataset
 from training.errors import BadImages, DataError, DataNotFound, SplitError
 

@@ -8,13 +8,13 @@ import onnx
 import pytest
 import torch
 
-from service import noise
-from service.bundle import REFERENCE, open_bundle
+from service.bundle.manifest import REFERENCE, open_bundle
+from service.bundle.operators import check_operators
 from service.errors import BundleParityError
-from service.graphs import check_operators
-from service.model import Model
-from service.rows import TWO_PATHS
-from service.runtime import Runtime
+from service.inference import noise
+from service.inference.batch_invariance import TWO_PATHS
+from service.inference.model import Model
+from service.inference.sessions import Runtime
 from tests.training.finished import finished_run
 from training.batches import to_unit
 from training.errors import DataError, ExportError

@@ -7,10 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from service import noise
-from service.bundle import open_bundle
-from service.model import Model
-from service.runtime import Runtime
+from service.bundle.manifest import open_bundle
+from service.inference import noise
+from service.inference.model import Model
+from service.inference.sessions import Runtime
 from tests.service.http import serving
 from training.batches import to_unit
 from training.calibrate import calibrate

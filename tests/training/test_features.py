@@ -18,15 +18,15 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from typer.testing import CliRunner
 
-from service.binding import BoundSession
-from service.bundle import BundleFormatError, open_bundle, write_bundle
+from service.bundle.manifest import BundleFormatError, open_bundle, write_bundle
 from service.errors import BundleParityError
-from service.images import unit_levels
-from service.model import Model
-from service.runtime import Runtime
-from service.verify import verified, verify_bundle
+from service.formats.images import unit_levels
+from service.inference.device_binding import BoundSession
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.inference.verification import verified, verify_bundle
 from tests.service.http import assert_problem, npy, serving
-from tests.service.test_binding import Bound
+from tests.service.inference.test_device_binding import Bound
 from training.cli import app
 from training.errors import BackboneError
 from training.export import _quiet_exporter

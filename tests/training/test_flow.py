@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from sklearn.datasets import make_circles, make_moons
 
-from service.bundle import ArrayPreprocessing, Preprocessing, open_bundle
-from service.model import Model
-from service.runtime import Runtime
+from service.bundle.manifest import ArrayPreprocessing, Preprocessing, open_bundle
+from service.inference.model import Model
+from service.inference.sessions import Runtime
 from training.config import FlowConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
 from training.errors import ConfigError
 from training.export import export_graphs

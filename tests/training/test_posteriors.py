@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.func import jacrev, vmap
 
-from service.bundle import Manifest
+from service.bundle.manifest import Manifest
 from training.config import ModelConfig, ObjectiveConfig, PosteriorConfig, load_config
 from training.errors import ConfigError
 from training.export import export_graph, likelihood, signature

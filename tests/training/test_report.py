@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 import training.report
-from service import noise
-from service.bundle import Manifest, open_bundle
+from service.bundle.manifest import Manifest, open_bundle
 from service.errors import BundleError
-from service.model import Model
-from service.runtime import Runtime
-from service.verify import verify_bundle
+from service.inference import noise
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.inference.verification import verify_bundle
 from tests.training.finished import finished_run
 from training.batches import to_unit
 from training.calibrate import calibrate
@@ -269,7 +269,7 @@ def test_a_histogram_without_thresholds_can_be_drawn():
 
 
 def test_thresholds_that_too_few_images_can_answer_are_left_out():
-    from service.calibration import Calibrator
+    from service.calibration.conformal import Calibrator
 
     assert set(thresholds(Calibrator({"elbo": np.arange(50.0)}), "elbo")) == {0.05}
 

@@ -10,11 +10,11 @@ from onnx import parser
 from PIL import Image
 from rich.console import Console
 
-from service.bundle import CALIBRATION, TILES, open_bundle
-from service.contamination import Contamination
-from service.repository import load_bundle
-from service.runtime import Runtime
-from service.tiled import fit_tails
+from service.bundle.manifest import CALIBRATION, TILES, open_bundle
+from service.calibration.contamination import Contamination
+from service.inference.sessions import Runtime
+from service.inference.tiled import fit_tails
+from service.repository.model_repository import load_bundle
 from tests.tiled_bundle import surface, with_scratch
 from training.calibrate import images_to_score, score_split, suspects
 from training.config import Config, load_config

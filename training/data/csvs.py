@@ -1,6 +1,6 @@
 """CSV: UTF-8, values separated by commas and quoted where need be (RFC 4180), with a header or without.
 
-A first line in which no value reads as a number is the header, here as in the service (service.tables).
+A first line in which no value reads as a number is the header, here as in the service (service.formats.tables).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle import reads_as_number
+from service.bundle.manifest import reads_as_number
 from training.data.config import DataConfig
 from training.data.tables import Columns, Table, choose
 from training.errors import DataFormatError, DataNotFound

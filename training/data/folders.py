@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from service.bundle import Preprocessing
+from service.bundle.manifest import Preprocessing
 from service.errors import VaeserveError
-from service.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, decode_whole
+from service.formats.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, decode_whole
 from training.data.config import DataConfig
 from training.data.source import Source, slug
 from training.errors import DataError, DataFormatError, DataNotFound

@@ -1,7 +1,7 @@
 """What every model here is: an encoder q(z|x), a decoder p(x|z), a prior p(z), and log p(x), a bound on it, or neither.
 
 Shapes: N images, K posterior samples an image, M latents, L latent dimensions, E noise numbers a sample, C×H×W numbers
-an image (vectors are 1×1×D, signals C×1×T). The methods mirror the graphs of service.bundle.
+an image (vectors are 1×1×D, signals C×1×T). The methods mirror the graphs of service.bundle.manifest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Statistics = tuple[Tensor, ...]
 
 
 class Encoded(NamedTuple):
-    """Outputs of encoder.onnx; see service.bundle."""
+    """Outputs of encoder.onnx; see service.bundle.manifest."""
 
     target: Tensor
     loc: Tensor

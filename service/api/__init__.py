@@ -1,0 +1,1 @@
+"""The HTTP API: the app, its middleware, its routes and its schemas."""

@@ -1,0 +1,199 @@
+"""create_app: puts the house together. Here is the one table from errors to HTTP statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service import __version__, errors
+from service.api.asked import Addresses
+from service.api.context import House, default, latest, versioned
+from service.api.direct import Direct
+from service.api.express import Express
+from service.api.metrics import Metrics
+from service.api.middleware import Bodies, BodyGuard, RequestContext
+from service.api.problems import problem
+from service.api.routes import drift, health, latents, models, scoring
+from service.calibration.drift_monitor import Drift, DriftWatch
+from service.inference.batcher import Batcher
+from service.inference.thread_pool import WorkerPool
+from service.logs import get_logger
+from service.repository.model_repository import ModelRepository, load_repository
+from service.settings import Settings
+
+STATUS: dict[type[Exception], int] = {
+    errors.BundleError: 500,
+    errors.DeviceUnavailable: 500,
+    errors.ConfigurationError: 500,
+    errors.WorkerFailed: 500,
+    errors.MeasurementFailed: 500,
+    errors.ModelNotFound: 404,
+    errors.UnsupportedVerb: 409,
+    errors.InvalidInput: 422,
+    errors.UnsupportedMediaType: 415,
+    errors.NotAcceptable: 406,
+    errors.LimitExceeded: 422,
+    errors.PayloadTooLarge: 413,
+    errors.Overloaded: 429,
+    errors.ReceiveTimeout: 408,
+    errors.DeadlineExceeded: 503,
+    errors.ClientGone: 400,
+    ClientDisconnect: 400,
+}
+"""The nearest class of an error's ancestry counts."""
+
+ADDRESSES: dict[str, Callable[..., Awaitable[None]]] = {
+    "/v1/models/{model}": latest,
+    "/v1/models/{model}/versions/{version}": versioned,
+    "/v1": default,
+}
+"""Where the verbs of a model are found, and the dependency that finds the model."""
+
+
+def create_app(
+    settings: Settings,
+    repository: ModelRepository | None = None,
+    metrics: Metrics | None = None,
+    watch: DriftWatch | None = None,
+) -> FastAPI:
+    """The ASGI app. Models are loaded at startup, or before if a loaded ``repository`` is given.
+
+    ``metrics`` and ``watch`` are those shared with other processes; by default the app has its own.
+
+    Raises (at startup):
+        BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
+    """
+    app = FastAPIOffline(
+        redoc_url=None,
+        title="vaeserve",
+        version=__version__,
+        description="Latents, samples and calibrated anomaly scores of latent variable models.",
+        lifespan=_lifespan(settings, repository, watch),
+        redirect_slashes=False,  # its Location would be built from the caller's Host header
+        responses={"4XX": {"description": "application/problem+json", "model": None}},
+        telemetry=_telemetry(),
+    )
+    metrics = metrics or Metrics()
+    app.state.metrics = metrics
+    addresses = app.state.addresses = Addresses(app, latents.SHORT + scoring.SHORT)
+    app.add_middleware(Express, addresses=addresses, on_error=_known_error)
+    bodies = Bodies(settings.max_body_bytes, settings.max_buffered_bytes)
+    app.add_middleware(BodyGuard, bodies=bodies, timeout=settings.receive_timeout)
+    app.add_middleware(RequestContext, metrics=metrics)
+    app.state.direct = Direct(addresses, bodies, metrics, _known_error)
+    _include_routes(app)
+    _handle_errors(app)
+    return app
+
+
+def _telemetry() -> TelemetryConfig:
+    """OpenTelemetry where its environment is set; else FastAPI would look for it with every request."""
+    wanted = any(name.startswith("OTEL_") for name in os.environ)
+    return {"tracing": wanted, "metrics": wanted, "logs": wanted}
+
+
+def _lifespan(settings: Settings, repository: ModelRepository | None, watch: DriftWatch | None) -> Any:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loaded = await asyncio.to_thread(load_repository, settings) if repository is None else repository
+        pool = WorkerPool(settings.concurrency, settings.queue, settings.request_timeout)
+        metrics: Metrics = app.state.metrics
+        for served in loaded:
+            metrics.models.labels(*served.identity.values()).set(1)
+        metrics.workers.set(1)
+        metrics.worker_starts.inc()
+        watched = watch or Drift(settings.drift_window, settings.drift_level)
+        batcher = Batcher(pool, settings.lanes, metrics.ran, _clock(settings, loaded))
+        app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
+        addresses: Addresses = app.state.addresses
+        addresses.open(app.state.house)
+        yield
+        await asyncio.to_thread(pool.close)
+
+    return lifespan
+
+
+def _clock(settings: Settings, repository: ModelRepository) -> Callable[[], float]:
+    """What tells how long a batch takes: CPU time; the wall's where a device or threads of ONNX Runtime compute."""
+    alone = settings.threads == 1 and settings.device == "cpu"
+    return repository.runtime.spare.clock if alone else time.perf_counter
+
+
+def _include_routes(app: FastAPI) -> None:
+    app.include_router(health.router)
+    app.include_router(models.router)
+    for router in (latents.router, scoring.router, drift.router):
+        for route in router.routes:
+            assert isinstance(route, APIRoute)
+            for prefix, addressed in ADDRESSES.items():
+                _add_verb(app, prefix, addressed, route)
+
+
+def _add_verb(app: FastAPI, prefix: str, addressed: Callable[..., Awaitable[None]], route: APIRoute) -> None:
+    """The route under that prefix. include_router would do, but the scope's route would then lack its prefix."""
+    app.add_api_route(
+        prefix + route.path,
+        route.endpoint,
+        methods=sorted(route.methods or ()),
+        dependencies=[Depends(addressed)],
+        tags=route.tags,
+        responses=route.responses,
+        openapi_extra=route.openapi_extra,
+    )
+
+
+def _handle_errors(app: FastAPI) -> None:
+    app.add_exception_handler(errors.VaeserveError, _known_error)
+    app.add_exception_handler(ClientDisconnect, _known_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+
+
+async def _known_error(request: Request, error: Exception) -> Response:
+    status = next(STATUS[ancestor] for ancestor in type(error).__mro__ if ancestor in STATUS)
+    headers: dict[str, str] = {}
+    if isinstance(error, errors.Overloaded):
+        request.app.state.metrics.refused.inc()
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    elif status == 503:
+        headers["retry-after"] = "1"
+    elif status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is not wanted
+    if status == 500:
+        get_logger().error("cannot answer", request_id=request.state.request_id, error=str(error))
+    errors.forget_frames(error)
+    text = str(error) if status < 500 or status == 503 else "the service cannot answer; its log says why"
+    return problem(status, text or "the client closed the connection", request.state.request_id, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail = {404: "there is nothing at this path", 405: f"{request.method} is not answered at this path"}.get(
+        error.status_code, str(error.detail)
+    )
+    return problem(error.status_code, detail, request.state.request_id, error.headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return validation_problem(error.errors(), request.state.request_id)
+
+
+def validation_problem(found: Sequence[Any], request_id: str) -> Response:
+    """422 with each field's place and fault. The input is never echoed: it may be NaN, which JSON cannot say."""
+    fields = [{"where": ".".join(map(str, item["loc"]))[:200], "what": str(item["msg"])[:200]} for item in found[:20]]
+    detail = "; ".join(f"{field['where']}: {field['what']}" for field in fields)
+    return problem(422, detail, request_id, errors=fields)

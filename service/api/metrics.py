@@ -1,0 +1,261 @@
+"""Prometheus metrics. One registry an app, so that several apps live in one process without sharing counters.
+
+Several processes behind one port write their numbers to files of one folder, and whichever is asked adds them up:
+prometheus_client's multiprocess mode, which it reads off the environment when imported (set by
+service/server/supervisor.py).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_left
+from collections import Counter as Counts
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from service.calibration.drift_monitor import Finding, Name, Summary
+from service.deferred import Gathered
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Answered(NamedTuple):
+    """An answered request: its route's template, and the seconds from its headers to the end of the answer."""
+
+    method: str
+    route: str
+    status: int
+    seconds: float
+
+
+class Amounts(Histogram):
+    """A histogram that takes many numbers as it takes one, but writes each of its own numbers once."""
+
+    def observe_all(self, amounts: Sequence[float]) -> None:
+        """As ``observe`` of each."""
+        self._sum.inc(math.fsum(amounts))
+        for bucket, count in Counts(bisect_left(self._upper_bounds, amount) for amount in amounts).items():
+            self._buckets[bucket].inc(count)
+
+
+class Observed(NamedTuple):
+    """A number for a histogram."""
+
+    by: Amounts
+    amount: float
+
+
+class Counted(NamedTuple):
+    """A number for a counter."""
+
+    by: Counter
+    amount: float
+
+
+Gatherable = Answered | Observed | Counted | None
+"""None: a request that was begun."""
+
+
+class Metrics:
+    """All metrics of one app. Labels are route templates, methods and statuses: their number is bounded.
+
+    ``folder`` holds the files of all processes, if there are several.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        if folder is not None:
+            _know_process()
+        self.registry = CollectorRegistry()
+        self._of_requests()
+        self._of_rows()
+        self._of_processes()
+
+    def _of_requests(self) -> None:
+        self.requests = Counter(
+            "vaeserve_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
+        )
+        self.latency = Amounts(
+            "vaeserve_request_seconds", "From the headers to the end of the answer", ["route"], registry=self.registry
+        )
+        self.in_flight = Gauge(
+            "vaeserve_requests_in_flight",
+            "Requests being handled",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
+        self._under_way = 0
+        self._gathered: Gathered[Gatherable] = Gathered(self._sum_up)
+        # Looking up a child by its labels takes longer than counting.
+        self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
+
+    def _of_rows(self) -> None:
+        self.images = Counter("vaeserve_images_scored", "Images scored", ["model"], registry=self.registry)
+        self.batch = Amounts(
+            "vaeserve_batch_size", "Images or latents in a request", ["verb"], buckets=_ROWS, registry=self.registry
+        )
+        self.run = Amounts(
+            "vaeserve_run_rows",
+            "Images or latents computed in one run, those of several requests together",
+            buckets=_ROWS,
+            registry=self.registry,
+        )
+        self.p_values = Amounts(
+            "vaeserve_p_value",
+            "Conformal p-values handed out: uniform as long as the traffic is like the calibration data",
+            ["model"],
+            buckets=_P_VALUES,
+            registry=self.registry,
+        )
+        self.unwatched = Counter(
+            "vaeserve_unwatched_rows",
+            "Scored rows that the drift tests missed, because their keeper was busy or gone",
+            registry=self.registry,
+        )
+        self._rows, self._scored = cache(self.batch.labels), cache(self.images.labels)
+        self._judged = cache(self.p_values.labels)
+
+    def _of_processes(self) -> None:
+        self.models = Gauge(
+            "vaeserve_model_info",
+            "1 for each model served",
+            ["model", "version", "digest"],
+            registry=self.registry,
+            multiprocess_mode="max",
+        )
+        self.workers = Gauge(
+            "vaeserve_workers",
+            "Processes that have loaded their models",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self.worker_starts = Counter(
+            "vaeserve_worker_starts",
+            "Processes that have loaded their models so far, those in place of dead ones too",
+            registry=self.registry,
+        )
+
+    def begun(self) -> None:
+        """Count a request as under way, until it is counted as answered."""
+        self._under_way += 1
+        self._gathered.add(None)
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one answered request; ``route`` is a template such as /v1/models/{model}/score."""
+        self._under_way -= 1
+        self._gathered.add(Answered(method, route, status, seconds))
+
+    def rows(self, verb: str, n: int) -> None:
+        """Count a request of ``n`` images or latents."""
+        self._gathered.add(Observed(self._rows(verb), n))
+
+    def ran(self, n: int) -> None:
+        """Count a run of ``n`` images or latents."""
+        self._gathered.add(Observed(self.run, n))
+
+    def _sum_up(self, gathered: list[Gatherable]) -> None:
+        self.in_flight.set(self._under_way)
+        many: Counts[tuple[str, str, int]] = Counts()
+        counted: defaultdict[Counter, float] = defaultdict(float)
+        observed: defaultdict[Amounts, list[float]] = defaultdict(list)
+        for each in gathered:
+            if type(each) is Answered:
+                many[each[:3]] += 1
+                observed[self._taken(each.route)].append(each.seconds)
+            elif type(each) is Observed:
+                observed[each.by].append(each.amount)
+            elif type(each) is Counted:
+                counted[each.by] += each.amount
+        for (method, route, status), count in many.items():
+            self._answered(method if method in _METHODS else "other", route, str(status)).inc(count)
+        for counter, amount in counted.items():
+            counter.inc(amount)
+        for histogram, amounts in observed.items():
+            histogram.observe_all(amounts)
+
+    def scored(self, model: str, p_values: Iterable[float], n: int) -> None:
+        """Count ``n`` scored images of a model and their p-values, where there are any."""
+        self._gathered.add(Counted(self._scored(model), n))
+        histogram = self._judged(model)
+        for p in p_values:
+            self._gathered.add(Observed(histogram, p))
+
+    def render(self, drift: Iterable[tuple[Name, Summary]] = ()) -> bytes:
+        """The exposition format (text, version 0.0.4), with what the drift tests say."""
+        self._gathered.flush()
+        shown = self.registry
+        if self.folder is not None:
+            shown = CollectorRegistry()
+            MultiProcessCollector(shown, str(self.folder))
+        drifts = CollectorRegistry()
+        drifts.register(_DriftCollector(drift))
+        return generate_latest(shown) + generate_latest(drifts)
+
+
+def _know_process() -> None:
+    """Look this process's number up once: prometheus_client asks for it with every number that it writes."""
+    own = os.getpid()
+    values.ValueClass = values.MultiProcessValue(lambda: own)
+
+
+class _DriftCollector(Collector):
+    """What service.calibration.drift_monitor sees, by model, version, score and group: their number is that of the
+    calibrations."""
+
+    def __init__(self, drift: Iterable[tuple[Name, Summary]]) -> None:
+        self._drift = drift
+
+    def describe(self) -> Iterable[Metric]:
+        return _drift_families().values()
+
+    def collect(self) -> Iterator[Metric]:
+        families = _drift_families()
+        for name, seen in self._drift:
+            if seen.finding is not None:
+                _add(families, name, seen, seen.finding)
+        yield from families.values()
+
+
+def _drift_families() -> dict[str, CounterMetricFamily | GaugeMetricFamily]:
+    texts = {
+        "ks_statistic": "Largest distance between the p-values of the window and uniformity",
+        "ks_p_value": "Two-sample Kolmogorov-Smirnov p-value of the window, for one look",
+        "martingale_log10": "log10 of the conformal test martingale",
+        "martingale_log10_maximum": "Largest log10 of the martingale: ever log10(1/a) with probability at most a",
+        "share_up_to_1_percent": "Share of the window's p-values up to 0.01",
+        "share_up_to_5_percent": "Share of the window's p-values up to 0.05",
+        "alarm": "1 while the recent inputs are not like the calibration images, at the setting drift_level",
+    }
+    labels = ["model", "version", "score", "group"]
+    seen = CounterMetricFamily("vaeserve_drift_p_values", "P-values that the drift tests have seen", labels=labels)
+    gauges = {key: GaugeMetricFamily(f"vaeserve_drift_{key}", text, labels=labels) for key, text in texts.items()}
+    return {"p_values": seen, **gauges}
+
+
+def _add(
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily], name: Name, seen: Summary, finding: Finding
+) -> None:
+    values = {
+        "p_values": seen.seen,
+        "ks_statistic": finding.ks_statistic,
+        "ks_p_value": finding.ks_p_value,
+        "martingale_log10": seen.log10_value,
+        "martingale_log10_maximum": seen.log10_maximum,
+        "share_up_to_1_percent": seen.up_to_1_percent,
+        "share_up_to_5_percent": seen.up_to_5_percent,
+        "alarm": float(finding.drifting),
+    }
+    for key, value in values.items():
+        families[key].add_metric([name.model, name.version, name.score, name.group], value)

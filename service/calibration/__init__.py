@@ -1,0 +1,1 @@
+"""Conformal p-values, false-discovery control, and tests of the calibration data and of drift."""

@@ -1,0 +1,248 @@
+"""``vaeserve calibrate``: a bundle's verdicts rest on a user's own good rows, without training anything again.
+
+The rows are put in a seeded order: a share of them fits the scores' detectors anew, the rest calibrates. Neither sees
+the other, so that the false-positive rate is that of rows like these. Of a model of tiles the rows are whole images:
+tiles of the first share fit detectors and tails, and each image of the rest calibrates by its one aggregated score.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from service.bundle.manifest import (
+    CALIBRATION,
+    DETECTORS,
+    FORMAT_VERSION,
+    TILES,
+    Bundle,
+    Manifest,
+    ScoreDefinition,
+    next_version,
+    open_bundle,
+    write_bundle,
+)
+from service.calibration.conformal import Calibrator, calibration_key
+from service.calibration.contamination import Contamination, contamination, rate_after_trimming, trimmed
+from service.commands.calibration_data import GoodRows, Progress
+from service.errors import BundleError, InvalidInput
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+from service.inference.verification import verified
+from service.scores.detectors import Latent, to_arrays
+from service.scores.fitting import COMBINED, fitted_arrays, fitted_definitions
+
+SPLIT = "own rows"
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is wanted.
+
+    ``fit_share``: of the rows that fit the scores anew; 0 keeps the bundle's. ``trim``: share of the calibration scores
+    to leave out from the top; None: nothing, "auto": what the tail test suspects. ``false_positive_rate``: one that the
+    calibration must be able to answer.
+    """
+
+    fit_share: float = 0.3
+    trim: float | str | None = None
+    false_positive_rate: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of it: the new bundle's folder, how many rows did what, and what the operator should know."""
+
+    path: Path
+    n: int
+    n_fit: int
+    groups: dict[str, int]
+    suspects: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def recalibrate(
+    bundle: Bundle,
+    rows: GoodRows,
+    groups: Sequence[str | None] | None,
+    root: Path,
+    plan: Plan,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Write the next version of the bundle under ``root``, calibrated on ``rows``.
+
+    ``groups`` names each row's group, whose calibration is kept beside that of all. Raises InvalidInput for too few
+    rows, and whatever write_bundle raises.
+    """
+    order = np.random.RandomState(SEED).permutation(len(rows))
+    n_fit = _rows_to_fit(rows, bundle, plan)
+    fit, held_out = order[:n_fit], np.sort(order[n_fit:])
+    _check_rate(len(held_out), plan)
+    _check_groups(bundle.manifest, groups, held_out)
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
+    notes = _notes_on_groups(bundle.manifest, groups)
+    if n_fit:
+        definitions, arrays = _fitted(bundle, rows.sample(bundle.manifest, fit), progress)
+        manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
+        manifest["default_score"] = _default_score(bundle.manifest, definitions)
+        if manifest["default_score"] != bundle.manifest.default_score:
+            notes.append(
+                f"the default score is {manifest['default_score']} now, fitted here for the first time; it was "
+                f"{bundle.manifest.default_score}"
+            )
+        files[DETECTORS] = _npz(arrays)
+        files.pop(TILES, None)
+    elif plan.fit_share:
+        notes.append(f"{len(rows)} {rows.noun} are too few to fit the scores anew: those of the bundle are kept")
+    manifest |= {"format_version": FORMAT_VERSION, "calibration": None}
+    files.pop(CALIBRATION, None)
+    with _loaded(manifest, files, root) as model:
+        tails = rows.tails(model, fit, progress) if n_fit else None
+        scores = rows.scores(model, tails, held_out, progress)
+    if tails is not None:
+        files[TILES] = _npz(to_arrays(tails))
+    suspects = contamination(scores[manifest["default_score"]])
+    kept, removed = _trimmed(scores, suspects, plan)
+    notes += _notes(suspects, removed, len(held_out), plan)
+    by_group = _by_group(scores, groups, held_out)
+    stored = {name: np.sort(values) for name, values in kept.items()} | by_group
+    default = manifest["default_score"]
+    counts = {group: len(by_group[calibration_key(default, group)]) for group in _names(groups)}
+    manifest["calibration"] = _summary(kept, counts, n_fit, removed)
+    files[CALIBRATION] = _npz(stored)
+    path = _written(root, manifest, files)
+    return Outcome(
+        path, len(next(iter(kept.values()))), n_fit, counts, [int(held_out[i]) for i in suspects.indices], notes
+    )
+
+
+def _rows_to_fit(rows: GoodRows, bundle: Bundle, plan: Plan) -> int:
+    if len(rows) < 2:
+        raise InvalidInput(
+            f"{rows.noun} to calibrate on: {len(rows)}, expected at least 2, and 99 for a false-positive rate of 1%"
+        )
+    return rows.to_fit(bundle.manifest, round(plan.fit_share * len(rows)))
+
+
+def _check_rate(n: int, plan: Plan) -> None:
+    """Raises InvalidInput, with the number needed, where n calibration scores cannot answer the asked rate."""
+    if plan.false_positive_rate is not None:
+        Calibrator({"rows": np.arange(float(n))}).threshold("rows", plan.false_positive_rate)
+
+
+def _default_score(manifest: Manifest, definitions: Mapping[str, ScoreDefinition]) -> str:
+    """The bundle's own; ``combined`` where the bundle did not have it, so that its default was nobody's choice."""
+    return COMBINED if COMBINED in definitions.keys() - manifest.scores.keys() else manifest.default_score
+
+
+def _check_groups(manifest: Manifest, groups: Sequence[str | None] | None, indices: np.ndarray) -> None:
+    """Raises InvalidInput for a name that no group can have, and for a group without rows to calibrate on."""
+    for group in _names(groups):
+        assert groups is not None
+        calibration_key(manifest.default_score, group)
+        if not any(groups[i] == group for i in indices):
+            raise InvalidInput(f"group {group!r} has no row left to calibrate on: give it more, or fit on fewer")
+
+
+def _notes_on_groups(manifest: Manifest, groups: Sequence[str | None] | None) -> list[str]:
+    """That the bundle has groups, and its next version has none."""
+    old = sorted(manifest.calibration.groups) if manifest.calibration else []
+    if groups is not None or not old:
+        return []
+    return [f"this version has no groups, the bundle had {', '.join(old)}: --groups makes them anew, of subfolders"]
+
+
+def _written(root: Path, manifest: Mapping[str, object], files: Mapping[str, bytes]) -> Path:
+    """The bundle in the next free version, and the one after that where another process takes it meanwhile."""
+    name = str(manifest["name"])
+    while True:
+        version = next_version(root, name)
+        try:
+            return write_bundle(root, {**manifest, "version": version}, files, verify=verified)
+        except BundleError:
+            if not (root / name / version).exists():
+                raise
+
+
+def _fitted(
+    bundle: Bundle, x: np.ndarray, progress: Progress | None
+) -> tuple[dict[str, ScoreDefinition], dict[str, np.ndarray]]:
+    """Scores and the map fitted to x, these as arrays; ``latent`` compares with x and what the bundle compared with."""
+    model = Model.load(bundle, Runtime("cpu"))
+    definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
+    known = [each.arrays["reference"] for each in model.detectors.values() if isinstance(each, Latent)]
+    # The combination is fitted to the second half of x: codes of that half would find themselves as neighbours.
+    first = x[: (len(x) + 1) // 2]
+    return definitions, fitted_arrays(model, definitions, x, first, known[0] if known else None, progress)
+
+
+@contextmanager
+def _loaded(manifest: Mapping[str, object], files: Mapping[str, bytes], root: Path) -> Iterator[Model]:
+    """The model with its new scores and no calibration, in a folder that is gone afterwards."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".calibrate.", dir=root) as scratch:
+        yield Model.load(open_bundle(write_bundle(scratch, manifest, files)), Runtime("cpu"))
+
+
+def _trimmed(scores: dict[str, np.ndarray], suspects: Contamination, plan: Plan) -> tuple[dict[str, np.ndarray], int]:
+    """The scores without the top share of each, and how many of each are gone."""
+    if plan.trim is None:
+        return scores, 0
+    share = suspects.share if plan.trim == "auto" else float(plan.trim)
+    kept = {name: trimmed(values, share) for name, values in scores.items()}
+    return kept, len(next(iter(scores.values()))) - len(next(iter(kept.values())))
+
+
+def _notes(suspects: Contamination, removed: int, n: int, plan: Plan) -> list[str]:
+    notes = [suspects.message] if suspects.message else []
+    if removed:
+        rate = plan.false_positive_rate or 0.05
+        bound = rate_after_trimming(rate, n, removed)
+        notes.append(
+            f"the {removed} highest of {n} scores were left out: at p ≤ {rate:g} up to {bound:.3g} of good rows may "
+            "now be flagged"
+        )
+    return notes
+
+
+def _names(groups: Sequence[str | None] | None) -> list[str]:
+    return sorted({group for group in groups or [] if group is not None})
+
+
+def _by_group(
+    scores: Mapping[str, np.ndarray], groups: Sequence[str | None] | None, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Sorted scores of each group, by the key of calibration.npz."""
+    found: dict[str, np.ndarray] = {}
+    for group in _names(groups):
+        assert groups is not None
+        members = np.array([groups[i] == group for i in indices])
+        found |= {calibration_key(name, group): np.sort(values[members]) for name, values in scores.items()}
+    return found
+
+
+def _summary(kept: Mapping[str, np.ndarray], groups: Mapping[str, int], n_fit: int, removed: int) -> dict[str, object]:
+    return {
+        "split": SPLIT,
+        "n": len(next(iter(kept.values()))),
+        "fitted_on": SPLIT if n_fit else None,
+        "n_fit": n_fit,
+        "groups": groups,
+        "removed": removed,
+        "quantiles": {name: {f"{q:g}": float(np.quantile(s, q)) for q in QUANTILES} for name, s in kept.items()},
+    }
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Bytes to arrays and back: images, npy, JSON, tables, multipart forms, pictures."""

@@ -1,0 +1,65 @@
+"""Features of a frozen backbone: what the latent variable model sees of an image. For training and serving alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+
+from service.bundle.manifest import Backbone
+from service.bundle.operators import check_operators
+from service.errors import InvalidInput
+from service.inference.batch_invariance import TWO_PATHS, Arrays, RowRunner, random_rows
+from service.inference.sessions import Runtime
+from service.inference.spare import SpareCpus
+
+SIZES = (1, 8)
+"""Rows at once. A backbone's one row is work enough for a processor, and every size costs its trials at the start."""
+
+Shape = tuple[int, int, int]
+
+
+class FeatureExtractor:
+    """Runs backbone.onnx on images of shape ``image`` (C, H, W); rows are independent, bitwise
+    (service.inference.batch_invariance).
+
+    ``vectors``, ``spare``, ``memory``: see RowRunner.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        backbone: Backbone,
+        image: Shape,
+        vectors: bool = False,
+        spare: SpareCpus | None = None,
+        memory: str | None = None,
+    ) -> None:
+        self.backbone, self.image = backbone, image
+        sizes = SIZES if backbone.batch == "any" else (1,)
+        trial_rows = random_rows({"x": image}, frozenset({"x"}))
+        self._rows = RowRunner(session, trial_rows, sizes, vectors, spare, memory)
+        self._session = session
+
+    @classmethod
+    def load(cls, graph: bytes, backbone: Backbone, image: Shape, runtime: Runtime) -> FeatureExtractor:
+        """Of a serialised backbone.onnx that no bundle holds yet. Raises BundleGraphError."""
+        serial = bool(TWO_PATHS & check_operators(graph).keys())
+        session = runtime.session(graph, threads=1 if serial else None)
+        return cls(session, backbone, image, serial, runtime.spare, runtime.memory)
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """Features, float32 [N,*backbone.shape], of images x, float32 [N,*image] in [0, 1].
+
+        Raises InvalidInput for a row whose features are not finite.
+        """
+        features = self._rows.run({"x": x})["features"].reshape(len(x), *self.backbone.shape)
+        finite = np.isfinite(features).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise InvalidInput(f"row {int(np.argmin(finite))}: the backbone's features of it are not finite numbers")
+        return features
+
+    def run_at_once(self, feeds: Arrays) -> Arrays:
+        """The graph's own output for all rows of ``feeds`` in a single run, or one a row where it takes no more."""
+        x = feeds["x"]
+        parts = [x] if self.backbone.batch == "any" else [x[i : i + 1] for i in range(len(x))]
+        return {"features": np.concatenate([self._session.run(["features"], {"x": part})[0] for part in parts])}

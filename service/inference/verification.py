@@ -1,0 +1,351 @@
+"""Verifying a bundle: everything a reader would want to check before trusting it, each check told in words.
+
+>>> report = verify_bundle("exported/digits/1")  # doctest: +SKIP
+>>> print(report)  # doctest: +SKIP
+ok    files        6 files, sizes and sha256 as the manifest says, nothing else beside them
+...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from service.bundle.manifest import (
+    CALIBRATION,
+    REFERENCE,
+    Bundle,
+    Graph,
+    Manifest,
+    TensorSpec,
+    Tolerance,
+    graph_spec,
+    open_bundle,
+)
+from service.calibration.conformal import Calibrator
+from service.errors import (
+    BundleFormatError,
+    BundleGraphError,
+    BundleIntegrityError,
+    BundleNotFound,
+    BundleParityError,
+    DeviceUnavailable,
+    VaeserveError,
+)
+from service.inference.batch_invariance import Arrays
+from service.inference.model import Model
+from service.inference.sessions import Runtime
+
+REPLAYED: tuple[Graph, ...] = ("backbone", "encoder", "decoder", "density", "prior", "corruption")
+"""Graphs whose every output reference.npz must hold, where they are there."""
+BATCH_SIZES = (1, 2, 5)  # and all rows at once
+MOST_TOLERANCE = 0.01
+"""Of an output's size: no declared tolerance may be larger, or parity would say nothing. Two float32 implementations
+differ by some 1e-6 of it, a draw that is rounded by one level of 255."""
+MOST_SPREAD = 1e-4
+"""Of log p(x|z)'s size: how far log w may spread over the samples of one row where the evidence is said to be exact."""
+
+
+FAILED: Mapping[type[VaeserveError], str] = {
+    BundleNotFound: "files",
+    BundleIntegrityError: "files",
+    BundleFormatError: "format",
+    BundleGraphError: "graphs",
+    BundleParityError: "parity",
+    DeviceUnavailable: "device",
+}
+"""What to call a check that failed, by its error."""
+
+
+class Check(NamedTuple):
+    """One check: its name, whether it passed, and what was found."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+@dataclass
+class Report:
+    """What verify_bundle found at ``path``, check by check, up to the first failure.
+
+    ``model`` is the loaded model when every check passed, so that a server need not load it again.
+    """
+
+    path: Path
+    checks: list[Check] = field(default_factory=list)
+    error: VaeserveError | None = None
+    model: Model | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return self.error is None
+
+    def raise_if_failed(self) -> None:
+        """Raise the first failure: one of the BundleErrors, or DeviceUnavailable."""
+        if self.error is not None:
+            raise self.error
+
+    def summary(self) -> str:
+        """The failure, or how many checks passed, in one line."""
+        return f"{len(self.checks)} checks passed" if self.error is None else f"{self.checks[-1].name}: {self.error}"
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'ok' if check.ok else 'FAIL':5} {check.name:12} {check.found}" for check in self.checks)
+
+
+class Parity(NamedTuple):
+    """Largest |Δ| of one output from the trainer's, and by how much the worst element exceeds its tolerance."""
+
+    max_abs_error: float
+    excess: float
+
+
+def verify_bundle(path: Path | str, runtime: Runtime | None = None) -> Report:
+    """Check the bundle in that folder: files, graphs, signature, parity, calibration. Never raises a VaeserveError.
+
+    Parity is replayed on ``runtime``, a new CPU one by default.
+    """
+    report = Report(Path(path))
+    try:
+        _check(report, runtime)
+    except VaeserveError as error:
+        name = next((name for kind, name in FAILED.items() if isinstance(error, kind)), "bundle")
+        report.checks.append(Check(name, False, str(error)))
+        report.error = error
+    return report
+
+
+def _check(report: Report, runtime: Runtime | None) -> None:
+    """Add each check that passes to the report; the first that does not raises."""
+
+    def passed(name: str, found: str) -> None:
+        report.checks.append(Check(name, True, found))
+
+    bundle = open_bundle(report.path)
+    files = len(bundle.manifest.files)
+    passed("files", f"{files} files, sizes and sha256 as the manifest says, nothing else beside them")
+    model = Model.load(bundle, runtime or Runtime("cpu"))
+    nodes = model.nodes
+    found = ", ".join(f"{role} {count}" for role, count in nodes.items())
+    passed("operators", f"all of the allowed ones of ai.onnx, no external data (nodes: {found})")
+    passed("signature", f"inputs and outputs of {', '.join(nodes)} are the manifest's")
+    errors = check_parity(model)
+    worst = max(errors, key=lambda name: errors[name])
+    allowed = _allowed(bundle.manifest.reference.tolerances[worst])
+    passed("parity", f"max |Δ| {errors[worst]:.3g} ({worst}; allowed {allowed}), every output within its tolerance")
+    passed("calibration", check_calibration(bundle))
+    report.model = model
+
+
+def replay(model: Model) -> dict[str, float]:
+    """Max |Δ| from the trainer's output in reference.npz, by ``graph.output``; rows run alone and in batches.
+
+    Raises BundleFormatError when reference.npz does not hold what the contract says.
+    """
+    return {name: parity.max_abs_error for name, parity in _replay(model).items()}
+
+
+def check_parity(model: Model) -> dict[str, float]:
+    """As ``replay``. Raises BundleParityError when an output leaves its declared tolerance."""
+    parities = _replay(model)
+    failed = {name: parity for name, parity in parities.items() if not parity.excess <= 0}
+    if failed:
+        tolerances = model.manifest.reference.tolerances
+        raise BundleParityError(
+            "the graphs do not give what the trainer saw: "
+            + "; ".join(
+                f"{name} differs by {parity.max_abs_error:.3g}, allowed are {_allowed(tolerances[name])}"
+                for name, parity in failed.items()
+            )
+        )
+    return {name: parity.max_abs_error for name, parity in parities.items()}
+
+
+def _replay(model: Model) -> dict[str, Parity]:
+    reference = model.bundle.arrays(REFERENCE)
+    _check_reference(model.manifest, reference)
+    result: dict[str, Parity] = {}
+    for role, feeds in _reference_feeds(model.manifest, reference).items():
+        for size in (*BATCH_SIZES, len(next(iter(feeds.values())))):
+            for output, value in _in_batches(model, role, feeds, size).items():
+                name = f"{role}.{output}"
+                parity = _compare(value, reference[name], model.manifest.reference.tolerances[name])
+                previous = result.get(name, parity)
+                result[name] = Parity(*np.maximum(previous, parity).tolist())
+    return result
+
+
+def _in_batches(model: Model, role: Graph, feeds: Arrays, size: int) -> Arrays:
+    """Outputs of one graph for all rows of ``feeds``, given to it ``size`` rows at a time."""
+    total = len(next(iter(feeds.values())))
+    parts = [
+        model.run_graph(role, {name: value[i : i + size] for name, value in feeds.items()})
+        for i in range(0, total, size)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Arrays]:
+    """Inputs of each graph: the trainer's own outputs feed the next graph, so each is judged by itself."""
+    n, k, latent_dim = reference["encoder.z"].shape
+    shape = manifest.signature.shape
+    parameters = {name: reference[f"decoder.{name}"] for name in manifest.likelihood.parameters}
+    feeds: dict[Graph, Arrays] = {
+        "encoder": {tensor.name: reference[tensor.name] for tensor in graph_spec(manifest, "encoder").inputs},
+        "decoder": {"z": reference["encoder.z"].reshape(n * k, latent_dim)},
+        "density": {"target": reference["encoder.target"], "z": reference["encoder.z"]}
+        | {name: value.reshape(n, k, *shape) for name, value in parameters.items()},
+    }
+    if "observation" in manifest.graphs and "observation.sample" in reference:
+        feeds["observation"] = parameters | {"noise": reference["observation_noise"]}
+    if "backbone" in manifest.graphs:
+        feeds["backbone"] = {"x": reference["backbone_x"]}
+    if "corruption" in manifest.graphs:
+        feeds["corruption"] = {"x": reference["x"]}
+    if "prior" in manifest.graphs:
+        feeds["prior"] = {
+            tensor.name: reference[f"prior_{tensor.name}"] for tensor in graph_spec(manifest, "prior").inputs
+        }
+    return feeds
+
+
+def _check_reference(manifest: Manifest, reference: Arrays) -> None:
+    """Refuse a reference.npz that is not what the contract says, or whose outputs are not what the manifest says."""
+    specs = _reference_specs(manifest, reference)
+    missing = sorted(set(specs) - set(reference))
+    if missing:
+        raise BundleFormatError(f"{REFERENCE} lacks {missing}")
+    if reference["noise"].ndim != 3:
+        raise BundleFormatError(f"{REFERENCE}: noise has shape {reference['noise'].shape}, expected [N,K,E]")
+    n, k = reference["noise"].shape[:2]
+    sizes = {"N": n, "K": k, "M": n * k}
+    for name, tensor in specs.items():
+        if name.startswith("prior"):
+            sizes["M"] = len(np.atleast_1d(reference["prior_noise"]))
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+        found = reference[name]
+        if found.shape != shape or found.dtype != tensor.dtype:
+            raise BundleFormatError(
+                f"{REFERENCE}: {name} is {found.dtype} {found.shape}, expected {tensor.dtype} {shape}"
+            )
+        if not np.isfinite(found).all() or found.size == 0:
+            raise BundleFormatError(f"{REFERENCE}: {name} is empty or holds numbers that are not finite")
+    untold = sorted(name for name in specs if "." in name and name not in manifest.reference.tolerances)
+    if untold:
+        raise BundleFormatError(f"reference.tolerances lacks {untold}")
+    for name in specs:
+        if "." in name:
+            _check_tolerance(name, manifest.reference.tolerances[name], _size(name, reference))
+    _check_claims(manifest, reference)
+
+
+def _reference_specs(manifest: Manifest, reference: Arrays) -> dict[str, TensorSpec]:
+    """What reference.npz must hold, by name: the prior's tensors last, since their M is their own."""
+    specs = {tensor.name: tensor for tensor in graph_spec(manifest, "encoder").inputs}
+    roles = [role for role in REPLAYED if role in manifest.graphs]
+    outputs = [(role, tensor) for role in roles for tensor in graph_spec(manifest, role).outputs]
+    specs |= {f"{role}.{tensor.name}": tensor for role, tensor in outputs if role not in ("prior", "backbone")}
+    if "backbone" in roles:  # of N rows, whether or not it takes them one at a time
+        (x,), (features,) = graph_spec(manifest, "backbone")
+        named = {"backbone_x": x, "backbone.features": features}
+        specs |= {name: tensor._replace(shape=("N", *tensor.shape[1:])) for name, tensor in named.items()}
+    if "observation.sample" in reference:
+        spec = graph_spec(manifest, "observation")
+        specs |= {"observation_noise": spec.inputs[-1], "observation.sample": spec.outputs[0]}
+    if "prior" in roles:
+        spec = graph_spec(manifest, "prior")
+        specs |= {f"prior_{tensor.name}": tensor for tensor in spec.inputs} | {"prior.z": spec.outputs[0]}
+    return specs
+
+
+def _check_claims(manifest: Manifest, reference: Arrays) -> None:
+    """Refuse a manifest that calls the posterior a point or the evidence exact where the outputs say otherwise."""
+    z, loc = reference["encoder.z"], reference["encoder.loc"]
+    if manifest.posterior.moments == "point" and (reference["encoder.scale"].any() or (z != loc[:, None]).any()):
+        raise BundleFormatError(f"{REFERENCE}: posterior.moments is 'point', but scale is not 0 or z not loc")
+    if manifest.evidence == "exact":
+        log_w = reference["density.log_p_x"] + reference["density.log_p_z"] - reference["encoder.log_q"]
+        spread, most = float(np.ptp(log_w, axis=1).max()), MOST_SPREAD * _size("density.log_p_x", reference)
+        if spread > most:
+            raise BundleFormatError(
+                f"{REFERENCE}: evidence is 'exact', but log w spreads over {spread:.3g} nats at one row: "
+                f"at most {most:.3g} expected"
+            )
+
+
+def _size(name: str, reference: Arrays) -> float:
+    """What an output's error is measured by: its largest magnitude, and of log p(x) that of the terms it sums."""
+    values = np.abs(reference[name])
+    if name == "density.log_p_x":
+        values = np.abs(reference["density.log_p_x_map"]).sum(axis=(-3, -2, -1), dtype=np.float64)
+    return max(1.0, float(values.max()))
+
+
+def _check_tolerance(name: str, tolerance: Tolerance, size: float) -> None:
+    allowed, most = tolerance.atol + tolerance.rtol * size, MOST_TOLERANCE * size
+    if not allowed <= most:
+        raise BundleFormatError(
+            f"reference.tolerances: {name} may differ by {_allowed(tolerance)}, which is {allowed:.3g} where it is "
+            f"{size:.3g} large: at most {most:.3g} expected"
+        )
+
+
+def _allowed(tolerance: Tolerance) -> str:
+    return f"atol {tolerance.atol:g} + rtol {tolerance.rtol:g}"
+
+
+def _compare(value: np.ndarray, wanted: np.ndarray, tolerance: Tolerance) -> Parity:
+    if value.shape != wanted.shape:
+        raise BundleGraphError(f"a graph gives shape {value.shape} where the trainer saw {wanted.shape}")
+    error = np.abs(value.astype(np.float64) - wanted)
+    return Parity(float(error.max()), float((error - tolerance.atol - tolerance.rtol * np.abs(wanted)).max()))
+
+
+def check_calibration(bundle: Bundle) -> str:
+    """What calibration.npz holds, in words. Raises BundleFormatError when it disagrees with the manifest."""
+    declared = bundle.manifest.calibration
+    if declared is None:
+        if CALIBRATION in bundle.manifest.files:
+            raise BundleFormatError(f"{CALIBRATION} is there, but the manifest's calibration is null")
+        return "none: scores come without p-values"
+    calibrator = Calibrator.from_bundle(bundle)
+    if set(declared.quantiles) != set(calibrator.names):
+        raise BundleFormatError(
+            f"calibration.quantiles tells of {sorted(declared.quantiles)}, {calibrator.names} are there"
+        )
+    for name in calibrator.names:
+        if calibrator.n(name) != declared.n:
+            raise BundleFormatError(f"calibration.n is {declared.n}, {CALIBRATION} has {calibrator.n(name)} of {name}")
+        groups = {group: calibrator.n(name, group) for group in calibrator.groups(name)}
+        if groups != declared.groups:
+            raise BundleFormatError(f"calibration.groups is {declared.groups}, {CALIBRATION} has {groups} of {name}")
+        _check_quantiles(name, declared.quantiles[name], calibrator.scores(name))
+    return f"{declared.n} scores of split {declared.split!r} for {', '.join(calibrator.names)}, sorted and finite"
+
+
+def _check_quantiles(name: str, quantiles: dict[str, float], scores: np.ndarray) -> None:
+    """A quantile q must lie between the scores around rank q·n, one rank of freedom either way for its definition."""
+    for key, value in quantiles.items():
+        try:
+            rank = float(key) * (len(scores) - 1)
+        except ValueError:
+            raise BundleFormatError(f"calibration.quantiles of {name}: {key!r} is no number of [0, 1]") from None
+        if not 0 <= rank <= len(scores) - 1:
+            raise BundleFormatError(f"calibration.quantiles of {name}: {key!r} is no number of [0, 1]")
+        low, high = scores[max(0, int(rank) - 1)], scores[min(len(scores) - 1, int(rank) + 2)]
+        if not low <= value <= high:
+            raise BundleFormatError(f"calibration.quantiles of {name}: {key} is {value}, outside [{low}, {high}]")
+
+
+def verified(path: Path, runtime: Runtime | None = None) -> Bundle:
+    """The bundle in that folder, or the first check's error: for write_bundle's ``verify``. Raises VaeserveError."""
+    report = verify_bundle(path, runtime)
+    report.raise_if_failed()
+    assert report.model is not None
+    return report.model.bundle

@@ -1,0 +1,1 @@
+"""Which models are served, and the calibrated verdicts of their scores."""

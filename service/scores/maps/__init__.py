@@ -1,0 +1,1 @@
+"""Anomaly maps: how unusual each pixel (or place of a row) is."""
