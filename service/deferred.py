@@ -1,4 +1,4 @@
-"""What many requests have in common is done once, at the end of a turn of the event loop, and not in every turn."""
+"""Writing that many requests share: log lines and metrics are written together, once in many requests."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 from weakref import WeakSet
 
-PAUSE_SECONDS = 0.01  # from one handing on to the next: turns of few requests cost as much as those of many
+PAUSE_SECONDS = 0.01  # between two writes: one of few items costs as much as one of many
 
 T = TypeVar("T")
 
 
-class Gathered(Generic[T]):
-    """Items that are handed on together. Safe among threads.
+class DeferredWriter(Generic[T]):
+    """Collects items and writes them together. Safe to call from several threads.
 
-    That is when the event loop turns, or PAUSE_SECONDS after the last time if that is later; at once where no loop
-    runs.
+    It writes in the event loop's next iteration, but not before PAUSE_SECONDS after the last time; at once where no
+    event loop runs.
     """
 
-    def __init__(self, hand_on: Callable[[list[T]], None]) -> None:
-        self._hand_on = hand_on
+    def __init__(self, write: Callable[[list[T]], None]) -> None:
+        self._write = write
         self._items: deque[T] = deque()
         self._waits_for: asyncio.AbstractEventLoop | None = None
         self._not_before = 0.0
-        _KNOWN.add(self)
+        _WRITERS.add(self)
 
     def add(self, item: T) -> None:
-        """One more."""
+        """Queue an item for the next write."""
         self._items.append(item)
         waits_for = self._waits_for
         if waits_for is not None and waits_for.is_running():  # it will flush, this item too
@@ -48,7 +48,7 @@ class Gathered(Generic[T]):
             loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Hand on what was gathered."""
+        """Write what is queued."""
         self._waits_for = None
         items: list[T] = []
         with suppress(IndexError):  # another thread may take the last one
@@ -56,13 +56,13 @@ class Gathered(Generic[T]):
                 items.append(self._items.popleft())
         if items:
             self._not_before = time.monotonic() + PAUSE_SECONDS
-            self._hand_on(items)
+            self._write(items)
 
 
-_KNOWN: WeakSet[Gathered] = WeakSet()
+_WRITERS: WeakSet[DeferredWriter] = WeakSet()
 
 
 def flush_all() -> None:
-    """Hand on what is gathered anywhere: nothing may wait when the process ends."""
-    for each in list(_KNOWN):
-        each.flush()
+    """Write what is queued by any writer: nothing may wait when the process ends."""
+    for writer in list(_WRITERS):
+        writer.flush()

@@ -19,9 +19,8 @@ VaeserveError
 │   └── LimitExceeded           a limit of the settings: which, asked, allowed
 │       └── PayloadTooLarge     bytes of the body, decoded or not
 ├── Overloaded                  the queue is full; carries retry_after seconds
-├── ReceiveTimeout              the body did not arrive in time
 ├── DeadlineExceeded            the answer was not ready in time
-└── ClientGone                  the caller hung up; nobody reads the answer
+└── ClientDisconnected          the caller hung up; nobody reads the answer
 """
 
 
@@ -105,15 +104,11 @@ class Overloaded(VaeserveError):
         self.retry_after = retry_after
 
 
-class ReceiveTimeout(VaeserveError):
-    """The request's body did not arrive within the allowed time."""
-
-
 class DeadlineExceeded(VaeserveError):
     """The answer was not ready within the allowed time."""
 
 
-class ClientGone(VaeserveError):
+class ClientDisconnected(VaeserveError):
     """The caller closed the connection; work that had not begun is dropped."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from service.deferred import Gathered
+from service.deferred import DeferredWriter
 from service.imports import hidden
 
 with hidden("rich"):  # which it would import for tracebacks in colours: 20 ms of a start
@@ -90,7 +90,7 @@ def _writer(fields: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
         # orjson writes the time itself, and names UTC by the letter that structlog ends it with.
         _write_together([orjson.dumps(about, option=orjson.OPT_UTC_Z) for about in lines])
 
-    gathered = Gathered(write)
+    gathered = DeferredWriter(write)
 
     def add(about: dict[str, Any]) -> None:
         gathered.add({**about, **beside, "timestamp": datetime.now(UTC)})

@@ -1,10 +1,9 @@
-"""create_app: puts the house together. Here is the one table from errors to HTTP statuses."""
+"""create_app: the app with its middleware and routes, and the one table from errors to HTTP statuses."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,12 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
-from service.api.asked import Addresses
-from service.api.context import House, default, latest, versioned
-from service.api.direct import Direct
-from service.api.express import Express
+from service.api.context import PREFIXES, AppContext
+from service.api.endpoint import Endpoints, RouteResolver
 from service.api.metrics import Metrics
-from service.api.middleware import Bodies, BodyGuard, RequestContext
+from service.api.middleware import BodyBudget, BodyLimits, RequestContext
 from service.api.problems import problem
 from service.api.routes import drift, health, latents, models, scoring
 from service.calibration.drift_monitor import Drift, DriftWatch
@@ -48,19 +45,11 @@ STATUS: dict[type[Exception], int] = {
     errors.LimitExceeded: 422,
     errors.PayloadTooLarge: 413,
     errors.Overloaded: 429,
-    errors.ReceiveTimeout: 408,
     errors.DeadlineExceeded: 503,
-    errors.ClientGone: 400,
+    errors.ClientDisconnected: 400,
     ClientDisconnect: 400,
 }
 """The nearest class of an error's ancestry counts."""
-
-ADDRESSES: dict[str, Callable[..., Awaitable[None]]] = {
-    "/v1/models/{model}": latest,
-    "/v1/models/{model}/versions/{version}": versioned,
-    "/v1": default,
-}
-"""Where the verbs of a model are found, and the dependency that finds the model."""
 
 
 def create_app(
@@ -86,14 +75,12 @@ def create_app(
         responses={"4XX": {"description": "application/problem+json", "model": None}},
         telemetry=_telemetry(),
     )
-    metrics = metrics or Metrics()
-    app.state.metrics = metrics
-    addresses = app.state.addresses = Addresses(app, latents.SHORT + scoring.SHORT)
-    app.add_middleware(Express, addresses=addresses, on_error=_known_error)
-    bodies = Bodies(settings.max_body_bytes, settings.max_buffered_bytes)
-    app.add_middleware(BodyGuard, bodies=bodies, timeout=settings.receive_timeout)
-    app.add_middleware(RequestContext, metrics=metrics)
-    app.state.direct = Direct(addresses, bodies, metrics, _known_error)
+    app.state.metrics = metrics or Metrics()
+    app.state.budget = BodyBudget(settings.max_body_bytes, settings.max_buffered_bytes)
+    app.state.endpoints = Endpoints()
+    app.add_middleware(RouteResolver, endpoints=app.state.endpoints)
+    app.add_middleware(BodyLimits, budget=app.state.budget)
+    app.add_middleware(RequestContext, metrics=app.state.metrics)
     _include_routes(app)
     _handle_errors(app)
     return app
@@ -116,20 +103,13 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
         metrics.workers.set(1)
         metrics.worker_starts.inc()
         watched = watch or Drift(settings.drift_window, settings.drift_level)
-        batcher = Batcher(pool, settings.lanes, metrics.ran, _clock(settings, loaded))
-        app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
-        addresses: Addresses = app.state.addresses
-        addresses.open(app.state.house)
+        batcher = Batcher(pool, settings.lanes, metrics.ran)
+        app.state.context = AppContext(settings, loaded, pool, batcher, metrics, watched)
+        app.state.endpoints.clear()
         yield
         await asyncio.to_thread(pool.close)
 
     return lifespan
-
-
-def _clock(settings: Settings, repository: ModelRepository) -> Callable[[], float]:
-    """What tells how long a batch takes: CPU time; the wall's where a device or threads of ONNX Runtime compute."""
-    alone = settings.threads == 1 and settings.device == "cpu"
-    return repository.runtime.spare.clock if alone else time.perf_counter
 
 
 def _include_routes(app: FastAPI) -> None:
@@ -138,17 +118,17 @@ def _include_routes(app: FastAPI) -> None:
     for router in (latents.router, scoring.router, drift.router):
         for route in router.routes:
             assert isinstance(route, APIRoute)
-            for prefix, addressed in ADDRESSES.items():
-                _add_verb(app, prefix, addressed, route)
+            for prefix, find_model in PREFIXES.items():
+                _add_verb(app, prefix, find_model, route)
 
 
-def _add_verb(app: FastAPI, prefix: str, addressed: Callable[..., Awaitable[None]], route: APIRoute) -> None:
+def _add_verb(app: FastAPI, prefix: str, find_model: Callable[..., Awaitable[None]], route: APIRoute) -> None:
     """The route under that prefix. include_router would do, but the scope's route would then lack its prefix."""
     app.add_api_route(
         prefix + route.path,
         route.endpoint,
         methods=sorted(route.methods or ()),
-        dependencies=[Depends(addressed)],
+        dependencies=[Depends(find_model)],
         tags=route.tags,
         responses=route.responses,
         openapi_extra=route.openapi_extra,
@@ -170,7 +150,7 @@ async def _known_error(request: Request, error: Exception) -> Response:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     elif status == 503:
         headers["retry-after"] = "1"
-    elif status in (408, 413):
+    elif status == 413:
         headers["connection"] = "close"  # the rest of the body is not wanted
     if status == 500:
         get_logger().error("cannot answer", request_id=request.state.request_id, error=str(error))

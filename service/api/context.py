@@ -1,44 +1,37 @@
-"""What every route needs: the app's parts, the addressed model, the body, a worker, a negotiated answer."""
+"""The parts of one app, and one request to a verb of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
 
 import orjson
 from fastapi import Depends, Request
-from fastapi.responses import Response
-from starlette.types import Receive
 
-from service.api.headers import header
 from service.api.metrics import Metrics
 from service.api.negotiation import negotiate
-from service.api.schemas import Parameters
 from service.bundle.manifest import InputRule, Preprocessing
 from service.calibration.drift_monitor import DriftWatch
 from service.errors import LimitExceeded
 from service.formats.arrays import parse_json
-from service.formats.codecs import Limits, Reader, media_type
+from service.formats.codecs import Limits, Reader
 from service.formats.images import ImageLimits
+from service.formats.media_types import PICTURES, media_type
 from service.inference.batcher import Batcher
-from service.inference.jobs import Work
 from service.inference.model import Model
 from service.inference.thread_pool import WorkerPool
 from service.repository.model_repository import ModelRepository, Served
 from service.settings import Settings
-
-JSON, NPY, PNG, GIF, WEBP = "application/json", "application/x-npy", "image/png", "image/gif", "image/webp"
-PICTURES = (PNG, GIF, WEBP)
 
 Content = tuple[bytes, str]
 """An answer's body and media type."""
 
 
 @dataclass
-class House:
-    """The parts of one app."""
+class AppContext:
+    """What the routes of one app share, from its start to its end."""
 
     settings: Settings
     repository: ModelRepository
@@ -51,7 +44,7 @@ class House:
 
     @cached_property
     def image_limits(self) -> Limits:
-        """What one request's images may take."""
+        """The limits on the images of one request."""
         settings = self.settings
         return Limits(
             settings.max_batch,
@@ -61,78 +54,77 @@ class House:
         )
 
     def reader(self, served: Served, strict: bool) -> Reader:
-        """What reads the images of a model of images; made once."""
+        """The reader of images for ``served``, a model of images; ``strict`` refuses images of another size."""
         key = served.model, strict
         if key not in self._readers:
             assert isinstance(served.manifest.preprocessing, Preprocessing)
             self._readers[key] = Reader(served.manifest.preprocessing, self.image_limits, strict)
         return self._readers[key]
 
-    def limit(self, name: str, asked: int, setting: str) -> None:
-        """Refuse ``asked`` above the setting of that name.
-
-        Raises:
-            LimitExceeded: with the name, what was asked and what is allowed.
-        """
+    def limit(self, name: str, value: int, setting: str) -> None:
+        """Raise LimitExceeded if ``value`` is above the setting of that name; ``name`` says what the value is of."""
         allowed = getattr(self.settings, setting)
-        if asked > allowed:
-            raise LimitExceeded(f"{name} is {asked}: at most {allowed} here (setting {setting})")
+        if value > allowed:
+            raise LimitExceeded(f"{name} is {value}: at most {allowed} here (setting {setting})")
 
-    def limit_numbers_out(self, rows: int, each: int) -> None:
-        """Refuse an answer of so many rows with ``each`` numbers above the setting max_numbers_out."""
-        self.limit(f"the count of numbers in the answer ({rows} rows of {each})", rows * each, "max_numbers_out")
+    def limit_numbers_out(self, rows: int, numbers: int) -> None:
+        """Raise LimitExceeded for an answer of ``rows`` rows of ``numbers`` numbers above setting max_numbers_out."""
+        self.limit(f"the count of numbers in the answer ({rows} rows of {numbers})", rows * numbers, "max_numbers_out")
 
 
-async def get_house(request: Request) -> House:
+async def get_context(request: Request) -> AppContext:
     """Dependency: the parts of the app."""
-    house: House = request.app.state.house
-    return house
+    context: AppContext = request.app.state.context
+    return context
 
 
-HouseDep = Annotated[House, Depends(get_house)]
+ContextDep = Annotated[AppContext, Depends(get_context)]
 
 
-async def latest(request: Request, house: HouseDep, model: str) -> None:
-    """Dependency of /v1/models/{model}/…: the latest version."""
-    request.state.served = house.repository.get(model)
+async def latest(request: Request, context: ContextDep, model: str) -> None:
+    """Dependency of /v1/models/{model}/…: puts the latest version of the model into the request's state."""
+    request.state.served = context.repository.get(model)
 
 
-async def versioned(request: Request, house: HouseDep, model: str, version: str) -> None:
-    """Dependency of /v1/models/{model}/versions/{version}/…"""
-    request.state.served = house.repository.get(model, version)
+async def versioned(request: Request, context: ContextDep, model: str, version: str) -> None:
+    """Dependency of /v1/models/{model}/versions/{version}/…: puts that version into the request's state."""
+    request.state.served = context.repository.get(model, version)
 
 
-async def default(request: Request, house: HouseDep) -> None:
-    """Dependency of /v1/…: the default model."""
-    request.state.served = house.repository.get()
+async def default(request: Request, context: ContextDep) -> None:
+    """Dependency of /v1/…: puts the default model into the request's state."""
+    request.state.served = context.repository.get()
+
+
+PREFIXES: dict[str, Callable[..., Awaitable[None]]] = {
+    "/v1/models/{model}": latest,
+    "/v1/models/{model}/versions/{version}": versioned,
+    "/v1": default,
+}
+"""The addresses of a model, and the dependency that looks the model up."""
 
 
 @dataclass
 class Call:
-    """One request to a verb of a model, once its headers are read.
+    """One request to a verb of a model: its headers and its body.
 
-    ``content_type`` and ``accept`` are the headers of these names, "" if absent, ``media_type`` the former without its
-    parameters; ``receive`` is what else comes of the connection, where somebody may wait for that.
+    ``content_type`` and ``accept`` are the headers of these names, "" if absent.
     """
 
-    house: House
+    context: AppContext
     served: Served
     content_type: str
-    media_type: str
     accept: str
     body: bytes = b""
-    receive: Receive | None = None
 
-    @classmethod
-    def of(cls, request: Request, house: House, served: Served, body: bytes = b"") -> Call:
-        """The call of an ASGI request."""
-        content_type = header(request.scope, b"content-type")
-        accept = header(request.scope, b"accept")
-        return cls(house, served, content_type, media_type(content_type), accept, body, request.receive)
+    @cached_property
+    def media_type(self) -> str:
+        """The Content-Type without its parameters, in lower case."""
+        return media_type(self.content_type)
 
     @property
     def rule(self) -> InputRule:
-        """What a row of the model is."""
+        """How the model's rows come about: shape, kind, resizing."""
         return self.served.manifest.preprocessing
 
     @cached_property
@@ -141,61 +133,25 @@ class Call:
         return parse_json(self.body)
 
     def forget_body(self) -> None:
-        """It has been read: neither it nor what was parsed of it is kept for as long as the request waits."""
+        """Drop the body and the document parsed from it: a request that waits keeps only the arrays made of them."""
         self.body = b""
         self.__dict__.pop("document", None)
 
+    def with_body(self, body: bytes) -> Call:
+        """A call with the same headers and another body."""
+        return Call(self.context, self.served, self.content_type, self.accept, body)
+
     def negotiate(self, offers: tuple[str, ...]) -> str:
-        """The offered media type that Accept prefers; only of images there are pictures.
+        """The media type among ``offers`` that Accept prefers; pictures are offered of images only.
 
         Raises:
-            NotAcceptable: none of them.
+            NotAcceptable: Accept names none of them.
         """
         if self.rule.kind != "image":
             offers = tuple(offer for offer in offers if offer not in PICTURES)
         return negotiate(self.accept, offers)
 
-    async def answer(self, work: Callable[[], Content]) -> Response:
-        """Run ``work`` on a worker thread; it gives the answer's body and media type."""
-        content, media_type = await self.answered(work)
-        return Response(content, media_type=media_type)
-
-    async def answered(self, work: Callable[[], Content]) -> Content:
-        """What ``work`` gives, from a worker thread. Raises as WorkerPool.run does."""
-        return await self.house.pool.run(work, self.gone)
-
-    async def gone(self) -> None:
-        """Returns when the client has left."""
-        assert self.receive is not None
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-
-
-@dataclass(frozen=True)
-class Verb:
-    """What a request of …/``name`` by ``method`` does: ``work`` of a call and its ``query``.
-
-    ``rows`` tells how many the query asks for, of a verb whose requests have no body; ``several``: its work has more
-    than one job.
-    """
-
-    name: str
-    query: type[Parameters]
-    work: Callable[[Call, Any], Work[Content]]
-    method: str = "POST"
-    rows: Callable[[Any], int] | None = None
-    several: bool = False
-
-
-async def get_call(request: Request, house: HouseDep) -> Call:
-    """Dependency: the call with its whole body (the middleware caps it)."""
-    chunks = [chunk async for chunk in request.stream()]
-    return Call.of(request, house, request.state.served, b"".join(chunks))
-
-
-CallDep = Annotated[Call, Depends(get_call)]
-
 
 def dump(content: dict[str, Any]) -> bytes:
-    """JSON with arrays as nested lists; orjson writes NaN and infinities as null."""
+    """JSON with arrays as nested lists; NaN and infinities become null, which is how orjson writes them."""
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

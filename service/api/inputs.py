@@ -10,18 +10,18 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from service.api.context import JSON, NPY, PNG, Call, Content
-from service.api.light import is_light
+from service.api.context import Call, Content
 from service.api.schemas import Parameters
+from service.api.small_requests import MAX_BODY_BYTES, fits_event_loop
 from service.bundle.manifest import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import InvalidInput
 from service.formats import codecs
 from service.formats.arrays import read_npy
-from service.formats.codecs import OCTETS
 from service.formats.images import is_of_natural_size, read_natural
+from service.formats.media_types import JSON, NPY, OCTETS, PNG
 from service.formats.tables import TableReader
 from service.formats.whole_images import WholeReader
-from service.inference.jobs import Again, Job
+from service.inference.jobs import Job, RequestReader
 
 P = TypeVar("P", bound=Parameters)
 IMAGES, ROWS, LATENTS = ("images", "dtype"), ("rows",), ("latents",)
@@ -67,83 +67,82 @@ def read_x(call: Call, strict: bool) -> np.ndarray:
 
     Raises as codecs.Reader.read does, or tables.TableReader.read.
     """
-    settings, rule = call.house.settings, call.rule
+    settings, rule = call.context.settings, call.rule
     if isinstance(rule, ArrayPreprocessing):
         table = TableReader(rule, settings.max_batch, settings.max_numbers_in)
         return table.read(call.media_type, call.body, lambda: call.document)
-    reader = call.house.reader(call.served, strict)
+    reader = call.context.reader(call.served, strict)
     return reader.read_levels(call.content_type, call.body, lambda: call.document)
 
 
 def repeatable(
     call: Call, job: Job, answer: Callable[[Call, Any], Content], read: Callable[[bytes], np.ndarray | None] | None
 ) -> Job:
-    """The job, which tells how others of its head go on; ``read``: their rows, as Again has it; None: of each anew.
+    """The job with a reader for requests like this one; None for ``read``: such requests are read like any other.
 
-    ``answer`` makes the answer of the result, and asks nothing of the call's body, which is forgotten.
+    ``read`` gives the rows of a body, as RequestReader has it. ``answer`` makes the answer of the job's result, and
+    asks nothing of the call's body, which is forgotten.
     """
     call.forget_body()
-    return job if read is None else job._replace(again=Again(job.key, read, job.run, partial(answer, _bare(call))))
+    if read is None:
+        return job
+    return job._replace(reader=RequestReader(job.key, read, job.run, partial(answer, call.with_body(b""))))
 
 
-def _bare(call: Call, body: bytes = b"") -> Call:
-    """A call with the same headers, and that body."""
-    return Call(call.house, call.served, call.content_type, call.media_type, call.accept, body)
-
-
-def x_again(call: Call, strict: bool, x: np.ndarray) -> Callable[[bytes], np.ndarray | None] | None:
-    """What reads bodies like this call's, of which x was read: for ``repeatable``."""
+def x_reader(call: Call, strict: bool, x: np.ndarray) -> Callable[[bytes], np.ndarray | None] | None:
+    """What reads the rows of bodies like this call's, of which ``x`` was read: for ``repeatable``."""
     rule = call.rule
     if not isinstance(rule, Preprocessing):
         return None
     if call.media_type == OCTETS:
         return partial(_levels, x.shape)
-    if call.media_type == PNG:  # one that was resized tells nothing, and another may be larger than is allowed
-        return partial(_natural, rule) if is_of_natural_size(call.body, rule) else None
-    return _array_again(call, x.shape, math.prod(x.shape[1:]), lambda each: read_x(each, strict))
+    if call.media_type == PNG:  # one that was resized tells nothing: another may be larger than is allowed
+        max_bytes = min(MAX_BODY_BYTES, call.context.settings.max_image_bytes)
+        return partial(_natural, rule, max_bytes) if is_of_natural_size(call.body, rule) else None
+    return _array_reader(call, x.shape, math.prod(x.shape[1:]), lambda other: read_x(other, strict))
 
 
-def latents_again(call: Call, z: np.ndarray, numbers: int) -> Callable[[bytes], np.ndarray | None] | None:
-    """As ``x_again``, of a call of which latents z were read, for rows of x of so many numbers."""
-    return _array_again(call, z.shape, numbers, read_latents)
+def latents_reader(call: Call, z: np.ndarray, numbers: int) -> Callable[[bytes], np.ndarray | None] | None:
+    """As ``x_reader``, of a call of which latents ``z`` were read, for rows of x of ``numbers`` numbers."""
+    return _array_reader(call, z.shape, numbers, read_latents)
 
 
 def _levels(shape: tuple[int, ...], body: bytes) -> np.ndarray:
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-def _natural(rule: Preprocessing, body: bytes) -> np.ndarray | None:
-    image = read_natural(body, rule)
+def _natural(rule: Preprocessing, max_bytes: int, body: bytes) -> np.ndarray | None:
+    image = read_natural(body, rule) if len(body) <= max_bytes else None
     return None if image is None else image[None]
 
 
-def _array_again(
+def _array_reader(
     call: Call, shape: tuple[int, ...], numbers: int, read: Callable[[Call], np.ndarray]
 ) -> Callable[[bytes], np.ndarray | None] | None:
-    """Of an npy array: its rows, if they are light and of that shape."""
+    """What reads an npy array, if it is small and its rows have that shape; None for other media types."""
     if call.media_type != NPY:
         return None
-    bare = _bare(call)
+    headers = call.with_body(b"")
 
-    def again(body: bytes) -> np.ndarray | None:
-        each = _bare(bare, body)
-        if not is_light(each, numbers):
+    def read_alike(body: bytes) -> np.ndarray | None:
+        other = headers.with_body(body)
+        if not fits_event_loop(other, numbers):
             return None
-        rows = read(each)
+        rows = read(other)
         return rows if rows.shape == shape else None
 
-    return again
+    return read_alike
 
 
 def read_images(call: Call) -> list[np.ndarray]:
     """The body's whole images [C,h,w], for a model of tiles. Raises as wholes.WholeReader.read does."""
     assert isinstance(call.rule, Preprocessing)
-    return WholeReader(call.rule, call.house.image_limits).read(call.content_type, call.body, lambda: call.document)
+    return WholeReader(call.rule, call.context.image_limits).read(call.content_type, call.body, lambda: call.document)
 
 
 def read_latents(call: Call) -> np.ndarray:
     """The body's latents: float32 [M,L]. Raises as codecs.read_latents does."""
-    width, limit = call.served.manifest.signature.latent_dim, call.house.settings.max_batch
+    width, limit = call.served.manifest.signature.latent_dim, call.context.settings.max_batch
     return codecs.read_latents(call.content_type, call.body, lambda: call.document, width, limit)
 
 

@@ -23,7 +23,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from service.calibration.drift_monitor import Finding, Name, Summary
-from service.deferred import Gathered
+from service.deferred import DeferredWriter
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -97,7 +97,7 @@ class Metrics:
         )
         self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
         self._under_way = 0
-        self._gathered: Gathered[Gatherable] = Gathered(self._sum_up)
+        self._gathered: DeferredWriter[Gatherable] = DeferredWriter(self._sum_up)
         # Looking up a child by its labels takes longer than counting.
         self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
 

@@ -9,16 +9,14 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import Coroutine, Generator
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.headers import header
 from service.api.metrics import Metrics
 from service.api.problems import problem
-from service.errors import Overloaded, PayloadTooLarge, ReceiveTimeout, UnsupportedMediaType
+from service.errors import Overloaded, PayloadTooLarge, UnsupportedMediaType
 from service.logs import get_logger, log_request
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -33,7 +31,8 @@ _DOCS_HEADERS = (*_SECURITY, (b"content-security-policy", _DOCS_POLICY.encode())
 _NO_STORE = (b"cache-control", b"no-store")
 ANSWER_HEADERS = (*_API_HEADERS, _NO_STORE)
 """What every answer of the API carries beside its request id."""
-_LINGER_SECONDS = 0.5
+LINGER_SECONDS = 0.5
+MAX_LENGTH_DIGITS = 18  # of a Content-Length; more are no length of any body
 
 
 class RequestContext:
@@ -51,7 +50,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = asked_id(header(scope, b"x-request-id"))
+        request_id = request_id_of(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         status, started = 0, time.perf_counter()
 
@@ -74,144 +73,109 @@ class RequestContext:
             self._report(scope, status, time.perf_counter() - started)
 
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
-        request_id = scope["state"]["request_id"]
-        report(self.metrics, request_id, scope["method"], route_template(scope), scope["path"], status, seconds)
-
-
-def report(metrics: Metrics, request_id: str, method: str, route: str, path: str, status: int, seconds: float) -> None:
-    """Count and log an answered request; ``route`` is its template."""
-    metrics.answered(method, route, status, seconds)
-    log_request(
-        request_id=request_id,
-        method=method,
-        route=route,
-        path=path[:200],
-        status=status,
-        milliseconds=round(seconds * 1e3, 3),
-    )
+        """Count and log the answered request, under the template of its route."""
+        method, path, route = scope["method"], scope["path"], route_template(scope)
+        self.metrics.answered(method, route, status, seconds)
+        log_request(
+            request_id=scope["state"]["request_id"],
+            method=method,
+            route=route,
+            path=path[:200],
+            status=status,
+            milliseconds=round(seconds * 1e3, 3),
+        )
 
 
 @dataclass
-class Bodies:
-    """The bodies of an app's requests: ``most`` bytes of one, ``most_together`` of all that are ``held`` at once."""
+class BodyBudget:
+    """Bytes of request bodies: ``max_body`` of one, ``max_held`` of all that an app holds, ``held`` of them now.
 
-    most: int
-    most_together: int
+    Answers that their clients do not read count among those that are held (service.server.limits).
+    """
+
+    max_body: int
+    max_held: int
     held: int = 0
 
 
-class BodyGuard:
-    """Caps a body's bytes and the time in which it must arrive, and the bytes of all bodies held at once.
+class BodyLimits:
+    """Middleware that limits the bytes of a body, and of all bodies together.
 
-    The declared length is only used to refuse early; what counts is what arrives. Errors are raised from ``receive``,
-    inside the route, and so end in the one table of app.py.
+    The declared length only serves to refuse early; what counts is what arrives. Errors are raised from ``receive``,
+    inside the route, and so are answered by the one table of service.api.app.
     """
 
-    def __init__(self, app: ASGIApp, bodies: Bodies, timeout: float) -> None:
+    def __init__(self, app: ASGIApp, budget: BodyBudget) -> None:
         self.app = app
-        self.bodies = bodies
-        self.timeout = timeout
+        self.budget = budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(self, scope, receive)
+        body = _Body(self.budget, scope, receive)
         try:
             await self.app(scope, body.receive, send)
         finally:
-            self.bodies.held -= body.size
+            self.budget.held -= body.size
 
 
 class _Body:
-    """The receive side of one request."""
+    """The receive channel of one request."""
 
-    def __init__(self, guard: BodyGuard, scope: Scope, receive: Receive) -> None:
-        self.guard = guard
+    def __init__(self, budget: BodyBudget, scope: Scope, receive: Receive) -> None:
+        self.budget = budget
+        self.scope = scope
         self.upstream = receive
-        self.encoding = header(scope, b"content-encoding").strip().lower()
-        self.declared = header(scope, b"content-length")
         self.size = 0
-        self.complete = False
-        self.deadline = asyncio.get_running_loop().time() + guard.timeout
+        self.started = self.complete = False
 
     async def receive(self) -> Message:
+        """The next message of the request. Raises PayloadTooLarge, UnsupportedMediaType, Overloaded."""
         if self.complete:
             return await self.upstream()
-        await self._check_declared()
-        message = await self._next()
+        if not self.started:
+            await self._check_headers()
+        message = await self.upstream()
         if message["type"] == "http.request":
             self.complete = not message.get("more_body", False)
             await self._account(len(message.get("body", b"")))
         return message
 
-    async def _next(self) -> Message:
-        arriving: Any = self.upstream()
-        try:
-            waits_for = arriving.send(None)
-        except StopIteration as arrived:  # it lay ready, as a small body does: nothing to time
-            message: Message = arrived.value
-            return message
-        try:
-            async with asyncio.timeout_at(self.deadline):
-                return await _Rest(arriving, waits_for)
-        except TimeoutError as error:
-            raise ReceiveTimeout(
-                f"the body did not arrive within {self.guard.timeout:g} s (setting receive_timeout)"
-            ) from error
-
-    async def _check_declared(self) -> None:
-        if self.encoding not in ("", "identity"):
+    async def _check_headers(self) -> None:
+        self.started = True
+        if header(self.scope, b"content-encoding").strip().lower() not in ("", "identity"):
             await self._refuse(UnsupportedMediaType("a Content-Encoding is not read: send the body uncompressed"))
-        if self.declared.isdecimal() and int(self.declared[:20]) > self.guard.bodies.most:
+        length = header(self.scope, b"content-length")
+        if length.isdecimal() and (len(length) > MAX_LENGTH_DIGITS or int(length) > self.budget.max_body):
             await self._refuse(self._too_large())
 
     async def _account(self, size: int) -> None:
+        budget = self.budget
         self.size += size
-        self.guard.bodies.held += size
-        if self.size > self.guard.bodies.most:
+        budget.held += size
+        if self.size > budget.max_body:
             await self._refuse(self._too_large())
-        if self.guard.bodies.held > self.guard.bodies.most_together:
+        if budget.held > budget.max_held:
             await self._refuse(Overloaded("the bodies of other requests fill the memory set aside: try again later"))
 
     def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body is larger than {self.guard.bodies.most} bytes (setting max_body_bytes)")
+        return PayloadTooLarge(f"the body is larger than {self.budget.max_body} bytes (setting max_body_bytes)")
 
     async def _refuse(self, error: Exception) -> None:
-        """Raise, but first drop what the caller is still sending, for a moment.
+        """Drop what the client is still sending, for a moment, then raise the error.
 
-        A connection closed on unread bytes is reset, and the caller would never read the answer.
+        A connection closed on unread bytes is reset, and the client would never read the answer.
         """
         try:
-            async with asyncio.timeout(_LINGER_SECONDS):
+            async with asyncio.timeout(LINGER_SECONDS):
                 while not self.complete:
                     message = await self.upstream()
                     self.complete = message["type"] != "http.request" or not message.get("more_body", False)
         except TimeoutError:
-            pass  # the caller is slower than we are patient: the answer goes out all the same
+            pass  # the client is slower than we are patient: the answer goes out all the same
         self.complete = True
         raise error
-
-
-class _Rest:
-    """What is left of a coroutine that was started by hand and waits for ``waits_for``, to be awaited once."""
-
-    def __init__(self, started: Coroutine[Any, Any, Message], waits_for: Any) -> None:
-        self._started, self._waits_for = started, waits_for
-
-    def __await__(self) -> Generator[Any, Any, Message]:
-        waits_for = self._waits_for
-        try:
-            while True:
-                try:
-                    sent = yield waits_for
-                except BaseException as error:  # noqa: BLE001 - a cancellation, say: it is for the coroutine
-                    waits_for = self._started.throw(error)
-                else:
-                    waits_for = self._started.send(sent)
-        except StopIteration as done:
-            message: Message = done.value
-            return message
 
 
 def route_template(scope: Scope) -> str:
@@ -219,9 +183,10 @@ def route_template(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", "unmatched")
 
 
-def asked_id(asked: str) -> str:
-    """The request id that was asked for if it is harmless, else a new one."""
-    return asked if asked and _REQUEST_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
+def request_id_of(scope: Scope) -> str:
+    """The caller's X-Request-ID if it is harmless, else a new id of 32 hexadecimal digits."""
+    given = header(scope, b"x-request-id")
+    return given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _add_headers(start: Message, request_id: str, path: str) -> None:

@@ -37,6 +37,7 @@ from service.formats.arrays import (
     to_unit,
 )
 from service.formats.images import ImageLimits, open_image, read_image, resize_array, unit_levels
+from service.formats.media_types import IMAGE_INPUTS, INPUTS, JSON, NPY, OCTETS, media_type
 from service.formats.multipart import FIELD, read_multipart
 from service.formats.rendering import encode_gif, encode_png, encode_webp
 
@@ -47,19 +48,9 @@ __all__ = [
     "encode_npy",
     "encode_png",
     "encode_webp",
-    "media_type",
     "read_latents",
     "read_multipart",
 ]
-
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp")
-NPY, JSON, OCTETS, MULTIPART = (
-    "application/x-npy",
-    "application/json",
-    "application/octet-stream",
-    "multipart/form-data",
-)
-INPUT_TYPES = (*IMAGE_TYPES, MULTIPART, NPY, JSON, OCTETS)
 
 
 @dataclass(frozen=True)
@@ -74,11 +65,6 @@ class Limits:
     image: ImageLimits
     max_pixels: int
     max_numbers: int
-
-
-def media_type(content_type: str) -> str:
-    """The media type of a Content-Type header, in lower case, without its parameters."""
-    return content_type.partition(";")[0].strip().lower()
 
 
 def encode_npy(array: np.ndarray) -> bytes:
@@ -100,7 +86,7 @@ class Reader:
     """Reads images for one bundle.
 
     Raises, from ``read``:
-        UnsupportedMediaType: the Content-Type is none of INPUT_TYPES.
+        UnsupportedMediaType: the Content-Type is none of INPUTS.
         LimitExceeded: too many images, bytes or pixels.
         InvalidInput: anything else; the text names the row, what was found, and what was expected.
     """
@@ -121,11 +107,11 @@ class Reader:
     def read_levels(self, content_type: str, body: bytes, document: Callable[[], Any]) -> np.ndarray:
         """As ``read``, but 8-bit pixels stay what they are: their levels, uint8 [N,C,H,W]."""
         kind = media_type(content_type)
-        if kind not in INPUT_TYPES:
-            raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(INPUT_TYPES)} expected")
+        if kind not in INPUTS:
+            raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(INPUTS)} expected")
         if not body:
             raise InvalidInput("the body is empty: images expected")
-        if kind in IMAGE_TYPES:
+        if kind in IMAGE_INPUTS:
             return self._one(open_image(body, self.limits.image))
         if kind == NPY:
             return self._array(read_npy(body))

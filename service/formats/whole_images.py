@@ -16,12 +16,13 @@ from PIL import Image
 from service.bundle.manifest import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.formats.arrays import NPY_MAGIC, DType, as_images, from_json, read_npy, to_unit
-from service.formats.codecs import IMAGE_TYPES, JSON, MULTIPART, NPY, Limits, from_base64, media_type, named
+from service.formats.codecs import Limits, from_base64, named
 from service.formats.images import open_image, read_whole
+from service.formats.media_types import IMAGE_INPUTS, JSON, MULTIPART, NPY, media_type
 from service.formats.multipart import FIELD, read_multipart
 from service.formats.tiling import check_size
 
-INPUT_TYPES = (*IMAGE_TYPES, MULTIPART, NPY, JSON)
+INPUT_TYPES = (*IMAGE_INPUTS, MULTIPART, NPY, JSON)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class WholeReader:
             raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(INPUT_TYPES)} expected")
         if not body:
             raise InvalidInput("the body is empty: images expected")
-        if kind in IMAGE_TYPES:
+        if kind in IMAGE_INPUTS:
             return self._files([body])
         if kind == NPY:
             return self._array(read_npy(body))

@@ -1,4 +1,4 @@
-"""What a request wants computed, apart from how it is asked and answered, so that requests can be computed together."""
+"""Jobs: what a request has computed, apart from how it is read and answered, so that requests share a batch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 T = TypeVar("T")
 
 
-class Again(NamedTuple):
-    """How a request goes on whose head is that of one before, and whose body is as long: that is not looked at anew.
+class RequestReader(NamedTuple):
+    """How a request is read whose address, query, Content-Type, Accept and length are those of one before.
 
-    ``read`` gives its rows, or None where such a body is to be looked at as any other; ``answer`` is what is made of
-    the job's result.
+    ``read`` gives its rows, or None where such a body must be looked at as any other; ``answer`` makes the answer's
+    body and media type of the job's result. ``key`` and ``run`` are the job's.
     """
 
     key: Hashable
@@ -28,21 +28,21 @@ class Job(NamedTuple):
     """``run`` of ``rows`` [N,…], N ≥ 1, where a row's results are bitwise the same whatever rows are beside it.
 
     Rows of jobs of one ``key`` may be computed in one run; results are arrays along the rows, and tuples and
-    dictionaries of these. ``again`` tells of requests like this one, where their heads alone say what they ask for.
+    dictionaries of these. ``reader`` reads requests that differ from this one in their rows alone, if there is one.
     """
 
     key: Hashable
     rows: np.ndarray
     run: Callable[[np.ndarray], Any]
-    again: Again | None = None
+    reader: RequestReader | None = None
 
 
 Work = Generator[Job, Any, T]
-"""Reads a request, yields jobs and is sent their results, returns the answer."""
+"""A generator that reads a request, yields jobs, is sent their results, and returns the answer."""
 
 
 def finish(work: Work[T]) -> T:
-    """The work's answer, each job computed alone and on this thread."""
+    """Run the work to its answer, each job alone and on this thread."""
     try:
         job = next(work)
         while True:
@@ -53,7 +53,7 @@ def finish(work: Work[T]) -> T:
 
 
 def parts_of(result: Any, at: Sequence[slice]) -> list[Any]:
-    """A job's result cut into those rows each; what is no array (a number that all share, None) goes to each part."""
+    """Cut a job's result into the rows of each slice of ``at``; what is no array (a number, None) goes to each part."""
     if isinstance(result, np.ndarray):
         return [result[rows] for rows in at]
     if isinstance(result, dict):
@@ -65,6 +65,6 @@ def parts_of(result: Any, at: Sequence[slice]) -> list[Any]:
 
 
 def _zipped(results: Iterable[Any], at: Sequence[slice]) -> Iterator[tuple[Any, ...]]:
-    """Of each part of ``at``, what each of the results has of it."""
-    columns = [parts_of(each, at) for each in results]
+    """For each slice of ``at``, that slice of every result."""
+    columns = [parts_of(result, at) for result in results]
     return zip(*columns, strict=True) if columns else repeat((), len(at))

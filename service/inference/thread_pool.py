@@ -7,14 +7,13 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from service.errors import ClientGone, DeadlineExceeded, Overloaded
+from service.errors import ClientDisconnected, DeadlineExceeded, Overloaded
 
-LOOK_AFTER = 0.05
-GONE = "the client closed the connection"
+WATCH_AFTER = 0.05  # seconds: most results are there before a look at the client would be worth its cost
 
 T = TypeVar("T")
-Gone = Callable[[], Awaitable[None]]
-"""Returns when the client has left."""
+WaitForDisconnect = Callable[[], Awaitable[None]]
+"""Returns when the client has closed its connection."""
 
 
 class WorkerPool:
@@ -30,40 +29,40 @@ class WorkerPool:
         self.timeout = timeout
         self.pending = 0
 
-    async def run(self, work: Callable[[], T], gone: Gone) -> T:
-        """The result of ``work()``; ``gone()`` returns when the client has left.
+    async def run(self, work: Callable[[], T], disconnected: WaitForDisconnect) -> T:
+        """The result of ``work()``; ``disconnected()`` returns when the client has closed its connection.
 
         Raises:
             Overloaded: every thread is busy and the queue is full.
-            DeadlineExceeded, ClientGone: as ``wait`` does.
+            DeadlineExceeded, ClientDisconnected: as ``wait`` does.
         """
-        self.enter()
+        self.acquire()
         loop = asyncio.get_running_loop()
         try:
             future = self.start(work)
         except Overloaded:
-            self.leave()
+            self.release()
             raise
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.leave))
-        return await self.wait(asyncio.wrap_future(future), gone)
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.release))
+        return await self.wait(asyncio.wrap_future(future), disconnected)
 
-    async def wait(self, result: asyncio.Future[T], gone: Gone) -> T:
-        """The result, which is cancelled when nobody waits for it any more; a client is missed after LOOK_AFTER s.
+    async def wait(self, result: asyncio.Future[T], disconnected: WaitForDisconnect) -> T:
+        """The result, which is cancelled when nobody waits for it any more. The client is watched after
+        WATCH_AFTER seconds.
 
         Raises:
             DeadlineExceeded: none within the timeout.
-            ClientGone: the client has left; work that had not begun never runs.
+            ClientDisconnected: the client has left; work that had not begun never runs.
         """
         deadline = asyncio.get_running_loop().time() + self.timeout
         try:
-            # Most results are here before a look at the client would be worth its cost.
-            await asyncio.wait({result}, timeout=min(LOOK_AFTER, self.timeout))
-            return result.result() if result.done() else await self._watched(result, gone, deadline)
+            await asyncio.wait({result}, timeout=min(WATCH_AFTER, self.timeout))
+            return result.result() if result.done() else await self._watched(result, disconnected, deadline)
         finally:
             result.cancel()
 
-    async def _watched(self, result: asyncio.Future[T], gone: Gone, deadline: float) -> T:
-        watcher = asyncio.ensure_future(gone())
+    async def _watched(self, result: asyncio.Future[T], disconnected: WaitForDisconnect, deadline: float) -> T:
+        watcher = asyncio.ensure_future(disconnected())
         waited: set[asyncio.Future[Any]] = {result, watcher}
         try:
             left = deadline - asyncio.get_running_loop().time()
@@ -71,30 +70,30 @@ class WorkerPool:
             if result.done():
                 return result.result()
             if watcher.done():
-                raise ClientGone(GONE)
-            raise self.late()
+                raise ClientDisconnected("the client closed the connection")
+            raise self.deadline_error()
         finally:
             watcher.cancel()
 
-    def late(self) -> DeadlineExceeded:
-        """What is to be said after ``timeout`` seconds."""
+    def deadline_error(self) -> DeadlineExceeded:
+        """The error of a request that has no answer after ``timeout`` seconds."""
         return DeadlineExceeded(f"no answer within {self.timeout:g} s (setting request_timeout)")
 
     def start(self, work: Callable[[], T]) -> Future[T]:
-        """Have it run for requests that hold their slots already. Raises Overloaded once the pool is closed."""
+        """Run ``work`` for requests that hold their slots already. Raises Overloaded once the pool is closed."""
         try:
             return self._executor.submit(work)
         except RuntimeError as error:
             raise Overloaded("the service is stopping") from error
 
-    def enter(self) -> None:
-        """Take a slot. Raises Overloaded: there is none."""
+    def acquire(self) -> None:
+        """Take a slot. Raises Overloaded if there is none."""
         if self.pending >= self.capacity:
             raise Overloaded(f"all threads are busy and {self.capacity} requests are in the house: try again later")
         self.pending += 1
 
-    def leave(self, requests: int = 1) -> None:
-        """Give back the slots of so many requests."""
+    def release(self, requests: int = 1) -> None:
+        """Give back the slots of ``requests`` requests."""
         self.pending -= requests
 
     def close(self) -> None:

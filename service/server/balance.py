@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from service.logs import get_logger
-from service.server.limits import GuardedProtocol
+from service.server.limits import LimitedProtocol
 from service.server.mapped import map_numbers
 
 UNEVEN = 2  # connections more than another worker has; with one more, handing over would only turn it round
@@ -314,7 +314,7 @@ def _receive_socket(end: socket.socket) -> tuple[int, int, socket.socket] | None
     return sender, number, socket.socket(fileno=descriptors[0])
 
 
-class BalancedProtocol(GuardedProtocol):
+class BalancedProtocol(LimitedProtocol):
     """Hands a new connection over where another worker should have it; counts those that stay."""
 
     balance: Balance
@@ -342,7 +342,7 @@ class BalancedProtocol(GuardedProtocol):
         self.balance.ended(self._answered)
 
 
-def balanced_protocol(protocol: type[GuardedProtocol], balance: Balance) -> type[BalancedProtocol]:
+def balanced_protocol(protocol: type[LimitedProtocol], balance: Balance) -> type[BalancedProtocol]:
     """That protocol class, for ``uvicorn.Config(http=…)`` of a worker."""
     return type("WorkersProtocol", (BalancedProtocol, protocol), {"balance": balance})
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from service.deferred import flush_all
 from service.server.balance import Balance, balanced_protocol
-from service.server.limits import guarded_protocol
+from service.server.limits import limited_protocol
 from service.settings import Settings
 
 TICKS = 10  # of uvicorn a second
@@ -72,9 +72,9 @@ class DrainingServer(uvicorn.Server):
 
     def drain(self) -> None:
         """Say "not ready" from now on, and stop after the drain window."""
-        house = getattr(self._house_app.state, "house", None)
-        if house is not None:  # it has started
-            house.draining = True
+        context = getattr(self._house_app.state, "context", None)
+        if context is not None:  # it has started
+            context.draining = True
         if self._balance is not None:
             self._balance.leave()
         self._stop_at = time.monotonic() + self._drain_seconds
@@ -116,7 +116,7 @@ def build_server(
     ``on_listening`` is called once it listens, ``on_second`` from its event loop every second from then on;
     ``balance`` evens out the connections of several such servers.
     """
-    protocol = guarded_protocol(settings, app.state.direct)
+    protocol = limited_protocol(settings, app.state.budget)
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -47,7 +47,7 @@ async def requests_for(app: FastAPI, models: Sequence[str]) -> dict[str, Asked]:
     Each has been answered once: what is made at first use is made.
     """
     found: dict[str, Asked] = {}
-    for served in app.state.house.repository.latest():
+    for served in app.state.context.repository.latest():
         if served.manifest.name not in models:
             continue
         for verb in VERBS:

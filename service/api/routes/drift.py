@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.api.context import HouseDep
+from service.api.context import ContextDep
 from service.api.schemas import (
     DriftAnswer,
     DriftParameters,
@@ -23,7 +23,7 @@ router = APIRouter(tags=["scoring"])
 
 
 @router.get("/drift", responses={"4XX": {"model": Problem, "description": "problem"}})
-async def drift(request: Request, house: HouseDep, query: Annotated[DriftParameters, Query()]) -> DriftAnswer:
+async def drift(request: Request, context: ContextDep, query: Annotated[DriftParameters, Query()]) -> DriftAnswer:
     """Recent conformal p-values compared with uniformity, by a Kolmogorov–Smirnov test and a conformal test martingale.
 
     Of the whole service: where several processes serve the model, one of them watches the rows of all.
@@ -37,7 +37,7 @@ async def drift(request: Request, house: HouseDep, query: Annotated[DriftParamet
         raise InvalidInput(f"score {score!r} is not defined by this bundle: {', '.join(sorted(scores))}")
     if not served.calibrator.names:
         raise UnsupportedVerb("no drift to tell: this bundle carries no calibration, so its scores have no p-values")
-    return _answer(house.drift, served, score, query.group, await house.drift.summary(served, score, query.group))
+    return _answer(context.drift, served, score, query.group, await context.drift.summary(served, score, query.group))
 
 
 def _answer(drift: DriftWatch, served: Served, score: str, group: str | None, seen: Summary) -> DriftAnswer:

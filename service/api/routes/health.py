@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from service.api.context import HouseDep
+from service.api.context import ContextDep
 from service.api.schemas import Health
 from service.errors import DeadlineExceeded
 from service.logs import get_logger
@@ -20,23 +20,23 @@ async def livez() -> Health:
 
 
 @router.get("/readyz", responses={503: {"model": Health}}, response_model=Health)
-async def readyz(house: HouseDep) -> JSONResponse:
+async def readyz(context: ContextDep) -> JSONResponse:
     """200 when at least one model is loaded, verified and warm, and the service is not about to stop."""
-    ready = house.repository.ready and not house.draining
+    ready = context.repository.ready and not context.draining
     health = Health(
         status="ready" if ready else "not ready",
-        models=[f"{served.manifest.name}/{served.manifest.version}" for served in house.repository],
-        skipped=dict.fromkeys(house.repository.skipped, "failed verification, see the log"),
+        models=[f"{served.manifest.name}/{served.manifest.version}" for served in context.repository],
+        skipped=dict.fromkeys(context.repository.skipped, "failed verification, see the log"),
     )
     return JSONResponse(health.model_dump(), status_code=200 if ready else 503)
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(house: HouseDep) -> Response:
+async def metrics(context: ContextDep) -> Response:
     """Prometheus exposition format: of all processes, where several serve."""
     try:
-        drift = await house.drift.summaries()
+        drift = await context.drift.summaries()
     except DeadlineExceeded as error:
         get_logger().warning("metrics without drift", reason=str(error))
         drift = []
-    return Response(house.metrics.render(drift), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(context.metrics.render(drift), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -8,20 +8,21 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from service.api.context import GIF, JSON, NPY, PNG, WEBP, Call, CallDep, Content, Verb, dump
+from service.api.context import Call, Content, dump
+from service.api.endpoint import Verb, respond
 from service.api.inputs import (
     LATENTS,
     data_names,
-    latents_again,
+    latents_reader,
     parameters,
     read_latents,
     read_pair,
     read_x,
     repeatable,
-    x_again,
+    x_reader,
 )
 from service.api.openapi import DATA_BODY, LATENT_BODY, PAIR_BODY, PARAMETER_BODY, answers
 from service.api.schemas import (
@@ -36,7 +37,8 @@ from service.api.schemas import (
 )
 from service.errors import InvalidInput
 from service.formats import codecs
-from service.inference.jobs import Job, Work, finish
+from service.formats.media_types import GIF, JSON, NPY, PNG, WEBP
+from service.inference.jobs import Job, Work
 from service.inference.model import Encoding, Model
 
 router = APIRouter(tags=["latents"])
@@ -55,51 +57,51 @@ ROWS = (JSON, NPY, PNG)
 
 
 @router.post("/encode", openapi_extra=DATA_BODY, responses=answers(Encoded, JSON, NPY))
-async def encode(call: CallDep, query: Annotated[EncodeParameters, Query()]) -> Response:
+async def encode(request: Request, query: Annotated[EncodeParameters, Query()]) -> Response:
     """Posterior q(z|x) of each image (vector, signal): loc, scale, and seeded samples if asked for."""
-    return await call.answer(lambda: finish(_encode(call, query)))
+    return respond(request, ENCODE, query)
 
 
 @router.post("/decode", openapi_extra=LATENT_BODY, responses=answers(Rows, JSON, NPY, PNG))
-async def decode(call: CallDep, query: Annotated[DecodeParameters, Query()]) -> Response:
+async def decode(request: Request, query: Annotated[DecodeParameters, Query()]) -> Response:
     """Images (vectors, signals) of given latents: E[x|z], or a draw from p(x|z)."""
-    return await call.answer(lambda: finish(_decode(call, query)))
+    return respond(request, DECODE, query)
 
 
 @router.post("/reconstruct", openapi_extra=DATA_BODY, responses=answers(Rows, JSON, NPY, PNG))
-async def reconstruct(call: CallDep, query: Annotated[ReconstructParameters, Query()]) -> Response:
+async def reconstruct(request: Request, query: Annotated[ReconstructParameters, Query()]) -> Response:
     """E[x|z] at the posterior's loc."""
-    return await call.answer(lambda: finish(_reconstruct(call, query)))
+    return respond(request, RECONSTRUCT, query)
 
 
 @router.post("/interpolate", openapi_extra=PAIR_BODY, responses=answers(LatentRows, JSON, NPY, PNG, GIF, WEBP))
-async def interpolate(call: CallDep, query: Annotated[InterpolateParameters, Query()]) -> Response:
+async def interpolate(request: Request, query: Annotated[InterpolateParameters, Query()]) -> Response:
     """A path between two images (vectors, signals) or two latents, decoded."""
-    return await call.answer(lambda: finish(_interpolate(call, query)))
+    return respond(request, INTERPOLATE, query)
 
 
 @router.get("/sample", responses=answers(LatentRows, JSON, NPY, PNG))
-async def sample(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
+async def sample(request: Request, query: Annotated[SampleParameters, Query()]) -> Response:
     """New images (vectors, signals): z from the prior, then E[x|z] or a draw from p(x|z)."""
-    return await call.answer(lambda: finish(_sample(call, query)))
+    return respond(request, SAMPLE, query)
 
 
 @router.post("/sample", openapi_extra=PARAMETER_BODY, responses=answers(LatentRows, JSON, NPY, PNG))
-async def sample_post(call: CallDep, query: Annotated[SampleParameters, Query()]) -> Response:
+async def sample_post(request: Request, query: Annotated[SampleParameters, Query()]) -> Response:
     """As GET; the parameters may also be a JSON object in the body."""
-    return await call.answer(lambda: finish(_sample(call, query)))
+    return respond(request, SAMPLE_POST, query)
 
 
 def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
     media_type = call.negotiate(NUMBERS)
     asked = parameters(call, query, *data_names(call.rule))
-    call.house.limit("samples", asked.samples, "max_samples")
+    call.context.limit("samples", asked.samples, "max_samples")
     if asked.samples:
         call.served.model.require("encode.samples")
     x = read_x(call, asked.strict)
-    call.house.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
+    call.context.limit_numbers_out(len(x), (2 + asked.samples) * call.served.manifest.signature.latent_dim)
     answer, job = partial(_encoded, asked, media_type), _encoding(call.served.model, x, asked.samples, asked.seed)
-    return answer(call, (yield repeatable(call, job, answer, x_again(call, asked.strict, x))))
+    return answer(call, (yield repeatable(call, job, answer, x_reader(call, asked.strict, x))))
 
 
 def _encoding(model: Model, x: np.ndarray, samples: int, seed: int) -> Job:
@@ -111,7 +113,7 @@ def _decoding(model: Model, z: np.ndarray, draw: bool, seed: int) -> Job:
 
 
 def _encoded(asked: EncodeParameters, media_type: str, call: Call, posterior: Encoding) -> Content:
-    call.house.metrics.rows("encode", len(posterior.loc))
+    call.context.metrics.rows("encode", len(posterior.loc))
     if media_type == NPY:
         return codecs.encode_npy(getattr(posterior, asked.array)), NPY
     content: dict[str, Any] = {"model": call.served.identity, "loc": posterior.loc, "scale": posterior.scale}
@@ -126,13 +128,13 @@ def _decode(call: Call, query: DecodeParameters) -> Work[Content]:
     call.served.model.require("decode")
     _require_draw(call, "decode", asked.draw)
     z = read_latents(call)
-    call.house.limit_numbers_out(len(z), _numbers(call))
+    call.context.limit_numbers_out(len(z), _numbers(call))
     answer, job = partial(_decoded, media_type), _decoding(call.served.model, z, asked.draw, asked.seed)
-    return answer(call, (yield repeatable(call, job, answer, latents_again(call, z, _numbers(call)))))
+    return answer(call, (yield repeatable(call, job, answer, latents_reader(call, z, _numbers(call)))))
 
 
 def _decoded(media_type: str, call: Call, x: np.ndarray) -> Content:
-    call.house.metrics.rows("decode", len(x))
+    call.context.metrics.rows("decode", len(x))
     return _show(call, media_type, x)
 
 
@@ -141,15 +143,15 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
     asked = parameters(call, query, *data_names(call.rule))
     call.served.model.require("reconstruct")
     x = read_x(call, asked.strict)
-    call.house.limit_numbers_out(len(x), _numbers(call))
+    call.context.limit_numbers_out(len(x), _numbers(call))
     model, seed = call.served.model, asked.seed
     answer = partial(_reconstructed, media_type)
     job = Job(("reconstruct", model, seed), x, lambda rows: model.reconstruct(rows, seed))
-    return answer(call, (yield repeatable(call, job, answer, x_again(call, asked.strict, x))))
+    return answer(call, (yield repeatable(call, job, answer, x_reader(call, asked.strict, x))))
 
 
 def _reconstructed(media_type: str, call: Call, decoded: np.ndarray) -> Content:
-    call.house.metrics.rows("reconstruct", len(decoded))
+    call.context.metrics.rows("reconstruct", len(decoded))
     return _show(call, media_type, decoded)
 
 
@@ -158,15 +160,15 @@ def _interpolate(call: Call, query: InterpolateParameters) -> Work[Content]:
     asked = parameters(call, query, *data_names(call.rule), *LATENTS)
     call.served.model.require("interpolate")
     _require_draw(call, "interpolate", asked.draw)
-    call.house.limit("steps", asked.steps, "max_steps")
-    call.house.limit_numbers_out(asked.steps, _numbers(call) + call.served.manifest.signature.latent_dim)
+    call.context.limit("steps", asked.steps, "max_steps")
+    call.context.limit_numbers_out(asked.steps, _numbers(call) + call.served.manifest.signature.latent_dim)
     pair, is_of_latents = read_pair(call, asked.strict)
     call.forget_body()
     model = call.served.model
     a, b = pair if is_of_latents else (yield _encoding(model, pair, 0, 0)).loc
     z = model.interpolate(a, b, asked.steps, asked.mode)
     x = yield _decoding(model, z, asked.draw, asked.seed)
-    call.house.metrics.rows("interpolate", len(z))
+    call.context.metrics.rows("interpolate", len(z))
     return _show(call, media_type, x, latents=z)
 
 
@@ -175,8 +177,8 @@ def _sample(call: Call, query: SampleParameters) -> Work[Content]:
     asked = parameters(call, query)
     call.served.model.require("sample")
     _require_draw(call, "sample", asked.draw)
-    call.house.limit("n", asked.n, "max_n")
-    call.house.limit_numbers_out(asked.n, _numbers(call) + call.served.manifest.signature.latent_dim)
+    call.context.limit("n", asked.n, "max_n")
+    call.context.limit_numbers_out(asked.n, _numbers(call) + call.served.manifest.signature.latent_dim)
     model, answer = call.served.model, partial(_sampled, media_type)
     draw_noise = partial(model.prior_noise, asked.n, asked.seed, asked.temperature)
     if asked.draw:
@@ -194,7 +196,7 @@ def _generated(model: Model, prior_noise: np.ndarray) -> Generated:
 
 
 def _sampled(media_type: str, call: Call, generated: Generated) -> Content:
-    call.house.metrics.rows("sample", len(generated.x))
+    call.context.metrics.rows("sample", len(generated.x))
     return _show(call, media_type, generated.x, generated.z)
 
 
@@ -225,11 +227,9 @@ def _show(call: Call, media_type: str, x: np.ndarray, latents: np.ndarray | None
     return encoders[media_type](x), media_type
 
 
-SHORT = (
-    Verb("encode", EncodeParameters, _encode),
-    Verb("decode", DecodeParameters, _decode),
-    Verb("reconstruct", ReconstructParameters, _reconstruct),
-    Verb("interpolate", InterpolateParameters, _interpolate, several=True),
-    Verb("sample", SampleParameters, _sample, "GET", rows=lambda asked: asked.n),
-)
-"""Verbs that service.api.express may answer."""
+ENCODE = Verb(_encode)
+DECODE = Verb(_decode)
+RECONSTRUCT = Verb(_reconstruct)
+INTERPOLATE = Verb(_interpolate, several=True)
+SAMPLE = Verb(_sample, rows=lambda parameters: parameters.n)
+SAMPLE_POST = Verb(_sample)

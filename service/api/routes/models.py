@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.api.context import HouseDep
+from service.api.context import ContextDep
 from service.api.schemas import ModelCard, ModelList, ModelSummary
 from service.repository.model_repository import ModelRepository, Served
 
@@ -12,9 +12,9 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-async def list_models(house: HouseDep) -> ModelList:
+async def list_models(context: ContextDep) -> ModelList:
     """Every model, in its latest version."""
-    repository = house.repository
+    repository = context.repository
     return ModelList(
         default_model=repository.default_name,
         models=[_summary(repository, served) for served in repository.latest()],
@@ -22,15 +22,15 @@ async def list_models(house: HouseDep) -> ModelList:
 
 
 @router.get("/{model}")
-async def describe(house: HouseDep, model: str) -> ModelCard:
+async def describe(context: ContextDep, model: str) -> ModelCard:
     """One model: signature, likelihood, scores, calibration, metrics, provenance, digest."""
-    return _card(house.repository, house.repository.get(model))
+    return _card(context.repository, context.repository.get(model))
 
 
 @router.get("/{model}/versions/{version}")
-async def describe_version(house: HouseDep, model: str, version: str) -> ModelCard:
+async def describe_version(context: ContextDep, model: str, version: str) -> ModelCard:
     """One version of one model."""
-    return _card(house.repository, house.repository.get(model, version))
+    return _card(context.repository, context.repository.get(model, version))
 
 
 def _summary(repository: ModelRepository, served: Served) -> ModelSummary:

@@ -8,17 +8,19 @@ from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from service.api.context import JSON, NPY, PNG, Call, CallDep, Content, Verb, dump
-from service.api.inputs import data_names, parameters, read_images, read_x, repeatable, x_again
+from service.api.context import Call, Content, dump
+from service.api.endpoint import Verb, respond
+from service.api.inputs import data_names, parameters, read_images, read_x, repeatable, x_reader
 from service.api.openapi import DATA_BODY, answers
 from service.api.schemas import Scored, ScoreParameters
 from service.bundle.manifest import ScoreDefinition
 from service.errors import InvalidInput
 from service.formats import codecs
-from service.inference.jobs import Job, Work, finish
+from service.formats.media_types import JSON, NPY, PNG
+from service.inference.jobs import Job, Work
 from service.inference.model import Scores
 from service.inference.tiled import TiledScores
 from service.repository.scoring import (
@@ -42,7 +44,7 @@ router = APIRouter(tags=["scoring"])
 
 
 @router.post("/score", openapi_extra=DATA_BODY, responses=answers(Scored, JSON, NPY, PNG))
-async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Response:
+async def score(request: Request, query: Annotated[ScoreParameters, Query()]) -> Response:
     """Score, bounds on log p(x), conformal p-value and verdict for each image (vector, signal).
 
     As npy: the maps [N, H, W] with map=true ([N, D] of vectors, [N, T] of signals), else the scores [N]. As PNG
@@ -51,18 +53,18 @@ async def score(call: CallDep, query: Annotated[ScoreParameters, Query()]) -> Re
     last, light colour, which all above it has, too), and of map_kind=corruption from -5 to 5 nats; the text entries
     minimum, maximum, kind, unit and scale say so. A model of tiles takes images of any size that holds a tile.
     """
-    return await call.answer(lambda: finish(_score(call, query)))
+    return respond(request, SCORE, query)
 
 
 def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     asked = parameters(call, query, *data_names(call.rule))
     media_type = call.negotiate((JSON, NPY, PNG) if asked.map else (JSON, NPY))
-    meant = meaning(call.served, asked, call.house.settings.false_positive_rate)
+    meant = meaning(call.served, asked, call.context.settings.false_positive_rate)
     chosen, also = meant.chosen, meant.also
     for definition in (chosen.definition, *also.values()):
         call.served.model.require(f"score.{definition.estimator}")
     used = _required(call, asked)
-    call.house.limit("k", chosen.definition.k, "max_k")
+    call.context.limit("k", chosen.definition.k, "max_k")
     x = read_x(call, asked.strict) if call.served.tiled is None else read_images(call)
     passes = _passes([chosen.definition, *also.values()]) + (PASSES if asked.map and used.kind != "distortion" else 0)
     _limit_work(call, x, passes, asked)
@@ -74,7 +76,7 @@ def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     if call.served.tiled is not None:
         return answer(call, run(x))
     assert isinstance(x, np.ndarray)
-    return answer(call, (yield repeatable(call, Job(meant.key, x, run), answer, x_again(call, asked.strict, x))))
+    return answer(call, (yield repeatable(call, Job(meant.key, x, run), answer, x_reader(call, asked.strict, x))))
 
 
 def _answer(meant: Asked, used: UsedMap, media_type: str, x: Rows, call: Call, scores: Scores | TiledScores) -> Content:
@@ -112,12 +114,12 @@ def _limit_work(call: Call, x: Rows, passes: int, asked: ScoreParameters) -> Non
     if call.served.tiled is not None:
         name, rows, each = "tiles", sum(len(call.served.tiled.plan(image)) for image in x), math.prod(call.rule.shape)
         pixels = sum(math.prod(image.shape[1:]) for image in x)
-    call.house.limit(f"{rows} {name} × k={passes} × {each} numbers", rows * each * passes, "max_evaluated_pixels")
+    call.context.limit(f"{rows} {name} × k={passes} × {each} numbers", rows * each * passes, "max_evaluated_pixels")
     if asked.map:
-        call.house.limit("the count of numbers in the maps", pixels, "max_numbers_out")
+        call.context.limit("the count of numbers in the maps", pixels, "max_numbers_out")
     if asked.top_latents:
         each = min(asked.top_latents, call.served.manifest.signature.latent_dim)
-        call.house.limit("the count of latents in the answer", len(x) * each, "max_numbers_out")
+        call.context.limit("the count of latents in the answer", len(x) * each, "max_numbers_out")
 
 
 def _check_one_size(images: Rows) -> None:
@@ -189,7 +191,7 @@ def _basis(chosen: Chosen, plan: Judged, asked: ScoreParameters) -> dict[str, An
 
 def _count(call: Call, verdicts: Verdicts) -> None:
     p_values = verdicts.judged.p_values
-    metrics, n = call.house.metrics, len(verdicts.scores.score)
+    metrics, n = call.context.metrics, len(verdicts.scores.score)
     metrics.rows("score", n)
     metrics.scored(call.served.manifest.name, [] if p_values is None else p_values.tolist(), n)
 
@@ -200,8 +202,7 @@ def _watch(call: Call, verdicts: Verdicts, meant: Asked) -> None:
     for name, place in meant.places.items():
         counts = judged[name].counts
         assert counts is not None
-        call.house.drift.note(place, *counts)
+        call.context.drift.note(place, *counts)
 
 
-SHORT = (Verb("score", ScoreParameters, _score),)
-"""Verbs that service.api.express may answer."""
+SCORE = Verb(_score)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from service.bundle.manifest import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.formats.arrays import parse_json
-from service.formats.codecs import INPUT_TYPES, Limits, Reader, encode_npy, media_type, read_latents
+from service.formats.codecs import Limits, Reader, encode_npy, read_latents
+from service.formats.media_types import INPUTS, media_type
 from service.formats.images import ImageLimits
 from tests import hostile
 from tests.hostile import FORM, JPEG, JSON, NPY, OCTETS, PNG, WEBP, X_FORM, levels, npy, part, pil, saved
@@ -294,7 +295,7 @@ def test_every_odd_but_good_body_is_read(shape):
         assert 0 <= x.min() <= x.max() <= 1, payload.name
 
 
-KINDS = [*INPUT_TYPES, X_FORM, f"{FORM}; boundary=\x00", "text/plain"]
+KINDS = [*INPUTS, X_FORM, f"{FORM}; boundary=\x00", "text/plain"]
 SEEDS = [payload for payload in hostile.odd_but_good((1, 8, 8)) if len(payload.body) < 20_000]
 
 

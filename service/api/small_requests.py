@@ -1,6 +1,6 @@
-"""Which bodies are read in a moment for sure, by a look at their first bytes: few rows that need no great decoder.
+"""Which requests are small enough to be read and answered on the event loop, where all other connections wait.
 
-Such are read on the event loop, where all other connections wait.
+The first bytes of the body decide: few rows of the model's own size that need no decoder but a plain PNG's.
 """
 
 from __future__ import annotations
@@ -8,29 +8,29 @@ from __future__ import annotations
 import math
 import struct
 
-from service.api.context import JSON, NPY, PNG, Call
+from service.api.context import Call
 from service.formats.arrays import npy_shape
-from service.formats.codecs import OCTETS
+from service.formats.media_types import JSON, NPY, OCTETS, PNG
 from service.formats.plain_png import FIRST, HEAD
 
-MOST_BYTES = 2**16  # of a body
-MOST_PIXELS = 2**16  # of a PNG, by its header: few bytes may hold many
-MOST_ROWS, MOST_NUMBERS = 64, 2**16
-MOST_CHUNKS = 64
-LONG_TO_WRITE = ("gif", "webp")  # answers, where a request's Accept names them
+MAX_BODY_BYTES = 2**16
+MAX_PIXELS = 2**16  # of a PNG, by its header: few bytes may hold many
+MAX_ROWS, MAX_NUMBERS = 64, 2**16
+MAX_CHUNKS = 64
+SLOW_TO_WRITE = ("gif", "webp")  # answers, where a request's Accept names them
 PNG_CHUNKS = frozenset(
     {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"IDAT", b"IEND"}
 )
 
 
-def is_light(call: Call, numbers: int, rows: int | None = None) -> bool:
-    """Whether all but the jobs takes a moment, for sure: it will run on the event loop.
+def fits_event_loop(call: Call, numbers: int, rows: int | None = None) -> bool:
+    """True if reading the request and writing its answer surely take a moment only; its jobs are not considered.
 
-    Few rows of the model's own size that need no decoder but a plain PNG's; or so many ``rows`` without a body. No
-    answer that takes long to write.
+    ``numbers`` is the count of numbers in a row of the model. ``rows`` is the count of rows that the parameters ask
+    for, of a verb whose requests have no body.
     """
-    most = MOST_BYTES if rows is None else 0
-    if len(call.body) > most or any(kind in call.accept.lower() for kind in LONG_TO_WRITE):
+    max_bytes = MAX_BODY_BYTES if rows is None else 0
+    if len(call.body) > max_bytes or any(kind in call.accept.lower() for kind in SLOW_TO_WRITE):
         return False
     if rows is None:
         rows = _plain_rows(call, numbers)
@@ -38,12 +38,12 @@ def is_light(call: Call, numbers: int, rows: int | None = None) -> bool:
 
 
 def are_few(rows: int, numbers: int) -> bool:
-    """Whether so many rows of so many numbers are read, or written, in a moment."""
-    return rows <= MOST_ROWS and rows * numbers <= MOST_NUMBERS
+    """True if ``rows`` rows of ``numbers`` numbers each are read, or written, in a moment."""
+    return rows <= MAX_ROWS and rows * numbers <= MAX_NUMBERS
 
 
 def _plain_rows(call: Call, numbers: int) -> int | None:
-    """How many rows the body holds; None where that is not to be seen at once, or where they are to be resized."""
+    """The count of rows in the body; None where it cannot be seen at once, or where rows would be resized."""
     if call.media_type == OCTETS:
         return len(call.body) // numbers
     if call.media_type == NPY:
@@ -56,7 +56,7 @@ def _plain_rows(call: Call, numbers: int) -> int | None:
 
 
 def _npy_rows(call: Call) -> int | None:
-    """By the header: latents [M,L], or rows in the model's own size, of images the channels first, last or left out."""
+    """The rows by the header: latents [M,L], or x in the model's own size, channels first, last or left out."""
     shape, natural = npy_shape(call.body), call.rule.natural
     width = call.served.manifest.signature.latent_dim
     if len(shape) == 2 and shape[1] == width:
@@ -71,25 +71,25 @@ def _npy_rows(call: Call) -> int | None:
 
 
 def _json_rows(call: Call) -> int | None:
-    """Nested lists of numbers alone; parameters beside them may ask for much, strings may hold pictures."""
+    """The rows of nested lists of numbers; None with parameters beside them, which may ask for much, and for files."""
     document = call.document
     if not isinstance(document, dict) or not document.keys() <= {"images", "dtype", "rows", "latents"}:
         return None
     rows = document.get("images", document.get("rows", document.get("latents")))
-    if not isinstance(rows, list) or len(rows) > MOST_ROWS or not all(isinstance(row, list) for row in rows):
+    if not isinstance(rows, list) or len(rows) > MAX_ROWS or not all(isinstance(row, list) for row in rows):
         return None
     return len(rows)
 
 
 def _is_plain_png(body: bytes) -> bool:
-    """A PNG of few pixels and chunks, none of which could be large inflated but the pixels themselves."""
+    """True for a PNG of few pixels and few chunks, of which only the pixels are inflated."""
     if not body.startswith(HEAD) or len(body) < FIRST:
         return False
     width, height = struct.unpack_from(">II", body, len(HEAD))
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         return False
     at = FIRST
-    for _ in range(MOST_CHUNKS):
+    for _ in range(MAX_CHUNKS):
         if at + 8 > len(body):
             return True  # cut short: refused in a moment
         size, kind = struct.unpack_from(">I4s", body, at)

@@ -1,0 +1,201 @@
+"""The endpoint of every verb: it reads the body, has the job computed, and writes the answer.
+
+A verb is an ordinary route of the FastAPI app. FastAPI looks the model up, validates the query and resolves
+dependencies; its path function then returns the response of a ``ResolvedRequest``, the ASGI application that does the
+rest. The ``RouteResolver``, the innermost middleware, remembers it by method, path and query, so that the next such
+request is not validated again. All other middleware stands before it, and no route with other dependencies is
+remembered, so that none is skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api.context import PREFIXES, AppContext, Call, Content
+from service.api.headers import header
+from service.api.schemas import Parameters
+from service.api.small_requests import are_few, fits_event_loop
+from service.errors import InvalidInput, VaeserveError
+from service.formats.media_types import PNG
+from service.inference.jobs import Job, RequestReader, Work, finish
+from service.repository.model_repository import Served
+
+MAX_REMEMBERED = 512  # requests by method, path and query, and readers of each
+MAX_KEY_CHARACTERS = 1024
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What is done for a request: ``work`` of its call and its parameters.
+
+    ``rows`` gives the number of rows that the parameters ask for, of a verb whose requests have no body. ``several``
+    says that the work has more than one job.
+    """
+
+    work: Callable[[Call, Any], Work[Content]]
+    rows: Callable[[Any], int] | None = None
+    several: bool = False
+
+
+class ResolvedRequest:
+    """An ASGI application for requests of one method, path and query: the model, the verb and its parameters."""
+
+    def __init__(self, context: AppContext, served: Served, verb: Verb, query: Parameters, route: APIRoute) -> None:
+        self.route = route
+        self._context, self._served, self._verb, self._query = context, served, verb, query
+        self._numbers = math.prod(served.manifest.preprocessing.shape)
+        self._rows = None if verb.rows is None else verb.rows(query)
+        self._needs_thread = _asks_for_much(served, verb, query, self._numbers)
+        self._readers: OrderedDict[Hashable, RequestReader] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        content_type, accept = header(scope, b"content-type"), header(scope, b"accept")
+        body = await read_body(receive)
+        key = content_type, accept, 0 if content_type == PNG else len(body)  # a PNG says itself how large it is
+        job, answer = self._repeated(key, body)
+        disconnected = partial(wait_for_disconnect, receive)
+        if job is not None:
+            del body
+            content, media_type = answer(await self._context.batcher.run(job, disconnected))
+        else:
+            call = Call(self._context, self._served, content_type, accept, body)
+            del body
+            content, media_type = await self._answer(call, key, disconnected)
+        headers = [(b"content-length", b"%d" % len(content)), (b"content-type", media_type.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    def _repeated(self, key: Hashable, body: bytes) -> tuple[Job | None, Callable[[Any], Content]]:
+        """The job of a request whose headers and length are those of one before, and what makes its answer."""
+        reader = self._readers.get(key)
+        if reader is None:
+            return None, _no_answer
+        try:
+            rows = reader.read(body)
+        except InvalidInput:  # told in words where the body is read as any other
+            return None, _no_answer
+        return (None if rows is None else Job(reader.key, rows, reader.run)), reader.answer
+
+    async def _answer(self, call: Call, key: Hashable, disconnected: Callable[[], Any]) -> Content:
+        """The answer: on the event loop, the jobs together with those of others, if the request is small."""
+        work, pool = self._verb.work(call, self._query), self._context.pool
+        if self._needs_thread or not fits_event_loop(call, self._numbers, self._rows):
+            return await pool.run(lambda: finish(work), disconnected)
+        if not self._verb.several:
+            return await self._compute(work, key, disconnected)
+        try:
+            async with asyncio.timeout(pool.timeout):  # of all its jobs
+                return await self._compute(work, key, disconnected)
+        except TimeoutError as error:
+            raise pool.deadline_error() from error
+
+    async def _compute(self, work: Work[Content], key: Hashable, disconnected: Callable[[], Any]) -> Content:
+        try:
+            job = next(work)
+            if job.reader is not None:
+                _remember(self._readers, key, job.reader)
+            while True:
+                job = work.send(await self._context.batcher.run(job, disconnected))
+        except StopIteration as done:
+            content: Content = done.value
+            return content
+
+
+Endpoints = OrderedDict[Hashable, ResolvedRequest]
+"""Requests that were resolved, by method, path and query; those of an app end with its lifespan."""
+
+
+class RouteResolver:
+    """Middleware that answers requests like those that were resolved before, by method, path and query."""
+
+    def __init__(self, app: ASGIApp, endpoints: Endpoints) -> None:
+        self.app, self._endpoints = app, endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoints.get(_key(scope)) if scope["type"] == "http" else None
+        if endpoint is None:
+            await self.app(scope, receive, send)
+            return
+        scope["route"] = endpoint.route
+        try:
+            await endpoint(scope, receive, send)
+        except (VaeserveError, ClientDisconnect) as error:
+            handler = scope["app"].exception_handlers[VaeserveError]
+            response = await handler(Request(scope, receive), error)
+            await response(scope, receive, send)
+
+
+class _ResolvedResponse(Response):
+    """What a path function returns: FastAPI calls it in place of writing a response of its own."""
+
+    def __init__(self, endpoint: ResolvedRequest) -> None:
+        super().__init__()
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoint(scope, receive, send)
+
+
+def respond(request: Request, verb: Verb, query: Parameters) -> Response:
+    """The response of a path function: ``query`` is validated, and the model in the request's state."""
+    endpoint = ResolvedRequest(request.app.state.context, request.state.served, verb, query, request.scope["route"])
+    dependencies = {depends.dependency for depends in endpoint.route.dependencies}
+    if dependencies <= set(PREFIXES.values()):  # no other one would be skipped the next time
+        _remember(request.app.state.endpoints, _key(request.scope), endpoint)
+    return _ResolvedResponse(endpoint)
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body, which the middleware limits. Raises starlette's ClientDisconnect."""
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _remember(remembered: OrderedDict[Hashable, T], key: Hashable, value: T) -> None:
+    """Add to what is remembered, within bounds."""
+    if len(str(key)) <= MAX_KEY_CHARACTERS:
+        remembered[key] = value
+        if len(remembered) > MAX_REMEMBERED:
+            remembered.popitem(last=False)
+
+
+def _key(scope: Scope) -> Hashable:
+    return scope["method"], scope.get("root_path", ""), scope["path"], scope["query_string"]
+
+
+def _asks_for_much(served: Served, verb: Verb, query: Parameters, numbers: int) -> bool:
+    """True if the parameters alone ask for much work: whole images, many numbers, or noise for every row."""
+    names = ("samples", "map", "top_latents") if verb.rows is None else ("draw",)
+    if served.tiled is not None or any(getattr(query, name, 0) for name in names):
+        return True
+    return not are_few(getattr(query, "steps", 0), numbers)
+
+
+def _no_answer(_result: Any) -> Content:
+    raise AssertionError("there is no job to answer")
