@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\([^)]*\)|<?https?://\S+")
 NO_TEXT = re.compile(r"#|\||!\[|\s*$")  # a heading, a row of a table, a picture, an empty line
 ITEM = re.compile(r"\s*(?:[-*]|\d+\.) ")
 CODE = "service|training|bench|tests|deploy|examples"
-PATH = re.compile(rf"\b(?:{CODE})/[\w./-]*\w")
+PATH = re.compile(rf"\b(?:{CODE})/(?:[\w-]+/)*(?:[\w-]+\.[a-z]+)?")  # a folder with its slash, or a file
 MODULE = re.compile(rf"(?<![\w./-])(?:{CODE})(?:\.[A-Za-z_]\w*)+")
 VARIABLE = re.compile(r"\bVAESERVE_([A-Z_]*[A-Z])\b")
 
@@ -124,7 +124,9 @@ def test_where_a_paragraph_ends() -> None:
     [
         ("`service/settings.py`, service.settings, `service.settings.Settings`, training.models", []),
         ("service/api/ and tests/test_docs.py", []),
+        ("40 examples/s", []),
         ("service/nothing.py", ["service/nothing.py"]),
+        ("service/nothing/", ["service/nothing/"]),
         ("`service.nothing`", ["service.nothing"]),
         ("service.settings.Nothing", ["service.settings.Nothing"]),
         ("training.models.Nothing", ["training.models.Nothing"]),
