@@ -4,8 +4,7 @@
 #   docker build --tag vaeserve:cpu .
 #   docker run --read-only --publish 8000:8000 vaeserve:cpu
 #   docker run --read-only --publish 8000:8000 --volume "$PWD/exported:/srv/exported:ro" vaeserve:cpu
-#   docker run --read-only --volume tuned:/tmp --env VAESERVE_AUTOTUNE_FILE=/tmp/autotune.json vaeserve:cpu autotune
-#   (once; then the same with --publish 8000:8000 --env VAESERVE_WORKERS=auto, without the last word)
+#   docker run --read-only --publish 8000:8000 --env VAESERVE_WORKERS=auto vaeserve:cpu
 #   docker build --tag vaeserve:gpu --target gpu . && docker run --gpus all --read-only --publish 8000:8000 vaeserve:gpu
 
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
@@ -13,7 +12,7 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 # --- the project as a wheel -----------------------------------------------------------------------------------------------
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY training training
 RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
@@ -44,6 +43,7 @@ FROM ${PYTHON_IMAGE} AS runtime
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="vaeserve" \
       org.opencontainers.image.description="Serves latent variable models of images: latents, samples, calibrated anomaly scores" \
+      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${REVISION}"
 ENV PATH=/opt/vaeserve/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONUNBUFFERED=1 \

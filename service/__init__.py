@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Read by ONNX Runtime when it is imported. Its builds for Linux (1.29 and later) otherwise start a thread that reports
 # to their maker, and keep an identifier and a database in the home directory; disable_telemetry_events comes too late.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import http.server
 import json
 import os
@@ -192,6 +193,7 @@ def test_the_wheel_holds_every_file_of_both_packages(tmp_path: Path) -> None:
     for package in ("service", "training"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", source)
+    shutil.copy(ROOT / "LICENSE", source)
     (source / PROJECT["readme"]).write_text("# vaeserve\n")
     expected = {path.relative_to(source).as_posix() for path in source.glob("*/**/*") if path.is_file()}
 
@@ -210,7 +212,17 @@ def test_the_wheel_holds_every_file_of_both_packages(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         held = {name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")}
+        (license_file,) = [name for name in wheel.namelist() if name.endswith("/licenses/LICENSE")]
+        license_text = wheel.read(license_file).decode()
     assert held == expected
+    assert license_text == (ROOT / "LICENSE").read_text()
+
+
+def test_the_license_is_the_full_text_of_apache_2() -> None:
+    """The hash is that of https://www.apache.org/licenses/LICENSE-2.0.txt."""
+    digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+    assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+    assert PROJECT["license"] == "Apache-2.0"
 
 
 # --- the direction of imports ----------------------------------------------------------------------------------------

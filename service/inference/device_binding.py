@@ -2,7 +2,7 @@
 
 ``InferenceSession.run`` copies every input to the device and every output back. Bound, an array that is kept crosses
 once, and an output stays until it is fetched. The device is a parameter: bound to "cpu" the same code computes what
-``run`` computes, bitwise, and so it is tested. It never ran on "cuda" (docs/performance.md).
+``run`` computes, bitwise, and so it is tested. It never ran on "cuda" (docs/gpu.md).
 """
 
 from __future__ import annotations
