@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -33,3 +34,11 @@ def problem(
     return Response(
         orjson.dumps(body, default=str), status_code=status, media_type=MEDIA_TYPE, headers=dict(headers or {})
     )
+
+
+def problem_response(status: int, detail: str) -> bytes:
+    """A whole HTTP response with a problem, for a connection that is closed after it: no request has an id there."""
+    request_id = uuid.uuid4().hex
+    response = problem(status, detail, request_id, {"x-request-id": request_id, "connection": "close"})
+    head = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode() + head + b"\r\n" + bytes(response.body)

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastapi import FastAPI
 
 from service.deferred import flush_all
 from service.server.balance import Balance, balanced_protocol
-from service.server.limits import limited_protocol
+from service.server.limits import LimitedProtocol
 from service.settings import Settings
 
 TICKS = 10  # of uvicorn a second
@@ -116,12 +117,12 @@ def build_server(
     ``on_listening`` is called once it listens, ``on_second`` from its event loop every second from then on;
     ``balance`` evens out the connections of several such servers.
     """
-    protocol = limited_protocol(settings, app.state.budget)
+    protocol = partial(LimitedProtocol, settings, app.state.budget)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=protocol if balance is None else balanced_protocol(protocol, balance),
+        http=protocol if balance is None else balanced_protocol(protocol, balance),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,  # service.logs has configured the root logger

@@ -1,63 +1,55 @@
-"""What uvicorn's HTTP protocol lacks: limits on connections that no ASGI application can set.
+"""Limits on connections that uvicorn's HTTP protocol lacks, and that no ASGI application can set.
 
-Headers that are too long (431), headers and bodies that are too late (408), answers that nobody reads, one write for the
-head and the body of an answer, the body behind an Upgrade that is not made, trailers, and pipelined requests, which wait
-in the socket while answers are due. This is the one file that uses undocumented attributes of uvicorn; a test names them.
+Headers that are too long (431), headers and bodies that are too late (408), unread answers, one write an answer, bodies
+behind an Upgrade that is not made, trailers, and pipelined requests, which wait in the socket while answers are due.
+This is the one file that uses attributes of uvicorn which it does not document; a test names them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.middleware import BodyBudget
-from service.api.problems import MEDIA_TYPE, problem
+from service.api.problems import problem_response
 from service.logs import get_logger
 from service.settings import Settings
 
 LINGER_SECONDS = 0.5
-JOINED_BYTES = 2**16
 UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. ``limited_protocol`` makes the class that has ``settings`` and the app's ``budget`` of bytes."""
+    """One connection, under the limits of ``settings``; unread answers count in the app's ``budget``."""
 
-    settings: Settings
-    budget: BodyBudget
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.headers: list[tuple[bytes, bytes]] = []
-        self._timer: asyncio.TimerHandle | None = None  # of the headers, and of the end of a refused connection
+    def __init__(self, settings: Settings, budget: BodyBudget, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.settings, self.budget = settings, budget
+        self.headers = []
+        self._timer: asyncio.TimerHandle | None = None  # of headers, a body, or the end of a refused connection
         self._in_headers, self._in_message = True, False  # a new connection owes its first request
         self._header_bytes = 0
         self._refusal: bytes | None = None  # the last bytes of the connection, written when no answer is due
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        settings = self.settings
-        self._answers = AnswerTransport(transport, self.loop, self.budget, settings.send_timeout)
+        self._answers = AnswerTransport(transport, self.budget, self.settings.send_timeout)
         super().connection_made(self._answers)  # type: ignore[arg-type]
         self.flow = PipelineFlow(transport, lambda: bool(self.pipeline))
-        _send_without_delay(transport)
         self._watch_arrival()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._set_timer()
-        self._unset_keepalive_if_required()
         self._answers.end()
         super().connection_lost(exc)
 
     def eof_received(self) -> None:
-        """Close after what was written: the event loop would close the transport below the joined writes."""
-        self.transport.close()
+        self.transport.close()  # after what was joined; the event loop would close the transport below
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -65,7 +57,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._answers.release()
+        if not self.transport.is_closing():  # else what little is left is still watched
+            self._answers.end()
 
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
@@ -83,25 +76,21 @@ class LimitedProtocol(HttpToolsProtocol):
     def _watch_arrival(self) -> None:
         """Set the timer of what has to come: headers, a body, or another request."""
         if self._in_headers:
-            self._set_timer(self.settings.header_timeout, self._time_out_headers)
-        elif not self.cycle.response_complete:
-            if self._in_message:
-                self._set_timer(self.settings.receive_timeout, self._time_out_body)
-        elif self.timeout_keep_alive_task is None and not self.transport.is_closing():
-            idle, close = self.timeout_keep_alive, self.timeout_keep_alive_handler
-            self.timeout_keep_alive_task = self.loop.call_later(idle, close)
+            self._set_timer(self.settings.header_timeout, partial(self._time_out, "headers", "header_timeout"))
+        elif self._in_message and not self.cycle.response_complete:
+            self._set_timer(self.settings.receive_timeout, partial(self._time_out, "body", "receive_timeout"))
+        elif self.cycle.response_complete:
+            self._unset_keepalive_if_required()
+            seconds, close = self.timeout_keep_alive, self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(seconds, close)
 
-    def _time_out_headers(self) -> None:
-        seconds = self.settings.header_timeout
-        self._refuse(408, f"the headers did not arrive within {seconds:g} s (setting header_timeout)")
-
-    def _time_out_body(self) -> None:
+    def _time_out(self, part: str, setting: str) -> None:
         self._timer = None
         if self.flow.read_paused:  # the client waits for us
             self._watch_arrival()
             return
-        seconds = self.settings.receive_timeout
-        self._refuse(408, f"the body did not arrive within {seconds:g} s (setting receive_timeout)")
+        seconds = getattr(self.settings, setting)
+        self._refuse(408, f"the {part} did not arrive within {seconds:g} s (setting {setting})")
 
     def _feed(self, data: bytes) -> None:
         """As uvicorn's, which drops a body that comes with an Upgrade.
@@ -152,17 +141,16 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        self._answers.flush()
         super().on_response_complete()
         if self._refusal is not None and not self.pipeline and self.cycle.response_complete:
-            self._part(self._refusal)
+            self._part()
 
     def _check_headers(self, size: int) -> None:
-        settings = self.settings
-        if len(self.headers) > settings.max_headers:
-            self._refuse(431, f"more than {settings.max_headers} header lines (setting max_headers)")
-        elif size > settings.max_header_bytes:
-            self._refuse(431, f"more than {settings.max_header_bytes} bytes of headers (setting max_header_bytes)")
+        lines, most = self.settings.max_headers, self.settings.max_header_bytes
+        if len(self.headers) > lines:
+            self._refuse(431, f"more than {lines} header lines (setting max_headers)")
+        elif size > most:
+            self._refuse(431, f"more than {most} bytes of headers (setting max_header_bytes)")
 
     def _set_timer(self, seconds: float = 0, then: Callable[[], None] | None = None) -> None:
         """Call ``then`` after ``seconds`` in place of what the timer would have called before."""
@@ -173,44 +161,41 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, detail: str) -> None:
         """Read no more of the connection; answer what is due, then the refusal, then close.
 
-        A refusal of a request's own body takes the place of its answer, unless that has begun.
+        The refusal of a request's own body takes the place of its answer, unless that has begun.
         """
         if self._refusal is not None:
             return
         self._set_timer()
         get_logger().info("connection refused", status=status, detail=detail, client=self.client)
-        self._refusal = _problem_bytes(status, detail)
+        self._refusal = problem_response(status, detail)
         cycle = self.cycle
         if self._in_message and not self._in_headers:  # in the body of the latest request
             if self.pipeline:  # whose turn has not come
                 self.pipeline.popleft()
                 cycle.response_complete = True
                 return
-            if cycle.response_started:
-                self._refusal = b""
+            self._refusal = b"" if cycle.response_started else self._refusal
             cycle.disconnected = True
             cycle.message_event.set()
         elif self.pipeline or (cycle is not None and not cycle.response_complete):
             return
-        self._part(self._refusal)
+        self._part()
 
-    def _part(self, last: bytes) -> None:
-        """Write ``last``, say that no more comes, drop what still arrives, close shortly.
+    def _part(self) -> None:
+        """Write the refusal, say that no more comes, drop what still arrives, close shortly.
 
         A socket that is closed on unread bytes is reset, and the client would never read the answer.
         """
         self.flow.resume_reading()
-        if self.transport.is_closing():
-            return
-        if last:
-            self.transport.write(last)
-        if self.transport.can_write_eof():
+        if not self.transport.is_closing():
+            self.transport.write(self._refusal or b"")
+            self._answers.flush()
             self.transport.write_eof()
-        self._set_timer(LINGER_SECONDS, self.transport.close)
+            self._set_timer(LINGER_SECONDS, self.transport.close)
 
 
 class PipelineFlow(FlowControl):
-    """uvicorn's flow control, which reads on for a request that is under way: not while pipelined requests wait."""
+    """uvicorn's flow control, but for reading on while pipelined requests wait."""
 
     def __init__(self, transport: asyncio.Transport, has_waiting: Callable[[], bool]) -> None:
         super().__init__(transport)
@@ -222,30 +207,27 @@ class PipelineFlow(FlowControl):
 
 
 class AnswerTransport:
-    """A transport that joins the writes of an answer, and gives up a client that does not read it.
+    """A transport that joins two writes at a time, and gives up a client that does not read its answer.
 
-    Joined is what is written until ``flush`` or the end of the event loop's iteration: uvicorn writes head and body
-    apart, which costs two system calls and wakes the client twice. Bytes that the client does not read count in the
-    budget of bodies; if none of them is read in ``send_timeout`` seconds, the connection is aborted.
+    uvicorn writes head and body apart, which costs two system calls and wakes the client twice. Bytes that the client
+    has not read count in the budget of bodies; if it reads none in ``timeout`` seconds, the connection is aborted.
     """
 
-    def __init__(
-        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, budget: BodyBudget, send_timeout: float
-    ) -> None:
-        self._transport, self._loop, self._budget, self._send_timeout = transport, loop, budget, send_timeout
-        self._parts: list[bytes] = []
-        self._written = self._counted = 0  # bytes handed on so far; of these counted in the budget
+    def __init__(self, transport: asyncio.Transport, budget: BodyBudget, timeout: float) -> None:
+        self._transport, self._budget, self._timeout = transport, budget, timeout
+        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._parts: list[bytes] = []
+        self._written = self._counted = 0  # bytes handed on so far, and how many of them count in the budget
 
     def write(self, data: bytes) -> None:
-        if not self._parts:
-            self._loop.call_soon(self.flush)
         self._parts.append(data)
-        if len(data) > JOINED_BYTES:  # what is streamed must feel how fast it is read
+        if len(self._parts) > 1:
             self.flush()
+        else:
+            self._loop.call_soon(self.flush)  # where nothing follows in this iteration of the event loop
 
     def flush(self) -> None:
-        """Hand on what was joined, unless the connection is closed by now."""
         parts, self._parts = self._parts, []
         if parts and not self._transport.is_closing():
             self._written += sum(map(len, parts))
@@ -254,68 +236,28 @@ class AnswerTransport:
     def close(self) -> None:
         self.flush()
         self._transport.close()
-        self._start_timer()
+        self.watch()
 
-    def write_eof(self) -> None:
-        self.flush()
-        self._transport.write_eof()
-
-    def watch(self) -> None:
-        """Count what the client has not read, from now until ``release``."""
-        self._count(self._transport.get_write_buffer_size())
-        self._start_timer()
-
-    def release(self) -> None:
-        """Stop counting: most has been read. A connection that is to close is still watched."""
+    def watch(self, read_before: int = -1) -> None:
+        """Count what the client has not read, and look again later whether more is read than ``read_before``."""
+        unread = self._transport.get_write_buffer_size()
+        read = self._written - unread
         self.end()
-        if self._transport.is_closing():
-            self._start_timer()
+        if unread and read > read_before:
+            self._counted = unread
+            self._budget.held += unread
+            self._timer = self._loop.call_later(self._timeout, self.watch, read)
+        elif unread:
+            get_logger().info("connection aborted: its answer is not read", unread=unread, seconds=self._timeout)
+            self._transport.abort()
 
     def end(self) -> None:
-        """Stop counting and watching."""
-        self._count(0)
+        """Count nothing, and look no more."""
+        self._budget.held -= self._counted
+        self._counted = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _count(self, unread: int) -> None:
-        self._budget.held += unread - self._counted
-        self._counted = unread
-
-    def _start_timer(self) -> None:
-        unread = self._transport.get_write_buffer_size()
-        if unread and self._timer is None:
-            self._timer = self._loop.call_later(self._send_timeout, self._abort_unless_read, self._written - unread)
-
-    def _abort_unless_read(self, read_before: int) -> None:
-        self._timer = None
-        unread = self._transport.get_write_buffer_size()
-        if unread and self._written - unread <= read_before:
-            get_logger().info("connection aborted: its answer is not read", unread=unread, seconds=self._send_timeout)
-            self._transport.abort()
-            return
-        if self._counted:
-            self._count(unread)
-        self._start_timer()
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
-
-
-def limited_protocol(settings: Settings, budget: BodyBudget) -> type[LimitedProtocol]:
-    """The protocol class for ``uvicorn.Config(http=…)``."""
-    return type("ConfiguredProtocol", (LimitedProtocol,), {"settings": settings, "budget": budget})
-
-
-def _send_without_delay(transport: asyncio.Transport) -> None:
-    """Set TCP_NODELAY, which event loops set only on sockets that they opened themselves."""
-    connection = transport.get_extra_info("socket")
-    if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _problem_bytes(status: int, detail: str) -> bytes:
-    request_id = uuid.uuid4().hex
-    body = bytes(problem(status, detail, request_id).body)
-    head = f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nx-request-id: {request_id}\r\n"
-    return STATUS_LINE[status] + head.encode() + b"connection: close\r\n\r\n" + body
