@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import httptools
@@ -22,11 +21,10 @@ from service.logs import get_logger
 from service.settings import Settings
 
 LINGER_SECONDS = 0.5
-UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection, under the limits of ``settings``; unread answers count in the app's ``budget``."""
+    """A connection, under the limits of ``settings``. Unread answers count in the app's ``budget``."""
 
     def __init__(self, settings: Settings, budget: BodyBudget, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -76,9 +74,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def _watch_arrival(self) -> None:
         """Set the timer of what has to come: headers, a body, or another request."""
         if self._in_headers:
-            self._set_timer(self.settings.header_timeout, partial(self._time_out, "headers", "header_timeout"))
+            self._set_timer(self.settings.header_timeout, self._time_out, "headers", "header_timeout")
         elif self._in_message and not self.cycle.response_complete:
-            self._set_timer(self.settings.receive_timeout, partial(self._time_out, "body", "receive_timeout"))
+            self._set_timer(self.settings.receive_timeout, self._time_out, "body", "receive_timeout")
         elif self.cycle.response_complete:
             self._unset_keepalive_if_required()
             seconds, close = self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -89,34 +87,29 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.flow.read_paused:  # the client waits for us
             self._watch_arrival()
             return
-        seconds = getattr(self.settings, setting)
-        self._refuse(408, f"the {part} did not arrive within {seconds:g} s (setting {setting})")
+        self._refuse(408, f"the {part} did not arrive within {getattr(self.settings, setting):g} s (setting {setting})")
 
     def _feed(self, data: bytes) -> None:
-        """As uvicorn's, which drops a body that comes with an Upgrade.
-
-        The parser stops behind the headers of one: they are read again, without the Upgrade, by another parser.
-        """
-        pieces: list[bytes | memoryview] = [memoryview(data)]
+        """Parse, as uvicorn does; but a head that asks for an Upgrade, where the parser stops, is read without it."""
         try:
-            while pieces and self.parser is not None:
-                piece = pieces.pop(0)
+            while data:
                 try:
-                    self.parser.feed_data(piece)
+                    self.parser.feed_data(data)
+                    return
                 except httptools.HttpParserUpgrade as upgrade:
-                    if self.parser.get_method() != b"CONNECT":  # a tunnel, of which no more is read
-                        pieces = [self._head_without_upgrade(), piece[upgrade.args[0] :]]
+                    if self.parser.get_method() == b"CONNECT":  # a tunnel, of which no more is read
+                        return
+                    data = data[upgrade.args[0] :]
+                    self._read_head_again()
         except httptools.HttpParserError:
             self._refuse(400, "Invalid HTTP request received.")
 
-    def _head_without_upgrade(self) -> bytes:
-        """The head of the request whose headers have been read, and a new parser to read it."""
-        parser = self.parser
-        lines = [b"%b %b HTTP/%b" % (parser.get_method(), self.url, parser.get_http_version().encode())]
-        lines += [b"%b: %b" % pair for pair in self.headers if pair[0] not in UPGRADE_HEADERS]
+    def _read_head_again(self) -> None:
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        kept = [b"%b: %b" % header for header in self.headers if header[0] not in (b"upgrade", b"http2-settings")]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-        return b"\r\n".join(lines) + b"\r\n\r\n"
+        self.parser.feed_data(b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version), *kept, b"", b""]))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -152,17 +145,14 @@ class LimitedProtocol(HttpToolsProtocol):
         elif size > most:
             self._refuse(431, f"more than {most} bytes of headers (setting max_header_bytes)")
 
-    def _set_timer(self, seconds: float = 0, then: Callable[[], None] | None = None) -> None:
+    def _set_timer(self, seconds: float = 0, then: Callable[..., None] | None = None, *arguments: str) -> None:
         """Call ``then`` after ``seconds`` in place of what the timer would have called before."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if then is None else self.loop.call_later(seconds, then)
+        self._timer = None if then is None else self.loop.call_later(seconds, then, *arguments)
 
     def _refuse(self, status: int, detail: str) -> None:
-        """Read no more of the connection; answer what is due, then the refusal, then close.
-
-        The refusal of a request's own body takes the place of its answer, unless that has begun.
-        """
+        """Read no more; answer what is due, then the refusal, then close. A refused body's takes the answer's place."""
         if self._refusal is not None:
             return
         self._set_timer()
@@ -182,10 +172,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._part()
 
     def _part(self) -> None:
-        """Write the refusal, say that no more comes, drop what still arrives, close shortly.
-
-        A socket that is closed on unread bytes is reset, and the client would never read the answer.
-        """
+        """Write the refusal, drop what still arrives, then close: a socket closed on unread bytes is reset."""
         self.flow.resume_reading()
         if not self.transport.is_closing():
             self.transport.write(self._refusal or b"")
