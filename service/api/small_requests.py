@@ -9,6 +9,7 @@ import math
 import struct
 
 from service.api.context import Call
+from service.errors import InvalidInput
 from service.formats.arrays import npy_shape
 from service.formats.media_types import JSON, NPY, OCTETS, PNG
 from service.formats.plain_png import FIRST, HEAD
@@ -72,7 +73,10 @@ def _npy_rows(call: Call) -> int | None:
 
 def _json_rows(call: Call) -> int | None:
     """The rows of nested lists of numbers; None with parameters beside them, which may ask for much, and for files."""
-    document = call.document
+    try:
+        document = call.document
+    except InvalidInput:  # refused where it is read, in its turn
+        return None
     if not isinstance(document, dict) or not document.keys() <= {"images", "dtype", "rows", "latents"}:
         return None
     rows = document.get("images", document.get("rows", document.get("latents")))
