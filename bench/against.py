@@ -35,7 +35,7 @@ from bench.open_loop import OpenLoad, arrivals, drive_open
 from bench.raw import reference_pixels
 from bench.requests import ask, request
 from bench.run import SHIPPED, cpu_name, folder_of, progress
-from bench.servers import ROOT, Installation, Server, interpreter, vae_server
+from bench.servers import Installation, Server, add_base, add_service, sides, vae_server
 from bench.stage import find_bundle, load_process
 from bench.table import MIB, total_pss
 from service.resources import available_cpus
@@ -99,10 +99,10 @@ class Pair:
 
 
 @contextmanager
-def pair(folder: Path, workers: int, sides: Sides, elsewhere: Elsewhere) -> Iterator[Pair]:
+def pair(folder: Path, workers: int, installations: Sides, elsewhere: Elsewhere) -> Iterator[Pair]:
     """Start both, and end them."""
     with ExitStack() as stack:
-        old, new = (stack.enter_context(vae_server(folder, workers, installation=side)) for side in sides)
+        old, new = (stack.enter_context(vae_server(folder, workers, installation=side)) for side in installations)
         yield Pair(folder, workers, (old, new), elsewhere)
 
 
@@ -159,10 +159,12 @@ def p99_at_half(both: Pair, row: Row, effort: Effort) -> Result:
     return {"line": line, "old": p99[OLD], "new": p99[NEW], "client_late_p99_ms": late}
 
 
-def memory(sides: Sides, folder: Path, chosen: Sequence[Row], elsewhere: Elsewhere, seconds: float) -> list[Result]:
+def memory(
+    installations: Sides, folder: Path, chosen: Sequence[Row], elsewhere: Elsewhere, seconds: float
+) -> list[Result]:
     """PSS after a load of the rows: of all processes over the workers, and of the largest process."""
     found = []
-    for side in sides:
+    for side in installations:
         with vae_server(folder, MEMORY_WORKERS, installation=side) as server:
             both = Pair(folder, MEMORY_WORKERS, (server, server), elsewhere)
             for row in chosen:
@@ -182,11 +184,11 @@ def _size(name: str, sizes: list[float], floor: float | None) -> Line:
     return Line(name, MEMORY_WORKERS, *_span(sizes[NEW:]), *words, floor=floor, fewer=True, digits=0)
 
 
-def starts(sides: Sides, folder: Path, workers: int, count: int) -> Result:
+def starts(installations: Sides, folder: Path, workers: int, count: int) -> Result:
     """Seconds from the start of the process to the first 200 of /readyz."""
     found: tuple[list[float], list[float]] = ([], [])
     for side in in_turn(count, f"starts, {workers} worker(s)"):
-        with vae_server(folder, workers, installation=sides[side]) as server:
+        with vae_server(folder, workers, installation=installations[side]) as server:
             found[side].append(server.seconds_to_ready)
     words = [f"{statistics.median(seconds):.2f} s" for seconds in found]
     name = f"start to ready, bundles of {folder.name}/, s"
@@ -197,26 +199,27 @@ def starts(sides: Sides, folder: Path, workers: int, count: int) -> Result:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything: ``rates``, ``p99``, ``memory`` and ``starts`` hold results, each with its Line."""
     effort, started = arguments.effort, time.perf_counter()
-    sides = Installation(arguments.base.resolve(), arguments.base_python), Installation(ROOT, arguments.python)
-    for side in sides:
+    both = sides(arguments)
+    for side in both:
         side.compile()
-    chosen = rows(arguments.model, arguments.big)
+    chosen = [row for row in rows(arguments.model, arguments.big) if arguments.only in row.name]
     folders = {row.model: arguments.repository or folder_of(row.model) for row in chosen}
     shipped, light = arguments.repository or SHIPPED, rows(arguments.model if arguments.repository else "mnist", False)
-    report: dict[str, Any] = {"rates": [], "p99": []}
+    report: dict[str, Any] = {"rates": [], "p99": [], "memory": [], "starts": []}
     with load_process() as elsewhere:
         for workers in arguments.workers:
             for folder in dict.fromkeys(folders.values()):
-                with pair(folder, workers, sides, elsewhere) as both:
-                    report["rates"] += compare(both, [row for row in chosen if folders[row.model] == folder], effort)
-                    if folder == folders[chosen[0].model]:
-                        report["p99"].append(p99_at_half(both, chosen[0], effort))
-        report["memory"] = memory(sides, shipped, light, elsewhere, effort.seconds)
-    report["starts"] = [starts(sides, shipped, workers, effort.starts) for workers in arguments.workers]
+                with pair(folder, workers, both, elsewhere) as here:
+                    report["rates"] += compare(here, [row for row in chosen if folders[row.model] == folder], effort)
+                    if folder == folders[chosen[0].model] and not arguments.only:
+                        report["p99"].append(p99_at_half(here, chosen[0], effort))
+        if not arguments.only:
+            report["memory"] = memory(both, shipped, light, elsewhere, effort.seconds)
+            report["starts"] = [starts(both, shipped, workers, effort.starts) for workers in arguments.workers]
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "old_commit": sides[OLD].commit,
-        "new_commit": sides[NEW].commit,
+        "old_commit": both[OLD].commit,
+        "new_commit": both[NEW].commit,
         "cpu": cpu_name(),
         "cores": available_cpus(),
         **asdict(effort),
@@ -243,21 +246,22 @@ def lines(report: dict[str, Any]) -> list[Line]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.against", description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", type=Path, required=True, help="checkout of the older service")
-    parser.add_argument("--base-python", type=interpreter, default=sys.executable, help="interpreter of the older one")
-    python_help = "interpreter of the new service; for memory not this one: pages that others map, too, count in parts"
-    parser.add_argument("--python", type=interpreter, default=sys.executable, help=python_help)
+    add_base(parser)
+    add_service(parser)
     parser.add_argument("--model", default="mnist", help="whose rows are measured: mnist, conv … (mnist)")
     parser.add_argument("--repository", type=Path, help="folder of all bundles (exported, but for conv and big)")
     parser.add_argument(
         "--workers", nargs="+", type=int, help="numbers of workers (1 and one a CPU; one a CPU if brief)"
     )
+    parser.add_argument("--only", default="", help="rates of the rows whose name holds this text, and nothing else")
     parser.add_argument("--seconds", type=float, help=f"of one block ({FULL.seconds}; {BRIEF.seconds} if brief)")
     parser.add_argument("--rounds", type=int, help=f"blocks of each row and side ({FULL.rounds}; {BRIEF.rounds})")
     parser.add_argument("--starts", type=int, help=f"of each side ({FULL.starts}; {BRIEF.starts})")
     parser.add_argument("--brief", action="store_true", help="a rough look within two minutes, without the big model")
     parser.add_argument("--to", type=Path, help="folder for against-COMMIT-DATE.json and .md; else only printed")
     arguments = parser.parse_args(argv)
+    if not any(arguments.only in row.name for row in rows(arguments.model)):
+        parser.error(f"--only {arguments.only}: no row has it in its name")
     arguments.big = not arguments.brief and arguments.repository is None
     if arguments.workers is None:
         cpus = available_cpus()

@@ -37,7 +37,7 @@ from bench.models import synthetic_images
 from bench.random_bodies import Model, read_models
 from bench.requests import VERBS, ask, cases, request
 from bench.run import SHIPPED
-from bench.servers import ROOT, Installation, Server, interpreter, vae_server
+from bench.servers import ROOT, Installation, Server, add_service, vae_server
 
 BACK_SECONDS = 2.0  # from the death of a worker until another serves in its place
 SILENT_SECONDS = 1.0  # at most without any right answer
@@ -317,8 +317,7 @@ def run(arguments: argparse.Namespace) -> list[Check]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.chaos", description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="of the service (this one)")
-    parser.add_argument("--python", type=interpreter, default=sys.executable, help="interpreter of the service")
+    add_service(parser)
     parser.add_argument("--repository", type=Path, default=ROOT / SHIPPED, help="folder of bundles (exported)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--connections", type=int, default=64)

@@ -28,7 +28,7 @@ from pathlib import Path
 from bench.random_bodies import read_models
 from bench.random_requests import Request, draw_request
 from bench.run import SHIPPED, progress
-from bench.servers import ROOT, Installation, interpreter, vae_server
+from bench.servers import add_base, add_service, sides, vae_server
 
 DEFAULT_MODEL = "mnist"
 TIMEOUT = 60
@@ -230,9 +230,8 @@ def replay(clients: tuple[Client, Client], requests: Iterable[Request]) -> Outco
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.replay", description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", type=Path, required=True, help="checkout of the older service")
-    parser.add_argument("--base-python", type=interpreter, default=sys.executable, help="interpreter of the older one")
-    parser.add_argument("--python", type=interpreter, default=sys.executable, help="interpreter of the new service")
+    add_base(parser)
+    add_service(parser)
     parser.add_argument("--requests", type=int, default=3000, help="how many (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random in them (0)")
     parser.add_argument("--only", type=int, nargs="+", help="these requests alone, by number")
@@ -243,11 +242,10 @@ def main(argv: list[str] | None = None) -> int:
     """Ask both, print what differs; the exit code."""
     arguments = parse(argv)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # servers are ended, not left behind
-    installations = Installation(arguments.base.resolve(), arguments.base_python), Installation(ROOT, arguments.python)
     with ExitStack() as stack:
         folder = stack.enter_context(bundles(SHIPPED))
         flags = ("--default-model", DEFAULT_MODEL)
-        servers = [stack.enter_context(vae_server(folder, installation=each, flags=flags)) for each in installations]
+        servers = [stack.enter_context(vae_server(folder, installation=each, flags=flags)) for each in sides(arguments)]
         old, new = (Client(server.host, server.port) for server in servers)
         models = read_models(folder)
         numbers = progress(arguments.only or [*range(arguments.requests)], "requests")

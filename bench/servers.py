@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import compileall
 import contextlib
 import http.client
@@ -173,6 +174,25 @@ class Server:
 def interpreter(text: str) -> str:
     """The absolute path of an interpreter, which in an environment is a link and stays one. A bare name stays, too."""
     return os.path.abspath(text) if os.sep in text else text
+
+
+def add_service(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which service is run, and by which interpreter."""
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="of the service (this one)")
+    help_text = "its interpreter; where memory is read not this one, since pages that others map, too, count in parts"
+    parser.add_argument("--python", type=interpreter, default=sys.executable, help=help_text)
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which older service it is compared with."""
+    parser.add_argument("--base", type=Path, required=True, help="checkout of the older service")
+    parser.add_argument("--base-python", type=interpreter, default=sys.executable, help="its interpreter")
+
+
+def sides(arguments: argparse.Namespace) -> tuple[Installation, Installation]:
+    """The older service and the newer one."""
+    older = Installation(arguments.base.resolve(), arguments.base_python)
+    return older, Installation(arguments.checkout.resolve(), arguments.python)
 
 
 def free_port() -> int:

@@ -114,6 +114,8 @@ def test_a_brief_run_leaves_the_big_model_out():
     assert brief.effort.seconds < full.effort.seconds
     assert full.workers[0] == 1
     assert parse(["--base", ".", "--rounds", "9"]).effort == replace(full.effort, rounds=9)
+    with pytest.raises(SystemExit):
+        parse(["--base", ".", "--only", "no such row"])
 
 
 def test_an_interpreter_is_found_from_any_folder_and_stays_a_link(tmp_path, monkeypatch):

@@ -182,6 +182,7 @@ def test_a_request_that_was_read_must_be_answered_after_sigterm():
     assert failed(_terms(counts, [0], [2.0])) == []
     for name in ("CUT", "DROPPED", "WRONG", "REFUSED", "half_lost", "left"):
         assert len(failed(_terms(counts + Counter({name: 1}), [0], [2.0]))) == 1, name
+    assert len(failed(_terms(Counter(half_answered=4), [0], [2.0]))) == 1  # there was no load
     assert len(failed(_terms(counts, [0, 3], [2.0]))) == 1
     assert len(failed(_terms(counts, [None], [2.0]))) == 1  # it had not ended
 

@@ -9,7 +9,8 @@ FILES = {
     "service/low/b.py": "def two():\n    from service.low import a\n    from service.high import c\n\n    return a\n",
     "service/high/__init__.py": "",
     "service/high/c.py": "import service.low.a\n",
-    "pyproject.toml": '[[tool.importlinter.contracts]]\nname = "layers"\ntype = "layers"\nlayers = ["high", "low"]\n',
+    "pyproject.toml": '[[tool.importlinter.contracts]]\nname = "no torch"\ntype = "forbidden"\n\n'
+    '[[tool.importlinter.contracts]]\nname = "layers"\ntype = "layers"\nlayers = ["high", "low"]\n',
 }
 
 
