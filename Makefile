@@ -15,6 +15,10 @@ ENGINE ?= docker
 ARGS ?=
 TEST_WORKERS ?= logical
 DATA ?= digits
+BASE ?=
+BASE_PYTHON ?= $(BASE)/$(SERVE_VENV)/bin/python
+OLDER = --base $(or $(BASE),$(error BASE=… expected: the checkout to compare with)) --base-python $(BASE_PYTHON) \
+  --python $(SERVE_VENV)/bin/python
 
 CONSTRAINTS := deploy/constraints.txt
 BIN := $(VENV)/bin
@@ -22,7 +26,7 @@ DEV_READY := $(VENV)/.installed-$(RUNTIME)
 SERVE_READY := $(SERVE_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check format train bench lock image image-check clean distclean
+.PHONY: help serve test test-slow check format train bench bench-against replay chaos structure lock image image-check clean distclean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,8 +56,21 @@ format: $(DEV_READY) ## let ruff format and fix what it can
 train: $(DEV_READY) ## train on DATA (digits, mnist, fashion-mnist or a folder) and end with a bundle in exported/
 	$(BIN)/vaetrain fit --data $(DATA) $(ARGS)
 
-bench: $(DEV_READY) ## measure the service against the machine, and against other servers (see docs/performance.md)
+bench: $(DEV_READY) ## measure the service against the machine and other servers (docs/performance.md); with BASE=… also bench-against
 	$(BIN)/python -m bench --json docs/benchmarks/serving-$$(date +%F).json --figure docs/figures/serving.png $(ARGS)
+	$(if $(BASE),$(MAKE) bench-against ARGS=)
+
+bench-against: $(DEV_READY) $(SERVE_READY) ## measure against an older checkout: BASE=… BASE_PYTHON=… (11 minutes; ARGS=--brief: 2)
+	$(BIN)/python -m bench.against $(OLDER) --to docs/benchmarks $(ARGS)
+
+replay: $(DEV_READY) $(SERVE_READY) ## the same 3,000 random requests to an older checkout and to this one: BASE=… BASE_PYTHON=…
+	$(BIN)/python -m bench.replay $(OLDER) $(ARGS)
+
+chaos: $(DEV_READY) $(SERVE_READY) ## kill, stop and end workers under load: every answer right, none lost (2 minutes)
+	$(BIN)/python -m bench.chaos --python $(SERVE_VENV)/bin/python $(ARGS)
+
+structure: $(DEV_READY) ## lines, files a package, layers and circles of service/ (ARGS="checkout …" to compare)
+	$(BIN)/python -m bench.structure $(ARGS)
 
 # The local wheels and extra indexes of this machine are switched off: the lock describes the registry's own releases,
 # so that torch is pinned together with the CUDA packages that it wants elsewhere. pip-tools has an environment of its

@@ -93,9 +93,8 @@ def _heading(report: Report) -> Iterator[str]:
         ready, imports = start["ready_seconds"], start["import_seconds"]
         yield f"cold start, {name}: {ready:.2f} s to ready, imports alone {imports:.2f} s"
     for when, memory in report.get("memory", {}).items():
-        workers = ", ".join(_size(each) for each in memory["workers"])
-        beside = "".join(f"; {name} {_size(memory[name])}" for name in ("supervisor", "nursery") if memory[name])
-        yield f"memory {when} the load, PSS (RSS): workers {workers}{beside}"
+        others = "".join(f", {process['name']} {_size(process)}" for process in memory["others"])
+        yield f"memory {when} the load, PSS (RSS): the process that was started {_size(memory['first'])}{others}"
 
 
 def _size(found: dict[str, int]) -> str:

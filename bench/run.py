@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -28,7 +27,7 @@ from bench.models import SETS, repository
 from bench.report import print_report
 from bench.requests import VERBS
 from bench.rivals.measure import rivals
-from bench.servers import ROOT, ServerFailedError
+from bench.servers import Installation, ServerFailedError
 from bench.serving import BIG, FULL, Selection, cells, cold_start, memory
 from bench.stage import Effort, Stage, find_bundle, stage
 from service.resources import available_cpus
@@ -45,29 +44,24 @@ def progress(steps: list[int], name: str) -> Iterable[int]:
 
 def facts(folder: Path, model: str) -> Report:
     """What was measured, on what, and when."""
-    bundle, cpuinfo = find_bundle(folder, model), Path("/proc/cpuinfo").read_text().splitlines()
+    bundle = find_bundle(folder, model)
     return {
         "model": f"{bundle.manifest.name}/{bundle.manifest.version}",
         "digest": bundle.digest,
         "score": bundle.manifest.default_score,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "cpu": next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown"),
+        "commit": Installation().commit,
+        "cpu": cpu_name(),
         "cores": available_cpus(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
     }
 
 
-def commit() -> str:
-    """Of the code that is measured, with a + if files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-        dirty = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + ("+" if dirty else "")
+def cpu_name() -> str:
+    """What the kernel calls the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def run(arguments: argparse.Namespace) -> Report:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import compileall
 import contextlib
 import http.client
 import os
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,7 @@ from typing import IO, Any
 from bench.memory import name, pss, rss
 
 ROOT = Path(__file__).parents[1]
+"""The checkout that this is."""
 START_SECONDS = 120
 STOP_SECONDS = 5  # in which a server ends that is told to; told twice
 POLL_SECONDS = 0.005
@@ -41,6 +44,29 @@ class Command:
     python: str = sys.executable
     folder: Path = ROOT
     environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A checkout of the service, and the interpreter of an environment that has what it imports."""
+
+    checkout: Path = ROOT
+    python: str = sys.executable
+
+    @property
+    def commit(self) -> str:
+        """Short hash of the checkout's commit, with a + if its files differ from it."""
+        git = ["git", "-C", str(self.checkout)]
+        try:
+            head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True, stderr=subprocess.DEVNULL)
+            dirty = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        return head.strip() + ("+" if dirty else "")
+
+    def compile(self) -> None:
+        """Write the bytecode of its modules, which every installed package has: else a start includes compiling."""
+        compileall.compile_dir(self.checkout / "service", quiet=1)
 
 
 class Server:
@@ -85,6 +111,18 @@ class Server:
             return False
         finally:
             connection.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started."""
+        return self._process.pid
+
+    def exit_code(self, seconds: float = 0) -> int | None:
+        """Of the process that was started, waited for as long; None while it runs."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
     def cpu_seconds(self) -> float:
         """CPU time of the process and its descendants so far, each by its own clock (clock_getcpuclockid(3))."""
@@ -133,6 +171,30 @@ class Server:
         self.stop()
 
 
+def interpreter(text: str) -> str:
+    """The absolute path of an interpreter, which in an environment is a link and stays one. A bare name stays, too."""
+    return os.path.abspath(text) if os.sep in text else text
+
+
+def add_service(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which service is run, and by which interpreter."""
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="of the service (this one)")
+    help_text = "its interpreter; where memory is read not this one, since pages that others map, too, count in parts"
+    parser.add_argument("--python", type=interpreter, default=sys.executable, help=help_text)
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which older service it is compared with."""
+    parser.add_argument("--base", type=Path, required=True, help="checkout of the older service")
+    parser.add_argument("--base-python", type=interpreter, default=sys.executable, help="its interpreter")
+
+
+def sides(arguments: argparse.Namespace) -> tuple[Installation, Installation]:
+    """The older service and the newer one."""
+    older = Installation(arguments.base.resolve(), arguments.base_python)
+    return older, Installation(arguments.checkout.resolve(), arguments.python)
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -154,7 +216,21 @@ def hello_server(workers: int = 1) -> Server:
     return Server(uvicorn_command("bench.hello:app", workers, ready_path="/"))
 
 
-def vae_server(repository: Path, workers: int = 1, device: str = "cpu") -> Server:
-    """``vaeserve serve`` of that folder by so many processes; every protection as it is by default."""
-    command = ["-m", "service", "serve", "--repository", str(repository.resolve()), "--workers", str(workers)]
-    return Server(Command((*command, "--device", device, "--port", "{port}"), "/readyz"))
+def vae_server(
+    repository: Path,
+    workers: int = 1,
+    device: str = "cpu",
+    installation: Installation = Installation(),
+    flags: Sequence[str] = (),
+) -> Server:
+    """``vaeserve serve`` of that folder by so many processes; every protection as by default, but for ``flags``."""
+    arguments = ["-m", "service", "serve", "--repository", str(repository.resolve()), "--workers", str(workers)]
+    return Server(
+        Command(
+            (*arguments, "--device", device, "--port", "{port}", *flags),
+            "/readyz",
+            python=installation.python,
+            folder=installation.checkout,
+            environment=(("PYTHONPATH", str(installation.checkout)),),
+        )
+    )

@@ -6,7 +6,6 @@ all formats must have got the same bytes in answer.
 
 from __future__ import annotations
 
-import compileall
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from bench.bodies import COMMON, FORMATS
 from bench.compare import OFTEN, Group, Progress, Result, Subject
 from bench.raw import reference_pixels
 from bench.requests import LEAST_ROWS, VERBS, cases, check_answers, images_sent
-from bench.servers import ROOT, vae_server
+from bench.servers import ROOT, Installation, vae_server
 from bench.stage import Stage
 
 MANY = 4
@@ -77,22 +76,13 @@ def group(stage: Stage, verb: str, connections: int, batch: int, formats: Collec
 
 
 def memory(stage: Stage) -> dict[str, Any]:
-    """Bytes of the supervisor, the nursery and each worker: PSS and RSS. One process is all of them in one."""
-    found = stage.server.memory()
-    if stage.effort.workers == 1:
-        return {"supervisor": None, "nursery": None, "workers": [found["first"]]}
-    (nursery,) = (each for each in found["others"] if each["name"] == "nursery")
-    workers = [each for each in found["others"] if each is not nursery]
-    return {"supervisor": found["first"], "nursery": nursery, "workers": workers}
+    """Bytes of the process that was started (``first``) and of each that descends from it (``others``): PSS and RSS."""
+    return {"workers": stage.effort.workers, **stage.server.memory()}
 
 
 def cold_start(repository: Path, workers: int, count: int) -> dict[str, float]:
-    """Medians over so many starts: seconds from the start of the process to ready, and of the imports alone.
-
-    With bytecode, as every installed package has it: an editable one else compiles itself at every start where
-    PYTHONDONTWRITEBYTECODE is set.
-    """
-    compileall.compile_dir(ROOT / "service", quiet=1)
+    """Medians over so many starts: seconds from the start of the process to ready, and of the imports alone."""
+    Installation().compile()
     imports, ready = [], []
     for _ in range(count):
         imports.append(import_seconds())

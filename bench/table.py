@@ -87,12 +87,14 @@ def p99_at_half(report: Report) -> float | None:
 
 
 def memory_a_worker(report: Report) -> float | None:
-    """MiB: the largest PSS of a worker after the whole load, and its part of the nursery's."""
+    """MiB: PSS of all processes of the service after the whole load, over the workers."""
     after = report.get("memory", {}).get("after")
-    if after is None:
-        return None
-    nursery = after["nursery"]["pss"] if after["nursery"] else 0
-    return (max(each["pss"] for each in after["workers"]) + nursery / len(after["workers"])) / MIB
+    return None if after is None else total_pss(after) / after["workers"] / MIB
+
+
+def total_pss(memory: Report) -> int:
+    """Bytes of a service's first process and of all others."""
+    return int(memory["first"]["pss"] + sum(process["pss"] for process in memory["others"]))
 
 
 def cold_start(report: Report) -> float | None:
