@@ -17,8 +17,8 @@ from service.bundle.manifest import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.formats.arrays import parse_json
 from service.formats.codecs import Limits, Reader, encode_npy, read_latents
-from service.formats.media_types import INPUTS, media_type
 from service.formats.images import ImageLimits
+from service.formats.media_types import INPUTS, media_type
 from tests import hostile
 from tests.hostile import FORM, JPEG, JSON, NPY, OCTETS, PNG, WEBP, X_FORM, levels, npy, part, pil, saved
 
