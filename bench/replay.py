@@ -155,7 +155,18 @@ def _drift_names_its_worker(request: Request, old: Answer, new: Answer) -> bool:
     return bool({name: value for name, value in after.items() if name != "worker"} == before)
 
 
-INTENDED = (Intended("the answer of drift also names the worker that gave it", _drift_names_its_worker),)
+def _tells_of_the_other_fault(_: Request, old: Answer, new: Answer) -> bool:
+    """Of two faults the query's is found before a Content-Encoding, and Accept's before JSON that does not parse.
+
+    Which of them was told depended on the way that a request took; now there is one.
+    """
+    return (old.status, new.status) in {(415, 422), (422, 406)}
+
+
+INTENDED = (
+    Intended("the answer of drift also names the worker that gave it", _drift_names_its_worker),
+    Intended("of a request's two faults the other one is told", _tells_of_the_other_fault),
+)
 
 
 @dataclass
