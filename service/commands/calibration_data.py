@@ -12,10 +12,11 @@ import numpy as np
 from service.bundle.manifest import Manifest, Preprocessing
 from service.commands.offline_scoring import BadFile
 from service.errors import InvalidInput
-from service.formats.images import ImageLimits, decode_whole, unit_levels
+from service.formats.images import ImageLimits, decode_whole
 from service.formats.tiling import Plan
 from service.inference.model import Model
 from service.inference.tiled import TiledModel, fit_tails
+from service.pixels import unit_levels
 from service.scores.detectors import Combination
 from service.scores.fitting import LEAST_ROWS, room
 

@@ -266,7 +266,8 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
     from service.commands.calibration_data import GoodRows, Rows, open_wholes
     from service.commands.offline_scoring import find_files, group_of, read_images, read_tables
     from service.commands.recalibration import recalibrate
-    from service.formats.images import ImageLimits, unit_levels
+    from service.formats.images import ImageLimits
+    from service.pixels import unit_levels
     from service.repository.model_repository import load_one
 
     console = Console(stderr=True)

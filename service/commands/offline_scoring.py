@@ -17,8 +17,9 @@ import numpy as np
 from service.api.schemas import ScoreParameters
 from service.bundle.manifest import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import ConfigurationError, InvalidInput
-from service.formats.images import ImageLimits, decode_image, decode_whole, unit_levels
+from service.formats.images import ImageLimits, decode_image, decode_whole
 from service.formats.tables import CSV, NPY, TableReader
+from service.pixels import unit_levels
 from service.repository.model_repository import Served
 from service.repository.scoring import Rows, Verdicts, draw_maps, judge, rows, used_map
 

@@ -36,9 +36,10 @@ from service.formats.arrays import (
     read_npy,
     to_unit,
 )
-from service.formats.images import ImageLimits, open_image, read_image, resize_array, unit_levels
+from service.formats.images import ImageLimits, open_image, read_image, resize_array
 from service.formats.multipart import FIELD, read_multipart
 from service.formats.rendering import encode_gif, encode_png, encode_webp
+from service.pixels import unit_levels
 
 __all__ = [
     "Limits",

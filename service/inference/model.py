@@ -29,12 +29,12 @@ from service.bundle.capabilities import refusals
 from service.bundle.manifest import FITTED, REFERENCE, Bundle, Graph, ScoreDefinition
 from service.bundle.operators import check_operators, check_signature
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
-from service.formats.images import unit_levels
 from service.inference import noise
 from service.inference.backbone import FeatureExtractor
 from service.inference.batch_invariance import TWO_PATHS, Arrays, RowRunner, random_rows, sizes_in
 from service.inference.sessions import Runtime
 from service.inference.sharing import share
+from service.pixels import unit_levels
 from service.scores import bounds as estimators
 from service.scores.corruption import SIZES as CORRUPTION_SIZES
 from service.scores.corruption import corruption_scores

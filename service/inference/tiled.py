@@ -19,9 +19,9 @@ import numpy as np
 
 from service.bundle.manifest import TILES, Bundle, Manifest, Preprocessing, ScoreDefinition, Tiling
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
-from service.formats.images import unit_levels
 from service.formats.tiling import Plan, Stitcher
 from service.inference.model import Model, Scores
+from service.pixels import unit_levels
 from service.scores.detectors import Combination
 from service.scores.maps.anomaly_map import MapKind
 

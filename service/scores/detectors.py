@@ -29,7 +29,7 @@ import numpy as np
 
 from service.bundle.manifest import DETECTORS, FITTED, Bundle, Manifest, ScoreDefinition
 from service.errors import BundleFormatError
-from service.formats.images import unit_levels
+from service.pixels import unit_levels
 from service.scores import bounds as estimators
 from service.scores import forward_pass as measured
 from service.scores.detector_arrays import Arrays, Spec, Specs, check_arrays

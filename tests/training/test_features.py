@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from service.bundle.manifest import BundleFormatError, open_bundle, write_bundle
 from service.errors import BundleParityError
-from service.formats.images import unit_levels
 from service.inference.device_binding import BoundSession
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.verification import verified, verify_bundle
+from service.pixels import unit_levels
 from tests.service.http import assert_problem, npy, serving
 from tests.service.inference.test_device_binding import Bound
 from training.cli import app

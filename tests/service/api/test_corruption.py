@@ -13,13 +13,13 @@ from service.commands.calibration_data import Rows
 from service.commands.cli import app
 from service.commands.recalibration import Plan, recalibrate
 from service.errors import BundleFormatError, BundleGraphError, BundleParityError, UnsupportedVerb
-from service.formats.images import unit_levels
 from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.formats.tiling import Stitcher
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails
 from service.inference.verification import replay, verify_bundle
+from service.pixels import unit_levels
 from service.repository.scoring import UsedMap, used_map
 from service.scores.corruption import corruption_scores
 from service.scores.fitting import COMBINED, PARTS, fitted_definitions

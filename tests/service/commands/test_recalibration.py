@@ -13,11 +13,11 @@ from service.commands.calibration_data import Rows
 from service.commands.cli import app
 from service.commands.recalibration import Plan, recalibrate
 from service.errors import InvalidInput
-from service.formats.images import unit_levels
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails
 from service.inference.verification import verified
+from service.pixels import unit_levels
 from service.scores.detectors import to_arrays
 from tests.ppca_bundle import images
 from tests.service.fitted import write_fitted

@@ -11,11 +11,11 @@ from scipy.stats import kstest
 
 from service.bundle.manifest import Tiling, open_bundle
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
-from service.formats.images import unit_levels
 from service.formats.tiling import Plan
 from service.inference import tiled as module
 from service.inference.model import Model
 from service.inference.tiled import TiledModel, aggregate, fit_tails, surprisal_of_maximum
+from service.pixels import unit_levels
 from service.repository.model_repository import load_bundle
 from tests.tiled_bundle import TILE, surface, with_scratch, write_tiled_bundle
 

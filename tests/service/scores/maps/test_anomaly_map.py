@@ -14,10 +14,10 @@ from service.bundle.manifest import DETECTORS, open_bundle
 from service.commands.cli import app
 from service.commands.offline_scoring import plan_pictures
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
-from service.formats.images import unit_levels
 from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.inference.model import Model
 from service.inference.tiled import TiledModel
+from service.pixels import unit_levels
 from service.scores.detectors import Combination, detector_arrays
 from service.scores.fitting import fit_map
 from service.scores.maps.anomaly_map import (
