@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from service.bundle.manifest import Bundle, open_bundle
+from service.bundle.files import Bundle, open_bundle
 from service.errors import BundleError
 
 FOLDER = Path("runs/bench/models")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.bundle.manifest import ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import ScoreDefinition
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.verification import verify_bundle

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle.manifest import CALIBRATION, DETECTORS, TILES, Bundle, open_bundle
+from service.bundle.files import Bundle, open_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS, TILES
 from service.calibration.conformal import Calibrator
 from service.calibration.contamination import contamination
 from service.inference.model import Model

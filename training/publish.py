@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.bundle.manifest import Manifest, next_version, write_bundle
+from service.bundle.files import next_version, write_bundle
+from service.bundle.manifest import Manifest
 from service.inference.verification import verified
 from training import figures
 from training.card import FIGURES, card

@@ -8,16 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from service.bundle.manifest import (
-    CALIBRATION,
-    REFERENCE,
-    ArrayPreprocessing,
-    Backbone,
-    Bundle,
-    ScoreDefinition,
-    open_bundle,
-    write_bundle,
-)
+from service.bundle.files import Bundle, open_bundle, write_bundle
+from service.bundle.input_rules import ArrayPreprocessing, Backbone
+from service.bundle.manifest import CALIBRATION, REFERENCE, ScoreDefinition
 from service.errors import VaeserveError
 from service.inference.model import Model
 from service.inference.sessions import Runtime

@@ -16,7 +16,7 @@ from service.api.headers import header
 from service.api.metrics import Metrics
 from service.api.negotiation import negotiate
 from service.api.schemas import Parameters
-from service.bundle.manifest import InputRule, Preprocessing
+from service.bundle.input_rules import InputRule, Preprocessing
 from service.calibration.drift_monitor import DriftWatch
 from service.errors import LimitExceeded
 from service.formats.arrays import parse_json

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from service.api.context import JSON, NPY, PNG, Call, Content
 from service.api.light import is_light
 from service.api.schemas import Parameters
-from service.bundle.manifest import ArrayPreprocessing, InputRule, Preprocessing
+from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import InvalidInput
 from service.formats import codecs
 from service.formats.arrays import read_npy

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from service.bundle.input_rules import InputRule
 from service.bundle.manifest import (
     Calibration,
     Estimator,
-    InputRule,
     Likelihood,
     LikelihoodEstimator,
     Posterior,

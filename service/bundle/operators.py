@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import onnxruntime as ort
 
-from service.bundle.manifest import Graph, Manifest, TensorSpec, graph_spec
+from service.bundle.graph_specs import TensorSpec, graph_spec
+from service.bundle.manifest import Graph, Manifest
 from service.bundle.protobuf import BYTES, VARINT, Field, MalformedMessageError, fields
 from service.errors import BundleGraphError
 

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from service.bundle.manifest import Manifest, Preprocessing
+from service.bundle.input_rules import Preprocessing
+from service.bundle.manifest import Manifest
 from service.commands.offline_scoring import BadFile
 from service.errors import InvalidInput
 from service.formats.images import ImageLimits, decode_whole

@@ -140,7 +140,7 @@ def autotune(
 @app.command()
 def models(repository: RepositoryOption = None) -> None:
     """List the bundles of a folder."""
-    from service.bundle.manifest import find_bundles, open_bundle
+    from service.bundle.files import find_bundles, open_bundle
 
     with _errors_in_words():
         root = _settings(repository=repository).repository
@@ -262,7 +262,7 @@ def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None)
 
 
 def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool, plan: Plan, to: Path | None) -> None:
-    from service.bundle.manifest import ArrayPreprocessing
+    from service.bundle.input_rules import ArrayPreprocessing
     from service.commands.calibration_data import GoodRows, Rows, open_wholes
     from service.commands.offline_scoring import find_files, group_of, read_images, read_tables
     from service.commands.recalibration import recalibrate

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from service.api.schemas import ScoreParameters
-from service.bundle.manifest import ArrayPreprocessing, InputRule, Preprocessing
+from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import ConfigurationError, InvalidInput
 from service.formats.images import ImageLimits, decode_image, decode_whole
 from service.formats.tables import CSV, NPY, TableReader

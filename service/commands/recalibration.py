@@ -16,18 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle.manifest import (
-    CALIBRATION,
-    DETECTORS,
-    FORMAT_VERSION,
-    TILES,
-    Bundle,
-    Manifest,
-    ScoreDefinition,
-    next_version,
-    open_bundle,
-    write_bundle,
-)
+from service.bundle.files import Bundle, next_version, open_bundle, write_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS, FORMAT_VERSION, TILES, Manifest, ScoreDefinition
 from service.calibration.conformal import Calibrator, calibration_key
 from service.calibration.contamination import Contamination, contamination, rate_after_trimming, trimmed
 from service.commands.calibration_data import GoodRows, Progress

@@ -19,7 +19,7 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
 from service.formats.containers import check_container, check_exif
 from service.formats.plain_png import read_plain_png

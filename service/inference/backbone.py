@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 
-from service.bundle.manifest import Backbone
+from service.bundle.input_rules import Backbone
 from service.bundle.operators import check_operators
 from service.errors import InvalidInput
 from service.inference.batch_invariance import TWO_PATHS, Arrays, RowRunner, random_rows

@@ -26,7 +26,8 @@ import onnxruntime as ort
 
 from service.aligned import aligned_empty
 from service.bundle.capabilities import refusals
-from service.bundle.manifest import FITTED, REFERENCE, Bundle, Graph, ScoreDefinition
+from service.bundle.files import Bundle
+from service.bundle.manifest import FITTED, REFERENCE, Graph, ScoreDefinition
 from service.bundle.operators import check_operators, check_signature
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.inference import noise

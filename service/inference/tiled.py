@@ -4,7 +4,7 @@ An image's tiles go through the model a few at a time, in the order of their pla
 (if asked for) the memory in use does not depend on the image's size but for a few numbers a tile. Tiles are rows of
 the model, and rows are independent, bitwise: how many go at a time changes nothing.
 
-The score of an image is an aggregate of its tiles' scores (service.bundle.manifest.Tiling). Its p-value comes from
+The score of an image is an aggregate of its tiles' scores (service.bundle.input_rules.Tiling). Its p-value comes from
 whole images: tiles of one image are alike, and no exchangeable sample. The promise of the calibration holds for images
 whose sizes come about as the calibration images' did. For other sizes the aggregate itself is made comparable:
 ``maximum`` allows for the number of tiles as if they were independent, ``top`` looks at a share of them.
@@ -17,7 +17,9 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from service.bundle.manifest import TILES, Bundle, Manifest, Preprocessing, ScoreDefinition, Tiling
+from service.bundle.files import Bundle
+from service.bundle.input_rules import Preprocessing, Tiling
+from service.bundle.manifest import TILES, Manifest, ScoreDefinition
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.formats.tiling import Plan, Stitcher
 from service.inference.model import Model, Scores
@@ -180,7 +182,8 @@ class TiledModel:
 
 
 def aggregate(scores: np.ndarray, plan: Plan, tiling: Tiling, tail: Combination | None) -> float:
-    """The image's score from those of its tiles, float64 [tiles], in any order; see service.bundle.manifest.Tiling."""
+    """The image's score from those of its tiles, float64 [tiles], in any order; see
+    service.bundle.input_rules.Tiling."""
     ordered = np.sort(scores)[::-1]
     if tiling.aggregate == "top":
         return float(ordered[: max(1, round(tiling.share * len(ordered)))].mean())

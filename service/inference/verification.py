@@ -15,17 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.bundle.manifest import (
-    CALIBRATION,
-    REFERENCE,
-    Bundle,
-    Graph,
-    Manifest,
-    TensorSpec,
-    Tolerance,
-    graph_spec,
-    open_bundle,
-)
+from service.bundle.files import Bundle, open_bundle
+from service.bundle.graph_specs import TensorSpec, graph_spec
+from service.bundle.manifest import CALIBRATION, REFERENCE, Graph, Manifest, Tolerance
 from service.calibration.conformal import Calibrator
 from service.errors import (
     BundleFormatError,

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.bundle.manifest import Manifest, find_bundles
+from service.bundle.files import find_bundles
+from service.bundle.manifest import Manifest
 from service.calibration.conformal import Calibrator
 from service.errors import BundleError, BundleFormatError, BundleNotFound, ConfigurationError, ModelNotFound
 from service.inference.model import Model

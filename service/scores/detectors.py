@@ -27,7 +27,8 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from service.bundle.manifest import DETECTORS, FITTED, Bundle, Manifest, ScoreDefinition
+from service.bundle.files import Bundle
+from service.bundle.manifest import DETECTORS, FITTED, Manifest, ScoreDefinition
 from service.errors import BundleFormatError
 from service.pixels import unit_levels
 from service.scores import bounds as estimators

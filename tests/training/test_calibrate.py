@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle.manifest import CALIBRATION, DETECTORS, Preprocessing, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.input_rules import Preprocessing
+from service.bundle.manifest import CALIBRATION, DETECTORS
 from service.calibration.conformal import Calibrator
 from service.calibration.contamination import Contamination
 from service.formats.images import ImageLimits, decode_image

@@ -18,8 +18,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from typer.testing import CliRunner
 
-from service.bundle.manifest import BundleFormatError, open_bundle, write_bundle
-from service.errors import BundleParityError
+from service.bundle.files import open_bundle, write_bundle
+from service.errors import BundleFormatError, BundleParityError
 from service.inference.device_binding import BoundSession
 from service.inference.model import Model
 from service.inference.sessions import Runtime

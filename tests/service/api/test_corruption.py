@@ -8,7 +8,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from service.api.schemas import Scored
-from service.bundle.manifest import Manifest, ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import Manifest, ScoreDefinition
 from service.commands.calibration_data import Rows
 from service.commands.cli import app
 from service.commands.recalibration import Plan, recalibrate

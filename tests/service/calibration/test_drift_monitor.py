@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.calibration.conformal import Calibrator
 from service.calibration.drift_monitor import Drift, DriftWatch, Watch, place
 from service.calibration.exchangeability import ks_two_sample

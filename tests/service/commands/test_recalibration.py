@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from service.bundle.manifest import CALIBRATION, DETECTORS, TILES, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS, TILES
 from service.calibration.conformal import Calibrator
 from service.commands.calibration_data import Rows
 from service.commands.cli import app

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service import pixels
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
 from service.formats.images import BAND, ImageLimits, _planes, apply, decode_image, resize_array
 from service.pixels import unit_levels

@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from service.bundle.manifest import Backbone, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.input_rules import Backbone
 from service.inference import batch_invariance as rows
 from service.inference.backbone import FeatureExtractor
 from service.inference.batch_invariance import DEVICE_SIZES, SIZES, RowRunner, random_rows, sizes_in

@@ -11,7 +11,8 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import kstest
 
-from service.bundle.manifest import ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import ScoreDefinition
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.inference import noise
 from service.inference.model import Model

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from scipy.stats import kstest
 
-from service.bundle.manifest import Tiling, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.input_rules import Tiling
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.formats.tiling import Plan
 from service.inference import tiled as module

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from service.bundle.manifest import open_bundle, write_bundle
+from service.bundle.files import open_bundle, write_bundle
 from service.errors import (
     BundleFormatError,
     BundleGraphError,

@@ -15,7 +15,8 @@ from scipy.stats import expon, gamma, kstest, skew
 from sklearn.covariance import ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
-from service.bundle.manifest import DETECTORS, FITTED, Manifest, ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import DETECTORS, FITTED, Manifest, ScoreDefinition
 from service.errors import BundleFormatError
 from service.inference.model import Model
 from service.scores import nearest_neighbours as neighbours

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from service.bundle.manifest import DETECTORS, ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import DETECTORS, ScoreDefinition
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.inference.model import Model
 from service.inference.sessions import Runtime

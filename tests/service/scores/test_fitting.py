@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from service.bundle.manifest import ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import ScoreDefinition
 from service.errors import InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime

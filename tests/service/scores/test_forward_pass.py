@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import pmean
 
-from service.bundle.manifest import Manifest, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import Manifest
 from service.inference.model import Model
 from service.scores import chunks as groups
 from service.scores.code_length import code_lengths

@@ -5,7 +5,7 @@ import pytest
 
 from service.api.schemas import Scored
 from service.bundle.capabilities import refusals
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.inference.model import Model
 from service.scores.latent_contributions import Marginals, divergences
 from tests.ppca_bundle import images

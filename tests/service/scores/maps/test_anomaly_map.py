@@ -10,7 +10,8 @@ from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 from service.api.schemas import Scored
-from service.bundle.manifest import DETECTORS, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import DETECTORS
 from service.commands.cli import app
 from service.commands.offline_scoring import plan_pictures
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
