@@ -24,7 +24,7 @@ class GraphSpec(NamedTuple):
 
 
 def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
-    """Inputs and outputs of the graph ``role``, as the docstring of service.bundle draws them, for the manifest's sizes.
+    """Inputs and outputs of the graph ``role`` for the manifest's sizes, as the docstring of service.bundle draws them.
 
     Raises BundleFormatError for the prior of a family that has no graph, or a backbone that there is not.
     """

@@ -1,0 +1,94 @@
+"""Detectors by a Gaussian of a row's statistics: norms of the likelihood path, and what one forward pass tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from service.bundle.manifest import Manifest, ScoreDefinition
+from service.scores import forward_pass as measured
+from service.scores.detector_arrays import Arrays, Spec, Specs
+from service.scores.detectors.base import Detector
+from service.scores.forward_pass import Measured, path_statistics, statistic_names, statistics, table
+from service.scores.gaussian import QUANTILES, Gaussian, normalised, quantiles
+
+
+class Path(Detector):
+    """Norms of the likelihood path, made Gaussian by their quantiles; see
+    service.scores.forward_pass.path_statistics."""
+
+    def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
+        super().__init__(arrays, definition, manifest)
+        self._gaussian = Gaussian(arrays["loc"], arrays["scale"], arrays["whitening"])
+
+    @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        size = len(statistic_names(path_statistics, manifest))
+        grid = Spec((size, range(2, QUANTILES + 1)), order="rising")
+        return {"quantiles": grid, "skewness": Spec((size,)), **_gaussian_specs(size)}
+
+    @classmethod
+    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+        rows = _table(path_statistics, parts, manifest)
+        grid = quantiles(rows)
+        # What never changes stands at 0 with quantiles that are least drawn apart: a deviation there is one here.
+        gaussian = Gaussian.fit(np.array([normalised(row, grid) for row in rows]), least=1.0)
+        centred = rows - rows.mean(axis=0)
+        skewness = (centred**3).mean(axis=0) / np.maximum(rows.std(axis=0) ** 3, 1e-12)
+        return cls({"quantiles": grid, "skewness": skewness, **_gaussian_arrays(gaussian)}, definition, manifest)
+
+    def score(self, rows: Measured) -> np.ndarray:
+        return np.array([self._score(values) for values in table(path_statistics, rows, self.manifest)])
+
+    def _score(self, values: np.ndarray) -> float:
+        if self.definition.method == "copod":
+            return _copod(values, self.arrays["quantiles"], self.arrays["skewness"])
+        distance = float(self._gaussian.distance(normalised(values, self.arrays["quantiles"])))
+        return math.log(distance / len(values) + 1e-12)
+
+
+class Statistics(Detector):
+    """log of Mahalanobis' squared distance over the number of statistics; see
+    service.scores.forward_pass.statistics."""
+
+    def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
+        super().__init__(arrays, definition, manifest)
+        self._gaussian = Gaussian(**arrays)
+
+    @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        return _gaussian_specs(len(statistic_names(statistics, manifest)))
+
+    @classmethod
+    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+        gaussian = Gaussian.fit(_table(statistics, parts, manifest))
+        return cls(_gaussian_arrays(gaussian), definition, manifest)
+
+    def score(self, rows: Measured) -> np.ndarray:
+        values = table(statistics, rows, self.manifest)
+        logs: np.ndarray = np.log(self._gaussian.distance(values) / values.shape[1] + 1e-12)
+        return logs
+
+
+def _gaussian_specs(size: int) -> Specs:
+    return {"loc": Spec((size,)), "scale": Spec((size,), positive=True), "whitening": Spec((size, size))}
+
+
+def _gaussian_arrays(gaussian: Gaussian) -> Arrays:
+    return {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
+
+
+def _table(kind: measured.Statistics, parts: Sequence[Measured], manifest: Manifest) -> np.ndarray:
+    return np.concatenate([table(kind, part, manifest) for part in parts])
+
+
+def _copod(values: np.ndarray, grid: np.ndarray, skewness: np.ndarray) -> float:
+    """max of Σ −log F, Σ −log(1 − F), and Σ of the tail that each skewness points to (Li et al. 2020, alg. 1)."""
+    count = grid.shape[1]
+    below = np.array([np.searchsorted(knots, value, "right") for knots, value in zip(grid, values, strict=True)])
+    above = np.array([count - np.searchsorted(knots, value, "left") for knots, value in zip(grid, values, strict=True)])
+    left, right = -np.log((below + 1) / (count + 1)), -np.log((above + 1) / (count + 1))
+    return float(max(left.sum(), right.sum(), np.where(skewness < 0, left, right).sum()))

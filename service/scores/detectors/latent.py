@@ -1,0 +1,51 @@
+"""The detector of codes: how far loc lies from the codes of inliers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from service.bundle.manifest import Manifest, ScoreDefinition
+from service.scores.detector_arrays import Arrays, Spec, Specs
+from service.scores.detectors.base import Detector
+from service.scores.forward_pass import Measured
+from service.scores.nearest_neighbours import Neighbours
+
+REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle is given: a megabyte
+MOST_REFERENCE_NUMBERS = 2**24  # that a bundle may bring: every row that is scored is compared with all of them
+NEIGHBOURS = 5
+
+
+class Latent(Detector):
+    """L log r, nats up to a constant: r is the mean distance of loc to its nearest neighbours among encoded inliers.
+
+    The inliers are training images, say; the bundle carries their codes.
+    """
+
+    def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
+        super().__init__(arrays, definition, manifest)
+        self._neighbours = Neighbours(arrays["reference"], NEIGHBOURS)
+
+    @classmethod
+    def specs(cls, manifest: Manifest) -> Specs:
+        latent_dim = manifest.signature.latent_dim
+        return {"reference": Spec((range(1, max(2, MOST_REFERENCE_NUMBERS // latent_dim) + 1), latent_dim))}
+
+    @classmethod
+    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+        return cls.of(np.concatenate([part.loc for part in parts]), definition, manifest)
+
+    @classmethod
+    def of(cls, codes: np.ndarray, definition: ScoreDefinition, manifest: Manifest) -> Self:
+        """From the inliers' codes, float32 [m,L]."""
+        return cls({"reference": np.ascontiguousarray(codes, np.float32)}, definition, manifest)
+
+    def score(self, rows: Measured) -> np.ndarray:
+        locs = rows.loc
+        finite = np.isfinite(locs).all(axis=1)
+        nearest = self._neighbours.distances(np.where(finite[:, None], locs, np.float32(0)))
+        logs: np.ndarray = locs.shape[1] * np.log(nearest.mean(axis=1) + 1e-12)
+        # What the encoder has sent to infinity is infinitely far; of NaN nothing is known.
+        return np.where(finite, logs, np.where(np.isnan(locs).any(axis=1), np.nan, np.inf))

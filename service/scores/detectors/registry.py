@@ -1,0 +1,73 @@
+"""Which detector computes which score, and the arrays of all of them in detectors.npz."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from service.bundle.files import Bundle
+from service.bundle.manifest import DETECTORS, FITTED, Manifest, ScoreDefinition
+from service.errors import BundleFormatError
+from service.scores.detector_arrays import Arrays
+from service.scores.detectors.base import Detector
+from service.scores.detectors.combination import Combination
+from service.scores.detectors.gaussian_statistics import Path, Statistics
+from service.scores.detectors.latent import Latent
+from service.scores.detectors.likelihood import Complexity, Debiased, Typicality
+from service.scores.detectors.residual import Residual
+
+RESERVED = "@"  # before the keys of detectors.npz that are of no score (but of the map): no score's name holds it
+
+
+def is_stretched(definition: ScoreDefinition) -> bool:
+    """Whether the score looks at contrast-stretched images."""
+    return definition.estimator in CLASSES and CLASSES[definition.estimator].stretched
+
+
+CLASSES: Mapping[str, type[Detector]] = {
+    "typicality": Typicality,
+    "complexity": Complexity,
+    "debiased": Debiased,
+    "path": Path,
+    "latent": Latent,
+    "residual": Residual,
+    "statistics": Statistics,
+}
+
+
+def detector_arrays(bundle: Bundle) -> Arrays:
+    """What the bundle's detectors.npz holds, for ``load_detectors`` and service.scores.maps.anomaly_map; nothing where
+    there is none."""
+    return bundle.arrays(DETECTORS) if DETECTORS in bundle.manifest.files else {}
+
+
+def load_detectors(manifest: Manifest, arrays: Arrays) -> dict[str, Detector | Combination]:
+    """The detectors of the manifest's fitted scores, by score name, from ``detector_arrays``.
+
+    Raises BundleFormatError for arrays that are not those of the manifest's scores: other names, shapes or dtypes,
+    numbers that are not finite, scales that are not positive, quantiles that do not rise.
+    """
+    own = FITTED - {"peak"}  # whose numbers are the map's
+    fitted = {name: score for name, score in manifest.scores.items() if score.estimator in own}
+    if not fitted:
+        return {}
+    found: dict[str, Arrays] = {name: {} for name in fitted}
+    for key, array in arrays.items():
+        if key.startswith(RESERVED):
+            continue
+        name, _, parameter = key.rpartition("/")
+        if name not in found:
+            raise BundleFormatError(f"{DETECTORS} holds {key}, of no fitted score of the manifest")
+        found[name][parameter] = array
+    return {
+        name: Combination(found[name], len(score.of))
+        if score.estimator == "combination"
+        else CLASSES[score.estimator](found[name], score, manifest)
+        for name, score in fitted.items()
+    }
+
+
+def to_arrays(detectors: Mapping[str, Detector | Combination]) -> Arrays:
+    """The content of detectors.npz: SCORE/PARAMETER -> array."""
+    return {
+        f"{name}/{parameter}": array for name, found in detectors.items() for parameter, array in found.arrays.items()
+    }
