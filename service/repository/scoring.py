@@ -15,8 +15,8 @@ import numpy as np
 from service.api.schemas import MapPicture, ScoreParameters
 from service.bundle.capabilities import refusals
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.calibration.conformal import p_values_of
-from service.calibration.drift_monitor import Place, place
+from service.calibration.conformal import SEPARATOR, calibration_key, p_values_of
+from service.calibration.drift_monitor import Name, Place
 from service.calibration.false_discovery import benjamini_hochberg, least_discoveries, q_values
 from service.errors import InvalidInput, UnsupportedVerb
 from service.formats.rendering import encode_heat_maps, encode_overlays
@@ -192,8 +192,18 @@ def _meaning(served: Served, asked: ScoreParameters, default_rate: float) -> Ask
     recipe = (chosen.name, *_recipe(chosen.definition))
     key = ("score", served.model, recipe, tuple(also), asked.map, asked.map_kind, asked.top_latents > 0)
     calibrated = [name for name, each in ((chosen.name, plan), *plans.items()) if name and each.n is not None]
-    places = {name: place(served, name, asked.group) for name in calibrated}
+    places = {name: drift_place(served, name, asked.group) for name in calibrated}
     return Asked(asked, chosen, also, plan, plans, key, places)
+
+
+def drift_place(served: Served, score: str, group: str | None = None) -> Place:
+    """Where rows of that score of that bundle are noted.
+
+    Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group.
+    """
+    n = served.calibrator.n(score, group)
+    written = calibration_key(score, group).removeprefix(score).removeprefix(SEPARATOR)  # one spelling of an accent
+    return Place(Name(served.manifest.name, served.manifest.version, score, written), served.model.digest, n)
 
 
 def no_verdicts(served: Served, asked: ScoreParameters, default_rate: float) -> list[str]:
