@@ -14,9 +14,9 @@ from starlette.datastructures import QueryParams
 
 from service.api.context import House, Verb
 from service.api.light import are_few
-from service.api.schemas import Parameters
 from service.errors import VaeserveError
 from service.repository.model_repository import Served
+from service.repository.score_parameters import Parameters
 
 MOST_KNOWN = 512
 MOST_QUERY_BYTES = 256

@@ -15,7 +15,6 @@ from starlette.types import Receive
 from service.api.headers import header
 from service.api.metrics import Metrics
 from service.api.negotiation import negotiate
-from service.api.schemas import Parameters
 from service.bundle.input_rules import InputRule, Preprocessing
 from service.calibration.drift_monitor import DriftWatch
 from service.errors import LimitExceeded
@@ -27,6 +26,7 @@ from service.inference.jobs import Work
 from service.inference.model import Model
 from service.inference.thread_pool import WorkerPool
 from service.repository.model_repository import ModelRepository, Served
+from service.repository.score_parameters import Parameters
 from service.settings import Settings
 
 JSON, NPY, PNG, GIF, WEBP = "application/json", "application/x-npy", "image/png", "image/gif", "image/webp"

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from service.api.context import JSON, NPY, PNG, Call, Content
 from service.api.light import is_light
-from service.api.schemas import Parameters
 from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import InvalidInput
 from service.formats import codecs
@@ -22,6 +21,7 @@ from service.formats.images import is_of_natural_size, read_natural
 from service.formats.tables import TableReader
 from service.formats.whole_images import WholeReader
 from service.inference.jobs import Again, Job
+from service.repository.score_parameters import Parameters
 
 P = TypeVar("P", bound=Parameters)
 IMAGES, ROWS, LATENTS = ("images", "dtype"), ("rows",), ("latents",)

@@ -22,8 +22,8 @@ from service.imports import import_fastapi
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.api.schemas import ScoreParameters
     from service.commands.recalibration import Outcome, Plan
+    from service.repository.score_parameters import ScoreParameters
     from service.server.forker import Started
 
 app = typer.Typer(
@@ -211,7 +211,7 @@ def score(
     device: DeviceOption = None,
 ) -> None:
     """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
-    from service.api.schemas import ScoreParameters
+    from service.repository.score_parameters import ScoreParameters
 
     parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
     parameters |= {"also": also, "group": group}
@@ -331,7 +331,7 @@ def _score(
     from service.formats.images import ImageLimits
     from service.logs import configure_logs
     from service.repository.model_repository import load_one
-    from service.repository.scoring import further, no_verdicts
+    from service.repository.resolving import further_scores, missing_verdicts
 
     configure_logs("warning", "console")
     console, scored, bad = Console(stderr=True), 0, 0
@@ -341,8 +341,8 @@ def _score(
     if maps is not None and rule.kind != "image":
         raise ConfigurationError(f"--maps: {served.manifest.name} is a model of {rule.kind}s, which are no pictures")
     pictures = None if maps is None else plan_pictures(files, paths, maps)
-    reasons = no_verdicts(served, asked, settings.false_positive_rate)
-    fields = fields_of(rule, further(served.manifest, asked))
+    reasons = missing_verdicts(served, asked, settings.false_positive_rate)
+    fields = fields_of(rule, further_scores(served.manifest, asked))
     total = len(files) if rule.kind == "image" else None  # a table's rows are not known before it is read
     with open_sink(out, sys.stdout, fields) as write, _progress(console, total) as advance:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)

@@ -14,14 +14,15 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from service.api.schemas import ScoreParameters
 from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import ConfigurationError, InvalidInput
 from service.formats.images import ImageLimits, decode_image, decode_whole
 from service.formats.tables import CSV, NPY, TableReader
 from service.pixels import unit_levels
+from service.repository.judging import Rows, Verdicts, judge
 from service.repository.model_repository import Served
-from service.repository.scoring import Rows, Verdicts, draw_maps, judge, rows, used_map
+from service.repository.presenting import describe_map, draw_maps, result_rows
+from service.repository.score_parameters import ScoreParameters
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 TABLE_SUFFIXES = {".csv": CSV, ".npy": NPY}
@@ -217,7 +218,7 @@ def _score_whole(
 
 def _flat(verdicts: Verdicts) -> Iterator[Row]:
     """The API's rows, further scores as columns of their own."""
-    for row in rows(verdicts):
+    for row in result_rows(verdicts):
         also = row.pop("also", {})
         yield row | {f"{name}_{field}": each[field] for name, each in also.items() for field in FURTHER}
 
@@ -233,7 +234,7 @@ def _write_pictures(
     """A PNG of each image's map."""
     if pictures is None or verdicts.scores.map is None:
         return
-    used = used_map(served.model, asked.map_kind)
+    used = describe_map(served.model, asked.map_kind)
     for path, image, each in zip(paths, x, verdicts.scores.map, strict=True):
         pictures[path].parent.mkdir(parents=True, exist_ok=True)
         pictures[path].write_bytes(draw_maps([image], [each], used, asked.map_picture))

@@ -26,14 +26,14 @@ from service.settings import Settings
 class Served:
     """A loaded, verified and warm model beside its calibration (empty if the bundle has none).
 
-    ``tiled`` is the same model for whole images of any size, if it is one of tiles. ``known`` keeps what was worked out
-    of a request's parameters for the next with the same ones (service.repository.scoring).
+    ``tiled`` is the same model for whole images of any size, if it is one of tiles. ``resolved_requests`` keeps what a
+    request's parameters mean, for the next request with the same ones (service.repository.resolving).
     """
 
     model: Model
     calibrator: Calibrator
     tiled: TiledModel | None = None
-    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    resolved_requests: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def manifest(self) -> Manifest:

@@ -18,7 +18,7 @@ from service.api.schemas import (
 from service.calibration.drift_monitor import DriftWatch, Finding, Summary, log10_alarm
 from service.errors import InvalidInput, UnsupportedVerb
 from service.repository.model_repository import Served
-from service.repository.scoring import drift_place
+from service.repository.resolving import drift_place
 
 router = APIRouter(tags=["scoring"])
 

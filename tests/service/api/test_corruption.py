@@ -21,7 +21,7 @@ from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails
 from service.inference.verification import replay, verify_bundle
 from service.pixels import unit_levels
-from service.repository.scoring import UsedMap, used_map
+from service.repository.presenting import MapDescription, describe_map
 from service.scores.corruption import corruption_scores
 from service.scores.fitting import COMBINED, PARTS, fitted_definitions
 from tests.ppca_bundle import SHAPE, GraphBuilder, images, write_ppca_bundle
@@ -433,8 +433,8 @@ def test_an_offline_picture_is_the_service_s(client, root, tmp_path):
 
 
 def test_an_uncalibrated_bundle_has_the_same_colours(plain):
-    assert used_map(plain, "corruption") == UsedMap("corruption", "nats", (-5, 5), "fixed")
-    assert used_map(plain, None).origin == "of these maps"
+    assert describe_map(plain, "corruption") == MapDescription("corruption", "nats", (-5, 5), "fixed")
+    assert describe_map(plain, None).origin == "of these maps"
 
 
 def test_the_map_s_pass_counts_as_work(root):

@@ -14,7 +14,7 @@ from service.calibration.conformal import Calibrator
 from service.calibration.drift_monitor import Drift, DriftWatch, Seen, Watch
 from service.calibration.exchangeability import ks_two_sample
 from service.errors import InvalidInput, UnsupportedVerb
-from service.repository.scoring import drift_place
+from service.repository.resolving import drift_place
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.http import assert_problem, npy, serving
 

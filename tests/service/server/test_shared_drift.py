@@ -13,7 +13,7 @@ import pytest
 from service.calibration.conformal import Calibrator
 from service.calibration.drift_monitor import Drift
 from service.errors import DeadlineExceeded
-from service.repository.scoring import drift_place
+from service.repository.resolving import drift_place
 from service.server import shared_drift
 from service.server.channel import WorkerLine, connected_pair, encode, receive_waiting
 from service.server.shared_drift import DriftKeeper, ToldDrift
