@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from service.bundle.capabilities import refusals
 from service.bundle.manifest import FITTED, Manifest, ScoreDefinition
 from service.errors import InvalidInput
-from service.inference.model import Model
 from service.scores.detector_arrays import Arrays
 from service.scores.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent, to_arrays
 from service.scores.evaluation import Estimates, Passes
@@ -45,6 +44,42 @@ DESCRIPTIONS: Mapping[str, str] = {
 }
 
 Progress = Callable[[int], None]
+
+
+class EncodedRows(Protocol):
+    """The part of an encoding that fitting reads: ``loc`` of q(z|x), float32 [N,L]."""
+
+    @property
+    def loc(self) -> np.ndarray: ...
+
+
+class FittableModel(Protocol):
+    """A loaded model whose scores can be fitted; service.inference.model.Model is one.
+
+    ``refused``: verb, or ``verb.parameter`` -> why the model cannot answer it. Rows ``x`` are float32 [N,C,H,W].
+    """
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def refused(self) -> Mapping[str, str]: ...
+
+    def encode(self, x: np.ndarray, samples: int = 0, seed: int = 0) -> EncodedRows:
+        """Encode rows: q(z|x) with ``samples`` draws from the seed's noise."""
+        ...
+
+    def measure(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> Measured:
+        """Run one forward pass at k posterior samples; ``stretch``: of the contrast-stretched images."""
+        ...
+
+    def sight(self, x: np.ndarray) -> Sight:
+        """Compute what an anomaly map is made from: E[x|loc] and −log p(x|loc) by place."""
+        ...
+
+    def log_odds(self, x: np.ndarray) -> np.ndarray:
+        """Compute the corruption graph's log odds by place, float32 [N,H,W], nats."""
+        ...
 
 
 class Fitted(NamedTuple):
@@ -105,7 +140,7 @@ def room(manifest: Manifest) -> int:
 
 
 def fitted_arrays(
-    model: Model,
+    model: FittableModel,
     definitions: Mapping[str, ScoreDefinition],
     held_out: np.ndarray,
     reference: np.ndarray,
@@ -119,7 +154,7 @@ def fitted_arrays(
 
 
 def fit_detectors(
-    model: Model,
+    model: FittableModel,
     definitions: Mapping[str, ScoreDefinition],
     held_out: np.ndarray,
     reference: np.ndarray,
@@ -164,7 +199,7 @@ def fit_detectors(
     return detectors
 
 
-def fit_map(model: Model, held_out: np.ndarray, progress: Progress | None = None) -> AnomalyMap | None:
+def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | None = None) -> AnomalyMap | None:
     """The anomaly map (service.scores.maps.anomaly_map) from rows as ``fit_detectors`` takes them; None of a model
     without maps.
 
@@ -179,14 +214,14 @@ def fit_map(model: Model, held_out: np.ndarray, progress: Progress | None = None
     return AnomalyMap.fit(first, second, model.manifest)
 
 
-def _sights(model: Model, x: np.ndarray, progress: Progress | None) -> Iterable[Sight]:
+def _sights(model: FittableModel, x: np.ndarray, progress: Progress | None) -> Iterable[Sight]:
     for start in range(0, len(x), BATCH):
         yield model.sight(x[start : start + BATCH])
         _tell(progress, len(x[start : start + BATCH]))
 
 
 def _scores(
-    model: Model,
+    model: FittableModel,
     x: np.ndarray,
     wanted: Sequence[ScoreDefinition],
     fitted: Fitted,
@@ -204,7 +239,7 @@ def _scores(
 
 
 def _measured(
-    model: Model, x: np.ndarray, k: int, seed: int, stretch: bool, progress: Progress | None
+    model: FittableModel, x: np.ndarray, k: int, seed: int, stretch: bool, progress: Progress | None
 ) -> Iterable[Measured]:
     for start in range(0, len(x), BATCH):
         yield model.measure(x[start : start + BATCH], k, seed, stretch)
@@ -219,7 +254,7 @@ def _by_pass(definitions: Mapping[str, ScoreDefinition]) -> dict[tuple[int, int]
     return found
 
 
-def _codes(model: Model, x: np.ndarray, known: np.ndarray | None, seed: int) -> np.ndarray:
+def _codes(model: FittableModel, x: np.ndarray, known: np.ndarray | None, seed: int) -> np.ndarray:
     """loc of each row, float32 [m,L], and the known ones after them, as far as there is room."""
     found = [model.encode(x[i : i + BATCH], seed=seed).loc for i in range(0, len(x), BATCH)]
     return np.concatenate([*found, *([] if known is None else [known])])[: reference_room(model.manifest)]
