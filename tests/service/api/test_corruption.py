@@ -104,8 +104,8 @@ def test_rows_score_as_they_do_alone_bitwise(tmp_path, shape):
 
 def runs(model, monkeypatch):
     """How many rows go through the graph, a number a call."""
-    found, run = [], model._corruption.run
-    monkeypatch.setattr(model._corruption, "run", lambda feeds: found.append(len(feeds["x"])) or run(feeds))
+    found, run = [], model._runners._corruption.run
+    monkeypatch.setattr(model._runners._corruption, "run", lambda feeds: found.append(len(feeds["x"])) or run(feeds))
     return found
 
 
@@ -123,7 +123,7 @@ def test_warming_up_runs_the_graph(plain, monkeypatch):
     found = runs(plain, monkeypatch)
     plain.warm_up()
     assert found == [1]
-    assert plain.runners["corruption"][0] == 1
+    assert plain.batch_sizes["corruption"][0] == 1
 
 
 @pytest.mark.parametrize(("numerator", "message"), [("x", "nan for row 1"), (np.float32(1), "inf for row 1")])

@@ -196,8 +196,8 @@ def test_a_bound_model_answers_bitwise_what_a_plain_one_answers(fitted):
         arrays = {name: value for name, value in one.items() if isinstance(value, np.ndarray)}
         assert arrays
         assert all(value.tobytes() == other[name].tobytes() for name, value in arrays.items())
-    assert max(bound.runners["decoder"]) == 128
-    assert max(plain.runners["decoder"]) == 32
+    assert max(bound.batch_sizes["decoder"]) == 128
+    assert max(plain.batch_sizes["decoder"]) == 32
 
 
 def test_a_bound_backbone_gives_the_same_features():

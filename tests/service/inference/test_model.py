@@ -71,7 +71,7 @@ def peak(work) -> int:
 @pytest.mark.parametrize("maps", [False, True])
 def test_the_memory_of_a_score_is_that_of_one_part_whatever_the_batch(ppca_path, runtime, monkeypatch, maps):
     """MAX_ELEMENTS is 32 samples of 2 images: 32 images at once would take 16 times that."""
-    monkeypatch.setattr("service.inference.model.MAX_ELEMENTS", 2 * 32 * 64)
+    monkeypatch.setattr("service.inference.model.graph_runners.MAX_ELEMENTS", 2 * 32 * 64)
     model = Model.load(open_bundle(ppca_path), runtime)
     x, k = images(32, seed=3), 64
     model.score(x[:2], definition(k=k))  # trials of batch sizes are over
@@ -384,8 +384,8 @@ def test_a_model_that_yields_nan_is_called_broken_not_the_image(tmp_path, runtim
 
 def test_warm_up_fixes_the_batch_sizes(model):
     model.warm_up()
-    assert max(model.runners["decoder"]) == 32
-    assert model.runners["density"] == (1,)  # its five latents are an odd number: sums start at odd addresses
+    assert max(model.batch_sizes["decoder"]) == 32
+    assert model.batch_sizes["density"] == (1,)  # its five latents are an odd number: sums start at odd addresses
 
 
 # The streams are frozen: these numbers must never change, or scores of yesterday are not those of today.

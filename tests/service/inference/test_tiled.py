@@ -182,7 +182,7 @@ from service.formats.images import ImageLimits
 from service.commands.offline_scoring import score_files
 from service.repository.model_repository import load_bundle
 from service.inference.sessions import Runtime
-from service.api.schemas import ScoreParameters
+from service.repository.score_parameters import ScoreParameters
 served = load_bundle(Path(sys.argv[1]), Runtime("cpu", 1))
 row, = score_files(served, [Path(sys.argv[2])], ScoreParameters(k=4), 0.1, ImageLimits(2**30, 2**30))
 print(row["tiles"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -207,13 +207,13 @@ def test_each_pass_is_made_once(served, monkeypatch):
     """All scores of a bundle: one pass a seed, and one more where images are stretched."""
     name, model = served
     made: list[tuple[int, int]] = []
-    measure = model._measure
+    measure = model._scorer.measure
 
     def counted(x, k, seed, mean, places):
         made.append((k, seed))
         return measure(x, k, seed, mean, places)
 
-    monkeypatch.setattr(model, "_measure", counted)
+    monkeypatch.setattr(model._scorer, "measure", counted)
     model.score(FAMILIES[name].inliers(5, 9), also=model.manifest.scores)
     seeds = {each.seed for each in model.manifest.scores.values()}
     assert len(made) == len(seeds) + (name == "pictures")

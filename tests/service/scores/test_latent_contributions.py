@@ -72,7 +72,7 @@ def test_under_a_standard_normal_prior_the_rest_is_the_posterior_s_total_correla
 def test_under_a_drawn_prior_it_is_the_integral_against_its_marginal(mixture, loc, scale):
     rows = np.full((1, 3), loc, np.float32), np.full((1, 3), scale, np.float32)
     expected = [integrated(j, loc, scale) for j in range(3)]
-    np.testing.assert_allclose(divergences(*rows, mixture._marginals)[0], expected, atol=0.2)
+    np.testing.assert_allclose(divergences(*rows, mixture._scorer._marginals)[0], expected, atol=0.2)
 
 
 def test_an_estimated_marginal_is_a_density_and_says_little_beyond_its_draws():
