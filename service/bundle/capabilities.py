@@ -46,6 +46,6 @@ def refusals(manifest: Manifest) -> dict[str, str]:
         found["score.top_latents"] = (
             "loc and scale are of the posterior's base: by dimension nothing is known of q(z|x)"
         )
-    if not manifest.tells_distortion:
+    if not manifest.has_distortion:
         found["score.reconstruction"] = "the decoder inverts the encoder: every x is reconstructed without loss"
     return found

@@ -24,7 +24,7 @@ from service.errors import BundleError, BundleFormatError, BundleIntegrityError,
 
 MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_ARRAYS_BYTES = 2**30  # of one .npz, unpacked: a bound on what a hostile archive can make us allocate
-UNREADABLE = (
+NPZ_ERRORS = (
     *(ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError),
     *(RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
@@ -63,7 +63,7 @@ class Bundle:
                 raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
-        except UNREADABLE as error:
+        except NPZ_ERRORS as error:
             raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
 
 

@@ -11,13 +11,13 @@ FeatureName = Annotated[str, Field(max_length=128, pattern=r"^\S(.*\S)?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Base of the manifest's parts: unknown keys are refused, values are immutable and finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Tiling(Strict):
+class Tiling(StrictModel):
     """How an image of any size is scored by a model of tiles; computed by service.inference.tiled.
 
     An image is never resized. Tiles of preprocessing's height×width lie ``stride`` pixels apart, down and across, from
@@ -36,7 +36,7 @@ class Tiling(Strict):
     share: float = Field(default=0.05, gt=0, le=1, description="of the tiles that ``top`` looks at; 1: of all")
 
 
-class Preprocessing(Strict):
+class Preprocessing(StrictModel):
     """How any image becomes C×H×W pixels; applied by service.formats.images in training and in serving alike.
 
     EXIF orientation is applied, alpha is composited on ``background``, the colour mode is converted, and the image is
@@ -79,7 +79,7 @@ class Preprocessing(Strict):
         return self.shape
 
 
-class ArrayPreprocessing(Strict):
+class ArrayPreprocessing(StrictModel):
     """Rows of numbers in their own units: any finite float32, never scaled nor resized outside the graphs.
 
     ``natural`` is the shape that the outside sees: (D,) of a vector of D features, (C, T) of a signal of C channels and
@@ -124,7 +124,7 @@ InputRule = Annotated[
 """What a row is: a manifest's ``preprocessing``."""
 
 
-class Backbone(Strict):
+class Backbone(StrictModel):
     """A frozen network that stands before the model: images go in, and all that the other graphs see are its features.
 
     ``natural``: (F,) of features pooled over the image, (F, h, w) of a map. ``batch``: whether backbone.onnx takes any

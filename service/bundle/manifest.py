@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from service.bundle.input_rules import Backbone, InputRule, Sha256, Strict
+from service.bundle.input_rules import Backbone, InputRule, Sha256, StrictModel
 from service.errors import BundleFormatError
 
 FORMAT_VERSION: Final = 4
@@ -34,7 +34,7 @@ IN_NATS: Final = frozenset({"elbo", "iwae", "rate", "typicality", "complexity", 
 """Estimators of a likelihood, or of what is made of one: they want one, and answer in nats."""
 
 
-class Signature(Strict):
+class Signature(StrictModel):
     """Sizes of the graphs' tensors. ``dither``: the encoder also wants uniform [0,1) numbers, one for each of x."""
 
     shape: tuple[int, int, int] = Field(
@@ -45,7 +45,7 @@ class Signature(Strict):
     dither: bool = False
 
 
-class Prior(Strict):
+class Prior(StrictModel):
     """p(z). ``standard_normal``: z is the noise itself. ``none``: the model has no p(z), and nothing can be sampled.
 
     Any other family is drawn by prior.onnx, from ``noise_dim`` standard normal numbers a latent and, if ``choice``, one
@@ -66,7 +66,7 @@ class Prior(Strict):
         return self
 
 
-class Posterior(Strict):
+class Posterior(StrictModel):
     """q(z|x), and what the encoder's ``loc`` and ``scale`` say of it.
 
     ``exact``: mean and marginal standard deviation. ``base``: the image of the base distribution's mean, and the base's
@@ -78,7 +78,7 @@ class Posterior(Strict):
     moments: Literal["exact", "base", "point"] = "exact"
 
 
-class Likelihood(Strict):
+class Likelihood(StrictModel):
     """p(x|z): its parameters are the decoder's outputs beside ``mean``.
 
     ``measure``: ``counting`` when log p(x) is the log of a probability (binary or 8-bit pixels), ``lebesgue`` when it
@@ -96,7 +96,7 @@ class Likelihood(Strict):
     binarisation: Literal["none", "dynamic", "threshold"] = "none"
 
 
-class ScoreDefinition(Strict):
+class ScoreDefinition(StrictModel):
     """One anomaly score: higher is more anomalous.
 
     ``elbo``: −(1/k) Σ log w_i; ``iwae``: −log (1/k) Σ w_i, with log w_i = log p(x|z_i) + log p(z_i) − log q(z_i|x) at
@@ -124,7 +124,7 @@ class ScoreDefinition(Strict):
         return self
 
 
-class Calibration(Strict):
+class Calibration(StrictModel):
     """What calibration.npz holds: for each score definition, the sorted scores of ``n`` held-out inliers (float64)."""
 
     split: str
@@ -140,14 +140,14 @@ class Calibration(Strict):
     n_test: int = Field(default=0, ge=0)
 
 
-class Tolerance(Strict):
+class Tolerance(StrictModel):
     """Largest allowed |Δ| between the trainer's output and the graph's: atol + rtol · |trainer's|."""
 
     atol: float = Field(ge=0)
     rtol: float = Field(ge=0)
 
 
-class Reference(Strict):
+class Reference(StrictModel):
     """reference.npz: fixed inputs and the outputs that the trainer saw, named ``graph.output``.
 
     Inputs: ``x`` [N,C,H,W], ``noise`` [N,K,E], ``dither`` [N,C,H,W] (if signature.dither), ``observation_noise``
@@ -164,14 +164,14 @@ class Reference(Strict):
     max_abs_error: dict[str, float]
 
 
-class FileRecord(Strict):
+class FileRecord(StrictModel):
     """Size and hash of one file beside the manifest."""
 
     bytes: int = Field(ge=0)
     sha256: Sha256
 
 
-class Provenance(Strict):
+class Provenance(StrictModel):
     """Where the bundle comes from; free-form values, never read by the service except to show them."""
 
     config: dict[str, Any] = Field(default_factory=dict)
@@ -184,7 +184,7 @@ class Provenance(Strict):
     training: dict[str, Any] = Field(default_factory=dict, description="duration, epochs, machine")
 
 
-class Manifest(Strict):
+class Manifest(StrictModel):
     """manifest.json: everything the service needs to know of a model, and all that a reader wants to.
 
     ``evidence``: what log w = log p(x|z) + log p(z) − log q(z|x) says of log p(x). ``bound``: its mean bounds it from
@@ -213,7 +213,7 @@ class Manifest(Strict):
     provenance: Provenance = Provenance()
 
     @property
-    def tells_distortion(self) -> bool:
+    def has_distortion(self) -> bool:
         """Whether −log p(x|z) says anything: not where x and z determine each other."""
         return self.posterior.moments != "point" or self.likelihood.pixelwise
 
@@ -249,7 +249,7 @@ class Manifest(Strict):
         for name, score in self.scores.items():
             if self.evidence == "none" and score.estimator in IN_NATS:
                 raise ValueError(f"scores.{name} is by {score.estimator}, without a likelihood reconstruction expected")
-            if score.estimator == "reconstruction" and not self.tells_distortion:
+            if score.estimator == "reconstruction" and not self.has_distortion:
                 raise ValueError(f"scores.{name} is by reconstruction, which a bijection does without loss")
             if self.evidence != "none" and score.unit != "nats" and score.estimator in IN_NATS | {"reconstruction"}:
                 raise ValueError(f"scores.{name} is in {score.unit!r}, with a likelihood nats expected")

@@ -22,7 +22,7 @@ from service.scores.detectors import Combination
 from service.scores.fitting import LEAST_ROWS, room
 
 BATCH = 64
-LEAST_WHOLES = 5
+LEAST_IMAGES = 5
 """Tiles of fewer images would tell what these images are like, not what the surface is."""
 SEED = 0
 
@@ -31,7 +31,7 @@ Scores = dict[str, np.ndarray]
 Tails = Mapping[str, Combination]
 
 
-class GoodRows(Protocol):
+class CalibrationData(Protocol):
     """What is calibrated on, one score each."""
 
     @property
@@ -59,7 +59,7 @@ class GoodRows(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class ModelRows:
     """Rows of the model, uint8 or float32 [n,C,H,W]; ``to_unit`` makes a batch of them what the model takes."""
 
     rows: np.ndarray
@@ -90,7 +90,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Wholes:
+class WholeImages:
     """``count`` images of any sizes, uint8 [C,h,w] each, which ``read`` gives by number: one at a time is in memory."""
 
     count: int
@@ -101,7 +101,7 @@ class Wholes:
         return self.count
 
     def to_fit(self, manifest: Manifest, wanted: int) -> int:
-        return wanted if wanted >= LEAST_WHOLES else 0
+        return wanted if wanted >= LEAST_IMAGES else 0
 
     def sample(self, manifest: Manifest, indices: np.ndarray) -> np.ndarray:
         """Tiles of the images, as many of each, image by image; which of its plan's is drawn by a fixed seed."""
@@ -137,9 +137,9 @@ class Wholes:
                 progress(1)
 
 
-def open_wholes(
+def open_whole_images(
     files: Sequence[Path], rule: Preprocessing, limits: ImageLimits
-) -> tuple[Wholes, list[Path], list[BadFile]]:
+) -> tuple[WholeImages, list[Path], list[BadFile]]:
     """The images among ``files`` that hold a tile, which files these are, and the others with the reason.
 
     Each is decoded once to find out, and again whenever it is read.
@@ -159,7 +159,7 @@ def open_wholes(
         except (InvalidInput, OSError) as error:
             raise InvalidInput(f"{good[index]} has changed meanwhile: {error}") from error
 
-    return Wholes(len(good), read), good, bad
+    return WholeImages(len(good), read), good, bad
 
 
 def _joined(parts: Iterable[Scores]) -> Scores:

@@ -22,7 +22,7 @@ from service.imports import import_fastapi
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.commands.recalibration import Outcome, Plan
+    from service.commands.recalibration import RecalibrationOutcome, RecalibrationPlan
     from service.repository.score_parameters import ScoreParameters
     from service.server.forker import Started
 
@@ -251,19 +251,21 @@ def calibrate(
         _calibrate(settings, model, files, groups, _plan(fit_share, trim, false_positive_rate), to)
 
 
-def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None) -> Plan:
-    from service.commands.recalibration import Plan
+def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None) -> RecalibrationPlan:
+    from service.commands.recalibration import RecalibrationPlan
 
     try:
         share = trim if trim in (None, "auto") else float(trim)
     except ValueError:
         raise ConfigurationError(f"--trim is {trim!r}, expected a share such as 0.02, or auto") from None
-    return Plan(fit_share, share, false_positive_rate)
+    return RecalibrationPlan(fit_share, share, false_positive_rate)
 
 
-def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool, plan: Plan, to: Path | None) -> None:
+def _calibrate(
+    settings: Settings, model: str, paths: list[Path], grouped: bool, plan: RecalibrationPlan, to: Path | None
+) -> None:
     from service.bundle.input_rules import ArrayPreprocessing
-    from service.commands.calibration_data import GoodRows, Rows, open_wholes
+    from service.commands.calibration_data import CalibrationData, ModelRows, open_whole_images
     from service.commands.offline_scoring import find_files, group_of, read_images, read_tables
     from service.commands.recalibration import recalibrate
     from service.formats.images import ImageLimits
@@ -277,15 +279,15 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
     if isinstance(rule, ArrayPreprocessing):
         if grouped:
             raise ConfigurationError("--groups: subfolders are groups of images; a table has none")
-        rows: GoodRows = Rows(read_tables(files, rule), lambda x: x)
+        rows: CalibrationData = ModelRows(read_tables(files, rule), lambda x: x)
         read = files
     else:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         if rule.tiling is not None:
-            rows, read, bad = open_wholes(files, rule, limits)
+            rows, read, bad = open_whole_images(files, rule, limits)
         else:
             pixels, read, bad = read_images(files, rule, limits)
-            rows = Rows(pixels, unit_levels, "images")
+            rows = ModelRows(pixels, unit_levels, "images")
         for file in bad:
             console.print(f"skipped {file.path}: {file.reason}", markup=False, highlight=False, soft_wrap=True)
         names = [group_of(path, paths) for path in read] if grouped else None
@@ -304,7 +306,7 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _calibrated(done: Outcome, noun: str, rate: float) -> Iterator[str]:
+def _calibrated(done: RecalibrationOutcome, noun: str, rate: float) -> Iterator[str]:
     """What a calibration rests on, all and by group, and which of them cannot answer the default rate."""
     from service.calibration.conformal import needed
 

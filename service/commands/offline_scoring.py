@@ -19,7 +19,7 @@ from service.errors import ConfigurationError, InvalidInput
 from service.formats.images import ImageLimits, decode_image, decode_whole
 from service.formats.tables import CSV, NPY, TableReader
 from service.pixels import unit_levels
-from service.repository.judging import Rows, Verdicts, judge
+from service.repository.judging import InputRows, Verdicts, judge
 from service.repository.model_repository import Served
 from service.repository.presenting import describe_map, draw_maps, result_rows
 from service.repository.score_parameters import ScoreParameters
@@ -43,7 +43,7 @@ FIELDS = [
     "is_anomaly",
 ]
 TILE_FIELDS = {"tiles": "n", "worst_y": "worst_y", "worst_x": "worst_x"}
-"""Columns of a model of tiles: what service.inference.tiled.Tiles calls them."""
+"""Columns of a model of tiles: what service.inference.tiled.TileSummary calls them."""
 
 FURTHER = ("score", "p_value")
 """Of each further score, as columns NAME_score and NAME_p_value."""
@@ -226,7 +226,7 @@ def _flat(verdicts: Verdicts) -> Iterator[Row]:
 def _write_pictures(
     served: Served,
     verdicts: Verdicts,
-    x: Rows,
+    x: InputRows,
     paths: Sequence[Path],
     asked: ScoreParameters,
     pictures: Pictures | None,

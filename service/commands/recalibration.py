@@ -20,11 +20,11 @@ from service.bundle.files import Bundle, next_version, open_bundle, write_bundle
 from service.bundle.manifest import CALIBRATION, DETECTORS, FORMAT_VERSION, TILES, Manifest, ScoreDefinition
 from service.calibration.conformal import Calibrator, calibration_key
 from service.calibration.contamination import Contamination, contamination, rate_after_trimming, trimmed
-from service.commands.calibration_data import GoodRows, Progress
+from service.commands.calibration_data import CalibrationData, Progress
 from service.errors import BundleError, InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.verification import verified
+from service.inference.verification import open_verified
 from service.scores.detectors import Latent, to_arrays
 from service.scores.fitting import COMBINED, fitted_arrays, fitted_definitions
 
@@ -34,7 +34,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecalibrationPlan:
     """What is wanted.
 
     ``fit_share``: of the rows that fit the scores anew; 0 keeps the bundle's. ``trim``: share of the calibration scores
@@ -48,7 +48,7 @@ class Plan:
 
 
 @dataclass
-class Outcome:
+class RecalibrationOutcome:
     """What came of it: the new bundle's folder, how many rows did what, and what the operator should know."""
 
     path: Path
@@ -61,12 +61,12 @@ class Outcome:
 
 def recalibrate(
     bundle: Bundle,
-    rows: GoodRows,
+    rows: CalibrationData,
     groups: Sequence[str | None] | None,
     root: Path,
-    plan: Plan,
+    plan: RecalibrationPlan,
     progress: Progress | None = None,
-) -> Outcome:
+) -> RecalibrationOutcome:
     """Write the next version of the bundle under ``root``, calibrated on ``rows``.
 
     ``groups`` names each row's group, whose calibration is kept beside that of all. Raises InvalidInput for too few
@@ -110,12 +110,12 @@ def recalibrate(
     manifest["calibration"] = _summary(kept, counts, n_fit, removed)
     files[CALIBRATION] = _npz(stored)
     path = _written(root, manifest, files)
-    return Outcome(
+    return RecalibrationOutcome(
         path, len(next(iter(kept.values()))), n_fit, counts, [int(held_out[i]) for i in suspects.indices], notes
     )
 
 
-def _rows_to_fit(rows: GoodRows, bundle: Bundle, plan: Plan) -> int:
+def _rows_to_fit(rows: CalibrationData, bundle: Bundle, plan: RecalibrationPlan) -> int:
     if len(rows) < 2:
         raise InvalidInput(
             f"{rows.noun} to calibrate on: {len(rows)}, expected at least 2, and 99 for a false-positive rate of 1%"
@@ -123,7 +123,7 @@ def _rows_to_fit(rows: GoodRows, bundle: Bundle, plan: Plan) -> int:
     return rows.to_fit(bundle.manifest, round(plan.fit_share * len(rows)))
 
 
-def _check_rate(n: int, plan: Plan) -> None:
+def _check_rate(n: int, plan: RecalibrationPlan) -> None:
     """Raises InvalidInput, with the number needed, where n calibration scores cannot answer the asked rate."""
     if plan.false_positive_rate is not None:
         Calibrator({"rows": np.arange(float(n))}).threshold("rows", plan.false_positive_rate)
@@ -157,7 +157,7 @@ def _written(root: Path, manifest: Mapping[str, object], files: Mapping[str, byt
     while True:
         version = next_version(root, name)
         try:
-            return write_bundle(root, {**manifest, "version": version}, files, verify=verified)
+            return write_bundle(root, {**manifest, "version": version}, files, verify=open_verified)
         except BundleError:
             if not (root / name / version).exists():
                 raise
@@ -183,7 +183,9 @@ def _loaded(manifest: Mapping[str, object], files: Mapping[str, bytes], root: Pa
         yield Model.load(open_bundle(write_bundle(scratch, manifest, files)), Runtime("cpu"))
 
 
-def _trimmed(scores: dict[str, np.ndarray], suspects: Contamination, plan: Plan) -> tuple[dict[str, np.ndarray], int]:
+def _trimmed(
+    scores: dict[str, np.ndarray], suspects: Contamination, plan: RecalibrationPlan
+) -> tuple[dict[str, np.ndarray], int]:
     """The scores without the top share of each, and how many of each are gone."""
     if plan.trim is None:
         return scores, 0
@@ -192,7 +194,7 @@ def _trimmed(scores: dict[str, np.ndarray], suspects: Contamination, plan: Plan)
     return kept, len(next(iter(scores.values()))) - len(next(iter(kept.values())))
 
 
-def _notes(suspects: Contamination, removed: int, n: int, plan: Plan) -> list[str]:
+def _notes(suspects: Contamination, removed: int, n: int, plan: RecalibrationPlan) -> list[str]:
     notes = [suspects.message] if suspects.message else []
     if removed:
         rate = plan.false_positive_rate or 0.05

@@ -36,7 +36,7 @@ Tails = Mapping[str, Combination]
 """Score -> the tail probabilities of one tile's score, as of a combination of that score alone."""
 
 
-class Tiles(NamedTuple):
+class TileSummary(NamedTuple):
     """What is known of an image's tiles: how many, and which scores highest, its corner in pixels and its score."""
 
     n: int
@@ -64,7 +64,7 @@ class TiledScores(NamedTuple):
     map: list[np.ndarray] | None
     latents: np.ndarray | None
     also: dict[str, np.ndarray]
-    tiles: list[Tiles]
+    tiles: list[TileSummary]
 
 
 class _Shown(NamedTuple):
@@ -82,7 +82,7 @@ class _Found(NamedTuple):
     means: dict[str, float]
     map: np.ndarray | None
     latents: np.ndarray | None
-    tiles: Tiles
+    tiles: TileSummary
 
 
 class TiledModel:
@@ -162,7 +162,7 @@ class TiledModel:
             {name: float(np.concatenate([getattr(part, name) for part in parts]).mean()) for name in MEANS},
             stitcher.whole() if stitcher else None,
             np.concatenate([cast(np.ndarray, part.latents) for part in parts]).mean(axis=0) if shown.latents else None,
-            Tiles(len(plan), *plan.corner(worst), float(scores[""][worst])),
+            TileSummary(len(plan), *plan.corner(worst), float(scores[""][worst])),
         )
 
     def _tail(self, definition: ScoreDefinition) -> Combination | None:

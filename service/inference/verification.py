@@ -335,7 +335,7 @@ def _check_quantiles(name: str, quantiles: dict[str, float], scores: np.ndarray)
             raise BundleFormatError(f"calibration.quantiles of {name}: {key} is {value}, outside [{low}, {high}]")
 
 
-def verified(path: Path, runtime: Runtime | None = None) -> Bundle:
+def open_verified(path: Path, runtime: Runtime | None = None) -> Bundle:
     """The bundle in that folder, or the first check's error: for write_bundle's ``verify``. Raises VaeserveError."""
     report = verify_bundle(path, runtime)
     report.raise_if_failed()

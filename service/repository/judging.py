@@ -13,10 +13,10 @@ from service.calibration.false_discovery import benjamini_hochberg, least_discov
 from service.inference.model import Scores
 from service.inference.tiled import TiledScores
 from service.repository.model_repository import Served
-from service.repository.resolving import Chosen, ResolvedScoreRequest, VerdictBasis, resolve_scores
+from service.repository.resolving import ChosenScore, ResolvedScoreRequest, VerdictBasis, resolve_scores
 from service.repository.score_parameters import ScoreParameters
 
-Rows = np.ndarray | Sequence[np.ndarray]
+InputRows = np.ndarray | Sequence[np.ndarray]
 """float32 [N,C,H,W], images in [0, 1]; for a model of tiles images [C,h,w] of any sizes, uint8 or float32."""
 
 
@@ -53,7 +53,7 @@ class CalibratedScore:
 class Verdicts:
     """Scores of N rows and what the calibration says of them; ``also``: of the further scores, by name."""
 
-    chosen: Chosen
+    chosen: ChosenScore
     scores: Scores | TiledScores
     calibrated: CalibratedScore
     also: dict[str, CalibratedScore]
@@ -64,7 +64,7 @@ class Verdicts:
         return self.calibrated.is_anomaly(len(self.scores.score))
 
 
-def judge(served: Served, x: Rows, parameters: ScoreParameters, default_rate: float) -> Verdicts:
+def judge(served: Served, x: InputRows, parameters: ScoreParameters, default_rate: float) -> Verdicts:
     """Score ``x`` and compare the scores with the calibration.
 
     ``default_rate``: the false-positive rate where the parameters name none.

@@ -13,11 +13,11 @@ from service.bundle.manifest import Manifest
 from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.inference.model import Model
 from service.inference.tiled import TiledScores
-from service.repository.judging import CalibratedScore, Rows, Verdicts
+from service.repository.judging import CalibratedScore, InputRows, Verdicts
 from service.repository.score_parameters import MapPicture
 from service.scores.corruption import HIGH, LOW
 from service.scores.corruption import UNIT as UNIT_OF_CORRUPTION
-from service.scores.maps.anomaly_map import UNIT, MapKind, Scale
+from service.scores.maps.anomaly_map import UNIT, ColourScale, MapKind
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MapDescription:
 
     kind: MapKind
     unit: str
-    scale: Scale | None
+    scale: ColourScale | None
     origin: Literal["calibration", "fixed", "of these maps"]
 
 
@@ -38,7 +38,7 @@ def describe_map(model: Model, kind: MapKind | None) -> MapDescription:
     """The description of the model's maps of that kind; None: of its default kind."""
     kind = kind or model.default_map
     if kind == "corruption":
-        return MapDescription(kind, UNIT_OF_CORRUPTION, Scale(LOW, HIGH), "fixed")
+        return MapDescription(kind, UNIT_OF_CORRUPTION, ColourScale(LOW, HIGH), "fixed")
     unit = UNIT if kind == "anomaly" else _unit_of_distortion(model.manifest)
     if model.anomaly_map is None:
         return MapDescription(kind, unit, None, "of these maps")
@@ -46,7 +46,7 @@ def describe_map(model: Model, kind: MapKind | None) -> MapDescription:
 
 
 def draw_maps(
-    x: Rows, maps: Sequence[np.ndarray] | np.ndarray, description: MapDescription, picture: MapPicture | None
+    x: InputRows, maps: Sequence[np.ndarray] | np.ndarray, description: MapDescription, picture: MapPicture | None
 ) -> bytes:
     """One PNG of the maps of ``x``, float32 [h,w] each and all of one size: heat maps, or overlays of the images.
 

@@ -21,7 +21,7 @@ MOST_REMEMBERED = 256
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenScore:
     """A score to compute; ``name`` is None when it is none of the bundle's definitions."""
 
     name: str | None
@@ -53,7 +53,7 @@ class ResolvedScoreRequest:
     """
 
     parameters: ScoreParameters
-    chosen: Chosen
+    chosen: ChosenScore
     also: dict[str, ScoreDefinition]
     basis: VerdictBasis
     further_bases: dict[str, VerdictBasis]
@@ -93,7 +93,8 @@ def resolve_scores(served: Served, parameters: ScoreParameters, default_rate: fl
 def _resolve(served: Served, parameters: ScoreParameters, default_rate: float) -> ResolvedScoreRequest:
     chosen, also = choose_score(served.manifest, parameters), further_scores(served.manifest, parameters)
     further_bases = {
-        name: _basis(served, Chosen(name, definition), parameters, default_rate) for name, definition in also.items()
+        name: _basis(served, ChosenScore(name, definition), parameters, default_rate)
+        for name, definition in also.items()
     }
     basis = _basis(served, chosen, parameters, default_rate)
     recipe = (chosen.name, *_recipe(chosen.definition))
@@ -105,7 +106,7 @@ def _resolve(served: Served, parameters: ScoreParameters, default_rate: float) -
     return ResolvedScoreRequest(parameters, chosen, also, basis, further_bases, key, drift_places)
 
 
-def choose_score(manifest: Manifest, parameters: ScoreParameters) -> Chosen:
+def choose_score(manifest: Manifest, parameters: ScoreParameters) -> ChosenScore:
     """The score that the parameters mean: one of the bundle's definitions where they match one, else a variant of it.
 
     Raises:
@@ -121,9 +122,9 @@ def choose_score(manifest: Manifest, parameters: ScoreParameters) -> Chosen:
     variant = base.model_copy(update=changes)
     names = [name for name, definition in manifest.scores.items() if _recipe(definition) == _recipe(variant)]
     if not names:
-        return Chosen(None, variant)
+        return ChosenScore(None, variant)
     name = preferred if preferred in names else names[0]
-    return Chosen(name, manifest.scores[name])
+    return ChosenScore(name, manifest.scores[name])
 
 
 def further_scores(manifest: Manifest, parameters: ScoreParameters) -> dict[str, ScoreDefinition]:
@@ -172,7 +173,7 @@ def _recipe(definition: ScoreDefinition) -> tuple[object, ...]:
     return (definition.estimator, definition.k, definition.seed, tuple(definition.of), definition.method)
 
 
-def _basis(served: Served, chosen: Chosen, parameters: ScoreParameters, default_rate: float) -> VerdictBasis:
+def _basis(served: Served, chosen: ChosenScore, parameters: ScoreParameters, default_rate: float) -> VerdictBasis:
     """The basis of one score's verdicts at the asked rate. Raises as ``resolve_scores``."""
     rate = default_rate if parameters.false_positive_rate is None else parameters.false_positive_rate
     reason = _why_uncalibrated(served, chosen)
@@ -190,7 +191,7 @@ def _basis(served: Served, chosen: Chosen, parameters: ScoreParameters, default_
         return VerdictBasis(rate, None, n, f"no is_anomaly: {error}")
 
 
-def _why_uncalibrated(served: Served, chosen: Chosen) -> str | None:
+def _why_uncalibrated(served: Served, chosen: ChosenScore) -> str | None:
     """Why the bundle has no calibration of that score, None where it has one."""
     calibrated, scores = served.calibrator.names, served.manifest.scores
     if chosen.name in calibrated:

@@ -13,7 +13,7 @@ NUMBERS = 2**17  # of x that go through at once: a megabyte as float64
 F = TypeVar("F", bound=Callable[..., np.ndarray])
 
 
-def grouped(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+def apply_in_chunks(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
     """``function`` of arrays of N rows each, which gives an array of N rows: that of all, by a few rows at a time.
 
     Each row must come out as it does alone.
@@ -25,11 +25,11 @@ def grouped(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndar
     return np.concatenate([function(*(array[i : i + size] for array in arrays)) for i in range(0, len(first), size)])
 
 
-def in_groups(function: F) -> F:
-    """A function of arrays of rows, and of nothing else, that goes through them as ``grouped`` does."""
+def in_chunks(function: F) -> F:
+    """A function of arrays of rows, and of nothing else, that goes through them as ``apply_in_chunks`` does."""
 
     @wraps(function)
     def wrapped(*arrays: np.ndarray) -> np.ndarray:
-        return grouped(function, *arrays)
+        return apply_in_chunks(function, *arrays)
 
     return wrapped  # type: ignore[return-value]

@@ -13,14 +13,14 @@ from functools import cache
 
 import numpy as np
 
-from service.scores.chunks import in_groups
+from service.scores.chunks import in_chunks
 
 LEVELS = 255.0
 LEAST_ERROR = 0.02  # mean error that a context of zeros is taken to promise: no pixel is for free
 ESCAPE = 1 / 256  # probability that an error is none of its context's, and any of the 511 possible ones
 
 
-@in_groups
+@in_chunks
 def code_lengths(x: np.ndarray) -> np.ndarray:
     """Nats to code each image of x [N,C,H,W] of pixels in [0, 1], rounded to 8 bits: float64 [N].
 

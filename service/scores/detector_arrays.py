@@ -13,7 +13,7 @@ from service.errors import BundleFormatError
 Arrays = dict[str, np.ndarray]
 
 
-class Spec(NamedTuple):
+class ArraySpec(NamedTuple):
     """One array of float32 or float64, finite. ``shape``: sizes, a range where the bundle may choose. ``positive``:
     every number is > 0. ``order``: of the numbers along the last axis."""
 
@@ -22,11 +22,11 @@ class Spec(NamedTuple):
     order: Literal["rising", "not falling"] | None = None
 
 
-Specs = Mapping[str, Spec]
+ArraySpecs = Mapping[str, ArraySpec]
 DISORDER = {"rising": "does not rise", "not falling": "falls"}
 
 
-def check_arrays(kind: str, arrays: Arrays, specs: Specs, file: str = DETECTORS) -> None:
+def check_arrays(kind: str, arrays: Arrays, specs: ArraySpecs, file: str = DETECTORS) -> None:
     """Raise BundleFormatError unless ``arrays`` are what ``specs`` say, by name; ``kind``: whose, in ``file``."""
     if set(arrays) != set(specs):
         raise BundleFormatError(f"{file}: a {kind} has {sorted(arrays)}, expected {sorted(specs)}")
@@ -36,7 +36,7 @@ def check_arrays(kind: str, arrays: Arrays, specs: Specs, file: str = DETECTORS)
             raise BundleFormatError(f"{file}: {name} of a {kind} {fault}")
 
 
-def _fault(array: object, spec: Spec) -> str | None:
+def _fault(array: object, spec: ArraySpec) -> str | None:
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float64, np.float32):
         return "is no array of float32 or float64"
     if len(array.shape) != len(spec.shape) or not all(map(_fits, array.shape, spec.shape)):

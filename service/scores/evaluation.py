@@ -12,18 +12,18 @@ from service.errors import BundleGraphError, InvalidInput
 from service.scores import bounds as estimators
 from service.scores.corruption import corruption_scores
 from service.scores.detectors import Combination, Detector, is_stretched, stretched
-from service.scores.forward_pass import Measured
-from service.scores.maps.anomaly_map import AnomalyMap, Sight
+from service.scores.forward_pass import ForwardPass
+from service.scores.maps.anomaly_map import AnomalyMap, MapInputs
 
 OF_SAMPLES = get_args(LikelihoodEstimator)
 """Estimators that are means over posterior samples and need no fitted numbers."""
 Corruption = Callable[[np.ndarray], np.ndarray]
 """x -> log odds by the corruption graph, float32 [N,H,W]."""
-Measure = Callable[[np.ndarray, int, int, bool], Measured]
+Measure = Callable[[np.ndarray, int, int, bool], ForwardPass]
 """x, k, seed, and whether the distortion is wanted by place."""
 
 
-class Passes:
+class ForwardPasses:
     """The forward passes that some definitions need of x, each made at most once: one a seed, of as many samples as the
     longest definition takes, and another of contrast-stretched images for the definitions that look at these; and that
     of ``corruption``, which a model without such a graph lacks."""
@@ -43,9 +43,9 @@ class Passes:
         for definition in wanted:
             key = (definition.seed, is_stretched(definition))
             self._samples[key] = max(definition.k, self._samples.get(key, 0))
-        self._made: dict[tuple[int, int, bool], Measured] = {}
+        self._made: dict[tuple[int, int, bool], ForwardPass] = {}
 
-    def of(self, definition: ScoreDefinition, stretch: bool = False) -> Measured:
+    def of(self, definition: ScoreDefinition, stretch: bool = False) -> ForwardPass:
         """The pass at the definition's seed and first k samples, of x or of the contrast-stretched x."""
         # A map is the mean over all samples of its pass: with one, the pass is of the definition's own k.
         k = definition.k if self._maps else max(definition.k, self._samples.get((definition.seed, stretch), 0))
@@ -63,12 +63,12 @@ class Passes:
         return self._log_odds
 
 
-class Estimates:
+class ScoreEvaluator:
     """Scores by definition, float64 [N], higher is more anomalous."""
 
     def __init__(
         self,
-        passes: Passes,
+        passes: ForwardPasses,
         definitions: Mapping[str, ScoreDefinition],
         detectors: Mapping[str, Detector | Combination],
         anomaly_map: AnomalyMap | None = None,
@@ -99,10 +99,10 @@ class Estimates:
 
     def standard_error(self, definition: ScoreDefinition) -> np.ndarray:
         """Monte-Carlo standard error of the score, NaN where it is no mean over samples."""
-        measured = self._passes.of(definition)
+        forward_pass = self._passes.of(definition)
         if definition.estimator not in OF_SAMPLES:
-            return np.full(len(measured.x), np.nan)
-        return estimators.standard_error(_terms(measured, definition), definition.estimator)
+            return np.full(len(forward_pass.x), np.nan)
+        return estimators.standard_error(_terms(forward_pass, definition), definition.estimator)
 
     def _of_weights(self, definition: ScoreDefinition) -> np.ndarray:
         terms = _terms(self._passes.of(definition), definition)
@@ -149,8 +149,8 @@ class Estimates:
 
     def _peaks(self, definition: ScoreDefinition) -> np.ndarray:
         assert self._map is not None, "load_map refuses a bundle with peaks of no map"
-        measured = self._passes.of(definition)
-        return self._map.peaks(Sight(measured.x, measured.mean, measured.distortion_at_loc))
+        forward_pass = self._passes.of(definition)
+        return self._map.peaks(MapInputs(forward_pass.x, forward_pass.mean, forward_pass.distortion_at_loc))
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
@@ -159,8 +159,8 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _terms(measured: Measured, definition: ScoreDefinition) -> np.ndarray:
+def _terms(forward_pass: ForwardPass, definition: ScoreDefinition) -> np.ndarray:
     """What the estimator averages over samples, float64 [N,k], higher for what is less anomalous."""
     if definition.estimator == "rate":
-        return measured.log_p_z - measured.log_q
-    return measured.log_p_x if definition.estimator == "reconstruction" else measured.log_w
+        return forward_pass.log_p_z - forward_pass.log_q
+    return forward_pass.log_p_x if definition.estimator == "reconstruction" else forward_pass.log_w

@@ -12,9 +12,9 @@ from service.bundle.manifest import FITTED, Manifest, ScoreDefinition
 from service.errors import InvalidInput
 from service.scores.detector_arrays import Arrays
 from service.scores.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent, to_arrays
-from service.scores.evaluation import Estimates, Passes
-from service.scores.forward_pass import Measured
-from service.scores.maps.anomaly_map import UNIT, AnomalyMap, Sight, map_arrays
+from service.scores.evaluation import ForwardPasses, ScoreEvaluator
+from service.scores.forward_pass import ForwardPass
+from service.scores.maps.anomaly_map import UNIT, AnomalyMap, MapInputs, map_arrays
 
 COMBINED = "combined"
 PARTS = ("peak", "latent", "statistics", "complexity", "corruption")
@@ -69,11 +69,11 @@ class FittableModel(Protocol):
         """Encode rows: q(z|x) with ``samples`` draws from the seed's noise."""
         ...
 
-    def measure(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> Measured:
+    def forward_pass(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> ForwardPass:
         """Run one forward pass at k posterior samples; ``stretch``: of the contrast-stretched images."""
         ...
 
-    def sight(self, x: np.ndarray) -> Sight:
+    def map_inputs(self, x: np.ndarray) -> MapInputs:
         """Compute what an anomaly map is made from: E[x|loc] and −log p(x|loc) by place."""
         ...
 
@@ -214,9 +214,9 @@ def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | Non
     return AnomalyMap.fit(first, second, model.manifest)
 
 
-def _sights(model: FittableModel, x: np.ndarray, progress: Progress | None) -> Iterable[Sight]:
+def _sights(model: FittableModel, x: np.ndarray, progress: Progress | None) -> Iterable[MapInputs]:
     for start in range(0, len(x), BATCH):
-        yield model.sight(x[start : start + BATCH])
+        yield model.map_inputs(x[start : start + BATCH])
         _tell(progress, len(x[start : start + BATCH]))
 
 
@@ -231,8 +231,10 @@ def _scores(
     found = []
     for start in range(0, len(x), BATCH):
         rows = x[start : start + BATCH]
-        passes = Passes(lambda x, k, seed, _places: model.measure(x, k, seed), rows, wanted, False, model.log_odds)
-        estimates = Estimates(passes, *fitted)
+        passes = ForwardPasses(
+            lambda x, k, seed, _places: model.forward_pass(x, k, seed), rows, wanted, False, model.log_odds
+        )
+        estimates = ScoreEvaluator(passes, *fitted)
         found.append(np.stack([estimates.score(each) for each in wanted], axis=1))
         _tell(progress, len(rows))
     return np.concatenate(found)
@@ -240,9 +242,9 @@ def _scores(
 
 def _measured(
     model: FittableModel, x: np.ndarray, k: int, seed: int, stretch: bool, progress: Progress | None
-) -> Iterable[Measured]:
+) -> Iterable[ForwardPass]:
     for start in range(0, len(x), BATCH):
-        yield model.measure(x[start : start + BATCH], k, seed, stretch)
+        yield model.forward_pass(x[start : start + BATCH], k, seed, stretch)
         _tell(progress, len(x[start : start + BATCH]))
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from service.bundle.manifest import Manifest
-from service.scores.chunks import grouped, in_groups
+from service.scores.chunks import apply_in_chunks, in_chunks
 from service.scores.code_length import code_lengths
 
 ORDERS = (0.5, 1.0, 2.0, 4.0, np.inf)
@@ -23,7 +23,7 @@ LEAST_CODE = 35.0  # nats
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class ForwardPass:
     """N rows through encoder, decoder and density at K posterior samples.
 
     ``x`` and ``mean`` = E[x|z] at z = loc: float32 [N,C,H,W]. ``loc``, ``scale``: float32 [N,L]. ``log_p_x``,
@@ -56,18 +56,18 @@ class Measured:
         """Of the images x, nats: float64 [N]."""
         return code_lengths(self.x)
 
-    def first(self, k: int) -> Measured:
+    def first(self, k: int) -> ForwardPass:
         """The same rows at the first k of their samples (the distortion's mean stays that of all)."""
         if k == self.log_p_x.shape[1]:
             return self
         return replace(self, log_p_x=self.log_p_x[:, :k], log_p_z=self.log_p_z[:, :k], log_q=self.log_q[:, :k])
 
-    def rows(self, at: slice) -> Measured:
+    def rows(self, at: slice) -> ForwardPass:
         """Some of the rows."""
-        return Measured(*(array[at] for array in self.arrays))
+        return ForwardPass(*(array[at] for array in self.arrays))
 
 
-Statistics = Callable[[Measured, Manifest], dict[str, np.ndarray]]
+StatisticsFunction = Callable[[ForwardPass, Manifest], dict[str, np.ndarray]]
 
 
 def norms(values: np.ndarray, orders: Sequence[float] = ORDERS) -> np.ndarray:
@@ -75,7 +75,7 @@ def norms(values: np.ndarray, orders: Sequence[float] = ORDERS) -> np.ndarray:
 
     That of p = ∞ is the largest |v|.
     """
-    logs: np.ndarray = np.log(grouped(lambda rows: _power_means(rows, orders), values))
+    logs: np.ndarray = np.log(apply_in_chunks(lambda rows: _power_means(rows, orders), values))
     return logs
 
 
@@ -92,7 +92,7 @@ def _power_mean(size: np.ndarray, p: float) -> np.ndarray:
     return np.asarray(powers.mean(axis=1) ** (1 / p))
 
 
-def path_statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]:
+def path_statistics(rows: ForwardPass, manifest: Manifest) -> dict[str, np.ndarray]:
     """Norms of x − x̂, μ(x) and σ(x), [N] each: the likelihood path (Huang et al. 2024, arXiv:2401.04933)."""
     parts = {"mu": rows.loc}
     if manifest.likelihood.pixelwise:
@@ -104,7 +104,7 @@ def path_statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]
     }
 
 
-def statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]:
+def statistics(rows: ForwardPass, manifest: Manifest) -> dict[str, np.ndarray]:
     """What the model and a row itself tell in a few numbers, in the manner of density of states (Morningstar 2021).
 
     The parts of the bound in nats; logs of the residual's power means; of pictures and signals also logs of the mean
@@ -113,7 +113,7 @@ def statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]:
     """
     found: dict[str, np.ndarray] = {}
     is_point = manifest.posterior.moments == "point"
-    if manifest.tells_distortion:
+    if manifest.has_distortion:
         found["distortion"] = -rows.log_p_x.mean(axis=1)
     if manifest.evidence != "none":
         found["prior"] = -rows.log_p_z.mean(axis=1)
@@ -131,18 +131,18 @@ def statistics(rows: Measured, manifest: Manifest) -> dict[str, np.ndarray]:
     return found
 
 
-def table(kind: Statistics, rows: Measured, manifest: Manifest) -> np.ndarray:
+def table(kind: StatisticsFunction, rows: ForwardPass, manifest: Manifest) -> np.ndarray:
     """A line for each row, a column for each of its statistics of that kind: float64 [N,S]."""
     return np.stack(list(kind(rows, manifest).values()), axis=1)
 
 
-def statistic_names(kind: Statistics, manifest: Manifest) -> tuple[str, ...]:
+def statistic_names(kind: StatisticsFunction, manifest: Manifest) -> tuple[str, ...]:
     """The names, in order, that ``path_statistics`` or ``statistics`` gives to any row of such a model."""
     pixel, one = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 1), np.float32)
-    return tuple(kind(Measured(pixel, pixel, one, one, one, one, one, pixel, pixel), manifest))
+    return tuple(kind(ForwardPass(pixel, pixel, one, one, one, one, one, pixel, pixel), manifest))
 
 
-@in_groups
+@in_chunks
 def steepness(x: np.ndarray) -> np.ndarray:
     """log of the mean absolute difference of neighbours, down plus across, of rows [N,C,H,W]: float64 [N].
 

@@ -28,7 +28,7 @@ LOG_2PI = float(np.log(2 * np.pi))
 LEAST_SCALE = 1e-6
 
 
-class Marginals:
+class PriorMarginals:
     """p(z_j) of every latent dimension j, estimated from ``draws``, float32 [n,L]."""
 
     def __init__(self, draws: np.ndarray) -> None:
@@ -47,7 +47,7 @@ class Marginals:
             return np.logaddexp(np.log(known), tail)
 
 
-def divergences(loc: np.ndarray, scale: np.ndarray, marginals: Marginals | None) -> np.ndarray:
+def divergences(loc: np.ndarray, scale: np.ndarray, marginals: PriorMarginals | None) -> np.ndarray:
     """KL(q(z_j|x) ‖ p(z_j)) of rows, float64 [N,L], of loc and scale [N,L]; None: p(z_j) is N(0, 1).
 
     Closed there (Kingma & Welling 2014, appendix B), else by Gauss–Hermite quadrature over q.
@@ -66,7 +66,7 @@ def is_standard_normal(manifest: Manifest) -> bool:
     return manifest.prior.family == "standard_normal"
 
 
-def _expected(marginals: Marginals, dimension: int, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _expected(marginals: PriorMarginals, dimension: int, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """E[log p(z_j)] under N(loc, scale²), float64 [N]; added node by node, so that no row feels another."""
     total = np.zeros(len(loc))
     for node, weight in zip(NODES, WEIGHTS, strict=True):

@@ -11,7 +11,7 @@ AT_ONCE = 2**17  # numbers of points that a row is held against where float32 di
 FAR = 1e36  # squared norm beyond which a point is left to float64: float32's range ends a little further
 
 
-class Neighbours:
+class NearestNeighbours:
     """The nearest of ``points``, float32 [m,L], to any row, by Euclidean distance.
 
     What is nearest by float32 need not be so. With n = L + 6, u = 2⁻²⁴ and c = n u / (1 − n u), what it gives for

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from service.bundle.files import UNREADABLE as UNREADABLE_NPZ
+from service.bundle.files import NPZ_ERRORS as UNREADABLE_NPZ
 from service.bundle.input_rules import Preprocessing
 from service.errors import VaeserveError
 from service.formats.images import apply, resize_array

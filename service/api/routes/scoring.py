@@ -21,9 +21,9 @@ from service.formats import codecs
 from service.inference.jobs import Job, Work, finish
 from service.inference.model import Scores
 from service.inference.tiled import TiledScores
-from service.repository.judging import Rows, Verdicts, judge_scores, scorer
+from service.repository.judging import InputRows, Verdicts, judge_scores, scorer
 from service.repository.presenting import MapDescription, describe_map, draw_maps, result_rows, top_latents
-from service.repository.resolving import Chosen, ResolvedScoreRequest, VerdictBasis, resolve_scores
+from service.repository.resolving import ChosenScore, ResolvedScoreRequest, VerdictBasis, resolve_scores
 from service.repository.score_parameters import ScoreParameters
 from service.scores.maps.anomaly_map import PASSES
 
@@ -70,7 +70,7 @@ def _answer(
     resolved: ResolvedScoreRequest,
     used: MapDescription,
     media_type: str,
-    x: Rows,
+    x: InputRows,
     call: Call,
     scores: Scores | TiledScores,
 ) -> Content:
@@ -104,7 +104,7 @@ def _required(call: Call, asked: ScoreParameters) -> MapDescription:
     return used
 
 
-def _limit_work(call: Call, x: Rows, passes: int, asked: ScoreParameters) -> None:
+def _limit_work(call: Call, x: InputRows, passes: int, asked: ScoreParameters) -> None:
     """Refuse what takes too long, or too many maps. Raises LimitExceeded."""
     name, rows, each = data_names(call.rule)[0], len(x), x[0].size
     pixels = rows * math.prod(call.served.manifest.signature.shape[1:])
@@ -119,7 +119,7 @@ def _limit_work(call: Call, x: Rows, passes: int, asked: ScoreParameters) -> Non
         call.house.limit("the count of latents in the answer", len(x) * each, "max_numbers_out")
 
 
-def _check_one_size(images: Rows) -> None:
+def _check_one_size(images: InputRows) -> None:
     """Raise InvalidInput for images of different sizes, whose maps make no one array or picture."""
     sizes = sorted({image.shape[1:] for image in images})
     if len(sizes) > 1:
@@ -149,7 +149,7 @@ def _content(call: Call, verdicts: Verdicts, resolved: ResolvedScoreRequest, use
         "verdict": verdicts.calibrated.reason,
         "also": {
             name: {
-                **_basis(Chosen(name, each), resolved.further_bases[name], asked),
+                **_basis(ChosenScore(name, each), resolved.further_bases[name], asked),
                 "verdict": verdicts.also[name].reason,
             }
             for name, each in resolved.also.items()
@@ -173,7 +173,7 @@ def _passes(definitions: Iterable[ScoreDefinition]) -> int:
     return sum(needed.values())
 
 
-def _basis(chosen: Chosen, plan: VerdictBasis, asked: ScoreParameters) -> dict[str, Any]:
+def _basis(chosen: ChosenScore, plan: VerdictBasis, asked: ScoreParameters) -> dict[str, Any]:
     """What a score is, and what its verdicts rest on."""
     fields = ("estimator", "k", "seed", "unit", "of", "method")
     definition = {"name": chosen.name, **{field: getattr(chosen.definition, field) for field in fields}}

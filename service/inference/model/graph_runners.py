@@ -161,7 +161,7 @@ class GraphRunners:
         return self._observation.run(feeds | {"noise": observation_noise})["sample"]
 
     def draw_prior(self, prior_noise: np.ndarray) -> np.ndarray:
-        """Latents z, float32 [n,L], from rows of ``latents.draw_prior_noise``; the noise itself without a prior graph."""
+        """Latents z, float32 [n,L], from rows of ``draw_prior_noise``; the noise itself without a prior graph."""
         if self._prior is None:
             return prior_noise
         if not self._manifest.prior.choice:

@@ -30,8 +30,8 @@ from service.inference.sessions import Runtime
 from service.inference.sharing import share
 from service.scores.corruption import corruption_scores
 from service.scores.detectors import detector_arrays, load_detectors, stretched
-from service.scores.forward_pass import Measured
-from service.scores.maps.anomaly_map import AnomalyMap, MapKind, Sight, load_map
+from service.scores.forward_pass import ForwardPass
+from service.scores.maps.anomaly_map import AnomalyMap, MapInputs, MapKind, load_map
 
 
 class Encoding(NamedTuple):
@@ -247,14 +247,14 @@ class Model:
             self.require("score.top_latents")
         return self._scorer.score(self.features(x), main, further, kind if maps else None, latents)
 
-    def measure(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> Measured:
+    def forward_pass(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> ForwardPass:
         """What service.scores.detectors look at, of x, float32 [N,C,H,W] of images in [0, 1], at the seed's k samples.
 
         Holds some five arrays of x's size: x in batches. ``stretch``: of the contrast-stretched images. Raises
         InvalidInput.
         """
         x = self.features(x)
-        return self._scorer.measure(stretched(x) if stretch else x, k, seed, True, True)
+        return self._scorer.forward_pass(stretched(x) if stretch else x, k, seed, True, True)
 
     def corruption(self, x: np.ndarray) -> np.ndarray:
         """The score ``corruption`` of x, float32 [N,C,H,W] of images in [0, 1]: float64 [N], nats
@@ -278,7 +278,7 @@ class Model:
         """The kind of map that is given where none is asked for: ``anomaly`` if the bundle has it."""
         return "distortion" if self.anomaly_map is None else "anomaly"
 
-    def sight(self, x: np.ndarray) -> Sight:
+    def map_inputs(self, x: np.ndarray) -> MapInputs:
         """What service.scores.maps.anomaly_map looks at: rows as ``score`` takes them, in batches. Raises
         InvalidInput."""
         return map_inputs(self._runners, self.features(x))

@@ -19,9 +19,9 @@ from service.inference.model.latents import draw_prior_noise
 from service.inference.model.maps import at_loc, map_values
 from service.scores import bounds as estimators
 from service.scores.detectors import Combination, Detector
-from service.scores.evaluation import Estimates, Passes
-from service.scores.forward_pass import Measured
-from service.scores.latent_contributions import DRAWS, Marginals, divergences, is_standard_normal
+from service.scores.evaluation import ForwardPasses, ScoreEvaluator
+from service.scores.forward_pass import ForwardPass
+from service.scores.latent_contributions import DRAWS, PriorMarginals, divergences, is_standard_normal
 from service.scores.maps.anomaly_map import AnomalyMap, MapKind
 
 
@@ -97,7 +97,7 @@ class Scorer:
             also=dict(zip(also, map(np.concatenate, further), strict=True)),
         )
 
-    def measure(self, x: np.ndarray, k: int, seed: int, mean: bool, places: bool) -> Measured:
+    def forward_pass(self, x: np.ndarray, k: int, seed: int, mean: bool, places: bool) -> ForwardPass:
         """One pass of x, float32 [N,C,H,W], through encoder, decoder and density at the seed's k samples.
 
         ``mean``: also what is at loc. ``places``: also the distortion by place. What is not wanted is empty.
@@ -114,7 +114,7 @@ class Scorer:
         log_p_x, log_p_z, log_q = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
         nothing = np.empty((len(x), 0), np.float32)
         mean_at_loc, distortion_at_loc = at_loc(self._runners, target, loc) if mean else (nothing, nothing)
-        return Measured(x, mean_at_loc, loc, scale, log_p_x, log_p_z, log_q, distortion / k, distortion_at_loc)
+        return ForwardPass(x, mean_at_loc, loc, scale, log_p_x, log_p_z, log_q, distortion / k, distortion_at_loc)
 
     def _score_part(
         self, x: np.ndarray, definitions: Sequence[ScoreDefinition], map_kind: MapKind | None, latents: bool
@@ -122,33 +122,33 @@ class Scorer:
         """The scores of a few rows by the first definition; ``also``: by the others, named by their index."""
         main, manifest = definitions[0], self._manifest
         fitted = any(definition.estimator in FITTED for definition in definitions)
-        passes = Passes(
-            lambda x, k, seed, places: self.measure(x, k, seed, fitted, places),
+        passes = ForwardPasses(
+            lambda x, k, seed, places: self.forward_pass(x, k, seed, fitted, places),
             x,
             definitions,
             map_kind == "distortion",
             self._runners.log_odds,
         )
-        estimates = Estimates(passes, manifest.scores, self._detectors, self._anomaly_map)
+        estimates = ScoreEvaluator(passes, manifest.scores, self._detectors, self._anomaly_map)
         scores = [estimates.score(definition) for definition in definitions]
-        measured, unknown = passes.of(main), np.full(len(x), np.nan)
+        forward_pass, unknown = passes.of(main), np.full(len(x), np.nan)
         has_bound, is_point = manifest.evidence != "none", manifest.posterior.moments == "point"
         return Scores(
             score=scores[0],
-            elbo=estimators.mean(measured.log_w) if has_bound else unknown,
-            log_likelihood=estimators.log_mean_exp(measured.log_w) if has_bound else unknown,
-            rate=(measured.log_q - measured.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
-            distortion=-measured.log_p_x.mean(axis=1) if manifest.tells_distortion else unknown,
+            elbo=estimators.mean(forward_pass.log_w) if has_bound else unknown,
+            log_likelihood=estimators.log_mean_exp(forward_pass.log_w) if has_bound else unknown,
+            rate=(forward_pass.log_q - forward_pass.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
+            distortion=-forward_pass.log_p_x.mean(axis=1) if manifest.has_distortion else unknown,
             bits_per_dim=self._bits_per_dim(-scores[0], main),
             standard_error=estimates.standard_error(main),
             k=main.k,
-            map=map_values(map_kind, self._runners, self._anomaly_map, passes, measured) if map_kind else None,
-            latents=divergences(measured.loc, measured.scale, self._marginals) if latents else None,
+            map=map_values(map_kind, self._runners, self._anomaly_map, passes, forward_pass) if map_kind else None,
+            latents=divergences(forward_pass.loc, forward_pass.scale, self._marginals) if latents else None,
             also={str(index): values for index, values in enumerate(scores[1:])},
         )
 
     def _bits_per_dim(self, bound: np.ndarray, definition: ScoreDefinition) -> np.ndarray:
-        """A bound in nats, float64 [N], in bits per dimension of 8-bit pixels; NaN for other scores and other numbers."""
+        """A bound in nats, float64 [N], in bits per dimension of 8-bit pixels; NaN where it has no such meaning."""
         measure = self._manifest.likelihood.measure
         of_levels = measure == "counting" or (measure == "lebesgue" and self._manifest.modelled.kind == "image")
         if definition.estimator not in ("elbo", "iwae") or not of_levels:
@@ -156,8 +156,8 @@ class Scorer:
         return estimators.bits_per_dim(bound, math.prod(self._manifest.signature.shape), measure)
 
     @cached_property
-    def _marginals(self) -> Marginals | None:
+    def _marginals(self) -> PriorMarginals | None:
         """The prior's marginals by latent dimension, drawn when first asked for; None where they are all N(0, 1)."""
         if is_standard_normal(self._manifest):
             return None
-        return Marginals(self._runners.draw_prior(draw_prior_noise(self._manifest, DRAWS, 0, 1.0)))
+        return PriorMarginals(self._runners.draw_prior(draw_prior_noise(self._manifest, DRAWS, 0, 1.0)))

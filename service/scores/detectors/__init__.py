@@ -20,7 +20,7 @@ alone.
 
 from service.scores.detectors.base import Detector
 from service.scores.detectors.combination import Combination
-from service.scores.detectors.gaussian_statistics import Path, Statistics
+from service.scores.detectors.gaussian_statistics import LikelihoodPath, PassStatistics
 from service.scores.detectors.latent import REFERENCE_NUMBERS, Latent
 from service.scores.detectors.likelihood import Complexity, Debiased, Typicality, stretched
 from service.scores.detectors.registry import (
@@ -42,9 +42,9 @@ __all__ = [
     "Debiased",
     "Detector",
     "Latent",
-    "Path",
+    "LikelihoodPath",
+    "PassStatistics",
     "Residual",
-    "Statistics",
     "Typicality",
     "detector_arrays",
     "is_stretched",

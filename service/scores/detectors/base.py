@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 import numpy as np
 
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.scores.detector_arrays import Arrays, Specs, check_arrays
-from service.scores.forward_pass import Measured
+from service.scores.detector_arrays import Arrays, ArraySpecs, check_arrays
+from service.scores.forward_pass import ForwardPass
 
 
 class Detector(ABC):
@@ -26,14 +26,14 @@ class Detector(ABC):
 
     @classmethod
     @abstractmethod
-    def specs(cls, manifest: Manifest) -> Specs:
+    def specs(cls, manifest: Manifest) -> ArraySpecs:
         """The arrays that it has for such a model."""
 
     @classmethod
     @abstractmethod
-    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         """From held-out inliers, a batch each of ``parts``."""
 
     @abstractmethod
-    def score(self, rows: Measured) -> np.ndarray:
+    def score(self, rows: ForwardPass) -> np.ndarray:
         """Scores of N rows, float64 [N]."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from service.bundle.manifest import DETECTORS
 from service.errors import BundleFormatError
-from service.scores.detector_arrays import Arrays, Spec, check_arrays
+from service.scores.detector_arrays import Arrays, ArraySpec, check_arrays
 from service.scores.piecewise_linear import PiecewiseLinear
 
 MOST_KNOTS = 256  # of a part's fitted scores
@@ -27,8 +27,8 @@ class Combination:
 
     def __init__(self, arrays: Arrays, parts: int, file: str = DETECTORS) -> None:
         """Raises BundleFormatError, which names ``file``, for arrays that are none of a combination of so many."""
-        table = Spec((parts, range(1, MOST_KNOTS + 1)), order="not falling")
-        specs = {"knots": table, "surprisals": table, "scale": Spec((parts,), positive=True)}
+        table = ArraySpec((parts, range(1, MOST_KNOTS + 1)), order="not falling")
+        specs = {"knots": table, "surprisals": table, "scale": ArraySpec((parts,), positive=True)}
         check_arrays("combination", arrays, specs, file)
         if arrays["knots"].shape != arrays["surprisals"].shape:
             raise BundleFormatError(f"{file}: a combination has other surprisals than knots")

@@ -9,14 +9,20 @@ from typing import Self
 import numpy as np
 
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.scores import forward_pass as measured
-from service.scores.detector_arrays import Arrays, Spec, Specs
+from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
 from service.scores.detectors.base import Detector
-from service.scores.forward_pass import Measured, path_statistics, statistic_names, statistics, table
+from service.scores.forward_pass import (
+    ForwardPass,
+    StatisticsFunction,
+    path_statistics,
+    statistic_names,
+    statistics,
+    table,
+)
 from service.scores.gaussian import QUANTILES, Gaussian, normalised, quantiles
 
 
-class Path(Detector):
+class LikelihoodPath(Detector):
     """Norms of the likelihood path, made Gaussian by their quantiles; see
     service.scores.forward_pass.path_statistics."""
 
@@ -25,13 +31,13 @@ class Path(Detector):
         self._gaussian = Gaussian(arrays["loc"], arrays["scale"], arrays["whitening"])
 
     @classmethod
-    def specs(cls, manifest: Manifest) -> Specs:
+    def specs(cls, manifest: Manifest) -> ArraySpecs:
         size = len(statistic_names(path_statistics, manifest))
-        grid = Spec((size, range(2, QUANTILES + 1)), order="rising")
-        return {"quantiles": grid, "skewness": Spec((size,)), **_gaussian_specs(size)}
+        grid = ArraySpec((size, range(2, QUANTILES + 1)), order="rising")
+        return {"quantiles": grid, "skewness": ArraySpec((size,)), **_gaussian_specs(size)}
 
     @classmethod
-    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         rows = _table(path_statistics, parts, manifest)
         grid = quantiles(rows)
         # What never changes stands at 0 with quantiles that are least drawn apart: a deviation there is one here.
@@ -40,7 +46,7 @@ class Path(Detector):
         skewness = (centred**3).mean(axis=0) / np.maximum(rows.std(axis=0) ** 3, 1e-12)
         return cls({"quantiles": grid, "skewness": skewness, **_gaussian_arrays(gaussian)}, definition, manifest)
 
-    def score(self, rows: Measured) -> np.ndarray:
+    def score(self, rows: ForwardPass) -> np.ndarray:
         return np.array([self._score(values) for values in table(path_statistics, rows, self.manifest)])
 
     def _score(self, values: np.ndarray) -> float:
@@ -50,7 +56,7 @@ class Path(Detector):
         return math.log(distance / len(values) + 1e-12)
 
 
-class Statistics(Detector):
+class PassStatistics(Detector):
     """log of Mahalanobis' squared distance over the number of statistics; see
     service.scores.forward_pass.statistics."""
 
@@ -59,29 +65,29 @@ class Statistics(Detector):
         self._gaussian = Gaussian(**arrays)
 
     @classmethod
-    def specs(cls, manifest: Manifest) -> Specs:
+    def specs(cls, manifest: Manifest) -> ArraySpecs:
         return _gaussian_specs(len(statistic_names(statistics, manifest)))
 
     @classmethod
-    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         gaussian = Gaussian.fit(_table(statistics, parts, manifest))
         return cls(_gaussian_arrays(gaussian), definition, manifest)
 
-    def score(self, rows: Measured) -> np.ndarray:
+    def score(self, rows: ForwardPass) -> np.ndarray:
         values = table(statistics, rows, self.manifest)
         logs: np.ndarray = np.log(self._gaussian.distance(values) / values.shape[1] + 1e-12)
         return logs
 
 
-def _gaussian_specs(size: int) -> Specs:
-    return {"loc": Spec((size,)), "scale": Spec((size,), positive=True), "whitening": Spec((size, size))}
+def _gaussian_specs(size: int) -> ArraySpecs:
+    return {"loc": ArraySpec((size,)), "scale": ArraySpec((size,), positive=True), "whitening": ArraySpec((size, size))}
 
 
 def _gaussian_arrays(gaussian: Gaussian) -> Arrays:
     return {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
 
 
-def _table(kind: measured.Statistics, parts: Sequence[Measured], manifest: Manifest) -> np.ndarray:
+def _table(kind: StatisticsFunction, parts: Sequence[ForwardPass], manifest: Manifest) -> np.ndarray:
     return np.concatenate([table(kind, part, manifest) for part in parts])
 
 

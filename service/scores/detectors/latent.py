@@ -8,10 +8,10 @@ from typing import Self
 import numpy as np
 
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.scores.detector_arrays import Arrays, Spec, Specs
+from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
 from service.scores.detectors.base import Detector
-from service.scores.forward_pass import Measured
-from service.scores.nearest_neighbours import Neighbours
+from service.scores.forward_pass import ForwardPass
+from service.scores.nearest_neighbours import NearestNeighbours
 
 REFERENCE_NUMBERS = 2**18  # of encoded inliers that a bundle is given: a megabyte
 MOST_REFERENCE_NUMBERS = 2**24  # that a bundle may bring: every row that is scored is compared with all of them
@@ -26,15 +26,15 @@ class Latent(Detector):
 
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
-        self._neighbours = Neighbours(arrays["reference"], NEIGHBOURS)
+        self._neighbours = NearestNeighbours(arrays["reference"], NEIGHBOURS)
 
     @classmethod
-    def specs(cls, manifest: Manifest) -> Specs:
+    def specs(cls, manifest: Manifest) -> ArraySpecs:
         latent_dim = manifest.signature.latent_dim
-        return {"reference": Spec((range(1, max(2, MOST_REFERENCE_NUMBERS // latent_dim) + 1), latent_dim))}
+        return {"reference": ArraySpec((range(1, max(2, MOST_REFERENCE_NUMBERS // latent_dim) + 1), latent_dim))}
 
     @classmethod
-    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         return cls.of(np.concatenate([part.loc for part in parts]), definition, manifest)
 
     @classmethod
@@ -42,7 +42,7 @@ class Latent(Detector):
         """From the inliers' codes, float32 [m,L]."""
         return cls({"reference": np.ascontiguousarray(codes, np.float32)}, definition, manifest)
 
-    def score(self, rows: Measured) -> np.ndarray:
+    def score(self, rows: ForwardPass) -> np.ndarray:
         locs = rows.loc
         finite = np.isfinite(locs).all(axis=1)
         nearest = self._neighbours.distances(np.where(finite[:, None], locs, np.float32(0)))

@@ -10,9 +10,9 @@ import numpy as np
 from service.bundle.manifest import Manifest, ScoreDefinition
 from service.pixels import unit_levels
 from service.scores import bounds as estimators
-from service.scores.detector_arrays import Spec, Specs
+from service.scores.detector_arrays import ArraySpec, ArraySpecs
 from service.scores.detectors.base import Detector
-from service.scores.forward_pass import Measured
+from service.scores.forward_pass import ForwardPass
 
 LEVELS = 256
 STRETCH = (5, 95)  # percentiles of an image that contrast stretching sends to 0 and 1
@@ -23,14 +23,14 @@ class Typicality(Detector):
     """|−elbo − E[−elbo]|, nats."""
 
     @classmethod
-    def specs(cls, manifest: Manifest) -> Specs:
-        return {"mean": Spec(())}
+    def specs(cls, manifest: Manifest) -> ArraySpecs:
+        return {"mean": ArraySpec(())}
 
     @classmethod
-    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         return cls({"mean": np.array(_surprisals(parts).mean())}, definition, manifest)
 
-    def score(self, rows: Measured) -> np.ndarray:
+    def score(self, rows: ForwardPass) -> np.ndarray:
         return np.abs(_surprisal(rows) - float(self.arrays["mean"]))
 
 
@@ -38,11 +38,11 @@ class Complexity(Detector):
     """−elbo − (a L(x) + b), nats: the line fitted by least squares to the inliers."""
 
     @classmethod
-    def specs(cls, manifest: Manifest) -> Specs:
-        return {"line": Spec((2,))}
+    def specs(cls, manifest: Manifest) -> ArraySpecs:
+        return {"line": ArraySpec((2,))}
 
     @classmethod
-    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         surprisals = _surprisals(parts)
         lengths = np.concatenate([part.code_lengths for part in parts])
         spread = lengths - lengths.mean()
@@ -50,7 +50,7 @@ class Complexity(Detector):
         slope = float(spread @ (surprisals - surprisals.mean()) / (spread @ spread)) if varies else 0.0
         return cls({"line": np.array([slope, surprisals.mean() - slope * lengths.mean()])}, definition, manifest)
 
-    def score(self, rows: Measured) -> np.ndarray:
+    def score(self, rows: ForwardPass) -> np.ndarray:
         slope, intercept = self.arrays["line"]
         beyond: np.ndarray = _surprisal(rows) - (slope * rows.code_lengths + intercept)
         return beyond
@@ -62,11 +62,11 @@ class Debiased(Detector):
     stretched = True
 
     @classmethod
-    def specs(cls, manifest: Manifest) -> Specs:
-        return {"best": Spec((manifest.signature.shape[0], LEVELS))}
+    def specs(cls, manifest: Manifest) -> ArraySpecs:
+        return {"best": ArraySpec((manifest.signature.shape[0], LEVELS))}
 
     @classmethod
-    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         channels = manifest.signature.shape[0]
         best = np.zeros((channels, LEVELS))
         for channel in range(channels):
@@ -78,7 +78,7 @@ class Debiased(Detector):
             best[channel] = np.interp(np.arange(LEVELS), known, [np.quantile(group, BEST) for group in groups])
         return cls({"best": best}, definition, manifest)
 
-    def score(self, rows: Measured) -> np.ndarray:
+    def score(self, rows: ForwardPass) -> np.ndarray:
         best = [levels[_levels(rows.x[:, channel])] for channel, levels in enumerate(self.arrays["best"])]
         total: np.ndarray = sum(each.reshape(len(rows.x), -1).sum(axis=1) for each in best)
         return _surprisal(rows) + total
@@ -97,12 +97,12 @@ def stretched(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def _surprisal(rows: Measured) -> np.ndarray:
+def _surprisal(rows: ForwardPass) -> np.ndarray:
     """−elbo of each row, nats: float64 [N]."""
     return -estimators.mean(rows.log_w)
 
 
-def _surprisals(parts: Sequence[Measured]) -> np.ndarray:
+def _surprisals(parts: Sequence[ForwardPass]) -> np.ndarray:
     return np.concatenate([_surprisal(part) for part in parts])
 
 

@@ -10,7 +10,7 @@ from service.errors import BundleFormatError
 from service.scores.detector_arrays import Arrays
 from service.scores.detectors.base import Detector
 from service.scores.detectors.combination import Combination
-from service.scores.detectors.gaussian_statistics import Path, Statistics
+from service.scores.detectors.gaussian_statistics import LikelihoodPath, PassStatistics
 from service.scores.detectors.latent import Latent
 from service.scores.detectors.likelihood import Complexity, Debiased, Typicality
 from service.scores.detectors.residual import Residual
@@ -27,10 +27,10 @@ CLASSES: Mapping[str, type[Detector]] = {
     "typicality": Typicality,
     "complexity": Complexity,
     "debiased": Debiased,
-    "path": Path,
+    "path": LikelihoodPath,
     "latent": Latent,
     "residual": Residual,
-    "statistics": Statistics,
+    "statistics": PassStatistics,
 }
 
 

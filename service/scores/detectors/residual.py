@@ -8,9 +8,9 @@ from typing import Self
 import numpy as np
 
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.scores.detector_arrays import Arrays, Spec, Specs
+from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
 from service.scores.detectors.base import Detector
-from service.scores.forward_pass import Measured
+from service.scores.forward_pass import ForwardPass
 
 LEAST_RESIDUAL = 1e-3  # by the mean |x|, or by 1 where x is 0: what counts as one deviation at least of a residual
 SHARED_UNITS: Mapping[str, tuple[int, ...]] = {"image": (0, 1, 2), "signal": (1, 2), "vector": ()}
@@ -26,14 +26,17 @@ class Residual(Detector):
     """
 
     @classmethod
-    def specs(cls, manifest: Manifest) -> Specs:
-        return {"mean": Spec(manifest.signature.shape), "scale": Spec(manifest.signature.shape, positive=True)}
+    def specs(cls, manifest: Manifest) -> ArraySpecs:
+        return {
+            "mean": ArraySpec(manifest.signature.shape),
+            "scale": ArraySpec(manifest.signature.shape, positive=True),
+        }
 
     @classmethod
-    def fit(cls, parts: Sequence[Measured], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         return cls(residual_moments(((part.x, part.mean) for part in parts), manifest), definition, manifest)
 
-    def score(self, rows: Measured) -> np.ndarray:
+    def score(self, rows: ForwardPass) -> np.ndarray:
         squares = self.deviations(rows.x, rows.mean) ** 2
         logs: np.ndarray = np.log(squares.reshape(len(squares), -1).mean(axis=1) + 1e-12)
         return logs

@@ -27,11 +27,11 @@ import numpy as np
 
 from service.bundle.manifest import DETECTORS, Manifest
 from service.errors import BundleFormatError, InvalidInput
-from service.scores.chunks import grouped
-from service.scores.detector_arrays import Arrays, Spec, Specs, check_arrays
+from service.scores.chunks import apply_in_chunks
+from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs, check_arrays
 from service.scores.detectors import RESERVED, Combination, residual_moments
 from service.scores.maps.averages import channel_mean, smoothed
-from service.scores.maps.textures import TEXTURES, Expected, textures
+from service.scores.maps.textures import TEXTURES, ExpectedEnergy, textures
 
 KEY = RESERVED + "map"
 """Its arrays are "@map/NAME" in detectors.npz: no score's name begins so."""
@@ -53,7 +53,7 @@ MapKind = Literal[FittedMapKind, "corruption"]
 """``corruption``: the log odds of service.scores.corruption, by a graph of its own."""
 
 
-class Sight(NamedTuple):
+class MapInputs(NamedTuple):
     """N rows x, E[x|loc] and −log p(x|loc) by place, all [N,C,H,W]."""
 
     x: np.ndarray
@@ -61,7 +61,7 @@ class Sight(NamedTuple):
     distortion: np.ndarray
 
 
-class Scale(NamedTuple):
+class ColourScale(NamedTuple):
     """Of colours: ``low``, the inliers' median place; ``high``, the quantile LOUD of the largest in each inlier.
 
     What is above ``high`` has its colour: a place of the last colour is one that nine inliers of ten have nowhere.
@@ -82,12 +82,12 @@ class AnomalyMap:
         self.arrays, self._sigma = arrays, 0.0 if by_place else max(SIGMA, max(shape[1:]) / SIZE)
         self._mean, self._scale = (arrays[name].astype(np.float64) for name in ("mean", "scale"))
         self._unit = float(np.sqrt((self._scale**2).mean()))
-        self._expected = None if by_place else Expected(_without(TEXTURE, arrays))
+        self._expected = None if by_place else ExpectedEnergy(_without(TEXTURE, arrays))
         self._tails = Combination(_without(TAIL, tail), 2).curves()
         self._highest = max(1, round(PEAK * shape[1] * shape[2]))
 
     @classmethod
-    def fit(cls, first: Iterable[Sight], second: Iterable[Sight], manifest: Manifest) -> Self:
+    def fit(cls, first: Iterable[MapInputs], second: Iterable[MapInputs], manifest: Manifest) -> Self:
         """From held-out inliers: ``first`` fits what is by place and texture, ``second`` the tails over all places.
 
         Raises InvalidInput where either has no row.
@@ -107,30 +107,30 @@ class AnomalyMap:
             **_named(TAIL, Combination.fit(np.zeros((2, 2))).arrays),
         }
         if not by_place:
-            nothing = Expected.fit(np.zeros((1, 1, 1)), np.zeros((1, TEXTURES, 1, 1)))
+            nothing = ExpectedEnergy.fit(np.zeros((1, 1, 1)), np.zeros((1, TEXTURES, 1, 1)))
             blank = cls(arrays | _named(TEXTURE, nothing.arrays), manifest)
             energies, found = (np.concatenate(part) for part in zip(*map(blank._seen, known), strict=True))
-            arrays |= _named(TEXTURE, Expected.fit(energies, found).arrays)
+            arrays |= _named(TEXTURE, ExpectedEnergy.fit(energies, found).arrays)
         return cls(arrays, manifest)._with_tails(second, manifest)
 
-    def values(self, sight: Sight) -> np.ndarray:
+    def values(self, sight: MapInputs) -> np.ndarray:
         """The map of each row, float32 [N,H,W]; rows are independent, bitwise."""
         return self._standardised(self._surprisals(self._pairs(sight))).astype(np.float32)
 
-    def peaks(self, sight: Sight) -> np.ndarray:
+    def peaks(self, sight: MapInputs) -> np.ndarray:
         """The mean of the highest places of each row's map: the score ``peak``, float64 [N]."""
         maps = self._standardised(self._surprisals(self._pairs(sight)))
         flat = maps.reshape(len(maps), -1)
         highest = np.partition(flat, -self._highest, axis=1)[:, -self._highest :]
         return np.sort(highest, axis=1).mean(axis=1)
 
-    def scale(self, kind: FittedMapKind) -> Scale:
+    def scale(self, kind: FittedMapKind) -> ColourScale:
         """Colours of a map of that kind."""
         if kind == "distortion":
-            return Scale(*map(float, self.arrays["distortion"]))
-        return Scale(float(self.arrays["quantiles"][0]), float(self.arrays["largest"][QUANTILES.index(LOUD)]))
+            return ColourScale(*map(float, self.arrays["distortion"]))
+        return ColourScale(float(self.arrays["quantiles"][0]), float(self.arrays["largest"][QUANTILES.index(LOUD)]))
 
-    def _with_tails(self, sights: Iterable[Sight], manifest: Manifest) -> Self:
+    def _with_tails(self, sights: Iterable[MapInputs], manifest: Manifest) -> Self:
         found = [(self._pairs(sight), sight.distortion.sum(axis=1)) for sight in sights]
         if not found:
             raise InvalidInput(EMPTY)
@@ -151,30 +151,30 @@ class AnomalyMap:
         }
         return type(self)(fitted.arrays, manifest)
 
-    def _pairs(self, sight: Sight) -> np.ndarray:
+    def _pairs(self, sight: MapInputs) -> np.ndarray:
         """A and B, float64 [N,2,H,W]."""
-        return grouped(self._pairs_of_few, *sight)
+        return apply_in_chunks(self._pairs_of_few, *sight)
 
     def _pairs_of_few(self, x: np.ndarray, mean: np.ndarray, distortion: np.ndarray) -> np.ndarray:
-        few = Sight(x, mean, distortion)
+        few = MapInputs(x, mean, distortion)
         return np.stack([self._excess(few), self._distortion(few)], axis=1)
 
-    def _excess(self, sight: Sight) -> np.ndarray:
+    def _excess(self, sight: MapInputs) -> np.ndarray:
         """A: float64 [N,H,W]."""
         return self._energy(sight) if self._expected is None else self._expected.excess(*self._seen(sight))
 
-    def _seen(self, sight: Sight) -> tuple[np.ndarray, np.ndarray]:
+    def _seen(self, sight: MapInputs) -> tuple[np.ndarray, np.ndarray]:
         """E and t: float64 [N,H,W] and [N,TEXTURES,H,W]."""
         return self._energy(sight), textures(sight.x, sight.mean, self._unit, self._sigma)
 
-    def _energy(self, sight: Sight) -> np.ndarray:
+    def _energy(self, sight: MapInputs) -> np.ndarray:
         """E: float64 [N,H,W]."""
         deviations = np.subtract(sight.x, sight.mean, dtype=np.float64)
         deviations -= self._mean
         deviations /= self._scale
         return np.log(smoothed(channel_mean(smoothed(deviations, self._sigma) ** 2), self._sigma) + LEAST)
 
-    def _distortion(self, sight: Sight) -> np.ndarray:
+    def _distortion(self, sight: MapInputs) -> np.ndarray:
         """B: float64 [N,H,W]."""
         total = smoothed(sight.distortion.astype(np.float64).sum(axis=1), self._sigma)
         return (total - self.arrays["level"]) / self.arrays["spread"]
@@ -216,23 +216,23 @@ def _are_apart(manifest: Manifest) -> bool:
     return manifest.modelled.kind == "vector"
 
 
-def _specs(shape: tuple[int, int, int], by_place: bool) -> Specs:
+def _specs(shape: tuple[int, int, int], by_place: bool) -> ArraySpecs:
     places = shape[1:]
-    expected = {} if by_place else {f"{TEXTURE}{name}": spec for name, spec in Expected.specs().items()}
+    expected = {} if by_place else {f"{TEXTURE}{name}": spec for name, spec in ExpectedEnergy.specs().items()}
     return expected | {
-        "mean": Spec(shape),
-        "scale": Spec(shape, positive=True),
-        "level": Spec(places),
-        "spread": Spec(places, positive=True),
-        "location": Spec(()),
-        "deviation": Spec((), positive=True),
-        "quantiles": Spec((len(QUANTILES),), order="not falling"),
-        "largest": Spec((len(QUANTILES),), order="not falling"),
-        "distortion": Spec((2,), order="not falling"),
+        "mean": ArraySpec(shape),
+        "scale": ArraySpec(shape, positive=True),
+        "level": ArraySpec(places),
+        "spread": ArraySpec(places, positive=True),
+        "location": ArraySpec(()),
+        "deviation": ArraySpec((), positive=True),
+        "quantiles": ArraySpec((len(QUANTILES),), order="not falling"),
+        "largest": ArraySpec((len(QUANTILES),), order="not falling"),
+        "distortion": ArraySpec((2,), order="not falling"),
     }
 
 
-def _by_place(sights: list[Sight], manifest: Manifest) -> tuple[np.ndarray, Arrays]:
+def _by_place(sights: list[MapInputs], manifest: Manifest) -> tuple[np.ndarray, Arrays]:
     """−log p(x|loc) summed over channels, float64 [n,H,W], and the moments of x − x̂."""
     if not sights:
         raise InvalidInput(EMPTY)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from service.scores.detector_arrays import Arrays, Spec, Specs
+from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
 from service.scores.maps.averages import channel_mean, smoothed
 
 WIDE, NARROW = 5 / 3, 2 / 3
@@ -40,26 +40,26 @@ def textures(x: np.ndarray, mean: np.ndarray, unit: float, sigma: float) -> np.n
     return found
 
 
-class Expected:
+class ExpectedEnergy:
     """Expected energy and spread by texture; ``arrays`` are kept with the bundle."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
 
     @staticmethod
-    def specs() -> Specs:
+    def specs() -> ArraySpecs:
         """Of ``arrays``."""
-        line = Spec((COEFFICIENTS,))
+        line = ArraySpec((COEFFICIENTS,))
         return {
-            "low": Spec((TEXTURES,)),
-            "high": Spec((TEXTURES,)),
+            "low": ArraySpec((TEXTURES,)),
+            "high": ArraySpec((TEXTURES,)),
             "energy": line,
             "spread": line,
-            "least": Spec((), positive=True),
+            "least": ArraySpec((), positive=True),
         }
 
     @classmethod
-    def fit(cls, energies: np.ndarray, found: np.ndarray) -> Expected:
+    def fit(cls, energies: np.ndarray, found: np.ndarray) -> ExpectedEnergy:
         """From energies [n,H,W] of inliers' places and their textures [n,TEXTURES,H,W]."""
         y = energies.reshape(-1)
         t = found.reshape(len(found), TEXTURES, -1).transpose(0, 2, 1).reshape(-1, TEXTURES)

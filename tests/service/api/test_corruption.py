@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from service.api.schemas import Scored
 from service.bundle.files import open_bundle
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.commands.calibration_data import Rows
+from service.commands.calibration_data import ModelRows
 from service.commands.cli import app
-from service.commands.recalibration import Plan, recalibrate
+from service.commands.recalibration import RecalibrationPlan, recalibrate
 from service.errors import BundleFormatError, BundleGraphError, BundleParityError, UnsupportedVerb
 from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.formats.tiling import Stitcher
@@ -222,7 +222,7 @@ def test_an_autoencoder_has_it_too(fitted):
 
 def test_calibrating_keeps_the_graph_and_fits_the_combination_anew(root, fitted, tmp_path):
     rows = np.rint(images(300, seed=21)[..., ::-1] * 255).astype(np.uint8)
-    outcome = recalibrate(fitted.bundle, Rows(rows, unit_levels), None, tmp_path, Plan())
+    outcome = recalibrate(fitted.bundle, ModelRows(rows, unit_levels), None, tmp_path, RecalibrationPlan())
     again = load(outcome.path)
     assert again.bundle.graph("corruption") == fitted.bundle.graph("corruption")
     assert again.manifest.scores == fitted.manifest.scores
@@ -235,7 +235,9 @@ def test_a_bundle_of_format_3_is_written_anew_in_today_s(tmp_path, ppca_path):
     bundle = open_bundle(write_fitted(tmp_path, ppca_path))
     earlier = bundle.manifest.model_copy(update={"format_version": 3})
     old = type(bundle)(bundle.path, earlier, bundle.digest)
-    outcome = recalibrate(old, Rows(np.rint(X[[0] * 60] * 255).astype(np.uint8), unit_levels), None, tmp_path, Plan(0))
+    outcome = recalibrate(
+        old, ModelRows(np.rint(X[[0] * 60] * 255).astype(np.uint8), unit_levels), None, tmp_path, RecalibrationPlan(0)
+    )
     assert open_bundle(outcome.path).manifest.format_version == 4
 
 

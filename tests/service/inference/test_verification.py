@@ -18,7 +18,7 @@ from service.errors import (
     BundleNotFound,
     BundleParityError,
 )
-from service.inference.verification import BATCH_SIZES, replay, verified, verify_bundle
+from service.inference.verification import BATCH_SIZES, open_verified, replay, verify_bundle
 from tests.ppca_bundle import fit_ppca, graphs, images, write_ppca_bundle
 from tests.service import linear_bundles as linear
 
@@ -85,10 +85,12 @@ def test_replay_measures_every_output(model):
 
 def test_verified_is_a_gate_for_write_bundle(tmp_path):
     with pytest.raises(BundleParityError):
-        write_ppca_bundle(tmp_path, change=in_arrays("reference.npz", nudge("decoder.mean", 1e-3)), verify=verified)
+        write_ppca_bundle(
+            tmp_path, change=in_arrays("reference.npz", nudge("decoder.mean", 1e-3)), verify=open_verified
+        )
     assert list((tmp_path / "ppca").iterdir()) == []
-    path, _ = write_ppca_bundle(tmp_path, verify=verified)
-    assert verified(path).path == path
+    path, _ = write_ppca_bundle(tmp_path, verify=open_verified)
+    assert open_verified(path).path == path
 
 
 def other_weights(_manifest, files):

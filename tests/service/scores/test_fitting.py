@@ -121,7 +121,7 @@ def test_a_dead_latent_dimension_changes_nothing(tmp_path):
     """A latent that the encoder leaves at its prior: loc 0 and scale 1 for every row."""
     path, _ = write_ppca_bundle(tmp_path / "plain", latent_dim=5)
     model = loaded(path)
-    measure, encode = model.measure, model.encode
+    forward_pass, encode = model.forward_pass, model.encode
 
     def dead(measured):
         loc, scale = measured.loc.copy(), measured.scale.copy()
@@ -132,7 +132,7 @@ def test_a_dead_latent_dimension_changes_nothing(tmp_path):
             else replace(measured, loc=loc, scale=scale)
         )
 
-    model.measure = lambda *arguments: dead(measure(*arguments))  # type: ignore[method-assign]
+    model.forward_pass = lambda *arguments: dead(forward_pass(*arguments))  # type: ignore[method-assign]
     model.encode = lambda *arguments, **more: dead(encode(*arguments, **more))  # type: ignore[method-assign]
     arrays = fitted(model, images(30, seed=1), images(30, seed=2))
     assert all(np.isfinite(array).all() for array in arrays.values())

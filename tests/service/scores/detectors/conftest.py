@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.bundle.manifest import Manifest
-from service.scores.forward_pass import Measured
+from service.scores.forward_pass import ForwardPass
 from tests.ppca_bundle import images
 from tests.service.scores.detectors.simulated import simulated
 
@@ -16,5 +16,5 @@ def manifest(model) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def inliers() -> Measured:
+def inliers() -> ForwardPass:
     return simulated(images(150))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from service.bundle.manifest import ScoreDefinition
-from service.scores.forward_pass import Measured
+from service.scores.forward_pass import ForwardPass
 
 
 def definition(estimator: str, method: str | None = None) -> ScoreDefinition:
@@ -14,7 +14,7 @@ def definition(estimator: str, method: str | None = None) -> ScoreDefinition:
 
 def simulated(
     x: np.ndarray, surprisal: np.ndarray | None = None, distortion: np.ndarray | None = None, seed: int = 0
-) -> Measured:
+) -> ForwardPass:
     """A pass of random numbers but for x, −elbo [N] and −log p(x|z) by place [N,C,H,W]; k = 2."""
     random, n = np.random.RandomState(seed), len(x)
     mean = (x + 0.1 * random.standard_normal(x.shape)).astype(np.float32)
@@ -24,8 +24,10 @@ def simulated(
     log_p_z, log_q = random.standard_normal((2, n, 2))
     if surprisal is not None:
         log_q = log_p_x + log_p_z + surprisal[:, None]
-    return Measured(x, mean, loc.astype(np.float32), scale.astype(np.float32), log_p_x, log_p_z, log_q, places, places)
+    return ForwardPass(
+        x, mean, loc.astype(np.float32), scale.astype(np.float32), log_p_x, log_p_z, log_q, places, places
+    )
 
 
-def in_parts(measured: Measured, size: int = 7) -> list[Measured]:
+def in_parts(measured: ForwardPass, size: int = 7) -> list[ForwardPass]:
     return [measured.rows(slice(i, i + size)) for i in range(0, len(measured.x), size)]

@@ -13,11 +13,8 @@ from sklearn.covariance import ledoit_wolf
 
 from service.bundle.manifest import Manifest
 from service.errors import BundleFormatError
-from service.scores.detectors import (
-    Path,
-    Statistics,
-)
-from service.scores.forward_pass import Measured, path_statistics, statistics
+from service.scores.detectors import LikelihoodPath, PassStatistics
+from service.scores.forward_pass import ForwardPass, path_statistics, statistics
 from service.scores.forward_pass import table as table_of
 from service.scores.gaussian import normalised, quantiles
 from tests.ppca_bundle import images
@@ -25,12 +22,12 @@ from tests.service.scores.detectors.simulated import definition, in_parts, simul
 from tests.service.scores.test_forward_pass import BIJECTION, NO_LIKELIHOOD, of_kind
 
 
-def paths(measured: Measured, manifest: Manifest) -> np.ndarray:
+def paths(measured: ForwardPass, manifest: Manifest) -> np.ndarray:
     return table_of(path_statistics, measured, manifest)
 
 
 def test_the_path_by_mahalanobis(manifest, inliers):
-    detector = Path.fit(in_parts(inliers), definition("path", "mahalanobis"), manifest)
+    detector = LikelihoodPath.fit(in_parts(inliers), definition("path", "mahalanobis"), manifest)
     rows = paths(inliers, manifest)
     grid = quantiles(rows)
     z = np.array([normalised(row, grid) for row in rows])
@@ -55,7 +52,7 @@ def copod(rows: np.ndarray, new: np.ndarray) -> list[float]:
 
 
 def test_the_path_by_copod(manifest, inliers):
-    detector = Path.fit(in_parts(inliers), definition("path", "copod"), manifest)
+    detector = LikelihoodPath.fit(in_parts(inliers), definition("path", "copod"), manifest)
     fresh = simulated(images(40, seed=3) * np.linspace(0.9, 1, 40, dtype=np.float32)[:, None, None, None], seed=4)
     wanted = copod(paths(inliers, manifest), paths(fresh, manifest))
     assert detector.score(fresh) == pytest.approx(wanted, rel=0.1)
@@ -64,13 +61,13 @@ def test_the_path_by_copod(manifest, inliers):
 
 @pytest.mark.parametrize("method", ["mahalanobis", "copod"])
 def test_a_path_outside_the_inliers_scores_higher_than_all_of_them(manifest, inliers, method):
-    detector = Path.fit(in_parts(inliers), definition("path", method), manifest)
+    detector = LikelihoodPath.fit(in_parts(inliers), definition("path", method), manifest)
     far = replace(inliers, mean=inliers.mean + 1, loc=inliers.loc * 9, scale=inliers.scale * 9)
     assert detector.score(far).min() > detector.score(inliers).max()
 
 
 def test_statistics_are_judged_by_mahalanobis(manifest, inliers):
-    detector = Statistics.fit(in_parts(inliers), definition("statistics"), manifest)
+    detector = PassStatistics.fit(in_parts(inliers), definition("statistics"), manifest)
     rows = table_of(statistics, inliers, manifest)
     scale = rows.std(axis=0)
     covariance = np.linalg.inv(ledoit_wolf(rows / scale)[0] + 1e-6 * np.eye(rows.shape[1]))
@@ -83,7 +80,7 @@ def test_statistics_are_judged_by_mahalanobis(manifest, inliers):
 def test_a_path_of_another_family_is_refused(manifest, inliers):
     """As many norms as the model has: a bijection has μ alone."""
     definition_ = definition("path", "mahalanobis")
-    arrays = Path.fit(in_parts(inliers), definition_, manifest).arrays
+    arrays = LikelihoodPath.fit(in_parts(inliers), definition_, manifest).arrays
     for changes in (BIJECTION, NO_LIKELIHOOD):
         with pytest.raises(BundleFormatError, match="has shape"):
-            Path(arrays, definition_, of_kind(manifest, **changes))
+            LikelihoodPath(arrays, definition_, of_kind(manifest, **changes))

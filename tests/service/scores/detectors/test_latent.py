@@ -13,13 +13,13 @@ from service.scores import nearest_neighbours as neighbours
 from service.scores.detectors import (
     Latent,
 )
-from service.scores.forward_pass import Measured
-from service.scores.nearest_neighbours import Neighbours
+from service.scores.forward_pass import ForwardPass
+from service.scores.nearest_neighbours import NearestNeighbours
 from tests.ppca_bundle import images
 from tests.service.scores.detectors.simulated import definition, simulated
 
 
-def coded(codes: np.ndarray) -> Measured:
+def coded(codes: np.ndarray) -> ForwardPass:
     return replace(simulated(images(len(codes))), loc=codes.astype(np.float32))
 
 
@@ -62,9 +62,11 @@ def test_many_rows_are_held_against_many_codes_a_few_at_a_time(manifest, monkeyp
     random = np.random.RandomState(3)
     detector = Latent.of(random.standard_normal((200, 5)), definition("latent"), manifest)
     rows = coded(random.standard_normal((40, 5)))
-    whole, held, kept = detector.score(rows), [], Neighbours._candidates
+    whole, held, kept = detector.score(rows), [], NearestNeighbours._candidates
     monkeypatch.setattr(neighbours, "MOST_DISTANCES", 3 * 256)
-    monkeypatch.setattr(Neighbours, "_candidates", lambda self, apart: held.append(len(apart)) or kept(self, apart))
+    monkeypatch.setattr(
+        NearestNeighbours, "_candidates", lambda self, apart: held.append(len(apart)) or kept(self, apart)
+    )
     assert np.array_equal(detector.score(rows), whole)
     assert max(held) == 3
 

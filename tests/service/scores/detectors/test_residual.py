@@ -12,7 +12,7 @@ from service.bundle.manifest import Manifest
 from service.scores.detectors import (
     Residual,
 )
-from service.scores.forward_pass import Measured
+from service.scores.forward_pass import ForwardPass
 from tests.ppca_bundle import images
 from tests.service.fitted_bundles import FAMILIES
 from tests.service.scores.detectors.simulated import definition, in_parts, simulated
@@ -29,7 +29,7 @@ def test_residuals_are_in_deviations_at_each_place(manifest, inliers):
     assert np.exp(detector.score(fresh)).mean() == pytest.approx(0.5, abs=0.1)
 
 
-def tabled(x: np.ndarray, seed: int) -> Measured:
+def tabled(x: np.ndarray, seed: int) -> ForwardPass:
     """A pass of vectors whose reconstruction errs by a tenth of their deviation."""
     measured = simulated(x.astype(np.float32))
     error = 0.1 * np.random.RandomState(seed).standard_normal(x.shape) * x.std(axis=0)
