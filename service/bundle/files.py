@@ -28,12 +28,12 @@ NPZ_ERRORS = (
     *(ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError),
     *(RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-"""What NumPy and zipfile raise on odd bytes; of encrypted members and unknown compression RuntimeError."""
+"""What NumPy and zipfile raise for damaged archives (RuntimeError: encrypted members, unknown compression)."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose files were found to be what its manifest says. Made by ``open_bundle``.
+    """A bundle on disk whose files have the sizes and hashes that its manifest lists. Made by ``open_bundle``.
 
     ``digest`` is the sha256 of manifest.json in hex: it names the content of the whole bundle, since the manifest
     holds every other file's hash.
@@ -44,17 +44,21 @@ class Bundle:
     digest: str
 
     def read(self, filename: str) -> bytes:
-        """Bytes of one listed file, hashed again on each read. Raises BundleIntegrityError."""
+        """Read one listed file and check its hash again. Raises BundleIntegrityError."""
         if filename not in self.manifest.files:
             raise BundleIntegrityError(f"{filename} is not in the manifest's files {sorted(self.manifest.files)}")
         return _read_checked(self.path, filename, self.manifest.files[filename])
 
     def graph(self, role: Graph) -> bytes:
-        """The ONNX model of that role. Raises BundleIntegrityError."""
+        """Read the serialised ONNX model of one graph. Raises BundleIntegrityError."""
         return self.read(self.manifest.graphs[role])
 
     def arrays(self, filename: str) -> dict[str, np.ndarray]:
-        """Arrays of one .npz file, never unpickled. Raises BundleIntegrityError, BundleFormatError."""
+        """Read the arrays of one .npz file by name; nothing is unpickled.
+
+        Raises BundleIntegrityError for a changed file, BundleFormatError for one that is no .npz of plain arrays or
+        unpacks to more than MAX_ARRAYS_BYTES.
+        """
         data = self.read(filename)
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -68,12 +72,12 @@ class Bundle:
 
 
 def find_bundles(root: Path) -> list[Path]:
-    """Folders NAME/VERSION of ``root`` that hold a manifest."""
+    """List the folders NAME/VERSION below ``root`` that hold a manifest, in no particular order."""
     return [manifest.parent for manifest in root.glob("*/*/manifest.json")]
 
 
 def bundle_digests(root: Path) -> dict[str, str]:
-    """Digest by NAME/VERSION of the bundles of a folder, as their manifests stand there; nothing is verified."""
+    """Compute the digest of every bundle below ``root``, by "NAME/VERSION", without verifying any file."""
     return {
         f"{path.parent.name}/{path.name}": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
         for path in find_bundles(root)
@@ -81,7 +85,7 @@ def bundle_digests(root: Path) -> dict[str, str]:
 
 
 def open_bundle(path: Path | str) -> Bundle:
-    """The bundle in that folder, after its manifest and every file's size and sha256 were checked.
+    """Open the bundle in that folder, after checking its manifest and every file's size and sha256.
 
     Raises BundleNotFound (no folder, or no manifest.json in it), BundleFormatError (manifest unreadable, of another
     format_version, or against the schema) and BundleIntegrityError (a file missing, extra, a link, or changed).
@@ -91,10 +95,10 @@ def open_bundle(path: Path | str) -> Bundle:
         raise BundleNotFound(f"{folder} is not a folder; a bundle is a folder NAME/VERSION with a {MANIFEST}")
     if not (folder / MANIFEST).exists():
         raise BundleNotFound(f"{folder} holds no {MANIFEST}")
-    found = set(_walk(folder))
+    present = set(_walk(folder))
     data = _read_regular(folder, MANIFEST, MAX_MANIFEST_BYTES)
     manifest = parse_manifest(data)
-    extra = sorted(found - set(manifest.files) - {MANIFEST})
+    extra = sorted(present - set(manifest.files) - {MANIFEST})
     if extra:
         raise BundleIntegrityError(f"files that the manifest does not list: {extra[:10]}; remove them")
     for name, record in manifest.files.items():
@@ -138,14 +142,17 @@ def write_bundle(
 
 
 def next_version(root: Path | str, name: str) -> str:
-    """The smallest version above every existing one of root/name: "1" when there is none."""
+    """Return the smallest version above every existing one of root/name: "1" where there is none."""
     folder = Path(root) / name
     versions = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
     return str(max(versions, default=0) + 1)
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Relative names of all files below ``folder``; links and special files are refused."""
+    """Yield the relative names of all files below ``folder``.
+
+    Raises BundleIntegrityError for a link or a special file.
+    """
     for parent, folders, names in os.walk(folder, followlinks=False):
         for name in [*folders, *names]:
             entry = Path(parent, name)
@@ -158,6 +165,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _read_checked(folder: Path, name: str, record: FileRecord) -> bytes:
+    """Read a file that must have the record's size and hash. Raises BundleIntegrityError."""
     data = _read_regular(folder, name, record.bytes)
     if len(data) != record.bytes:
         raise BundleIntegrityError(f"{name} has {len(data)} bytes, the manifest says {record.bytes}")
@@ -168,7 +176,10 @@ def _read_checked(folder: Path, name: str, record: FileRecord) -> bytes:
 
 
 def _read_regular(folder: Path, name: str, limit: int) -> bytes:
-    """Bytes of a plain file of at most ``limit`` bytes; links are not followed, inside the folder."""
+    """Read a plain file of at most ``limit`` bytes.
+
+    Raises BundleIntegrityError for a link at or above the file inside the folder, and for a larger file.
+    """
     path = folder / name
     if any((folder / parent).is_symlink() for parent in [name, *map(str, Path(name).parents)] if parent != "."):
         raise BundleIntegrityError(f"{name} is a link or lies behind one; a bundle holds plain files only")
@@ -183,6 +194,7 @@ def _read_regular(folder: Path, name: str, limit: int) -> bytes:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk; its folder is made if it is missing."""
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         file.write(data)
@@ -191,6 +203,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _rename(folder: Path, target: Path) -> None:
+    """Rename the folder. Raises BundleError where the target exists by now."""
     try:
         folder.rename(target)
     except OSError:
@@ -199,6 +212,7 @@ def _rename(folder: Path, target: Path) -> None:
 
 
 def _refuse_existing(target: Path) -> None:
+    """Raise BundleError where the target exists, if only as a dangling link."""
     if os.path.lexists(target):
         raise BundleError(f"{target} exists; versions are never overwritten, take the next one")
 

@@ -9,7 +9,7 @@ from service.errors import BundleFormatError
 
 
 class TensorSpec(NamedTuple):
-    """One input or output of a graph: ``shape`` holds sizes and the symbols N, K and M."""
+    """One input or output of a graph: ``shape`` holds sizes, and the symbols N, K and M for sizes that vary."""
 
     name: str
     dtype: Literal["float32", "float64"]
@@ -17,16 +17,17 @@ class TensorSpec(NamedTuple):
 
 
 class GraphSpec(NamedTuple):
-    """The inputs and outputs that the contract wants of one graph."""
+    """The inputs and outputs that the contract requires of one graph, in its order."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
 def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
-    """Inputs and outputs of the graph ``role`` for the manifest's sizes, as the docstring of service.bundle draws them.
+    """Inputs and outputs of the graph ``role`` for the manifest's sizes, as the docstring of service.bundle lists them.
 
-    Raises BundleFormatError for the prior of a family that has no graph, or a backbone that there is not.
+    Raises BundleFormatError for the prior of a family that needs no graph, and for a backbone that the manifest does
+    not describe.
     """
     image, latent = manifest.signature.shape, manifest.signature.latent_dim
     names = manifest.likelihood.parameters
@@ -72,12 +73,12 @@ def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
 
 
 def _backbone_spec(manifest: Manifest) -> GraphSpec:
-    """Of the graph "backbone". Raises BundleFormatError where the manifest has none."""
-    found = manifest.backbone
-    if found is None:
+    """Input and output of the graph "backbone". Raises BundleFormatError where the manifest describes none."""
+    backbone = manifest.backbone
+    if backbone is None:
         raise BundleFormatError("the manifest describes no backbone")
-    rows: int | str = "N" if found.batch == "any" else 1
+    rows: int | str = "N" if backbone.batch == "any" else 1
     return GraphSpec(
         (TensorSpec("x", "float32", (rows, *manifest.preprocessing.shape)),),
-        (TensorSpec("features", "float32", (rows, *found.natural)),),
+        (TensorSpec("features", "float32", (rows, *backbone.natural)),),
     )

@@ -1,4 +1,4 @@
-"""What a row is: how images become pixels, vectors and signals rows of numbers, and a backbone features."""
+"""Input rules: how images become pixels, how vectors and signals become rows of numbers, and a backbone's features."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class StrictModel(BaseModel):
-    """Base of the manifest's parts: unknown keys are refused, values are immutable and finite."""
+    """Base of the manifest's parts: unknown keys are refused, values are immutable, numbers finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Tiling(StrictModel):
-    """How an image of any size is scored by a model of tiles; computed by service.inference.tiled.
+    """Rule by which a model of tiles scores an image of any size; service.inference.tiled computes it.
 
     An image is never resized. Tiles of preprocessing's height×width lie ``stride`` pixels apart, down and across, from
     the upper left corner on, and one more at the edge where the last would not reach it: together they cover the
@@ -37,7 +37,7 @@ class Tiling(StrictModel):
 
 
 class Preprocessing(StrictModel):
-    """How any image becomes C×H×W pixels; applied by service.formats.images in training and in serving alike.
+    """Rule by which any image becomes C×H×W pixels; service.formats.images applies it in training and in serving.
 
     EXIF orientation is applied, alpha is composited on ``background``, the colour mode is converted, and the image is
     brought to ``height``×``width``: ``cover`` scales the shorter side to fit and crops the centre, ``contain`` scales
@@ -113,7 +113,7 @@ class ArrayPreprocessing(StrictModel):
 
 
 def _kind(value: object) -> str:
-    """Which rule is meant: an image's where nothing is said, as in format 1."""
+    """Tag of the rule that a document or an object states: an image's where ``kind`` is missing, as in format 1."""
     kind = value.get("kind", "image") if isinstance(value, dict) else getattr(value, "kind", "image")
     return "image" if kind == "image" else "array"
 
@@ -121,7 +121,7 @@ def _kind(value: object) -> str:
 InputRule = Annotated[
     Annotated[Preprocessing, Tag("image")] | Annotated[ArrayPreprocessing, Tag("array")], Discriminator(_kind)
 ]
-"""What a row is: a manifest's ``preprocessing``."""
+"""The rule that states what a row of a model is: a manifest's ``preprocessing``."""
 
 
 class Backbone(StrictModel):
@@ -153,6 +153,7 @@ class Backbone(StrictModel):
 
 
 def reads_as_number(text: str) -> bool:
+    """True if Python's float() reads the text: such a name cannot stand in a table's header."""
     try:
         float(text)
     except ValueError:

@@ -27,11 +27,11 @@ FittedEstimator = Literal[
     "typicality", "complexity", "debiased", "path", "latent", "residual", "peak", "statistics", "combination"
 ]
 LearnedEstimator = Literal["corruption"]
-"""By a graph of its own: no detector is fitted, and any k and seed give the same."""
+"""Scores that a graph of their own computes: no detector is fitted, and every k and seed gives the same number."""
 Estimator = Literal[LikelihoodEstimator, FittedEstimator, LearnedEstimator]
 FITTED: Final = frozenset(get_args(FittedEstimator))
 IN_NATS: Final = frozenset({"elbo", "iwae", "rate", "typicality", "complexity", "debiased"})
-"""Estimators of a likelihood, or of what is made of one: they want one, and answer in nats."""
+"""Estimators that are computed from a likelihood: they need one, and answer in nats."""
 
 
 class Signature(StrictModel):
@@ -67,7 +67,7 @@ class Prior(StrictModel):
 
 
 class Posterior(StrictModel):
-    """q(z|x), and what the encoder's ``loc`` and ``scale`` say of it.
+    """Family of q(z|x), and what the encoder's ``loc`` and ``scale`` mean.
 
     ``exact``: mean and marginal standard deviation. ``base``: the image of the base distribution's mean, and the base's
     deviation (flows and ladders of latents). ``point``: the encoder is a function, ``scale`` is 0 and every z is loc;
@@ -125,7 +125,7 @@ class ScoreDefinition(StrictModel):
 
 
 class Calibration(StrictModel):
-    """What calibration.npz holds: for each score definition, the sorted scores of ``n`` held-out inliers (float64)."""
+    """Content of calibration.npz: for each score definition, the sorted scores of ``n`` held-out inliers (float64)."""
 
     split: str
     n: int = Field(ge=1)
@@ -172,7 +172,7 @@ class FileRecord(StrictModel):
 
 
 class Provenance(StrictModel):
-    """Where the bundle comes from; free-form values, never read by the service except to show them."""
+    """Origin of the bundle: free-form values, which the service never reads except to show them."""
 
     config: dict[str, Any] = Field(default_factory=dict)
     data: dict[str, Any] = Field(default_factory=dict)
@@ -214,12 +214,12 @@ class Manifest(StrictModel):
 
     @property
     def has_distortion(self) -> bool:
-        """Whether −log p(x|z) says anything: not where x and z determine each other."""
+        """True if −log p(x|z) carries information; it carries none where x and z determine each other."""
         return self.posterior.moments != "point" or self.likelihood.pixelwise
 
     @property
     def modelled(self) -> InputRule | Backbone:
-        """What the model is of: rows as they come in, or a backbone's features of them."""
+        """The rule of the rows that the model explains: the input's own, or the backbone's features."""
         return self.backbone or self.preprocessing
 
     @model_validator(mode="after")
@@ -284,9 +284,9 @@ class Manifest(StrictModel):
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Manifest from the bytes of manifest.json, strictly: no duplicate or unknown keys, no NaN, no conversions.
+    """Parse the bytes of manifest.json strictly: no duplicate or unknown keys, no NaN, no conversions.
 
-    Raises BundleFormatError.
+    Raises BundleFormatError for invalid JSON, another format_version, and anything against the schema.
     """
     try:
         document = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
@@ -305,11 +305,12 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def schema_text() -> str:
-    """JSON Schema of manifest.json: the content of exported/manifest.schema.json."""
+    """Return the JSON Schema of manifest.json, which is the content of exported/manifest.schema.json."""
     return json.dumps(Manifest.model_json_schema(), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object's dictionary. Raises ValueError for a key that stands in it twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -318,6 +319,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constants(token: str) -> float:
+    """Raise ValueError for NaN and the infinities, which are no JSON."""
     raise ValueError(f"{token} is not a JSON number")
 
 
