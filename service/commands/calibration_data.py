@@ -19,7 +19,7 @@ from service.inference.model import Model
 from service.inference.tiled import TiledModel, fit_tails
 from service.pixels import unit_levels
 from service.scores.detectors import Combination
-from service.scores.fitting import LEAST_ROWS, room
+from service.scores.fitting import LEAST_ROWS, most_held_out_rows
 
 BATCH = 64
 LEAST_IMAGES = 5
@@ -70,7 +70,7 @@ class ModelRows:
         return len(self.rows)
 
     def to_fit(self, manifest: Manifest, wanted: int) -> int:
-        n = min(wanted, room(manifest))
+        n = min(wanted, most_held_out_rows(manifest))
         return n if n >= LEAST_ROWS else 0
 
     def sample(self, manifest: Manifest, indices: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ class WholeImages:
 
     def sample(self, manifest: Manifest, indices: np.ndarray) -> np.ndarray:
         """Tiles of the images, as many of each, image by image; which of its plan's is drawn by a fixed seed."""
-        rule, each = manifest.preprocessing, -(-max(room(manifest), len(indices)) // len(indices))
+        rule, each = manifest.preprocessing, -(-max(most_held_out_rows(manifest), len(indices)) // len(indices))
         assert isinstance(rule, Preprocessing)
         random, found = np.random.RandomState(SEED), []
         for index in indices.tolist():

@@ -12,7 +12,14 @@ from service.bundle.manifest import ScoreDefinition
 from service.errors import InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.scores.fitting import LEAST_ROWS, fit_detectors, fitted_arrays, fitted_definitions, reference_room, room
+from service.scores.fitting import (
+    LEAST_ROWS,
+    fit_detectors,
+    fitted_arrays,
+    fitted_definitions,
+    most_held_out_rows,
+    most_reference_rows,
+)
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.fitted_bundles import FAMILIES, fit
 from tests.service.scores.test_forward_pass import BIJECTION, NO_LIKELIHOOD, of_kind
@@ -192,8 +199,8 @@ def test_room_is_bounded(model):
         signature={"shape": [3, 2048, 2048], "latent_dim": 2**20, "noise_dim": 5},
     )
     for manifest, rows, codes in ((model.manifest, 4096, 2**18 // 5), (large, LEAST_ROWS, LEAST_ROWS)):
-        assert room(manifest) == rows
-        assert reference_room(manifest) == codes
+        assert most_held_out_rows(manifest) == rows
+        assert most_reference_rows(manifest) == codes
 
 
 @pytest.mark.parametrize("name", ["residual", "statistics", "combined"])
