@@ -1,8 +1,8 @@
-"""Scores that are fitted to held-out inliers: definitions, one class each. No outlier, label or gradient is used.
+"""Detectors: scores that are fitted to held-out inliers, one class each. No outlier, label or gradient is used.
 
-A detector is fitted by ``fit`` from rows that the calibration does not see, kept as arrays in detectors.npz, and gives
-each row of service.scores.forward_pass one number, higher for what is more anomalous. A row's score is that of the row
-alone.
+A detector is fitted to rows that the calibration does not see, kept as arrays in detectors.npz, and gives each row of a
+forward pass (service.scores.forward_pass) one number, higher for what is more anomalous. A row's score depends on that
+row alone.
 
     typicality   |−elbo − its mean|: in a typical set, or not (Nalisnick et al. 2019, arXiv:1906.02994, for one row)
     complexity   −elbo beyond what the code length explains (Serra et al. 2020, arXiv:1909.11480), the slope fitted to

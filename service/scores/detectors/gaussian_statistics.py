@@ -1,4 +1,4 @@
-"""Detectors by a Gaussian of a row's statistics: norms of the likelihood path, and what one forward pass tells."""
+"""Detectors by a Gaussian of a row's statistics: norms of the likelihood path, and statistics of the forward pass."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from service.scores.gaussian import QUANTILES, Gaussian, normalised, quantiles
 
 
 class LikelihoodPath(Detector):
-    """Norms of the likelihood path, made Gaussian by their quantiles; see
-    service.scores.forward_pass.path_statistics."""
+    """Distance of the likelihood path's norms, made Gaussian by their quantiles, from those of inliers.
+
+    By the definition's method: log of Mahalanobis' squared distance over the number of norms, or COPOD (Li et al. 2020,
+    arXiv:2009.09463). See service.scores.forward_pass.path_statistics.
+    """
 
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
@@ -37,10 +40,10 @@ class LikelihoodPath(Detector):
         return {"quantiles": grid, "skewness": ArraySpec((size,)), **_gaussian_specs(size)}
 
     @classmethod
-    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        rows = _table(path_statistics, parts, manifest)
+    def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
+        rows = _table(path_statistics, passes, manifest)
         grid = quantiles(rows)
-        # What never changes stands at 0 with quantiles that are least drawn apart: a deviation there is one here.
+        # A statistic that never changes is mapped to 0 by quantiles as close as is allowed: one deviation there is 1.
         gaussian = Gaussian.fit(np.array([normalised(row, grid) for row in rows]), least=1.0)
         centred = rows - rows.mean(axis=0)
         skewness = (centred**3).mean(axis=0) / np.maximum(rows.std(axis=0) ** 3, 1e-12)
@@ -57,8 +60,7 @@ class LikelihoodPath(Detector):
 
 
 class PassStatistics(Detector):
-    """log of Mahalanobis' squared distance over the number of statistics; see
-    service.scores.forward_pass.statistics."""
+    """Log of Mahalanobis' squared distance over the number of statistics (service.scores.forward_pass.statistics)."""
 
     def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
         super().__init__(arrays, definition, manifest)
@@ -69,8 +71,8 @@ class PassStatistics(Detector):
         return _gaussian_specs(len(statistic_names(statistics, manifest)))
 
     @classmethod
-    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        gaussian = Gaussian.fit(_table(statistics, parts, manifest))
+    def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
+        gaussian = Gaussian.fit(_table(statistics, passes, manifest))
         return cls(_gaussian_arrays(gaussian), definition, manifest)
 
     def score(self, rows: ForwardPass) -> np.ndarray:
@@ -80,6 +82,7 @@ class PassStatistics(Detector):
 
 
 def _gaussian_specs(size: int) -> ArraySpecs:
+    """Requirements on the arrays of a Gaussian of ``size`` statistics."""
     return {"loc": ArraySpec((size,)), "scale": ArraySpec((size,), positive=True), "whitening": ArraySpec((size, size))}
 
 
@@ -87,12 +90,15 @@ def _gaussian_arrays(gaussian: Gaussian) -> Arrays:
     return {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
 
 
-def _table(kind: StatisticsFunction, parts: Sequence[ForwardPass], manifest: Manifest) -> np.ndarray:
-    return np.concatenate([table(kind, part, manifest) for part in parts])
+def _table(kind: StatisticsFunction, passes: Sequence[ForwardPass], manifest: Manifest) -> np.ndarray:
+    return np.concatenate([table(kind, batch, manifest) for batch in passes])
 
 
 def _copod(values: np.ndarray, grid: np.ndarray, skewness: np.ndarray) -> float:
-    """max of Σ −log F, Σ −log(1 − F), and Σ of the tail that each skewness points to (Li et al. 2020, alg. 1)."""
+    """COPOD score of one row's statistics [S] (Li et al. 2020, alg. 1), from quantiles [S,Q] and skewness [S].
+
+    It is the largest of Σ −log F, Σ −log(1 − F), and Σ over the tail that each skewness points to.
+    """
     count = grid.shape[1]
     below = np.array([np.searchsorted(knots, value, "right") for knots, value in zip(grid, values, strict=True)])
     above = np.array([count - np.searchsorted(knots, value, "left") for knots, value in zip(grid, values, strict=True)])

@@ -1,4 +1,4 @@
-"""Detectors of the negative ELBO: its typicality, and what is left of it without the image's complexity or levels."""
+"""Detectors of the negative ELBO: its typicality, and what remains after the image's complexity or levels."""
 
 from __future__ import annotations
 
@@ -15,36 +15,41 @@ from service.scores.detectors.base import Detector
 from service.scores.forward_pass import ForwardPass
 
 LEVELS = 256
-STRETCH = (5, 95)  # percentiles of an image that contrast stretching sends to 0 and 1
-BEST = 0.95  # quantile of the log-likelihoods at a level that counts as the best that can be reached
+STRETCH = (5, 95)
+"""Percentiles of an image that contrast stretching maps to 0 and 1."""
+BEST = 0.95
+"""Quantile of the log-likelihoods at a level that counts as the best that can be reached there."""
 
 
 class Typicality(Detector):
-    """|−elbo − E[−elbo]|, nats."""
+    """Distance |−elbo − E[−elbo]| of the negative ELBO from its mean over inliers, nats (Nalisnick et al. 2019)."""
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
         return {"mean": ArraySpec(())}
 
     @classmethod
-    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        return cls({"mean": np.array(_surprisals(parts).mean())}, definition, manifest)
+    def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
+        return cls({"mean": np.array(_surprisals(passes).mean())}, definition, manifest)
 
     def score(self, rows: ForwardPass) -> np.ndarray:
         return np.abs(_surprisal(rows) - float(self.arrays["mean"]))
 
 
 class Complexity(Detector):
-    """−elbo − (a L(x) + b), nats: the line fitted by least squares to the inliers."""
+    """Excess −elbo − (a L(x) + b) of the negative ELBO over what the code length L(x) explains, nats.
+
+    The line is fitted to inliers by least squares (after Serra et al. 2020, arXiv:1909.11480).
+    """
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
         return {"line": ArraySpec((2,))}
 
     @classmethod
-    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        surprisals = _surprisals(parts)
-        lengths = np.concatenate([part.code_lengths for part in parts])
+    def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
+        surprisals = _surprisals(passes)
+        lengths = np.concatenate([batch.code_lengths for batch in passes])
         spread = lengths - lengths.mean()
         varies = spread.std() > 1e-9 * lengths.mean()  # more than rounding alone may cause
         slope = float(spread @ (surprisals - surprisals.mean()) / (spread @ spread)) if varies else 0.0
@@ -57,7 +62,10 @@ class Complexity(Detector):
 
 
 class Debiased(Detector):
-    """rate + Σ over pixels of (best log p at the pixel's level − log p), nats, of the stretched image."""
+    """Rate + Σ over pixels of (best log p at the pixel's level − log p), nats, of the contrast-stretched image.
+
+    The best log p at a level is what inliers reach there (after Chauhan et al. 2022, arXiv:2108.08760).
+    """
 
     stretched = True
 
@@ -66,26 +74,26 @@ class Debiased(Detector):
         return {"best": ArraySpec((manifest.signature.shape[0], LEVELS))}
 
     @classmethod
-    def fit(cls, parts: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
+    def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         channels = manifest.signature.shape[0]
         best = np.zeros((channels, LEVELS))
         for channel in range(channels):
-            levels = np.concatenate([_levels(part.x[:, channel]).ravel() for part in parts])
-            log_p = -np.concatenate([part.distortion[:, channel].ravel() for part in parts])
-            known = np.unique(levels)
+            levels = np.concatenate([_levels(batch.x[:, channel]).ravel() for batch in passes])
+            log_p = -np.concatenate([batch.distortion[:, channel].ravel() for batch in passes])
+            present = np.unique(levels)
             order = np.argsort(levels, kind="stable")
-            groups = np.split(log_p[order], np.searchsorted(levels[order], known[1:]))
-            best[channel] = np.interp(np.arange(LEVELS), known, [np.quantile(group, BEST) for group in groups])
+            groups = np.split(log_p[order], np.searchsorted(levels[order], present[1:]))
+            best[channel] = np.interp(np.arange(LEVELS), present, [np.quantile(group, BEST) for group in groups])
         return cls({"best": best}, definition, manifest)
 
     def score(self, rows: ForwardPass) -> np.ndarray:
         best = [levels[_levels(rows.x[:, channel])] for channel, levels in enumerate(self.arrays["best"])]
-        total: np.ndarray = sum(each.reshape(len(rows.x), -1).sum(axis=1) for each in best)
+        total: np.ndarray = sum(log_p.reshape(len(rows.x), -1).sum(axis=1) for log_p in best)
         return _surprisal(rows) + total
 
 
 def stretched(x: np.ndarray) -> np.ndarray:
-    """Images [N,C,H,W] after contrast stretching: the 5th and 95th percentile of each become 0 and 1, in 8 bits.
+    """Stretch the contrast of images float32 [N,C,H,W]: the 5th and 95th percentile of each become 0 and 1, in 8 bits.
 
     An image without contrast stays as it is.
     """
@@ -98,12 +106,12 @@ def stretched(x: np.ndarray) -> np.ndarray:
 
 
 def _surprisal(rows: ForwardPass) -> np.ndarray:
-    """−elbo of each row, nats: float64 [N]."""
+    """Negative ELBO of each row, nats: float64 [N]."""
     return -estimators.mean(rows.log_w)
 
 
-def _surprisals(parts: Sequence[ForwardPass]) -> np.ndarray:
-    return np.concatenate([_surprisal(part) for part in parts])
+def _surprisals(passes: Sequence[ForwardPass]) -> np.ndarray:
+    return np.concatenate([_surprisal(batch) for batch in passes])
 
 
 def _levels(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which detector computes which score, and the arrays of all of them in detectors.npz."""
+"""Registry of the detectors by estimator, and their arrays in detectors.npz."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from service.scores.detectors.latent import Latent
 from service.scores.detectors.likelihood import Complexity, Debiased, Typicality
 from service.scores.detectors.residual import Residual
 
-RESERVED = "@"  # before the keys of detectors.npz that are of no score (but of the map): no score's name holds it
+RESERVED = "@"
+"""First letter of the keys of detectors.npz that belong to the map and to no score: no score's name holds it."""
 
 
 def is_stretched(definition: ScoreDefinition) -> bool:
-    """Whether the score looks at contrast-stretched images."""
+    """True if the score looks at contrast-stretched images."""
     return definition.estimator in CLASSES and CLASSES[definition.estimator].stretched
 
 
@@ -35,39 +36,40 @@ CLASSES: Mapping[str, type[Detector]] = {
 
 
 def detector_arrays(bundle: Bundle) -> Arrays:
-    """What the bundle's detectors.npz holds, for ``load_detectors`` and service.scores.maps.anomaly_map; nothing where
-    there is none."""
+    """Read the arrays of the bundle's detectors.npz, of its scores and of its map; none where the file is missing."""
     return bundle.arrays(DETECTORS) if DETECTORS in bundle.manifest.files else {}
 
 
 def load_detectors(manifest: Manifest, arrays: Arrays) -> dict[str, Detector | Combination]:
-    """The detectors of the manifest's fitted scores, by score name, from ``detector_arrays``.
+    """Make the detectors of the manifest's fitted scores, by score name, from ``detector_arrays``.
 
     Raises BundleFormatError for arrays that are not those of the manifest's scores: other names, shapes or dtypes,
     numbers that are not finite, scales that are not positive, quantiles that do not rise.
     """
-    own = FITTED - {"peak"}  # whose numbers are the map's
-    fitted = {name: score for name, score in manifest.scores.items() if score.estimator in own}
+    with_arrays = FITTED - {"peak"}  # the numbers of a peak are the map's
+    fitted = {name: score for name, score in manifest.scores.items() if score.estimator in with_arrays}
     if not fitted:
         return {}
-    found: dict[str, Arrays] = {name: {} for name in fitted}
+    by_score: dict[str, Arrays] = {name: {} for name in fitted}
     for key, array in arrays.items():
         if key.startswith(RESERVED):
             continue
         name, _, parameter = key.rpartition("/")
-        if name not in found:
+        if name not in by_score:
             raise BundleFormatError(f"{DETECTORS} holds {key}, of no fitted score of the manifest")
-        found[name][parameter] = array
+        by_score[name][parameter] = array
     return {
-        name: Combination(found[name], len(score.of))
+        name: Combination(by_score[name], len(score.of))
         if score.estimator == "combination"
-        else CLASSES[score.estimator](found[name], score, manifest)
+        else CLASSES[score.estimator](by_score[name], score, manifest)
         for name, score in fitted.items()
     }
 
 
 def to_arrays(detectors: Mapping[str, Detector | Combination]) -> Arrays:
-    """The content of detectors.npz: SCORE/PARAMETER -> array."""
+    """Arrays of the detectors as detectors.npz holds them, by the key "SCORE/PARAMETER"."""
     return {
-        f"{name}/{parameter}": array for name, found in detectors.items() for parameter, array in found.arrays.items()
+        f"{name}/{parameter}": array
+        for name, detector in detectors.items()
+        for parameter, array in detector.arrays.items()
     }

@@ -22,7 +22,7 @@ from service.pixels import unit_levels
 from service.scores.detectors import Combination, detector_arrays
 from service.scores.fitting import fit_map
 from service.scores.maps.anomaly_map import (
-    LOUD,
+    LAST_COLOUR,
     PASSES,
     QUANTILES,
     SIGMA,
@@ -218,13 +218,13 @@ def test_the_scale_is_the_inliers_and_holds_for_new_ones(fitted):
     assert scale.low == fitted.anomaly_map.arrays["quantiles"][QUANTILES.index(0.5)]
     assert scale.high == fitted.anomaly_map.arrays["largest"][QUANTILES.index(0.9)]
     assert (maps < scale.low).mean() == pytest.approx(0.5, abs=0.12)
-    assert (maps.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LOUD, abs=0.08)
+    assert (maps.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LAST_COLOUR, abs=0.08)
     distortion = fitted.score(
         images(400, seed=78), fitted.manifest.scores["elbo"], maps=True, map_kind="distortion"
     ).map
     scale = fitted.anomaly_map.scale("distortion")
     assert (distortion < scale.low).mean() == pytest.approx(0.5, abs=0.12)
-    assert (distortion.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LOUD, abs=0.12)
+    assert (distortion.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LAST_COLOUR, abs=0.12)
 
 
 def test_the_distortion_map_sums_to_the_distortion(fitted):
