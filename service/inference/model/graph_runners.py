@@ -112,7 +112,7 @@ class GraphRunners:
         return {**encoders, "decoder": self._decoder.sizes, "density": self._density.sizes, **corruption}
 
     def rows_at_once(self, k: int) -> int:
-        """How many rows at k samples may go through the graphs of a score at once."""
+        """Largest number of rows that may go through the graphs of a score at once, at k samples each."""
         return min(self._most_rows, max(1, MAX_ELEMENTS // (self._chunk(k) * self._elements)))
 
     def encode(self, x: np.ndarray, k: int, seed: int, outputs: Sequence[str] | None = None) -> Iterator[Arrays]:
@@ -206,7 +206,7 @@ class GraphRunners:
         return ((a + t * (b - a)) * (1 + 0.01 * random.standard_normal(a.shape))).astype(np.float32)
 
     def _chunk(self, samples: int) -> int:
-        """How many of so many samples a row go through the graphs next, some of them padding."""
+        """Number of samples a row that go through the graphs next, of so many that are left; some may be padding."""
         return next((size for size in self._chunks if size >= samples), self._chunks[-1])
 
     def _runner(
@@ -259,7 +259,7 @@ class GraphRunners:
 
 
 def _repeated(rows: np.ndarray, times: int) -> np.ndarray:
-    """Each row so many times, in one aligned array: batches of it need not be copied."""
+    """Repeat each row so many times in one aligned array, whose batches need not be copied."""
     repeated = aligned_empty((len(rows) * times, *rows.shape[1:]), rows.dtype)
     repeated.reshape(len(rows), times, *rows.shape[1:])[:] = rows[:, None]
     return repeated

@@ -19,7 +19,7 @@ def at_loc(runners: GraphRunners, target: np.ndarray, loc: np.ndarray) -> tuple[
 
 
 def map_inputs(runners: GraphRunners, x: np.ndarray) -> MapInputs:
-    """What an anomaly map of rows x, float32 [N,C,H,W], is made from; of a model with a backbone x are features."""
+    """Compute the inputs of an anomaly map of rows x, float32 [N,C,H,W]; behind a backbone the rows are features."""
     encoded = next(runners.encode(x, 1, 0))
     return MapInputs(x, *at_loc(runners, encoded["target"], encoded["loc"]))
 
@@ -31,7 +31,7 @@ def map_values(
     passes: ForwardPasses,
     forward_pass: ForwardPass,
 ) -> np.ndarray:
-    """The map of that kind of a few rows, float32 [N,H,W].
+    """Compute the map of that kind of a few rows, float32 [N,H,W].
 
     ``forward_pass``: the pass at the score's own k samples, over which a distortion is averaged.
     """

@@ -37,7 +37,7 @@ from service.scores.maps.anomaly_map import AnomalyMap, MapInputs, MapKind, load
 class Encoding(NamedTuple):
     """q(z|x) of N rows: ``loc``, ``scale`` [N,L] and S seeded draws ``samples`` [N,S,L]; float32.
 
-    What loc and scale are of q is said by the manifest's ``posterior``.
+    The manifest's ``posterior`` says what loc and scale mean.
     """
 
     loc: np.ndarray
@@ -99,6 +99,7 @@ class Model:
         share(tasks, pool)
 
     def _warm_up_decoding(self, latents: np.ndarray) -> None:
+        """Run the graphs of the prior, the decoder and the observation once, as far as the bundle has them."""
         if "prior" in self.manifest.graphs:
             self.sample_latents(1)
         if "observation" in self.manifest.graphs:
@@ -120,7 +121,7 @@ class Model:
             self.require(verb)
 
     def features(self, x: np.ndarray) -> np.ndarray:
-        """The rows that the other graphs see: float32 [N, *signature.shape], the backbone's features of x, or x itself.
+        """Rows of the other graphs: float32 [N, *signature.shape], the backbone's features of x, or x itself.
 
         Raises InvalidInput, also for a row whose features are not finite.
         """
@@ -128,7 +129,7 @@ class Model:
         return x if self._backbone is None else self._backbone.run(x)
 
     def without_backbone(self) -> Model:
-        """The same model for rows whose features are known: its x are ``features``. Itself without a backbone."""
+        """Return the same model without its backbone: its rows x are ``features``. The model itself if it has none."""
         if self._backbone is None:
             return self
         behind = copy.copy(self)
@@ -248,24 +249,23 @@ class Model:
         return self._scorer.score(self.features(x), main, further, kind if maps else None, latents)
 
     def forward_pass(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> ForwardPass:
-        """What service.scores.detectors look at, of x, float32 [N,C,H,W] of images in [0, 1], at the seed's k samples.
+        """Run one forward pass of x, float32 [N,C,H,W] (images in [0, 1]), at the seed's k samples.
 
-        Holds some five arrays of x's size: x in batches. ``stretch``: of the contrast-stretched images. Raises
-        InvalidInput.
+        ``stretch``: of the contrast-stretched images. A pass holds some five arrays of x's size: give x in batches.
+        Raises InvalidInput.
         """
         x = self.features(x)
         return self._scorer.forward_pass(stretched(x) if stretch else x, k, seed, True, True)
 
     def corruption(self, x: np.ndarray) -> np.ndarray:
-        """The score ``corruption`` of x, float32 [N,C,H,W] of images in [0, 1]: float64 [N], nats
-        (service.scores.corruption).
+        """The score ``corruption`` of images x, float32 [N,C,H,W] in [0, 1]: float64 [N], nats.
 
-        Raises as ``log_odds``.
+        It is defined by service.scores.corruption. Raises as ``log_odds``.
         """
         return corruption_scores(self.log_odds(x))
 
     def log_odds(self, x: np.ndarray) -> np.ndarray:
-        """Log odds in nats that a place was painted over, float32 [N,H,W], of x as ``corruption`` takes them.
+        """Log odds in nats that a place was painted over, float32 [N,H,W], of images x, float32 [N,C,H,W] in [0, 1].
 
         Raises InvalidInput, UnsupportedVerb without such a graph, and BundleGraphError for log odds that are not
         finite: of pixels in [0, 1] no sound graph gives such.
@@ -279,8 +279,7 @@ class Model:
         return "distortion" if self.anomaly_map is None else "anomaly"
 
     def map_inputs(self, x: np.ndarray) -> MapInputs:
-        """What service.scores.maps.anomaly_map looks at: rows as ``score`` takes them, in batches. Raises
-        InvalidInput."""
+        """Compute the inputs of an anomaly map for rows as ``score`` takes them. Raises InvalidInput."""
         return map_inputs(self._runners, self.features(x))
 
     def run_graph(self, role: Graph, feeds: Arrays) -> Arrays:
@@ -288,7 +287,7 @@ class Model:
         return self._runners.run_at_once(role, feeds)
 
     def _checked(self, x: np.ndarray) -> np.ndarray:
-        """x as float32 [N,C,H,W] of what comes in: images where there is a backbone, else rows of the model."""
+        """Check rows x as they come in, images where there is a backbone: float32 [N,C,H,W]. Raises InvalidInput."""
         shape = self.manifest.signature.shape if self._backbone is None else self._backbone.image
         are_images = self._backbone is not None or self.manifest.modelled.kind == "image"
         return checked_rows(x, shape, are_images)

@@ -97,19 +97,19 @@ class Scorer:
             also=dict(zip(also, map(np.concatenate, further), strict=True)),
         )
 
-    def forward_pass(self, x: np.ndarray, k: int, seed: int, mean: bool, places: bool) -> ForwardPass:
-        """One pass of x, float32 [N,C,H,W], through encoder, decoder and density at the seed's k samples.
+    def forward_pass(self, x: np.ndarray, k: int, seed: int, mean: bool, by_place: bool) -> ForwardPass:
+        """Run one pass of x, float32 [N,C,H,W], through encoder, decoder and density at the seed's k samples.
 
-        ``mean``: also what is at loc. ``places``: also the distortion by place. What is not wanted is empty.
+        ``mean``: also what is at loc. ``by_place``: also the distortion by place. What is not wanted is empty.
         """
-        distortion = np.zeros(x.shape if places else (len(x), 0))
+        distortion = np.zeros(x.shape if by_place else (len(x), 0))
         chunks: list[tuple[np.ndarray, ...]] = []
         loc = scale = target = np.empty(0)
         for encoded in self._runners.encode(x, k, seed):
-            densities = self._runners.densities(encoded["target"], encoded["z"], by_place=places)
+            densities = self._runners.densities(encoded["target"], encoded["z"], by_place=by_place)
             chunks.append((densities.log_p_x, densities.log_p_z, encoded["log_q"]))
             loc, scale, target = encoded["loc"], encoded["scale"], encoded["target"]
-            if places:
+            if by_place:
                 distortion -= np.stack([row.sum(axis=0, dtype=np.float64) for row in densities.log_p_x_map])
         log_p_x, log_p_z, log_q = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
         nothing = np.empty((len(x), 0), np.float32)
@@ -123,7 +123,7 @@ class Scorer:
         main, manifest = definitions[0], self._manifest
         fitted = any(definition.estimator in FITTED for definition in definitions)
         passes = ForwardPasses(
-            lambda x, k, seed, places: self.forward_pass(x, k, seed, fitted, places),
+            lambda x, k, seed, by_place: self.forward_pass(x, k, seed, fitted, by_place),
             x,
             definitions,
             map_kind == "distortion",

@@ -70,7 +70,7 @@ def _floats(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def _first_fault(x: np.ndarray, are_images: bool) -> str:
-    """What is wrong with the first row of x that is no row of finite numbers, or of pixels."""
+    """Say what is wrong with the first row of x that holds other numbers than finite ones, or than pixels."""
     for index, row in enumerate(x):
         low, high = row.min(), row.max()
         if are_images and not (low >= 0.0 and high <= 1.0):

@@ -68,7 +68,7 @@ def test_a_sound_bundle_passes_every_check(ppca_path, runtime):
     report = verify_bundle(ppca_path, runtime)
     assert report.ok
     assert [check.name for check in report.checks] == ["files", "operators", "signature", "parity", "calibration"]
-    assert all(check.ok and check.found for check in report.checks)
+    assert all(check.ok and check.outcome for check in report.checks)
     assert report.model is not None
     assert report.model.runtime is runtime
     assert report.summary() == "5 checks passed"
@@ -337,7 +337,7 @@ def test_a_bundle_without_calibration_says_so(tmp_path, runtime):
         del files["calibration.npz"]
 
     path, _ = write_ppca_bundle(tmp_path, change=change)
-    assert verify_bundle(path, runtime).checks[-1].found == "none: scores come without p-values"
+    assert verify_bundle(path, runtime).checks[-1].outcome == "none: scores come without p-values"
 
 
 def test_parity_is_replayed_at_several_sizes():
