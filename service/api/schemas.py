@@ -30,7 +30,7 @@ Nats = Annotated[float | None, Field(description="nats")]
 
 
 class EncodeParameters(Parameters):
-    """Of encode."""
+    """Parameters of encode."""
 
     samples: int = Field(default=0, ge=0, description="posterior samples z ~ q(z|x) for each row")
     seed: Seed = 0
@@ -39,21 +39,21 @@ class EncodeParameters(Parameters):
 
 
 class DecodeParameters(Parameters):
-    """Of decode."""
+    """Parameters of decode."""
 
     seed: Seed = 0
     draw: Draw = False
 
 
 class ReconstructParameters(Parameters):
-    """Of reconstruct."""
+    """Parameters of reconstruct."""
 
     seed: Seed = 0
     strict: Strict = False
 
 
 class SampleParameters(Parameters):
-    """Of sample."""
+    """Parameters of sample."""
 
     n: int = Field(default=1, ge=1, description="rows to sample")
     temperature: float = Field(default=1.0, ge=0, le=10, description="scale of the prior's noise: 1 is the prior")
@@ -62,7 +62,7 @@ class SampleParameters(Parameters):
 
 
 class InterpolateParameters(Parameters):
-    """Of interpolate."""
+    """Parameters of interpolate."""
 
     steps: int = Field(default=8, ge=2, description="rows from the first to the second, both included")
     mode: Literal["lerp", "slerp"] = "lerp"
@@ -72,7 +72,7 @@ class InterpolateParameters(Parameters):
 
 
 class DriftParameters(Parameters):
-    """Of drift."""
+    """Parameters of drift."""
 
     score: str | None = Field(default=None, max_length=64, description="a calibrated score; default: the bundle's own")
     group: Group = Field(
@@ -87,7 +87,7 @@ class Answer(BaseModel, defer_build=True):
 
 
 class Encoded(Answer):
-    """Posterior q(z|x) of N rows. What loc and scale are of it, the model's ``posterior`` says."""
+    """Posterior q(z|x) of N rows; the model's ``posterior`` says what loc and scale mean."""
 
     loc: list[list[float]] = Field(description="[N, L]")
     scale: list[list[float]] = Field(description="[N, L]")
@@ -119,7 +119,7 @@ class FurtherScore(BaseModel, defer_build=True):
 
 
 class TilesOfImage(BaseModel, defer_build=True):
-    """How an image was cut up by a model of tiles, and where its most anomalous tile lies."""
+    """The tiles that a model of tiles cut an image into, and the most anomalous of them."""
 
     n: int = Field(description="tiles")
     worst_y: int = Field(description="pixels from the upper edge to that tile")
@@ -128,7 +128,7 @@ class TilesOfImage(BaseModel, defer_build=True):
 
 
 class LatentDivergence(BaseModel, defer_build=True):
-    """What one latent dimension adds to a row's rate."""
+    """Contribution of one latent dimension to a row's rate."""
 
     index: int = Field(description="which dimension, from 0")
     nats: float = Field(description="KL(q(z_j|x) ‖ p(z_j)); under a flow or a mixture p(z_j) is estimated from draws")
@@ -195,7 +195,7 @@ class UsedDefinition(BaseModel, defer_build=True):
 
 
 class UsedCalibration(BaseModel, defer_build=True):
-    """What the verdict rests on."""
+    """Calibration that the verdict rests on."""
 
     n: int = Field(description="held-out inliers")
     smallest_p_value: float = Field(description="1 / (n + 1)")
@@ -208,7 +208,7 @@ class UsedCalibration(BaseModel, defer_build=True):
 
 
 class FurtherUsed(BaseModel, defer_build=True):
-    """Of a further score: what it is and what its verdicts rest on."""
+    """Definition of a further score, and the calibration that its verdicts rest on."""
 
     definition: UsedDefinition
     calibration: UsedCalibration | None
@@ -216,7 +216,10 @@ class FurtherUsed(BaseModel, defer_build=True):
 
 
 class UsedMap(BaseModel, defer_build=True):
-    """What the maps are, and the scale of their colours; null where the bundle has none: then least and largest."""
+    """Kind and unit of the maps, and the scale of their colours.
+
+    The scale is null where the bundle has none: then the first colour is the least number, and the last the largest.
+    """
 
     kind: MapKind
     unit: str

@@ -22,7 +22,7 @@ from service.scores.maps.anomaly_map import UNIT, ColourScale, MapKind
 
 @dataclass(frozen=True)
 class MapDescription:
-    """What the numbers of a map are.
+    """Meaning of a map's numbers and of its colours.
 
     ``unit``: of the numbers. ``scale``: the first and the last colour of its pictures, None where each picture's own
     range is taken. ``origin``: whose that scale is.
@@ -35,7 +35,7 @@ class MapDescription:
 
 
 def describe_map(model: Model, kind: MapKind | None) -> MapDescription:
-    """The description of the model's maps of that kind; None: of its default kind."""
+    """Describe the model's maps of that kind, or of its default kind where ``kind`` is None."""
     kind = kind or model.default_map
     if kind == "corruption":
         return MapDescription(kind, UNIT_OF_CORRUPTION, ColourScale(LOW, HIGH), "fixed")
@@ -48,7 +48,7 @@ def describe_map(model: Model, kind: MapKind | None) -> MapDescription:
 def draw_maps(
     x: InputRows, maps: Sequence[np.ndarray] | np.ndarray, description: MapDescription, picture: MapPicture | None
 ) -> bytes:
-    """One PNG of the maps of ``x``, float32 [h,w] each and all of one size: heat maps, or overlays of the images.
+    """Draw the maps of ``x``, float32 [h,w] each and all of one size, as one PNG: heat maps, or overlays of the images.
 
     Its text entries say ``kind``, ``unit`` and ``scale``.
     """
@@ -59,7 +59,7 @@ def draw_maps(
 
 
 def top_latents(verdicts: Verdicts, count: int) -> list[dict[str, Any]]:
-    """For each row, the ``count`` latent dimensions that add most to the rate, as the API answers them.
+    """List for each row the ``count`` latent dimensions that add most to the rate, in the field names of the API.
 
     Keys: ``largest``, dimensions and their nats, falling; ``others``, the sum over all other dimensions; ``joint``, the
     rest of the rate. The scores must hold ``latents``.
@@ -70,7 +70,7 @@ def top_latents(verdicts: Verdicts, count: int) -> list[dict[str, Any]]:
 
 
 def result_rows(verdicts: Verdicts) -> list[dict[str, Any]]:
-    """One dictionary a row, in the field names of the API (maps left out); non-finite numbers are None."""
+    """Make one dictionary a row, in the field names of the API, without maps; numbers that are not finite are None."""
     scores = verdicts.scores
     columns: dict[str, list[Any]] = {
         field: _numbers(getattr(scores, field))

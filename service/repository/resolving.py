@@ -30,7 +30,7 @@ class ChosenScore:
 
 @dataclass(frozen=True)
 class VerdictBasis:
-    """What the verdicts of one score rest on, before there are p-values.
+    """Basis of the verdicts of one score, before there are p-values.
 
     ``rate``: the false-positive rate. ``n``: how many calibration scores there are, None where the score is not
     calibrated. ``threshold``: scores from here on are anomalies at that rate, None where a false-discovery rate
@@ -45,7 +45,7 @@ class VerdictBasis:
 
 @dataclass(frozen=True, eq=False)
 class ResolvedScoreRequest:
-    """What the parameters of a request mean for one model.
+    """Meaning of a request's parameters for one model.
 
     ``chosen``: the score to judge by; ``also``: the further ones, by name. ``basis`` and ``further_bases`` (by name):
     what the verdicts of these rest on. ``key`` is the same for requests that compute the same. ``drift_places``: by
@@ -67,7 +67,7 @@ class ResolvedScoreRequest:
 
 
 def resolve_scores(served: Served, parameters: ScoreParameters, default_rate: float) -> ResolvedScoreRequest:
-    """What the parameters mean for that model, remembered for the next request with the same ones.
+    """Resolve the parameters of a request for that model; remembered for the next request with the same ones.
 
     ``default_rate``: the false-positive rate where the parameters name none.
 
@@ -107,7 +107,7 @@ def _resolve(served: Served, parameters: ScoreParameters, default_rate: float) -
 
 
 def choose_score(manifest: Manifest, parameters: ScoreParameters) -> ChosenScore:
-    """The score that the parameters mean: one of the bundle's definitions where they match one, else a variant of it.
+    """Choose the score that the parameters mean: one of the bundle's definitions where they match, else a variant.
 
     Raises:
         InvalidInput: the bundle has no score of the asked name.
@@ -138,7 +138,7 @@ def further_scores(manifest: Manifest, parameters: ScoreParameters) -> dict[str,
 
 
 def missing_verdicts(served: Served, parameters: ScoreParameters, default_rate: float) -> list[str]:
-    """Why the chosen score will have no verdict, or a further one no p-value, whatever is scored.
+    """List the reasons why the chosen score will have no verdict, or a further one no p-value, whatever is scored.
 
     Raises as ``resolve_scores``.
     """
@@ -148,7 +148,7 @@ def missing_verdicts(served: Served, parameters: ScoreParameters, default_rate: 
 
 
 def drift_place(served: Served, score: str, group: str | None = None) -> Place:
-    """Where rows of that score of that bundle are noted for the drift tests, held against that group.
+    """Name the place where the drift tests note rows of that score of that bundle, compared with that group.
 
     Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group.
     """

@@ -16,13 +16,13 @@ MapPicture = Literal["heat-map", "overlay"]
 
 
 class Parameters(BaseModel):
-    """Base of all parameters: an unknown name is an error, not ignored."""
+    """Base of the parameters of all verbs: an unknown name is an error, not ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ScoreParameters(Parameters):
-    """Of score. Without any of score, estimator, k and seed: the bundle's calibrated default score."""
+    """Parameters of score. Without score, estimator, k and seed the bundle's calibrated default score is meant."""
 
     score: str | None = Field(default=None, max_length=64, description="one of the bundle's score definitions")
     estimator: LikelihoodEstimator | None = Field(
