@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from bench.raw import RawModel, Work, reference_pixels, to_unit
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 
 BATCHES = (1, 8, 32, 64, 128, 256)
 """Tried when the best is looked for."""

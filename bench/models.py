@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from service.bundle.manifest import Bundle, open_bundle
+from service.bundle.files import Bundle, open_bundle
 from service.errors import BundleError
 
 FOLDER = Path("runs/bench/models")
 IMAGES = {"conv": 9200, "big": 2300, "growth": 640}
-"""Enough for as many encoded inliers as a bundle holds (service.scores.fitting.reference_room), with which every scored
-row is compared; of the models of the growth of cost only encode and the bound are measured."""
+"""Enough for as many encoded inliers as a bundle holds (service.scores.fitting.most_reference_rows), with which every
+scored row is compared; of the models of the growth of cost only encode and the bound are measured."""
 WORK = ".work"
 SPLITS = ["data.validation=0.04", "data.calibration=0.04", "data.test=0.02"]
 FAST = ["optimiser.epochs=1", "optimiser.batch_size=32", "evaluate.k=1", "evaluate.images=8", "run.threads=1"]

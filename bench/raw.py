@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from service.bundle.manifest import FITTED, REFERENCE, Bundle, Graph, Manifest, ScoreDefinition
+from service.bundle.files import Bundle
+from service.bundle.manifest import FITTED, REFERENCE, Graph, Manifest, ScoreDefinition
 from service.errors import DeviceUnavailable
 from service.inference.sessions import CPU, CUDA, providers_of
 from service.scores.detectors import is_stretched

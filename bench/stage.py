@@ -17,7 +17,7 @@ from bench.load import Load, Target, drive
 from bench.raw import reference_pixels
 from bench.requests import hello_request
 from bench.servers import Server, hello_server, vae_server
-from service.bundle.manifest import Bundle, open_bundle
+from service.bundle.files import Bundle, open_bundle
 from service.repository.model_repository import find_bundles
 from service.resources import available_cpus
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from training import fit
 from training.batches import to_unit
 from training.config import Config, load_config

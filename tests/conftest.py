@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from tests.ppca_bundle import Ppca, fit_ppca, images, write_ppca_bundle

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from service.bundle.manifest import write_bundle
+from service.bundle.files import write_bundle
 
 LOG_2PI = float(np.log(2 * np.pi))
 SHAPE, LATENT_DIM = (1, 8, 8), 5

@@ -39,7 +39,7 @@ from bench.serving import FULL
 from bench.stage import Effort, Stage, find_bundle
 from bench.table import ROWS, judged
 from bench.timer import Timer
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.formats.codecs import Limits, Reader
 from service.formats.images import ImageLimits
 from tests.service.corruption_bundles import log_odds, write_corruption

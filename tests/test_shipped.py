@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.bundle.manifest import ScoreDefinition, open_bundle
-from service.formats.images import unit_levels
+from service.bundle.files import open_bundle
+from service.bundle.manifest import ScoreDefinition
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.verification import verify_bundle
+from service.pixels import unit_levels
 from training.data import DataConfig, load_dataset
 
 EXPORTED = Path(__file__).parents[1] / "exported"

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle.manifest import open_bundle
-from service.formats.images import unit_levels
+from service.bundle.files import open_bundle
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails
+from service.pixels import unit_levels
 from service.scores.detectors import to_arrays
 from tests.ppca_bundle import npz, write_ppca_bundle
 

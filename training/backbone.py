@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, inliner, numpy_helper
 from pydantic import ValidationError
 
-from service.bundle.manifest import Backbone, InputRule
+from service.bundle.input_rules import Backbone, InputRule
 from service.bundle.operators import check_operators
 from service.errors import BundleGraphError
 from service.inference.sessions import Runtime

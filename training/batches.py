@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.formats.images import unit_levels
+from service.pixels import unit_levels
 from training.data.dataset import Dataset
 
 

@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle.manifest import CALIBRATION, DETECTORS, TILES, Bundle, open_bundle
+from service.bundle.files import Bundle, open_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS, TILES
 from service.calibration.conformal import Calibrator
 from service.calibration.contamination import contamination
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails
 from service.scores.detectors import to_arrays
-from service.scores.fitting import LEAST_ROWS, fitted_arrays, fitted_definitions, reference_room, room
+from service.scores.fitting import (
+    LEAST_ROWS,
+    fitted_arrays,
+    fitted_definitions,
+    most_held_out_rows,
+    most_reference_rows,
+)
 from training.batches import pixel_batches
 from training.data import Dataset
 from training.data.dataset import Wholes
@@ -122,7 +129,7 @@ def fit_scores(run: Run) -> Path:
         return bundle.path
     model = Model.load(bundle, Runtime("cpu")).without_backbone()
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
-    reference = run.dataset.splits["train"][: reference_room(bundle.manifest)]
+    reference = run.dataset.splits["train"][: most_reference_rows(bundle.manifest)]
     x = _pixels(run.dataset, held_out)
     arrays = fitted_arrays(model, definitions, x, _pixels(run.dataset, reference))
     manifest, files = contents(bundle)
@@ -136,7 +143,7 @@ def fit_scores(run: Run) -> Path:
 
 
 def _held_out(run: Run, bundle: Bundle) -> np.ndarray:
-    return run.dataset.splits[FIT_SPLIT][: room(bundle.manifest)]
+    return run.dataset.splits[FIT_SPLIT][: most_held_out_rows(bundle.manifest)]
 
 
 def _pixels(dataset: Dataset, indices: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from service.bundle.manifest import ArrayPreprocessing, Manifest, Preprocessing, ScoreDefinition, Tiling
+from service.bundle.input_rules import ArrayPreprocessing, Preprocessing, Tiling
+from service.bundle.manifest import Manifest, ScoreDefinition
 
 FIGURES = {
     "reconstructions": "Test {rows} and their reconstructions",

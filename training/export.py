@@ -1,7 +1,7 @@
 """From torch to ONNX: the graphs of service.bundle.manifest's docstring, traced from the model that trained.
 
 The inputs, outputs, dtypes and symbolic sizes are read from the contract itself
-(``service.bundle.manifest.graph_spec``), so the two cannot drift apart.
+(``service.bundle.graph_specs.graph_spec``), so the two cannot drift apart.
 """
 
 from __future__ import annotations
@@ -17,17 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from service.bundle.manifest import (
-    Graph,
-    InputRule,
-    Likelihood,
-    Manifest,
-    Posterior,
-    Prior,
-    Signature,
-    TensorSpec,
-    graph_spec,
-)
+from service.bundle.graph_specs import TensorSpec, graph_spec
+from service.bundle.input_rules import InputRule
+from service.bundle.manifest import Graph, Likelihood, Manifest, Posterior, Prior, Signature
 from service.bundle.operators import check_operators
 from service.errors import BundleGraphError
 from training.errors import ExportError

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from service.bundle.manifest import Backbone, InputRule
+from service.bundle.input_rules import Backbone, InputRule
 from service.errors import InvalidInput
 from service.inference.backbone import FeatureExtractor
 from service.inference.sessions import Runtime

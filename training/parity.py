@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from service.bundle.manifest import Backbone, Tolerance
+from service.bundle.input_rules import Backbone
+from service.bundle.manifest import Tolerance
 from training.batches import derived_seed, to_unit
 from training.data import Dataset
 from training.export import roles

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.bundle.manifest import Manifest, next_version, write_bundle
-from service.inference.verification import verified
+from service.bundle.files import next_version, write_bundle
+from service.bundle.manifest import Manifest
+from service.inference.verification import open_verified
 from training import figures
 from training.card import FIGURES, card
 from training.errors import ExportError
@@ -32,7 +33,7 @@ def publish(run: Run, root: Path, version: str | None = None) -> Path:
     files |= {f"figures/{key}.png": data for key, data in pictures.items()}
     manifest = staged.manifest.model_validate(content | {"files": staged.manifest.files})
     files[CARD] = card(manifest, {key: f"figures/{key}.png" for key in pictures}).encode()
-    return write_bundle(root, content, files, verify=verified)
+    return write_bundle(root, content, files, verify=open_verified)
 
 
 def _figures(run: Run, manifest: Manifest) -> dict[str, bytes]:

@@ -66,13 +66,13 @@ def draw(run: Run, manifest: Manifest) -> dict[str, Figure]:
     if run.checkpoint["history"]:
         found["loss"] = figures.loss_curves(run.checkpoint["history"], _panels(manifest), _unit(manifest))
     shows = manifest.backbone is None  # of features there is nothing to look at
-    if manifest.tells_distortion and shows:
+    if manifest.has_distortion and shows:
         x = to_unit(run.dataset.pixels(test[:SHOWN]))
         target, loc, _ = posterior(model, x, seed)
         found["reconstructions"] = pen.reconstructions(x, target, loc)
     if model.prior.family != "none" and shows:
         found["samples"] = pen.samples()
-    if manifest.tells_distortion:
+    if manifest.has_distortion:
         parts = [test[i : i + BATCH] for i in range(0, min(ENCODED, len(test)), BATCH)]
         encoded = [posterior(model, pixels, seed)[1:] for pixels in pixel_batches(run.dataset, parts)]
         loc, scale = (torch.cat(batches) for batches in zip(*encoded, strict=True))
@@ -204,7 +204,7 @@ def _panels(manifest: Manifest) -> list[figures.Curves]:
     """What a training of such a model can be watched by."""
     if manifest.evidence == "none":
         return [figures.ERROR_CURVES]
-    if not manifest.tells_distortion:
+    if not manifest.has_distortion:
         return [figures.EXACT_CURVES]
     return [figures.BOUND_CURVES, figures.RATE_CURVES, figures.DISTORTION_CURVES]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.bundle.manifest import Backbone, InputRule
+from service.bundle.input_rules import Backbone, InputRule
 from training.backbone import Imported
 from training.checkpoint import FILE as CHECKPOINT
 from training.checkpoint import digest_of, load_checkpoint

@@ -8,20 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from service.bundle.manifest import (
-    CALIBRATION,
-    REFERENCE,
-    ArrayPreprocessing,
-    Backbone,
-    Bundle,
-    ScoreDefinition,
-    open_bundle,
-    write_bundle,
-)
+from service.bundle.files import Bundle, open_bundle, write_bundle
+from service.bundle.input_rules import ArrayPreprocessing, Backbone
+from service.bundle.manifest import CALIBRATION, REFERENCE, ScoreDefinition
 from service.errors import VaeserveError
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.verification import replay, verified
+from service.inference.verification import open_verified, replay
 from training.config import ScoreConfig
 from training.errors import ExportError
 from training.export import export_corruption, export_graphs, likelihood, posterior, prior, signature
@@ -153,7 +146,7 @@ def replace_bundle(root: Path, manifest: Mapping[str, Any], files: Mapping[str, 
     Raises VaeserveError, and the old bundle stays.
     """
     with tempfile.TemporaryDirectory(prefix=".new.", dir=_made(root)) as scratch:
-        new = write_bundle(scratch, manifest, files, verify=verified)
+        new = write_bundle(scratch, manifest, files, verify=open_verified)
         target = root / new.relative_to(scratch)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():

@@ -18,7 +18,8 @@ from rich.console import Console
 from bench.anomaly.measures import SPLITS, Rates, rates, resplit
 from bench.anomaly.rivals import BATCH, Detector, Maps
 from bench.anomaly.task import Inliers
-from service.bundle.manifest import CALIBRATION, Bundle, open_bundle
+from service.bundle.files import Bundle, open_bundle
+from service.bundle.manifest import CALIBRATION
 from service.calibration.conformal import Calibrator
 from service.errors import VaeserveError
 from service.inference.model import Model

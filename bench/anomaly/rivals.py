@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import OneClassSVM
 
 from bench.anomaly.task import Inliers
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.inference.noise import dither
 from training.batches import to_unit
 from training.config import LikelihoodConfig, ModelConfig

@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 
 from service.api.metrics import Metrics
 from service.api.negotiation import negotiate
-from service.bundle.manifest import InputRule, Preprocessing
+from service.bundle.input_rules import InputRule, Preprocessing
 from service.calibration.drift_monitor import DriftWatch
 from service.errors import LimitExceeded
 from service.formats.arrays import parse_json

@@ -11,9 +11,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from service.api.context import Call, Content
-from service.api.schemas import Parameters
 from service.api.small_requests import MAX_BODY_BYTES, fits_event_loop
-from service.bundle.manifest import ArrayPreprocessing, InputRule, Preprocessing
+from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import InvalidInput
 from service.formats import codecs
 from service.formats.arrays import read_npy
@@ -22,6 +21,7 @@ from service.formats.media_types import JSON, NPY, OCTETS, PNG
 from service.formats.tables import TableReader
 from service.formats.whole_images import WholeReader
 from service.inference.jobs import Job, RequestReader
+from service.repository.score_parameters import Parameters
 
 P = TypeVar("P", bound=Parameters)
 IMAGES, ROWS, LATENTS = ("images", "dtype"), ("rows",), ("latents",)

@@ -8,38 +8,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from service.bundle.input_rules import InputRule
 from service.bundle.manifest import (
     Calibration,
     Estimator,
-    InputRule,
     Likelihood,
-    LikelihoodEstimator,
     Posterior,
     Prior,
     ScoreDefinition,
     Signature,
 )
-from service.calibration.conformal import GROUP_LENGTH, composed
+from service.calibration.conformal import GROUP_LENGTH
+from service.repository.score_parameters import Group, Parameters, Strict
 from service.scores.maps.anomaly_map import MapKind
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="of every random number: same seed, same bytes")]
-Strict = Annotated[bool, Field(description="refuse images of another size instead of resizing them")]
 Draw = Annotated[bool, Field(description="a draw x ~ p(x|z) instead of the mean E[x|z]")]
-Group = Annotated[str | None, BeforeValidator(lambda group: composed(group) if isinstance(group, str) else group)]
-MapPicture = Literal["heat-map", "overlay"]
 Nats = Annotated[float | None, Field(description="nats")]
 
 
-class Parameters(BaseModel):
-    """Base of all parameters: an unknown name is an error, not ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class EncodeParameters(Parameters):
-    """Of encode."""
+    """Parameters of encode."""
 
     samples: int = Field(default=0, ge=0, description="posterior samples z ~ q(z|x) for each row")
     seed: Seed = 0
@@ -48,21 +39,21 @@ class EncodeParameters(Parameters):
 
 
 class DecodeParameters(Parameters):
-    """Of decode."""
+    """Parameters of decode."""
 
     seed: Seed = 0
     draw: Draw = False
 
 
 class ReconstructParameters(Parameters):
-    """Of reconstruct."""
+    """Parameters of reconstruct."""
 
     seed: Seed = 0
     strict: Strict = False
 
 
 class SampleParameters(Parameters):
-    """Of sample."""
+    """Parameters of sample."""
 
     n: int = Field(default=1, ge=1, description="rows to sample")
     temperature: float = Field(default=1.0, ge=0, le=10, description="scale of the prior's noise: 1 is the prior")
@@ -71,7 +62,7 @@ class SampleParameters(Parameters):
 
 
 class InterpolateParameters(Parameters):
-    """Of interpolate."""
+    """Parameters of interpolate."""
 
     steps: int = Field(default=8, ge=2, description="rows from the first to the second, both included")
     mode: Literal["lerp", "slerp"] = "lerp"
@@ -80,58 +71,8 @@ class InterpolateParameters(Parameters):
     strict: Strict = False
 
 
-class ScoreParameters(Parameters):
-    """Of score. Without any of score, estimator, k and seed: the bundle's calibrated default score."""
-
-    score: str | None = Field(default=None, max_length=64, description="one of the bundle's score definitions")
-    estimator: LikelihoodEstimator | None = Field(
-        default=None, description="another estimate than the named score's; verdicts only where it is calibrated"
-    )
-    k: int | None = Field(default=None, ge=1, description="posterior samples a row")
-    seed: Annotated[int | None, Field(ge=0, lt=2**32)] = None
-    also: str | None = Field(
-        default=None,
-        max_length=1024,
-        description="further scores of the bundle, with commas between, or all; they share the forward passes",
-    )
-    false_positive_rate: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="share of inliers that may be called anomalous; default: a setting. Not beside a "
-        "false-discovery rate",
-    )
-    false_discovery_rate: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="expected share of inliers among the rows of this request that are called anomalous, in place of "
-        "the false-positive rate (Benjamini & Hochberg 1995)",
-    )
-    group: Group = Field(
-        default=None,
-        max_length=GROUP_LENGTH,
-        description="compare with this group of the calibration images only, where the bundle has groups",
-    )
-    map: bool = Field(default=False, description="also a map: how anomalous is each pixel (feature, step)?")
-    map_kind: MapKind | None = Field(
-        default=None,
-        description="anomaly: how far a place is from what held-out inliers show there, in deviations of inliers' "
-        "places; distortion: −E[log p(x|z)], summed over channels; corruption: log odds in nats that the place was "
-        "painted over, by the corruption graph. Default: anomaly where the bundle has it, else distortion",
-    )
-    map_picture: MapPicture | None = Field(
-        default=None,
-        description="of a PNG answer: the map in colours (the default), or laid over the image as the model saw it",
-    )
-    top_latents: int = Field(
-        default=0, ge=0, le=4096, description="also so many latent dimensions, those that add most to the rate"
-    )
-    strict: Strict = False
-
-
 class DriftParameters(Parameters):
-    """Of drift."""
+    """Parameters of drift."""
 
     score: str | None = Field(default=None, max_length=64, description="a calibrated score; default: the bundle's own")
     group: Group = Field(
@@ -146,7 +87,7 @@ class Answer(BaseModel, defer_build=True):
 
 
 class Encoded(Answer):
-    """Posterior q(z|x) of N rows. What loc and scale are of it, the model's ``posterior`` says."""
+    """Posterior q(z|x) of N rows; the model's ``posterior`` says what loc and scale mean."""
 
     loc: list[list[float]] = Field(description="[N, L]")
     scale: list[list[float]] = Field(description="[N, L]")
@@ -178,7 +119,7 @@ class FurtherScore(BaseModel, defer_build=True):
 
 
 class TilesOfImage(BaseModel, defer_build=True):
-    """How an image was cut up by a model of tiles, and where its most anomalous tile lies."""
+    """The tiles that a model of tiles cut an image into, and the most anomalous of them."""
 
     n: int = Field(description="tiles")
     worst_y: int = Field(description="pixels from the upper edge to that tile")
@@ -187,7 +128,7 @@ class TilesOfImage(BaseModel, defer_build=True):
 
 
 class LatentDivergence(BaseModel, defer_build=True):
-    """What one latent dimension adds to a row's rate."""
+    """Contribution of one latent dimension to a row's rate."""
 
     index: int = Field(description="which dimension, from 0")
     nats: float = Field(description="KL(q(z_j|x) ‖ p(z_j)); under a flow or a mixture p(z_j) is estimated from draws")
@@ -254,7 +195,7 @@ class UsedDefinition(BaseModel, defer_build=True):
 
 
 class UsedCalibration(BaseModel, defer_build=True):
-    """What the verdict rests on."""
+    """Calibration that the verdict rests on."""
 
     n: int = Field(description="held-out inliers")
     smallest_p_value: float = Field(description="1 / (n + 1)")
@@ -267,7 +208,7 @@ class UsedCalibration(BaseModel, defer_build=True):
 
 
 class FurtherUsed(BaseModel, defer_build=True):
-    """Of a further score: what it is and what its verdicts rest on."""
+    """Definition of a further score, and the calibration that its verdicts rest on."""
 
     definition: UsedDefinition
     calibration: UsedCalibration | None
@@ -275,7 +216,10 @@ class FurtherUsed(BaseModel, defer_build=True):
 
 
 class UsedMap(BaseModel, defer_build=True):
-    """What the maps are, and the scale of their colours; null where the bundle has none: then least and largest."""
+    """Kind and unit of the maps, and the scale of their colours.
+
+    The scale is null where the bundle has none: then the first colour is the least number, and the last the largest.
+    """
 
     kind: MapKind
     unit: str

@@ -1,4 +1,4 @@
-"""What a graph of a bundle may contain: read from the ONNX file itself, before ONNX Runtime sees it.
+"""Checks of what a graph of a bundle contains, read from the ONNX file itself before ONNX Runtime sees it.
 
 A graph is a pure function of its inputs, whole in its file: only the operators below, all of the standard domain; no
 control flow (a loop could run for ever), no random numbers (noise is an input), no functions, and no external data
@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import onnxruntime as ort
 
-from service.bundle.manifest import Graph, Manifest, TensorSpec, graph_spec
+from service.bundle.graph_specs import TensorSpec, graph_spec
+from service.bundle.manifest import Graph, Manifest
 from service.bundle.protobuf import BYTES, VARINT, Field, MalformedMessageError, fields
 from service.errors import BundleGraphError
 
@@ -54,7 +55,10 @@ TENSOR_TYPES = {"float32": "tensor(float)", "float64": "tensor(double)"}
 
 
 def check_operators(model: bytes) -> Counter[str]:
-    """How often each operator stands in a serialised ONNX model that keeps the rules above. Raises BundleGraphError."""
+    """Count the operators of a serialised ONNX model.
+
+    Raises BundleGraphError where the model breaks one of the rules that this module's docstring states.
+    """
     try:
         operators: Counter[str] = Counter()
         graphs = 0
@@ -73,12 +77,12 @@ def check_operators(model: bytes) -> Counter[str]:
 
 
 def _visit(message: str, content: memoryview, depth: int) -> Iterator[tuple[str, Field]]:
-    """Every field of the message and of those nested in it that MESSAGES names, with that name."""
-    known = MESSAGES[message]
+    """Yield every field of the message, and of those nested in it, that MESSAGES names, with that name."""
+    names = MESSAGES[message]
     for field in fields(content):
-        if field.number not in known:
+        if field.number not in names:
             raise BundleGraphError(f"field {field.number} of ONNX's {message}Proto is not known to this vaeserve")
-        name = known[field.number]
+        name = names[field.number]
         if not name:
             continue
         yield name, field
@@ -92,7 +96,11 @@ def _visit(message: str, content: memoryview, depth: int) -> Iterator[tuple[str,
 
 
 def _check(name: str, field: Field) -> None:
-    """Refuse what one field may hold: an operator or domain outside the list, external data, functions, training."""
+    """Check one field.
+
+    Raises BundleGraphError for an operator or a domain outside the list, external data, functions and training
+    information.
+    """
     if name == "Operator":
         operator = _text(field)
         if operator not in OPERATORS:
@@ -112,31 +120,34 @@ def _text(field: Field) -> str:
 
 
 def check_signature(session: ort.InferenceSession, manifest: Manifest, role: Graph) -> None:
-    """Refuse a graph whose inputs and outputs are not the contract's for this manifest. Raises BundleGraphError."""
+    """Check that a graph's inputs and outputs are the contract's for this manifest. Raises BundleGraphError."""
     spec = graph_spec(manifest, role)
-    for kind, wanted, found in (
+    for kind, tensors, arguments in (
         ("inputs", spec.inputs, session.get_inputs()),
         ("outputs", spec.outputs, session.get_outputs()),
     ):
-        by_name = {argument.name: argument for argument in found}
-        if set(by_name) != {tensor.name for tensor in wanted}:
-            names = [tensor.name for tensor in wanted]
+        by_name = {argument.name: argument for argument in arguments}
+        if set(by_name) != {tensor.name for tensor in tensors}:
+            names = [tensor.name for tensor in tensors]
             raise BundleGraphError(f"{role} has {kind} {sorted(by_name)}, the manifest's signature wants {names}")
-        for tensor in wanted:
+        for tensor in tensors:
             _check_tensor(role, tensor, by_name[tensor.name], kind == "inputs")
 
 
-def _check_tensor(role: str, wanted: TensorSpec, found: ort.NodeArg, is_input: bool) -> None:
-    """One tensor's type and shape. Output sizes that ONNX did not infer (symbols) are left to the replay."""
-    sizes = found.shape
-    fits = len(sizes) == len(wanted.shape) and all(
+def _check_tensor(role: str, tensor: TensorSpec, argument: ort.NodeArg, is_input: bool) -> None:
+    """Check one tensor's type and shape. Output sizes that ONNX did not infer (symbols) are left to the replay.
+
+    Raises BundleGraphError.
+    """
+    sizes = argument.shape
+    fits = len(sizes) == len(tensor.shape) and all(
         not isinstance(size, int)
-        if isinstance(want, str)
-        else size == want or (not is_input and not isinstance(size, int))
-        for want, size in zip(wanted.shape, sizes, strict=True)
+        if isinstance(expected, str)
+        else size == expected or (not is_input and not isinstance(size, int))
+        for expected, size in zip(tensor.shape, sizes, strict=True)
     )
-    if found.type != TENSOR_TYPES[wanted.dtype] or not fits:
+    if argument.type != TENSOR_TYPES[tensor.dtype] or not fits:
         raise BundleGraphError(
-            f"{role}'s {wanted.name} is {found.type} {sizes}, the manifest's signature wants "
-            f"{TENSOR_TYPES[wanted.dtype]} {list(wanted.shape)}"
+            f"{role}'s {tensor.name} is {argument.type} {sizes}, the manifest's signature wants "
+            f"{TENSOR_TYPES[tensor.dtype]} {list(tensor.shape)}"
         )

@@ -28,7 +28,7 @@ EMPTY = memoryview(b"")
 
 
 def fields(message: memoryview) -> Iterator[Field]:
-    """The fields of a message in their order. Raises MalformedMessageError, also for the obsolete groups."""
+    """Yield the fields of a message in their order. Raises MalformedMessageError, also for the obsolete groups."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -52,7 +52,7 @@ def fields(message: memoryview) -> Iterator[Field]:
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The base-128 integer at ``at`` and the place after it; at most 10 bytes, as 64 bits take."""
+    """Read the base-128 integer at offset ``at``, of at most 10 bytes: the integer, and the offset after it."""
     if at < len(message) and message[at] < 0x80:  # nearly all are that short
         return message[at], at + 1
     value = 0

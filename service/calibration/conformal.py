@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from service.bundle.manifest import CALIBRATION, Bundle
+from service.bundle.files import Bundle
+from service.bundle.manifest import CALIBRATION
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 
 LEAST_RATE = 1e-9

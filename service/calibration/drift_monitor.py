@@ -15,15 +15,11 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from service.calibration.conformal import SEPARATOR, calibration_key
 from service.calibration.exchangeability import Martingale, Urn, ks_two_sample
-
-if TYPE_CHECKING:
-    from service.repository.model_repository import Served  # and with it onnxruntime, which the supervisor does without
 
 BINS = 10
 TOGETHER = 32  # rows
@@ -204,8 +200,8 @@ class DriftWatch(Protocol):
     def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
         """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
 
-    async def summary(self, served: Served, score: str, group: str | None = None) -> Summary:
-        """What was seen of that score of this very bundle. Raises as Drift.seen does."""
+    async def summary(self, place: Place) -> Summary:
+        """What was seen there: of that score of this very bundle."""
 
     async def summaries(self) -> list[tuple[Name, Summary]]:
         """Of every watch that has seen a row."""
@@ -224,14 +220,7 @@ class Drift:
         """See DriftWatch."""
         self._watch(place).record(above, at_least)
 
-    def seen(self, served: Served, score: str, group: str | None = None) -> Seen:
-        """What was seen of that score of this very bundle.
-
-        Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group.
-        """
-        return self.seen_at(place(served, score, group))
-
-    def seen_at(self, place: Place) -> Seen:
+    def seen(self, place: Place) -> Seen:
         """What was seen there: nothing, if it was of another bundle."""
         with self._lock:
             digest, watch = self._watches.get(place.name, ("", None))
@@ -239,9 +228,9 @@ class Drift:
             return Seen(place.n, 0, np.empty(0, np.int64), 0.0, 0.0)
         return watch.seen()
 
-    async def summary(self, served: Served, score: str, group: str | None = None) -> Summary:
+    async def summary(self, place: Place) -> Summary:
         """See DriftWatch."""
-        return self.seen(served, score, group).summary(self.level)
+        return self.seen(place).summary(self.level)
 
     async def summaries(self) -> list[tuple[Name, Summary]]:
         """See DriftWatch."""
@@ -259,13 +248,3 @@ class Drift:
                 watch = Watch(place.n, self.window)
                 self._watches[place.name] = place.digest, watch
             return watch
-
-
-def place(served: Served, score: str, group: str | None) -> Place:
-    """Where rows of that score of that bundle are noted.
-
-    Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group.
-    """
-    n = served.calibrator.n(score, group)
-    written = calibration_key(score, group).removeprefix(score).removeprefix(SEPARATOR)  # one spelling of an accent
-    return Place(Name(served.manifest.name, served.manifest.version, score, written), served.model.digest, n)

@@ -1,4 +1,4 @@
-"""A user's good rows, as ``vaeserve calibrate`` takes them: rows of the model, or whole images of a model of tiles."""
+"""Data that ``vaeserve calibrate`` takes: a user's good rows, or whole images where the model is one of tiles."""
 
 from __future__ import annotations
 
@@ -9,56 +9,59 @@ from typing import Protocol
 
 import numpy as np
 
-from service.bundle.manifest import Manifest, Preprocessing
+from service.bundle.input_rules import Preprocessing
+from service.bundle.manifest import Manifest
 from service.commands.offline_scoring import BadFile
 from service.errors import InvalidInput
-from service.formats.images import ImageLimits, decode_whole, unit_levels
+from service.formats.images import ImageLimits, decode_whole
 from service.formats.tiling import Plan
 from service.inference.model import Model
 from service.inference.tiled import TiledModel, fit_tails
+from service.pixels import unit_levels
 from service.scores.detectors import Combination
-from service.scores.fitting import LEAST_ROWS, room
+from service.scores.fitting import LEAST_ROWS, most_held_out_rows
 
 BATCH = 64
-LEAST_WHOLES = 5
-"""Tiles of fewer images would tell what these images are like, not what the surface is."""
+LEAST_IMAGES = 5
+"""Fewest images that scores are fitted to: tiles of fewer would describe these images, not the surface."""
 SEED = 0
 
 Progress = Callable[[int], None]
-Scores = dict[str, np.ndarray]
+"""Called with the number of rows or images that were just processed."""
+ScoresByName = dict[str, np.ndarray]
 Tails = Mapping[str, Combination]
 
 
-class GoodRows(Protocol):
-    """What is calibrated on, one score each."""
+class CalibrationData(Protocol):
+    """Data to calibrate on: items, rows or images, that each have one score."""
 
     @property
     def noun(self) -> str:
-        """What they are called."""
+        """Plural name of the items, for messages."""
         ...
 
     def __len__(self) -> int: ...
 
-    def to_fit(self, manifest: Manifest, wanted: int) -> int:
-        """How many of ``wanted`` to fit the scores to: 0 where that is too few of them."""
+    def count_to_fit(self, manifest: Manifest, most: int) -> int:
+        """Number of items to fit the scores to, at most ``most``; 0 where these are too few."""
         ...
 
     def sample(self, manifest: Manifest, indices: np.ndarray) -> np.ndarray:
-        """Rows of the model, float32 [m,C,H,W], to fit the scores to, of those at ``indices``."""
+        """Rows of the model, float32 [m,C,H,W], to fit the scores to, taken from the items at ``indices``."""
         ...
 
     def tails(self, model: Model, indices: np.ndarray, progress: Progress | None) -> Tails | None:
-        """The tails of tiles' scores, as of those at ``indices``; None where there are no tiles."""
+        """Fit the tails of tiles' scores to the items at ``indices``; None where there are no tiles."""
         ...
 
-    def scores(self, model: Model, tails: Tails | None, indices: np.ndarray, progress: Progress | None) -> Scores:
-        """Scores by name, float64 [n], of those at ``indices``; ``tails`` in place of the bundle's own."""
+    def scores(self, model: Model, tails: Tails | None, indices: np.ndarray, progress: Progress | None) -> ScoresByName:
+        """Scores by name, float64 [n], of the items at ``indices``; ``tails`` in place of the bundle's own."""
         ...
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of the model, uint8 or float32 [n,C,H,W]; ``to_unit`` makes a batch of them what the model takes."""
+class ModelRows:
+    """Rows of the model, uint8 or float32 [n,C,H,W]; ``to_unit`` converts a batch of them to what the model takes."""
 
     rows: np.ndarray
     to_unit: Callable[[np.ndarray], np.ndarray]
@@ -67,8 +70,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def to_fit(self, manifest: Manifest, wanted: int) -> int:
-        n = min(wanted, room(manifest))
+    def count_to_fit(self, manifest: Manifest, most: int) -> int:
+        n = min(most, most_held_out_rows(manifest))
         return n if n >= LEAST_ROWS else 0
 
     def sample(self, manifest: Manifest, indices: np.ndarray) -> np.ndarray:
@@ -77,7 +80,7 @@ class Rows:
     def tails(self, model: Model, indices: np.ndarray, progress: Progress | None) -> None:
         return None
 
-    def scores(self, model: Model, tails: Tails | None, indices: np.ndarray, progress: Progress | None) -> Scores:
+    def scores(self, model: Model, tails: Tails | None, indices: np.ndarray, progress: Progress | None) -> ScoresByName:
         parts = []
         for start in range(0, len(indices), BATCH):
             x = self.to_unit(self.rows[indices[start : start + BATCH]])
@@ -88,8 +91,11 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Wholes:
-    """``count`` images of any sizes, uint8 [C,h,w] each, which ``read`` gives by number: one at a time is in memory."""
+class WholeImages:
+    """Images of any sizes, ``count`` of them; ``read`` gives one by its number, uint8 [C,h,w].
+
+    No more than one image is in memory.
+    """
 
     count: int
     read: Callable[[int], np.ndarray]
@@ -98,49 +104,53 @@ class Wholes:
     def __len__(self) -> int:
         return self.count
 
-    def to_fit(self, manifest: Manifest, wanted: int) -> int:
-        return wanted if wanted >= LEAST_WHOLES else 0
+    def count_to_fit(self, manifest: Manifest, most: int) -> int:
+        return most if most >= LEAST_IMAGES else 0
 
     def sample(self, manifest: Manifest, indices: np.ndarray) -> np.ndarray:
-        """Tiles of the images, as many of each, image by image; which of its plan's is drawn by a fixed seed."""
-        rule, each = manifest.preprocessing, -(-max(room(manifest), len(indices)) // len(indices))
+        """Tiles of the images, float32 [m,C,H,W], the same number of each; a fixed seed draws them from its plan."""
+        rule = manifest.preprocessing
+        tiles_of_each = -(-max(most_held_out_rows(manifest), len(indices)) // len(indices))
         assert isinstance(rule, Preprocessing)
-        random, found = np.random.RandomState(SEED), []
+        random, tiles = np.random.RandomState(SEED), []
         for index in indices.tolist():
             image = self.read(index)
             plan = Plan.of(rule, *image.shape[1:])
-            found += [plan.cut(image, tile, 1) for tile in random.permutation(len(plan))[:each]]
-        if len(found) < LEAST_ROWS:
+            tiles += [plan.cut(image, tile, 1) for tile in random.permutation(len(plan))[:tiles_of_each]]
+        if len(tiles) < LEAST_ROWS:
             raise InvalidInput(
-                f"{len(indices)} images hold {len(found)} tiles to fit the scores on: expected {LEAST_ROWS}; give more "
+                f"{len(indices)} images hold {len(tiles)} tiles to fit the scores on: expected {LEAST_ROWS}; give more "
                 "or larger images, or --fit-share 0"
             )
-        return unit_levels(np.concatenate(found))
+        return unit_levels(np.concatenate(tiles))
 
     def tails(self, model: Model, indices: np.ndarray, progress: Progress | None) -> Tails:
         tiled = TiledModel(model, {})
-        return fit_tails(_joined(self._each(lambda x: tiled.tile_scores(x, model.manifest.scores), indices, progress)))
+        return fit_tails(
+            _joined(self._scores_of_each(lambda x: tiled.tile_scores(x, model.manifest.scores), indices, progress))
+        )
 
-    def scores(self, model: Model, tails: Tails | None, indices: np.ndarray, progress: Progress | None) -> Scores:
+    def scores(self, model: Model, tails: Tails | None, indices: np.ndarray, progress: Progress | None) -> ScoresByName:
         tiled = TiledModel(model, tails)
         names = model.manifest.scores
-        return _joined(self._each(lambda image: tiled.score([image], also=names).also, indices, progress))
+        return _joined(self._scores_of_each(lambda image: tiled.score([image], also=names).also, indices, progress))
 
-    def _each(
-        self, score: Callable[[np.ndarray], Scores], indices: np.ndarray, progress: Progress | None
-    ) -> Iterable[Scores]:
+    def _scores_of_each(
+        self, score: Callable[[np.ndarray], ScoresByName], indices: np.ndarray, progress: Progress | None
+    ) -> Iterable[ScoresByName]:
+        """Yield the scores of the images at ``indices``, one image at a time."""
         for index in indices.tolist():
             yield score(self.read(index))
             if progress:
                 progress(1)
 
 
-def open_wholes(
+def open_whole_images(
     files: Sequence[Path], rule: Preprocessing, limits: ImageLimits
-) -> tuple[Wholes, list[Path], list[BadFile]]:
-    """The images among ``files`` that hold a tile, which files these are, and the others with the reason.
+) -> tuple[WholeImages, list[Path], list[BadFile]]:
+    """Open the images among ``files`` that hold a tile: the images, their files, and the other files with the reason.
 
-    Each is decoded once to find out, and again whenever it is read.
+    Each file is decoded once to find out, and again whenever it is read.
     """
     good: list[Path] = []
     bad: list[BadFile] = []
@@ -157,9 +167,10 @@ def open_wholes(
         except (InvalidInput, OSError) as error:
             raise InvalidInput(f"{good[index]} has changed meanwhile: {error}") from error
 
-    return Wholes(len(good), read), good, bad
+    return WholeImages(len(good), read), good, bad
 
 
-def _joined(parts: Iterable[Scores]) -> Scores:
-    found = list(parts)
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+def _joined(batches: Iterable[ScoresByName]) -> ScoresByName:
+    """Join the scores of several batches, by name."""
+    parts = list(batches)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -22,8 +22,8 @@ from service.imports import import_fastapi
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.api.schemas import ScoreParameters
-    from service.commands.recalibration import Outcome, Plan
+    from service.commands.recalibration import RecalibrationOutcome, RecalibrationPlan
+    from service.repository.score_parameters import ScoreParameters
     from service.server.forker import Started
 
 app = typer.Typer(
@@ -140,7 +140,7 @@ def autotune(
 @app.command()
 def models(repository: RepositoryOption = None) -> None:
     """List the bundles of a folder."""
-    from service.bundle.manifest import find_bundles, open_bundle
+    from service.bundle.files import find_bundles, open_bundle
 
     with _errors_in_words():
         root = _settings(repository=repository).repository
@@ -211,7 +211,7 @@ def score(
     device: DeviceOption = None,
 ) -> None:
     """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
-    from service.api.schemas import ScoreParameters
+    from service.repository.score_parameters import ScoreParameters
 
     parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
     parameters |= {"also": also, "group": group}
@@ -251,22 +251,25 @@ def calibrate(
         _calibrate(settings, model, files, groups, _plan(fit_share, trim, false_positive_rate), to)
 
 
-def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None) -> Plan:
-    from service.commands.recalibration import Plan
+def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None) -> RecalibrationPlan:
+    from service.commands.recalibration import RecalibrationPlan
 
     try:
         share = trim if trim in (None, "auto") else float(trim)
     except ValueError:
         raise ConfigurationError(f"--trim is {trim!r}, expected a share such as 0.02, or auto") from None
-    return Plan(fit_share, share, false_positive_rate)
+    return RecalibrationPlan(fit_share, share, false_positive_rate)
 
 
-def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool, plan: Plan, to: Path | None) -> None:
-    from service.bundle.manifest import ArrayPreprocessing
-    from service.commands.calibration_data import GoodRows, Rows, open_wholes
+def _calibrate(
+    settings: Settings, model: str, paths: list[Path], grouped: bool, plan: RecalibrationPlan, to: Path | None
+) -> None:
+    from service.bundle.input_rules import ArrayPreprocessing
+    from service.commands.calibration_data import CalibrationData, ModelRows, open_whole_images
     from service.commands.offline_scoring import find_files, group_of, read_images, read_tables
     from service.commands.recalibration import recalibrate
-    from service.formats.images import ImageLimits, unit_levels
+    from service.formats.images import ImageLimits
+    from service.pixels import unit_levels
     from service.repository.model_repository import load_one
 
     console = Console(stderr=True)
@@ -276,15 +279,15 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
     if isinstance(rule, ArrayPreprocessing):
         if grouped:
             raise ConfigurationError("--groups: subfolders are groups of images; a table has none")
-        rows: GoodRows = Rows(read_tables(files, rule), lambda x: x)
+        rows: CalibrationData = ModelRows(read_tables(files, rule), lambda x: x)
         read = files
     else:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         if rule.tiling is not None:
-            rows, read, bad = open_wholes(files, rule, limits)
+            rows, read, bad = open_whole_images(files, rule, limits)
         else:
             pixels, read, bad = read_images(files, rule, limits)
-            rows = Rows(pixels, unit_levels, "images")
+            rows = ModelRows(pixels, unit_levels, "images")
         for file in bad:
             console.print(f"skipped {file.path}: {file.reason}", markup=False, highlight=False, soft_wrap=True)
         names = [group_of(path, paths) for path in read] if grouped else None
@@ -303,7 +306,7 @@ def _calibrate(settings: Settings, model: str, paths: list[Path], grouped: bool,
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _calibrated(done: Outcome, noun: str, rate: float) -> Iterator[str]:
+def _calibrated(done: RecalibrationOutcome, noun: str, rate: float) -> Iterator[str]:
     """What a calibration rests on, all and by group, and which of them cannot answer the default rate."""
     from service.calibration.conformal import needed
 
@@ -330,7 +333,7 @@ def _score(
     from service.formats.images import ImageLimits
     from service.logs import configure_logs
     from service.repository.model_repository import load_one
-    from service.repository.scoring import further, no_verdicts
+    from service.repository.resolving import further_scores, missing_verdicts
 
     configure_logs("warning", "console")
     console, scored, bad = Console(stderr=True), 0, 0
@@ -340,8 +343,8 @@ def _score(
     if maps is not None and rule.kind != "image":
         raise ConfigurationError(f"--maps: {served.manifest.name} is a model of {rule.kind}s, which are no pictures")
     pictures = None if maps is None else plan_pictures(files, paths, maps)
-    reasons = no_verdicts(served, asked, settings.false_positive_rate)
-    fields = fields_of(rule, further(served.manifest, asked))
+    reasons = missing_verdicts(served, asked, settings.false_positive_rate)
+    fields = fields_of(rule, further_scores(served.manifest, asked))
     total = len(files) if rule.kind == "image" else None  # a table's rows are not known before it is read
     with open_sink(out, sys.stdout, fields) as write, _progress(console, total) as advance:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)

@@ -14,13 +14,15 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from service.api.schemas import ScoreParameters
-from service.bundle.manifest import ArrayPreprocessing, InputRule, Preprocessing
+from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import ConfigurationError, InvalidInput
-from service.formats.images import ImageLimits, decode_image, decode_whole, unit_levels
+from service.formats.images import ImageLimits, decode_image, decode_whole
 from service.formats.tables import CSV, NPY, TableReader
+from service.pixels import unit_levels
+from service.repository.judging import InputRows, Verdicts, judge
 from service.repository.model_repository import Served
-from service.repository.scoring import Rows, Verdicts, draw_maps, judge, rows, used_map
+from service.repository.presenting import describe_map, draw_maps, result_rows
+from service.repository.score_parameters import ScoreParameters
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 TABLE_SUFFIXES = {".csv": CSV, ".npy": NPY}
@@ -41,50 +43,50 @@ FIELDS = [
     "is_anomaly",
 ]
 TILE_FIELDS = {"tiles": "n", "worst_y": "worst_y", "worst_x": "worst_x"}
-"""Columns of a model of tiles: what service.inference.tiled.Tiles calls them."""
+"""Columns of a model of tiles -> fields of service.inference.tiled.TileSummary."""
 
 FURTHER = ("score", "p_value")
-"""Of each further score, as columns NAME_score and NAME_p_value."""
+"""Fields of each further score, written as columns NAME_score and NAME_p_value."""
 
 Row = dict[str, Any]
 Pictures = Mapping[Path, Path]
-"""Image -> where the picture of its map is written."""
+"""File of an image -> the file that the picture of its map is written to."""
 
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file that could not be scored."""
+    """A file that could not be scored, and the reason in words."""
 
     path: Path
     reason: str
 
 
 def find_files(paths: Iterable[Path], rule: InputRule) -> list[Path]:
-    """The files among ``paths``, and those under its folders that a model of ``rule`` reads, sorted within each folder.
+    """List the files among ``paths``, and those below its folders that a model of ``rule`` reads, sorted by folder.
 
-    These are PNG, JPEG and WebP files of a model of images, CSV and npy files of another.
+    A model of images reads PNG, JPEG and WebP files, another one CSV and npy files.
 
     Raises:
         InvalidInput: a path does not exist, or nothing is found.
     """
     suffixes = IMAGE_SUFFIXES if rule.kind == "image" else TABLE_SUFFIXES.keys()
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
         elif path.exists():
-            found.append(path)
+            files.append(path)
         else:
             raise InvalidInput(f"{path} does not exist")
-    if not found:
+    if not files:
         raise InvalidInput(f"no {'PNG, JPEG or WebP' if rule.kind == 'image' else 'CSV or npy'} file found there")
-    return found
+    return files
 
 
 def read_images(
     files: Sequence[Path], rule: Preprocessing, limits: ImageLimits
 ) -> tuple[np.ndarray, list[Path], list[BadFile]]:
-    """Pixels uint8 [n,C,H,W] of the files that are images, which files these are, and the others."""
+    """Read the files that are images: their pixels uint8 [n,C,H,W], these files, and the others with the reason."""
     read = [_read_image(path, rule, limits, False) for path in files]
     bad = [image for image in read if isinstance(image, BadFile)]
     good = [(path, image) for path, image in zip(files, read, strict=True) if not isinstance(image, BadFile)]
@@ -93,12 +95,12 @@ def read_images(
 
 
 def read_tables(files: Sequence[Path], rule: ArrayPreprocessing) -> np.ndarray:
-    """Rows float32 [n,C,H,W] of all files together. Raises InvalidInput for a file with a bad row."""
+    """Read the rows of all files together, float32 [n,C,H,W]. Raises InvalidInput for a file with a bad row."""
     return np.concatenate([_read_table(path, rule) for path in files])
 
 
 def group_of(path: Path, roots: Sequence[Path]) -> str | None:
-    """The subfolder of one of ``roots`` that the file lies in, None where it lies in no subfolder."""
+    """Name the subfolder of one of ``roots`` that the file lies in, or None where it lies in no subfolder."""
     for root in roots:
         if path.is_relative_to(root):
             parts = path.relative_to(root).parts
@@ -107,29 +109,29 @@ def group_of(path: Path, roots: Sequence[Path]) -> str | None:
 
 
 def plan_pictures(files: Sequence[Path], roots: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Where each file's map goes: ``folder``/NAME with its root's subfolders, x.png for x.png, x.jpg.png for x.jpg.
+    """Choose the picture of each file's map: ``folder``/NAME with its root's subfolders, x.jpg.png for x.jpg.
 
     Raises ConfigurationError where two files would share a picture, or a picture take the place of a file.
     """
-    found: dict[Path, Path] = {}
-    known = {file.resolve(): file for file in files}
-    sources = known.copy()
+    pictures: dict[Path, Path] = {}
+    taken = {file.resolve(): file for file in files}
+    sources = taken.copy()
     for file in dict.fromkeys(files):
         root = next((root for root in roots if root != file and file.is_relative_to(root)), file.parent)
         name = file.relative_to(root)
         picture = folder / (name.with_suffix(".png") if name.suffix.lower() == ".png" else f"{name}.png")
         if picture.resolve() in sources:
             raise ConfigurationError(f"--maps {folder}: the map of {file} would take the place of {picture}")
-        other = known.get(picture.resolve())
-        if other is not None:
-            raise ConfigurationError(f"--maps {folder}: the maps of {other} and {file} would both be {picture}")
-        found[file] = picture
-        known[picture.resolve()] = file
-    return found
+        earlier = taken.get(picture.resolve())
+        if earlier is not None:
+            raise ConfigurationError(f"--maps {folder}: the maps of {earlier} and {file} would both be {picture}")
+        pictures[file] = picture
+        taken[picture.resolve()] = file
+    return pictures
 
 
 def fields_of(rule: InputRule, also: Iterable[str] = ()) -> list[str]:
-    """The columns of a model's rows: only tables have several rows a file, only images are scored by tiles.
+    """List the columns of a model's rows. Only tables have several rows a file, only images are scored by tiles.
 
     ``also``: names of further scores.
     """
@@ -145,14 +147,15 @@ def _is_tiled(rule: InputRule) -> bool:
 def score_files(
     served: Served,
     files: Sequence[Path],
-    asked: ScoreParameters,
+    parameters: ScoreParameters,
     rate: float,
     limits: ImageLimits,
     pictures: Pictures | None = None,
 ) -> Iterator[Row | BadFile]:
-    """One row (keys ``fields_of``) for each image or line of a table, or one BadFile for a file, in order.
+    """Score files in order: one row (keys ``fields_of``) for each image or line of a table, or one BadFile a file.
 
-    With ``pictures`` of all files the maps of images, which ``asked`` then asks for, are written beside.
+    ``rate``: the false-positive rate where the parameters name none. With ``pictures`` of all files, and parameters
+    that ask for maps, the pictures of the maps are written, too.
 
     Raises:
         InvalidInput: the calibration cannot answer the asked false-positive rate.
@@ -161,33 +164,33 @@ def score_files(
     rule = served.manifest.preprocessing
     if isinstance(rule, ArrayPreprocessing):
         for path in files:
-            yield from _score_table(served, path, rule, asked, rate)
+            yield from _score_table(served, path, rule, parameters, rate)
         return
     if served.tiled is not None:
         for path in files:
-            yield _score_whole(served, path, rule, asked, rate, limits, pictures)
+            yield _score_whole(served, path, rule, parameters, rate, limits, pictures)
         return
     for start in range(0, len(files), BATCH):
-        yield from _score_images(served, files[start : start + BATCH], rule, asked, rate, limits, pictures)
+        yield from _score_images(served, files[start : start + BATCH], rule, parameters, rate, limits, pictures)
 
 
 def _score_images(
     served: Served,
     files: Sequence[Path],
     rule: Preprocessing,
-    asked: ScoreParameters,
+    parameters: ScoreParameters,
     rate: float,
     limits: ImageLimits,
     pictures: Pictures | None,
 ) -> Iterator[Row | BadFile]:
-    read = [_read_image(path, rule, limits, asked.strict) for path in files]
+    read = [_read_image(path, rule, limits, parameters.strict) for path in files]
     good = [image for image in read if not isinstance(image, BadFile)]
     scored: Iterator[Row] = iter(())
     if good:
         x = unit_levels(np.stack(good))
-        verdicts = judge(served, x, asked, rate)
+        verdicts = judge(served, x, parameters, rate)
         paths = [path for path, image in zip(files, read, strict=True) if not isinstance(image, BadFile)]
-        _write_pictures(served, verdicts, x, paths, asked, pictures)
+        _write_pictures(served, verdicts, x, paths, parameters, pictures)
         scored = _flat(verdicts)
     for path, image in zip(files, read, strict=True):
         yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
@@ -197,48 +200,49 @@ def _score_whole(
     served: Served,
     path: Path,
     rule: Preprocessing,
-    asked: ScoreParameters,
+    parameters: ScoreParameters,
     rate: float,
     limits: ImageLimits,
     pictures: Pictures | None,
 ) -> Row | BadFile:
-    """One image by its tiles: alone, so that one at a time is in memory."""
+    """Score one image by its tiles, alone, so that no more than one image is in memory."""
     try:
         image = decode_whole(path.read_bytes(), rule, limits)
     except (InvalidInput, OSError) as error:
         return BadFile(path, str(error))
-    verdicts = judge(served, [image], asked, rate)
-    _write_pictures(served, verdicts, [image], [path], asked, pictures)
+    verdicts = judge(served, [image], parameters, rate)
+    _write_pictures(served, verdicts, [image], [path], parameters, pictures)
     row = next(_flat(verdicts))
     tiles = row.pop("tiles")
     return {"file": str(path), **row, **{field: tiles[name] for field, name in TILE_FIELDS.items()}}
 
 
 def _flat(verdicts: Verdicts) -> Iterator[Row]:
-    """The API's rows, further scores as columns of their own."""
-    for row in rows(verdicts):
+    """Yield the rows of the API with further scores as columns of their own."""
+    for row in result_rows(verdicts):
         also = row.pop("also", {})
-        yield row | {f"{name}_{field}": each[field] for name, each in also.items() for field in FURTHER}
+        yield row | {f"{name}_{field}": further[field] for name, further in also.items() for field in FURTHER}
 
 
 def _write_pictures(
     served: Served,
     verdicts: Verdicts,
-    x: Rows,
+    x: InputRows,
     paths: Sequence[Path],
-    asked: ScoreParameters,
+    parameters: ScoreParameters,
     pictures: Pictures | None,
 ) -> None:
-    """A PNG of each image's map."""
+    """Write a PNG of each image's map, where there are maps and pictures of them are wanted."""
     if pictures is None or verdicts.scores.map is None:
         return
-    used = used_map(served.model, asked.map_kind)
-    for path, image, each in zip(paths, x, verdicts.scores.map, strict=True):
+    description = describe_map(served.model, parameters.map_kind)
+    for path, image, values in zip(paths, x, verdicts.scores.map, strict=True):
         pictures[path].parent.mkdir(parents=True, exist_ok=True)
-        pictures[path].write_bytes(draw_maps([image], [each], used, asked.map_picture))
+        pictures[path].write_bytes(draw_maps([image], [values], description, parameters.map_picture))
 
 
 def _read_image(path: Path, rule: Preprocessing, limits: ImageLimits, strict: bool) -> np.ndarray | BadFile:
+    """Read one image, uint8 [C,H,W], or say why it cannot be read."""
     try:
         return decode_image(path.read_bytes(), rule, limits, strict)
     except (InvalidInput, OSError) as error:
@@ -246,20 +250,21 @@ def _read_image(path: Path, rule: Preprocessing, limits: ImageLimits, strict: bo
 
 
 def _score_table(
-    served: Served, path: Path, rule: ArrayPreprocessing, asked: ScoreParameters, rate: float
+    served: Served, path: Path, rule: ArrayPreprocessing, parameters: ScoreParameters, rate: float
 ) -> Iterator[Row | BadFile]:
-    """The file's rows, numbered from 0; a bad row makes the whole file a bad one, so that none goes missing unseen."""
+    """Score the file's rows, numbered from 0; one bad row makes a BadFile of it, so that no row goes missing unseen."""
     try:
         x = _read_table(path, rule)
     except (InvalidInput, OSError) as error:
         yield BadFile(path, str(error))
         return
     for start in range(0, len(x), BATCH):
-        for row, scored in enumerate(_flat(judge(served, x[start : start + BATCH], asked, rate)), start):
+        for row, scored in enumerate(_flat(judge(served, x[start : start + BATCH], parameters, rate)), start):
             yield {"file": str(path), "row": row, **scored}
 
 
 def _read_table(path: Path, rule: ArrayPreprocessing) -> np.ndarray:
+    """Read the rows of one file, float32 [n,C,H,W]. Raises InvalidInput."""
     media_type = TABLE_SUFFIXES.get(path.suffix.lower())
     if media_type is None:
         raise InvalidInput(f"a {' or '.join(TABLE_SUFFIXES)} file expected")
@@ -268,9 +273,9 @@ def _read_table(path: Path, rule: ArrayPreprocessing) -> np.ndarray:
 
 @contextmanager
 def open_sink(out: Path | None, stdout: TextIO, fields: Sequence[str]) -> Iterator[Callable[[Row], object]]:
-    """A function that takes rows (keys ``fields``) and writes them to ``out``, by its suffix; None: CSV on ``stdout``.
+    """Open a function that writes rows (keys ``fields``) to ``out`` by its suffix; None: as CSV to ``stdout``.
 
-    Rows go to ``out``.part, which takes the place of ``out`` at the end; a failure leaves what stood there.
+    Rows go to ``out``.part, which replaces ``out`` at the end; a failure leaves the former ``out`` as it was.
 
     Raises:
         ConfigurationError: a suffix but .csv, .jsonl and .parquet, no such folder, or .parquet without pyarrow.
@@ -314,7 +319,7 @@ def _json_writer(stream: TextIO, _fields: Sequence[str]) -> Callable[[Row], obje
 
 @contextmanager
 def _parquet_sink(path: Path, fields: Sequence[str]) -> Iterator[Callable[[Row], object]]:
-    """Row groups of BATCH·16 rows, so that memory stays bounded."""
+    """Write Parquet in row groups of BATCH·16 rows, so that memory stays bounded."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -328,17 +333,17 @@ def _parquet_sink(path: Path, fields: Sequence[str]) -> Iterator[Callable[[Row],
         "is_anomaly": pyarrow.bool_(),
     }
     schema = pyarrow.schema([(field, types.get(field, pyarrow.float64())) for field in fields])
-    held: list[Row] = []
+    pending: list[Row] = []
     with parquet.ParquetWriter(path, schema) as writer:
 
-        def take(row: Row) -> None:
-            held.append(row)
-            if len(held) == BATCH * 16:
+        def append(row: Row) -> None:
+            pending.append(row)
+            if len(pending) == BATCH * 16:
                 flush()
 
         def flush() -> None:
-            writer.write_table(pyarrow.Table.from_pylist(held, schema=schema))
-            held.clear()
+            writer.write_table(pyarrow.Table.from_pylist(pending, schema=schema))
+            pending.clear()
 
-        yield take
+        yield append
         flush()

@@ -1,7 +1,7 @@
-"""``vaeserve calibrate``: a bundle's verdicts rest on a user's own good rows, without training anything again.
+"""``vaeserve calibrate``: it bases a bundle's verdicts on a user's own good rows, without training anything again.
 
 The rows are put in a seeded order: a share of them fits the scores' detectors anew, the rest calibrates. Neither sees
-the other, so that the false-positive rate is that of rows like these. Of a model of tiles the rows are whole images:
+the other, so that the false-positive rate is that of rows like these. For a model of tiles the rows are whole images:
 tiles of the first share fit detectors and tails, and each image of the rest calibrates by its one aggregated score.
 """
 
@@ -16,25 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle.manifest import (
-    CALIBRATION,
-    DETECTORS,
-    FORMAT_VERSION,
-    TILES,
-    Bundle,
-    Manifest,
-    ScoreDefinition,
-    next_version,
-    open_bundle,
-    write_bundle,
-)
+from service.bundle.files import Bundle, next_version, open_bundle, write_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS, FORMAT_VERSION, TILES, Manifest, ScoreDefinition
 from service.calibration.conformal import Calibrator, calibration_key
 from service.calibration.contamination import Contamination, contamination, rate_after_trimming, trimmed
-from service.commands.calibration_data import GoodRows, Progress
+from service.commands.calibration_data import CalibrationData, Progress
 from service.errors import BundleError, InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.verification import verified
+from service.inference.verification import open_verified
 from service.scores.detectors import Latent, to_arrays
 from service.scores.fitting import COMBINED, fitted_arrays, fitted_definitions
 
@@ -44,12 +34,12 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is wanted.
+class RecalibrationPlan:
+    """Choices of a recalibration.
 
-    ``fit_share``: of the rows that fit the scores anew; 0 keeps the bundle's. ``trim``: share of the calibration scores
-    to leave out from the top; None: nothing, "auto": what the tail test suspects. ``false_positive_rate``: one that the
-    calibration must be able to answer.
+    ``fit_share``: share of the rows that fit the scores anew; 0 keeps the bundle's. ``trim``: share of the calibration
+    scores to leave out from the top; None: nothing, "auto": what the tail test suspects. ``false_positive_rate``: a
+    rate that the calibration must be able to answer.
     """
 
     fit_share: float = 0.3
@@ -58,8 +48,13 @@ class Plan:
 
 
 @dataclass
-class Outcome:
-    """What came of it: the new bundle's folder, how many rows did what, and what the operator should know."""
+class RecalibrationOutcome:
+    """Result of a recalibration.
+
+    ``path``: the new bundle's folder. ``n``: scores that calibrate; ``n_fit``: rows that the scores were fitted to;
+    ``groups``: scores that calibrate each group. ``suspects``: indices of rows that look like outliers. ``notes``: what
+    the operator should know, in words.
+    """
 
     path: Path
     n: int
@@ -71,19 +66,19 @@ class Outcome:
 
 def recalibrate(
     bundle: Bundle,
-    rows: GoodRows,
+    rows: CalibrationData,
     groups: Sequence[str | None] | None,
     root: Path,
-    plan: Plan,
+    plan: RecalibrationPlan,
     progress: Progress | None = None,
-) -> Outcome:
-    """Write the next version of the bundle under ``root``, calibrated on ``rows``.
+) -> RecalibrationOutcome:
+    """Write the next version of the bundle below ``root``, calibrated on ``rows``.
 
-    ``groups`` names each row's group, whose calibration is kept beside that of all. Raises InvalidInput for too few
-    rows, and whatever write_bundle raises.
+    ``groups``: the name of each row's group, or None for a row without one; a calibration of each group is kept beside
+    that of all rows. Raises InvalidInput for too few rows, and whatever write_bundle raises.
     """
     order = np.random.RandomState(SEED).permutation(len(rows))
-    n_fit = _rows_to_fit(rows, bundle, plan)
+    n_fit = _count_to_fit(rows, bundle, plan)
     fit, held_out = order[:n_fit], np.sort(order[n_fit:])
     _check_rate(len(held_out), plan)
     _check_groups(bundle.manifest, groups, held_out)
@@ -120,32 +115,33 @@ def recalibrate(
     manifest["calibration"] = _summary(kept, counts, n_fit, removed)
     files[CALIBRATION] = _npz(stored)
     path = _written(root, manifest, files)
-    return Outcome(
+    return RecalibrationOutcome(
         path, len(next(iter(kept.values()))), n_fit, counts, [int(held_out[i]) for i in suspects.indices], notes
     )
 
 
-def _rows_to_fit(rows: GoodRows, bundle: Bundle, plan: Plan) -> int:
+def _count_to_fit(rows: CalibrationData, bundle: Bundle, plan: RecalibrationPlan) -> int:
+    """Number of rows that fit the scores anew. Raises InvalidInput for too few rows to calibrate on."""
     if len(rows) < 2:
         raise InvalidInput(
             f"{rows.noun} to calibrate on: {len(rows)}, expected at least 2, and 99 for a false-positive rate of 1%"
         )
-    return rows.to_fit(bundle.manifest, round(plan.fit_share * len(rows)))
+    return rows.count_to_fit(bundle.manifest, round(plan.fit_share * len(rows)))
 
 
-def _check_rate(n: int, plan: Plan) -> None:
-    """Raises InvalidInput, with the number needed, where n calibration scores cannot answer the asked rate."""
+def _check_rate(n: int, plan: RecalibrationPlan) -> None:
+    """Raise InvalidInput, with the number needed, where n calibration scores cannot answer the plan's rate."""
     if plan.false_positive_rate is not None:
         Calibrator({"rows": np.arange(float(n))}).threshold("rows", plan.false_positive_rate)
 
 
 def _default_score(manifest: Manifest, definitions: Mapping[str, ScoreDefinition]) -> str:
-    """The bundle's own; ``combined`` where the bundle did not have it, so that its default was nobody's choice."""
+    """Name of the new default score: the bundle's own, or ``combined`` where the bundle could not choose that."""
     return COMBINED if COMBINED in definitions.keys() - manifest.scores.keys() else manifest.default_score
 
 
 def _check_groups(manifest: Manifest, groups: Sequence[str | None] | None, indices: np.ndarray) -> None:
-    """Raises InvalidInput for a name that no group can have, and for a group without rows to calibrate on."""
+    """Raise InvalidInput for a name that no group can have, and for a group without rows to calibrate on."""
     for group in _names(groups):
         assert groups is not None
         calibration_key(manifest.default_score, group)
@@ -154,7 +150,7 @@ def _check_groups(manifest: Manifest, groups: Sequence[str | None] | None, indic
 
 
 def _notes_on_groups(manifest: Manifest, groups: Sequence[str | None] | None) -> list[str]:
-    """That the bundle has groups, and its next version has none."""
+    """Note, where the bundle has groups and its next version has none, how to make them anew."""
     old = sorted(manifest.calibration.groups) if manifest.calibration else []
     if groups is not None or not old:
         return []
@@ -162,12 +158,12 @@ def _notes_on_groups(manifest: Manifest, groups: Sequence[str | None] | None) ->
 
 
 def _written(root: Path, manifest: Mapping[str, object], files: Mapping[str, bytes]) -> Path:
-    """The bundle in the next free version, and the one after that where another process takes it meanwhile."""
+    """Write the bundle as the next free version, or the one after where another process takes it meanwhile."""
     name = str(manifest["name"])
     while True:
         version = next_version(root, name)
         try:
-            return write_bundle(root, {**manifest, "version": version}, files, verify=verified)
+            return write_bundle(root, {**manifest, "version": version}, files, verify=open_verified)
         except BundleError:
             if not (root / name / version).exists():
                 raise
@@ -176,25 +172,32 @@ def _written(root: Path, manifest: Mapping[str, object], files: Mapping[str, byt
 def _fitted(
     bundle: Bundle, x: np.ndarray, progress: Progress | None
 ) -> tuple[dict[str, ScoreDefinition], dict[str, np.ndarray]]:
-    """Scores and the map fitted to x, these as arrays; ``latent`` compares with x and what the bundle compared with."""
+    """Fit scores and the map to x, float32 [m,C,H,W]: the definitions, and the arrays of detectors.npz.
+
+    ``latent`` compares codes with those of x, and with the codes that the bundle compared with.
+    """
     model = Model.load(bundle, Runtime("cpu"))
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
-    known = [each.arrays["reference"] for each in model.detectors.values() if isinstance(each, Latent)]
-    # The combination is fitted to the second half of x: codes of that half would find themselves as neighbours.
+    stored_codes = [
+        detector.arrays["reference"] for detector in model.detectors.values() if isinstance(detector, Latent)
+    ]
+    # The combination is fitted to the second half of x, whose codes must not find themselves as neighbours.
     first = x[: (len(x) + 1) // 2]
-    return definitions, fitted_arrays(model, definitions, x, first, known[0] if known else None, progress)
+    return definitions, fitted_arrays(model, definitions, x, first, stored_codes[0] if stored_codes else None, progress)
 
 
 @contextmanager
 def _loaded(manifest: Mapping[str, object], files: Mapping[str, bytes], root: Path) -> Iterator[Model]:
-    """The model with its new scores and no calibration, in a folder that is gone afterwards."""
+    """Load the model with its new scores and no calibration, from a temporary folder below ``root``."""
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".calibrate.", dir=root) as scratch:
         yield Model.load(open_bundle(write_bundle(scratch, manifest, files)), Runtime("cpu"))
 
 
-def _trimmed(scores: dict[str, np.ndarray], suspects: Contamination, plan: Plan) -> tuple[dict[str, np.ndarray], int]:
-    """The scores without the top share of each, and how many of each are gone."""
+def _trimmed(
+    scores: dict[str, np.ndarray], suspects: Contamination, plan: RecalibrationPlan
+) -> tuple[dict[str, np.ndarray], int]:
+    """Leave out the top share of each score: the scores by name that are kept, and how many of each are left out."""
     if plan.trim is None:
         return scores, 0
     share = suspects.share if plan.trim == "auto" else float(plan.trim)
@@ -202,7 +205,7 @@ def _trimmed(scores: dict[str, np.ndarray], suspects: Contamination, plan: Plan)
     return kept, len(next(iter(scores.values()))) - len(next(iter(kept.values())))
 
 
-def _notes(suspects: Contamination, removed: int, n: int, plan: Plan) -> list[str]:
+def _notes(suspects: Contamination, removed: int, n: int, plan: RecalibrationPlan) -> list[str]:
     notes = [suspects.message] if suspects.message else []
     if removed:
         rate = plan.false_positive_rate or 0.05
@@ -215,6 +218,7 @@ def _notes(suspects: Contamination, removed: int, n: int, plan: Plan) -> list[st
 
 
 def _names(groups: Sequence[str | None] | None) -> list[str]:
+    """Names of the groups, sorted."""
     return sorted({group for group in groups or [] if group is not None})
 
 
@@ -222,12 +226,12 @@ def _by_group(
     scores: Mapping[str, np.ndarray], groups: Sequence[str | None] | None, indices: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Sorted scores of each group, by the key of calibration.npz."""
-    found: dict[str, np.ndarray] = {}
+    by_key: dict[str, np.ndarray] = {}
     for group in _names(groups):
         assert groups is not None
         members = np.array([groups[i] == group for i in indices])
-        found |= {calibration_key(name, group): np.sort(values[members]) for name, values in scores.items()}
-    return found
+        by_key |= {calibration_key(name, group): np.sort(values[members]) for name, values in scores.items()}
+    return by_key
 
 
 def _summary(kept: Mapping[str, np.ndarray], groups: Mapping[str, int], n_fit: int, removed: int) -> dict[str, object]:

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from service.errors import InvalidInput, LimitExceeded
-from service.formats.images import unit_levels
+from service.pixels import unit_levels
 
 NPY_MAGIC = b"\x93NUMPY"
 MAX_HEADER = 1024

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.formats.arrays import (
     NPY_MAGIC,
@@ -36,10 +36,11 @@ from service.formats.arrays import (
     read_npy,
     to_unit,
 )
-from service.formats.images import ImageLimits, open_image, read_image, resize_array, unit_levels
+from service.formats.images import ImageLimits, open_image, read_image, resize_array
 from service.formats.media_types import IMAGE_INPUTS, INPUTS, JSON, NPY, OCTETS, media_type
 from service.formats.multipart import FIELD, read_multipart
 from service.formats.rendering import encode_gif, encode_png, encode_webp
+from service.pixels import unit_levels
 
 __all__ = [
     "Limits",

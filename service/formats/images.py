@@ -19,15 +19,14 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from service.aligned import aligned_empty
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
 from service.formats.containers import check_container, check_exif
 from service.formats.plain_png import read_plain_png
 from service.formats.png_rows import holds_all_rows, shows_its_last_row
 from service.formats.tiling import check_size
+from service.pixels import unit_levels
 
-LEVELS = np.float32(255)
 FORMATS = ("PNG", "JPEG", "WEBP")
 BAND = 2**18  # pixels that go from Pillow to an array at once
 RESAMPLE = {
@@ -62,17 +61,6 @@ class ImageLimits:
 
     max_bytes: int
     max_pixels: int
-
-
-def unit_levels(levels: np.ndarray) -> np.ndarray:
-    """8-bit levels, whole numbers 0 to 255 of any shape and dtype -> float32 pixels level/255 in [0,1].
-
-    The division is float32's, the same number everywhere: k/255 rounded once.
-    """
-    pixels = aligned_empty(levels.shape, np.float32)
-    pixels[...] = levels
-    pixels /= LEVELS
-    return pixels
 
 
 def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits, strict: bool = False) -> np.ndarray:
@@ -300,7 +288,8 @@ def _contain(image: Image.Image, size: tuple[int, int], method: Image.Resampling
     """As ImageOps.pad, but a side never shrinks to nothing."""
     scale = min(size[0] / image.width, size[1] / image.height)
     inner = [max(1, round(side * scale)) for side in image.size]
-    colour = background / 255 if image.mode == "F" else (background,) * len(image.getbands())
+    grey = float(unit_levels(np.array(background)))
+    colour = grey if image.mode == "F" else (background,) * len(image.getbands())
     sheet = Image.new(image.mode, size, colour)
     offset = [round((outer - side) / 2) for outer, side in zip(size, inner, strict=True)]
     sheet.paste(image.resize((inner[0], inner[1]), method), (offset[0], offset[1]))

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle.manifest import ArrayPreprocessing, reads_as_number
+from service.bundle.input_rules import ArrayPreprocessing, reads_as_number
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.formats.arrays import from_json, may_hold_booleans, read_npy
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput
 
 

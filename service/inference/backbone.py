@@ -1,11 +1,11 @@
-"""Features of a frozen backbone: what the latent variable model sees of an image. For training and serving alike."""
+"""Features of a frozen backbone, which are the rows of a latent variable model; for training and serving alike."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnxruntime as ort
 
-from service.bundle.manifest import Backbone
+from service.bundle.input_rules import Backbone
 from service.bundle.operators import check_operators
 from service.errors import InvalidInput
 from service.inference.batch_invariance import TWO_PATHS, Arrays, RowRunner, random_rows
@@ -13,7 +13,7 @@ from service.inference.sessions import Runtime
 from service.inference.spare import SpareCpus
 
 SIZES = (1, 8)
-"""Rows at once. A backbone's one row is work enough for a processor, and every size costs its trials at the start."""
+"""Batch sizes to try: one row of a backbone keeps a processor busy, and each size costs trials at the start."""
 
 Shape = tuple[int, int, int]
 
@@ -42,7 +42,7 @@ class FeatureExtractor:
 
     @classmethod
     def load(cls, graph: bytes, backbone: Backbone, image: Shape, runtime: Runtime) -> FeatureExtractor:
-        """Of a serialised backbone.onnx that no bundle holds yet. Raises BundleGraphError."""
+        """Load a serialised backbone.onnx that no bundle holds yet. Raises BundleGraphError, DeviceUnavailable."""
         serial = bool(TWO_PATHS & check_operators(graph).keys())
         session = runtime.session(graph, threads=1 if serial else None)
         return cls(session, backbone, image, serial, runtime.spare, runtime.memory)
@@ -59,7 +59,7 @@ class FeatureExtractor:
         return features
 
     def run_at_once(self, feeds: Arrays) -> Arrays:
-        """The graph's own output for all rows of ``feeds`` in a single run, or one a row where it takes no more."""
+        """Outputs for all rows of ``feeds`` in a single run, or in one run a row where the graph takes no more."""
         x = feeds["x"]
         parts = [x] if self.backbone.batch == "any" else [x[i : i + 1] for i in range(len(x))]
         return {"features": np.concatenate([self._session.run(["features"], {"x": part})[0] for part in parts])}

@@ -1,7 +1,7 @@
 """Random numbers by seed, from ``numpy.random.RandomState``: NumPy guarantees that its streams never change.
 
-Standard normal noise is RandomState(seed)'s own stream; the others are streams of their own, RandomState([seed, i]).
-Numbers are float32. Arrays that many calls share are read-only.
+Standard normal noise comes from the stream RandomState(seed); every other kind i has a stream RandomState([seed, i]) of
+its own. Numbers are float32. Arrays that many calls share are read-only.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from functools import lru_cache
 
 import numpy as np
 
-DITHER, OBSERVATION, CHOICE = 1, 2, 3  # the second word of a derived stream's seed
+DITHER, OBSERVATION, CHOICE = 1, 2, 3
+"""Second word of the seed of each kind of noise but the standard normal one."""
 RESOLUTION = 2**23
 CACHED = 8
-"""Arrays kept of each kind: enough for the bundles' scores; seeds and sizes are the callers' to choose."""
+"""Arrays of each kind that are kept: enough for the bundles' own scores, since callers may choose any seed and size."""
 
 
 @lru_cache(maxsize=CACHED)
@@ -25,10 +26,10 @@ def posterior_noise(seed: int, k: int, noise_dim: int) -> np.ndarray:
 
 @lru_cache(maxsize=CACHED)
 def posterior_chunk(seed: int, k: int, noise_dim: int, start: int, chunk: int) -> np.ndarray:
-    """Samples ``start`` to ``start + chunk`` of ``posterior_noise``, [chunk, noise_dim]; beyond k they are 0."""
+    """Samples ``start`` to ``start + chunk`` of ``posterior_noise``, [chunk, noise_dim]; zeros beyond k."""
     padded = np.zeros((chunk, noise_dim), np.float32)
-    drawn = posterior_noise(seed, k, noise_dim)[start : start + chunk]
-    padded[: len(drawn)] = drawn
+    samples = posterior_noise(seed, k, noise_dim)[start : start + chunk]
+    padded[: len(samples)] = samples
     return _frozen(padded)
 
 
@@ -58,9 +59,9 @@ def prior_choice(seed: int, n: int) -> np.ndarray:
 
 
 def _stream(seed: int | list[int]) -> np.random.RandomState:
-    """RandomState(seed), which ends the stream that this thread was given before.
+    """Begin the stream RandomState(seed) on this thread, which ends the one that it was given before.
 
-    A new one would ask the operating system for a seed first, for 80 µs; to begin another stream takes one.
+    A new RandomState would first ask the operating system for a seed, for 80 µs; reseeding takes 1 µs.
     """
     if not hasattr(_of_thread, "random"):
         _of_thread.random = np.random.RandomState()

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: which provider, how many threads, and no silent fallback from one device to another."""
+"""ONNX Runtime sessions: their provider, their threads, and no silent fallback from one device to another."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Runtime:
     """Makes sessions for one device.
 
     Arguments: ``device`` is "cpu", "cuda", or "auto" (cuda where its provider loads, else cpu); ``threads`` the size of
-    each session's pool, ``available_cpus()`` by default. ``provider`` and ``threads`` tell what was chosen; ``memory``
-    is the device in whose memory sessions compute (service.inference.device_binding), None where that is the host's.
-    ``spare`` tells how many CPUs a run of a session that has one thread itself may be divided over.
+    each session's pool, ``available_cpus()`` by default. The attributes ``provider`` and ``threads`` are what was
+    chosen; ``memory`` names the device in whose memory sessions compute (service.inference.device_binding), None for
+    the host's. ``spare`` says over how many CPUs a run of a session with one thread may be divided.
 
     Raises DeviceUnavailable when cuda is asked for and this installation has no such provider.
 
@@ -51,11 +51,11 @@ class Runtime:
 
     @property
     def memory(self) -> str | None:
-        """The name ONNX Runtime gives to the memory of this runtime's device, None for the host's."""
+        """ONNX Runtime's name for the memory of this runtime's device, None for the host's."""
         return "cuda" if self.provider == CUDA else None
 
     def session(self, model: bytes, threads: int | None = None) -> ort.InferenceSession:
-        """A session of that serialised ONNX model, on this runtime's provider, with its number of threads or another.
+        """Start a session of a serialised ONNX model on this runtime's provider, with its number of threads or another.
 
         Raises BundleGraphError when ONNX Runtime refuses the model, DeviceUnavailable when the provider fails to start.
         """
@@ -94,13 +94,13 @@ class Runtime:
         # A spinning pool burns the quota of a container between requests and slows its neighbours.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # The arena stays on: it grows to what was computed at once, and service.inference.batch_invariance bounds that.
+        # The arena stays on: it grows to the size of one run, which service.inference.batch_invariance bounds.
         options.enable_cpu_mem_arena = True
         return options
 
 
 def providers_of(provider: str) -> list[str | tuple[str, dict[str, str]]]:
-    """What a session is to be given: ``provider`` with its options, and the CPU for operators that it does not have."""
+    """Providers for a session: ``provider`` with its options, and the CPU for operators that it does not have."""
     return [(CUDA, CUDA_OPTIONS), CPU] if provider == CUDA else [CPU]
 
 

@@ -1,4 +1,4 @@
-"""Verifying a bundle: everything a reader would want to check before trusting it, each check told in words.
+"""Verification of a bundle: every check that a reader would want before trusting it, each reported in words.
 
 >>> report = verify_bundle("exported/digits/1")  # doctest: +SKIP
 >>> print(report)  # doctest: +SKIP
@@ -15,17 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.bundle.manifest import (
-    CALIBRATION,
-    REFERENCE,
-    Bundle,
-    Graph,
-    Manifest,
-    TensorSpec,
-    Tolerance,
-    graph_spec,
-    open_bundle,
-)
+from service.bundle.files import Bundle, open_bundle
+from service.bundle.graph_specs import TensorSpec, graph_spec
+from service.bundle.manifest import CALIBRATION, REFERENCE, Graph, Manifest, Tolerance
 from service.calibration.conformal import Calibrator
 from service.errors import (
     BundleFormatError,
@@ -41,16 +33,19 @@ from service.inference.model import Model
 from service.inference.sessions import Runtime
 
 REPLAYED: tuple[Graph, ...] = ("backbone", "encoder", "decoder", "density", "prior", "corruption")
-"""Graphs whose every output reference.npz must hold, where they are there."""
-BATCH_SIZES = (1, 2, 5)  # and all rows at once
+"""Graphs of which reference.npz must hold every output, where the bundle has them."""
+BATCH_SIZES = (1, 2, 5)
+"""Rows at once in the replay, beside all of them."""
 MOST_TOLERANCE = 0.01
-"""Of an output's size: no declared tolerance may be larger, or parity would say nothing. Two float32 implementations
-differ by some 1e-6 of it, a draw that is rounded by one level of 255."""
+"""Largest tolerance that may be declared, relative to an output's size: beyond it parity would say nothing.
+
+Two float32 implementations differ by some 1e-6 of the size, a draw that is rounded to 8 bits by one level of 255.
+"""
 MOST_SPREAD = 1e-4
-"""Of log p(x|z)'s size: how far log w may spread over the samples of one row where the evidence is said to be exact."""
+"""Largest spread of log w over the samples of one row, relative to log p(x|z)'s size, where the evidence is exact."""
 
 
-FAILED: Mapping[type[VaeserveError], str] = {
+CHECK_NAMES: Mapping[type[VaeserveError], str] = {
     BundleNotFound: "files",
     BundleIntegrityError: "files",
     BundleFormatError: "format",
@@ -58,20 +53,20 @@ FAILED: Mapping[type[VaeserveError], str] = {
     BundleParityError: "parity",
     DeviceUnavailable: "device",
 }
-"""What to call a check that failed, by its error."""
+"""Name of the check that failed, by its error."""
 
 
 class Check(NamedTuple):
-    """One check: its name, whether it passed, and what was found."""
+    """One check: its name, whether it passed, and the outcome in words."""
 
     name: str
     ok: bool
-    found: str
+    outcome: str
 
 
 @dataclass
 class Report:
-    """What verify_bundle found at ``path``, check by check, up to the first failure.
+    """Outcome of verify_bundle for the bundle at ``path``, check by check, up to the first failure.
 
     ``model`` is the loaded model when every check passed, so that a server need not load it again.
     """
@@ -83,20 +78,20 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed."""
+        """True if every check passed."""
         return self.error is None
 
     def raise_if_failed(self) -> None:
-        """Raise the first failure: one of the BundleErrors, or DeviceUnavailable."""
+        """Raise the first failure, one of the BundleErrors or DeviceUnavailable; nothing where every check passed."""
         if self.error is not None:
             raise self.error
 
     def summary(self) -> str:
-        """The failure, or how many checks passed, in one line."""
+        """One line that names the failure, or says how many checks passed."""
         return f"{len(self.checks)} checks passed" if self.error is None else f"{self.checks[-1].name}: {self.error}"
 
     def __str__(self) -> str:
-        return "\n".join(f"{'ok' if check.ok else 'FAIL':5} {check.name:12} {check.found}" for check in self.checks)
+        return "\n".join(f"{'ok' if check.ok else 'FAIL':5} {check.name:12} {check.outcome}" for check in self.checks)
 
 
 class Parity(NamedTuple):
@@ -107,15 +102,15 @@ class Parity(NamedTuple):
 
 
 def verify_bundle(path: Path | str, runtime: Runtime | None = None) -> Report:
-    """Check the bundle in that folder: files, graphs, signature, parity, calibration. Never raises a VaeserveError.
+    """Check the bundle in that folder: files, graphs, signature, parity, calibration.
 
-    Parity is replayed on ``runtime``, a new CPU one by default.
+    The replay runs on ``runtime``, a new one of the CPU by default. A VaeserveError is reported, never raised.
     """
     report = Report(Path(path))
     try:
         _check(report, runtime)
     except VaeserveError as error:
-        name = next((name for kind, name in FAILED.items() if isinstance(error, kind)), "bundle")
+        name = next((name for kind, name in CHECK_NAMES.items() if isinstance(error, kind)), "bundle")
         report.checks.append(Check(name, False, str(error)))
         report.error = error
     return report
@@ -124,16 +119,16 @@ def verify_bundle(path: Path | str, runtime: Runtime | None = None) -> Report:
 def _check(report: Report, runtime: Runtime | None) -> None:
     """Add each check that passes to the report; the first that does not raises."""
 
-    def passed(name: str, found: str) -> None:
-        report.checks.append(Check(name, True, found))
+    def passed(name: str, outcome: str) -> None:
+        report.checks.append(Check(name, True, outcome))
 
     bundle = open_bundle(report.path)
     files = len(bundle.manifest.files)
     passed("files", f"{files} files, sizes and sha256 as the manifest says, nothing else beside them")
     model = Model.load(bundle, runtime or Runtime("cpu"))
     nodes = model.nodes
-    found = ", ".join(f"{role} {count}" for role, count in nodes.items())
-    passed("operators", f"all of the allowed ones of ai.onnx, no external data (nodes: {found})")
+    counted = ", ".join(f"{role} {count}" for role, count in nodes.items())
+    passed("operators", f"all of the allowed ones of ai.onnx, no external data (nodes: {counted})")
     passed("signature", f"inputs and outputs of {', '.join(nodes)} are the manifest's")
     errors = check_parity(model)
     worst = max(errors, key=lambda name: errors[name])
@@ -144,7 +139,7 @@ def _check(report: Report, runtime: Runtime | None) -> None:
 
 
 def replay(model: Model) -> dict[str, float]:
-    """Max |Δ| from the trainer's output in reference.npz, by ``graph.output``; rows run alone and in batches.
+    """Replay reference.npz: max |Δ| from the trainer's outputs, by ``graph.output``; rows run alone and in batches.
 
     Raises BundleFormatError when reference.npz does not hold what the contract says.
     """
@@ -152,7 +147,10 @@ def replay(model: Model) -> dict[str, float]:
 
 
 def check_parity(model: Model) -> dict[str, float]:
-    """As ``replay``. Raises BundleParityError when an output leaves its declared tolerance."""
+    """Replay reference.npz as ``replay`` does, and compare with the declared tolerances.
+
+    Raises BundleParityError when an output leaves its tolerance, BundleFormatError as ``replay``.
+    """
     parities = _replay(model)
     failed = {name: parity for name, parity in parities.items() if not parity.excess <= 0}
     if failed:
@@ -168,6 +166,7 @@ def check_parity(model: Model) -> dict[str, float]:
 
 
 def _replay(model: Model) -> dict[str, Parity]:
+    """The worst parity of each output over all batch sizes, by ``graph.output``. Raises BundleFormatError."""
     reference = model.bundle.arrays(REFERENCE)
     _check_reference(model.manifest, reference)
     result: dict[str, Parity] = {}
@@ -192,7 +191,7 @@ def _in_batches(model: Model, role: Graph, feeds: Arrays, size: int) -> Arrays:
 
 
 def _reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Arrays]:
-    """Inputs of each graph: the trainer's own outputs feed the next graph, so each is judged by itself."""
+    """Inputs of each graph, by name: the trainer's outputs feed the next graph, so that each is judged by itself."""
     n, k, latent_dim = reference["encoder.z"].shape
     shape = manifest.signature.shape
     parameters = {name: reference[f"decoder.{name}"] for name in manifest.likelihood.parameters}
@@ -216,7 +215,7 @@ def _reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Array
 
 
 def _check_reference(manifest: Manifest, reference: Arrays) -> None:
-    """Refuse a reference.npz that is not what the contract says, or whose outputs are not what the manifest says."""
+    """Check that reference.npz is what the contract and the manifest say. Raises BundleFormatError."""
     specs = _reference_specs(manifest, reference)
     missing = sorted(set(specs) - set(reference))
     if missing:
@@ -229,12 +228,12 @@ def _check_reference(manifest: Manifest, reference: Arrays) -> None:
         if name.startswith("prior"):
             sizes["M"] = len(np.atleast_1d(reference["prior_noise"]))
         shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
-        found = reference[name]
-        if found.shape != shape or found.dtype != tensor.dtype:
+        array = reference[name]
+        if array.shape != shape or array.dtype != tensor.dtype:
             raise BundleFormatError(
-                f"{REFERENCE}: {name} is {found.dtype} {found.shape}, expected {tensor.dtype} {shape}"
+                f"{REFERENCE}: {name} is {array.dtype} {array.shape}, expected {tensor.dtype} {shape}"
             )
-        if not np.isfinite(found).all() or found.size == 0:
+        if not np.isfinite(array).all() or array.size == 0:
             raise BundleFormatError(f"{REFERENCE}: {name} is empty or holds numbers that are not finite")
     untold = sorted(name for name in specs if "." in name and name not in manifest.reference.tolerances)
     if untold:
@@ -246,7 +245,7 @@ def _check_reference(manifest: Manifest, reference: Arrays) -> None:
 
 
 def _reference_specs(manifest: Manifest, reference: Arrays) -> dict[str, TensorSpec]:
-    """What reference.npz must hold, by name: the prior's tensors last, since their M is their own."""
+    """Tensors that reference.npz must hold, by name; the prior's are last, since their M is their own."""
     specs = {tensor.name: tensor for tensor in graph_spec(manifest, "encoder").inputs}
     roles = [role for role in REPLAYED if role in manifest.graphs]
     outputs = [(role, tensor) for role in roles for tensor in graph_spec(manifest, role).outputs]
@@ -265,7 +264,10 @@ def _reference_specs(manifest: Manifest, reference: Arrays) -> dict[str, TensorS
 
 
 def _check_claims(manifest: Manifest, reference: Arrays) -> None:
-    """Refuse a manifest that calls the posterior a point or the evidence exact where the outputs say otherwise."""
+    """Check what the manifest claims of posterior and evidence against the outputs. Raises BundleFormatError.
+
+    A point posterior must have no spread, and exact evidence the same log w at every sample of a row.
+    """
     z, loc = reference["encoder.z"], reference["encoder.loc"]
     if manifest.posterior.moments == "point" and (reference["encoder.scale"].any() or (z != loc[:, None]).any()):
         raise BundleFormatError(f"{REFERENCE}: posterior.moments is 'point', but scale is not 0 or z not loc")
@@ -280,7 +282,7 @@ def _check_claims(manifest: Manifest, reference: Arrays) -> None:
 
 
 def _size(name: str, reference: Arrays) -> float:
-    """What an output's error is measured by: its largest magnitude, and of log p(x) that of the terms it sums."""
+    """Size that an output's error is relative to: its largest magnitude, for log p(x) that of the terms it sums."""
     values = np.abs(reference[name])
     if name == "density.log_p_x":
         values = np.abs(reference["density.log_p_x_map"]).sum(axis=(-3, -2, -1), dtype=np.float64)
@@ -288,6 +290,7 @@ def _size(name: str, reference: Arrays) -> float:
 
 
 def _check_tolerance(name: str, tolerance: Tolerance, size: float) -> None:
+    """Raise BundleFormatError for a tolerance above MOST_TOLERANCE of the output's size."""
     allowed, most = tolerance.atol + tolerance.rtol * size, MOST_TOLERANCE * size
     if not allowed <= most:
         raise BundleFormatError(
@@ -300,15 +303,16 @@ def _allowed(tolerance: Tolerance) -> str:
     return f"atol {tolerance.atol:g} + rtol {tolerance.rtol:g}"
 
 
-def _compare(value: np.ndarray, wanted: np.ndarray, tolerance: Tolerance) -> Parity:
-    if value.shape != wanted.shape:
-        raise BundleGraphError(f"a graph gives shape {value.shape} where the trainer saw {wanted.shape}")
-    error = np.abs(value.astype(np.float64) - wanted)
-    return Parity(float(error.max()), float((error - tolerance.atol - tolerance.rtol * np.abs(wanted)).max()))
+def _compare(output: np.ndarray, trainers: np.ndarray, tolerance: Tolerance) -> Parity:
+    """Parity of one output with the trainer's. Raises BundleGraphError for another shape."""
+    if output.shape != trainers.shape:
+        raise BundleGraphError(f"a graph gives shape {output.shape} where the trainer saw {trainers.shape}")
+    error = np.abs(output.astype(np.float64) - trainers)
+    return Parity(float(error.max()), float((error - tolerance.atol - tolerance.rtol * np.abs(trainers)).max()))
 
 
 def check_calibration(bundle: Bundle) -> str:
-    """What calibration.npz holds, in words. Raises BundleFormatError when it disagrees with the manifest."""
+    """Describe calibration.npz in words. Raises BundleFormatError when it disagrees with the manifest."""
     declared = bundle.manifest.calibration
     if declared is None:
         if CALIBRATION in bundle.manifest.files:
@@ -330,7 +334,10 @@ def check_calibration(bundle: Bundle) -> str:
 
 
 def _check_quantiles(name: str, quantiles: dict[str, float], scores: np.ndarray) -> None:
-    """A quantile q must lie between the scores around rank q·n, one rank of freedom either way for its definition."""
+    """Raise BundleFormatError for a quantile q that does not lie between the scores around rank q·n.
+
+    One rank either way is allowed, since quantiles are defined in several ways.
+    """
     for key, value in quantiles.items():
         try:
             rank = float(key) * (len(scores) - 1)
@@ -343,8 +350,11 @@ def _check_quantiles(name: str, quantiles: dict[str, float], scores: np.ndarray)
             raise BundleFormatError(f"calibration.quantiles of {name}: {key} is {value}, outside [{low}, {high}]")
 
 
-def verified(path: Path, runtime: Runtime | None = None) -> Bundle:
-    """The bundle in that folder, or the first check's error: for write_bundle's ``verify``. Raises VaeserveError."""
+def open_verified(path: Path, runtime: Runtime | None = None) -> Bundle:
+    """Verify the bundle in that folder and return it: for write_bundle's ``verify``.
+
+    Raises the VaeserveError of the first check that fails.
+    """
     report = verify_bundle(path, runtime)
     report.raise_if_failed()
     assert report.model is not None

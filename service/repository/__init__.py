@@ -1,1 +1,1 @@
-"""Which models are served, and the calibrated verdicts of their scores."""
+"""The models that are served, and calibrated verdicts on the scores that they compute."""

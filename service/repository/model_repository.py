@@ -1,4 +1,4 @@
-"""ModelRepository: finds bundles under a folder, verifies, loads and warms them, and hands them out by name."""
+"""ModelRepository: it finds bundles under a folder, verifies, loads and warms them, and hands them out by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.bundle.manifest import Manifest, find_bundles
+from service.bundle.files import find_bundles
+from service.bundle.manifest import Manifest
 from service.calibration.conformal import Calibrator
 from service.errors import BundleError, BundleFormatError, BundleNotFound, ConfigurationError, ModelNotFound
 from service.inference.model import Model
@@ -23,30 +24,35 @@ from service.settings import Settings
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded, verified and warm model beside its calibration (empty if the bundle has none).
+    """A loaded, verified and warm model beside its calibration, which is empty if the bundle has none.
 
-    ``tiled`` is the same model for whole images of any size, if it is one of tiles. ``known`` keeps what was worked out
-    of a request's parameters for the next with the same ones (service.repository.scoring).
+    ``tiled`` is the same model for whole images of any size, or None for a model that is not one of tiles.
+    ``resolved_requests`` keeps what a request's parameters mean, for the next request with the same ones
+    (service.repository.resolving).
     """
 
     model: Model
     calibrator: Calibrator
     tiled: TiledModel | None = None
-    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    resolved_requests: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's manifest."""
+        """The manifest of the model's bundle."""
         return self.model.manifest
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Name, version and digest: what an answer says about who computed it."""
+        """Name, version and digest of the model, with which every answer says who computed it."""
         return {"name": self.manifest.name, "version": self.manifest.version, "digest": self.model.digest}
 
 
 class ModelRepository:
-    """The models of one folder NAME/VERSION/. Names of requests are looked up in a table, never joined to a path."""
+    """The models of the bundles below one folder, at NAME/VERSION/.
+
+    Names of requests are looked up in a table, never joined to a path. ``skipped``: bundles that failed their
+    verification, with the reason, where broken ones are skipped.
+    """
 
     def __init__(self, root: Path, runtime: Runtime, default_model: str = "", skip_broken: bool = False) -> None:
         self.root = root
@@ -62,7 +68,7 @@ class ModelRepository:
         return bool(self._served)
 
     def load(self, only: Collection[str] | None = None) -> None:
-        """Load every bundle under the root, or of these only those whose NAME/VERSION is in ``only``.
+        """Load every bundle below the root, or only those whose "NAME/VERSION" is in ``only``.
 
         Raises:
             BundleNotFound: there is no bundle at all.
@@ -77,7 +83,7 @@ class ModelRepository:
             raise ConfigurationError(f"default_model {self._default_model!r} is not served: {self._names()}")
 
     def _take(self, path: Path, loading: Future[Served]) -> None:
-        """Serve what has been loaded, or skip it."""
+        """Serve a bundle that has been loaded, or skip it if it is broken and may be skipped. Raises as ``load``."""
         try:
             served = loading.result()
         except BundleError as error:
@@ -90,7 +96,7 @@ class ModelRepository:
         get_logger().info("model loaded", **served.identity)
 
     def get(self, name: str | None = None, version: str | None = None) -> Served:
-        """The model of that name (None: the default), in that version (None: the latest).
+        """Look up a model by its name (None: the default one) and its version (None: the latest).
 
         Raises:
             ModelNotFound: no such model or version; never another one in its place.
@@ -101,17 +107,17 @@ class ModelRepository:
             raise ModelNotFound(f"no model {name[:80]!r} is served here: {self._names()}")
         if version is None:
             return versions[max(versions)]
-        found = [served for served in versions.values() if served.manifest.version == version]
-        if not found:
+        matching = [served for served in versions.values() if served.manifest.version == version]
+        if not matching:
             raise ModelNotFound(f"model {name!r} has no version {version[:20]!r}: {', '.join(map(str, versions))}")
-        return found[0]
+        return matching[0]
 
     def latest(self) -> list[Served]:
-        """The latest version of every model, by name."""
+        """List the latest version of every model, ordered by name."""
         return [self.get(name) for name in sorted(self._served)]
 
     def versions(self, name: str) -> list[str]:
-        """All served versions of a model, oldest first."""
+        """List all served versions of a model, oldest first."""
         return [str(version) for version in sorted(self._served.get(name, {}))]
 
     def __iter__(self) -> Iterator[Served]:
@@ -120,7 +126,7 @@ class ModelRepository:
 
     @property
     def default_name(self) -> str | None:
-        """The model that /v1/encode and its like address: the configured one, or the only one."""
+        """Name of the model that requests without a model's name address: the configured one, or the only one."""
         if self._default_model:
             return self._default_model
         return next(iter(self._served)) if len(self._served) == 1 else None
@@ -139,10 +145,12 @@ class ModelRepository:
 
 
 def load_repository(settings: Settings, only: Collection[str] | None = None) -> ModelRepository:
-    """A repository with every model of the settings loaded, verified and warm, or with ``only`` some NAME/VERSION.
+    """Make a repository of the settings' folder, with every model loaded, verified and warm.
+
+    ``only``: the "NAME/VERSION" of the bundles to load, all by default.
 
     Raises:
-        BundleError, ConfigurationError, DeviceUnavailable: see load and Runtime.
+        BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
     """
     runtime = Runtime(settings.device, settings.threads or None)
     repository = ModelRepository(settings.repository, runtime, settings.default_model, settings.skip_broken)
@@ -151,7 +159,7 @@ def load_repository(settings: Settings, only: Collection[str] | None = None) -> 
 
 
 def load_one(settings: Settings, name: str | None = None) -> Served:
-    """The latest version of that model (None: the default one), loaded, verified and warm; no other bundle is read.
+    """Load the latest version of one model (None: the default one), verified and warm; no other bundle is read.
 
     Raises:
         BundleNotFound: there is no bundle at all.
@@ -162,15 +170,16 @@ def load_one(settings: Settings, name: str | None = None) -> Served:
     names = sorted({path.parent.name for path in paths})
     if name is None and not settings.default_model and len(names) > 1:
         raise ModelNotFound(f"several models are there: {', '.join(names)}; ask for one of them or set default_model")
-    wanted = name if name is not None else settings.default_model or names[0]
-    if wanted not in names:
-        raise ModelNotFound(f"no model {wanted!r} is there: {', '.join(names)}")
-    versions = [path for path in paths if path.parent.name == wanted]
+    name = name if name is not None else settings.default_model or names[0]
+    if name not in names:
+        raise ModelNotFound(f"no model {name!r} is there: {', '.join(names)}")
+    versions = [path for path in paths if path.parent.name == name]
     latest = max(versions, key=lambda path: int(path.name) if path.name.isdecimal() else -1)
     return load_bundle(latest, Runtime(settings.device, settings.threads or None))
 
 
 def _bundles_of(root: Path) -> list[Path]:
+    """List the folders of all bundles below ``root``, sorted. Raises BundleNotFound where there is none."""
     paths = sorted(find_bundles(root))
     if not paths:
         raise BundleNotFound(f"no bundle under {root}: expected NAME/VERSION/manifest.json")
@@ -178,7 +187,7 @@ def _bundles_of(root: Path) -> list[Path]:
 
 
 def load_bundle(path: Path, runtime: Runtime, pool: Executor | None = None) -> Served:
-    """Verify, load and warm one bundle; idle threads of ``pool`` help.
+    """Verify, load and warm up the bundle in that folder; idle threads of ``pool`` help.
 
     Raises:
         BundleError: verification found something wrong; the text says what.
@@ -187,15 +196,16 @@ def load_bundle(path: Path, runtime: Runtime, pool: Executor | None = None) -> S
     if report.model is None or report.error is not None:
         raise type(report.error or BundleError())(f"{path} fails verification: {report.summary()}")
     model = report.model
-    _check_place(path, model.manifest)
+    _check_location(path, model.manifest)
     model.warm_up(pool)
     tiled = TiledModel(model) if is_tiled(model.manifest) else None
     return Served(model, Calibrator.from_bundle(model.bundle), tiled)
 
 
-def _check_place(path: Path, manifest: Manifest) -> None:
-    place = path.resolve()
-    if (place.parent.name, place.name) != (manifest.name, manifest.version):
+def _check_location(path: Path, manifest: Manifest) -> None:
+    """Raise BundleFormatError for a bundle that does not lie in NAME/VERSION/ of its manifest."""
+    folder = path.resolve()
+    if (folder.parent.name, folder.name) != (manifest.name, manifest.version):
         raise BundleFormatError(
             f"{path} holds {manifest.name} {manifest.version}: expected it under {manifest.name}/{manifest.version}/"
         )

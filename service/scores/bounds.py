@@ -11,7 +11,7 @@ import numpy as np
 
 
 def mean(log_w: np.ndarray) -> np.ndarray:
-    """(1/k) Σ log w_i over the last axis, [N,k] -> [N]: the elbo, or the reconstruction's mean."""
+    """(1/k) Σ log w_i over the last axis, [N,k] -> [N]: the ELBO, or the mean reconstruction term."""
     return log_w.mean(axis=-1)
 
 
@@ -37,5 +37,8 @@ def standard_error(log_w: np.ndarray, estimator: str) -> np.ndarray:
 
 
 def bits_per_dim(bound: np.ndarray, dimensions: int, measure: str) -> np.ndarray:
-    """−bound/(D ln 2), and 8 more where log p(x) is a density over [0, 1]: then the pixel is one of 256 levels wide."""
+    """Bits per dimension −bound/(D ln 2) of a bound in nats, float64 [N], over D ``dimensions``.
+
+    A density over [0, 1] (``measure`` "lebesgue") is stated for 8-bit pixels, one of 256 levels wide: 8 bits more.
+    """
     return -bound / (dimensions * np.log(2)) + (8.0 if measure == "lebesgue" else 0.0)

@@ -1,4 +1,4 @@
-"""Many rows, a few at a time: an expression over all of them would hold intermediate arrays of all of them."""
+"""Row-wise functions evaluated in chunks of rows, which bounds the memory of their intermediate arrays."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import TypeVar
 
 import numpy as np
 
-NUMBERS = 2**17  # of x that go through at once: a megabyte as float64
+NUMBERS = 2**17
+"""Numbers of the first array in one chunk: a megabyte as float64."""
 
 F = TypeVar("F", bound=Callable[..., np.ndarray])
 
 
-def grouped(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
-    """``function`` of arrays of N rows each, which gives an array of N rows: that of all, by a few rows at a time.
+def apply_in_chunks(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """Evaluate a function of arrays with N rows each, which gives an array of N rows, in chunks of rows.
 
-    Each row must come out as it does alone.
+    A row's result must not depend on the rows beside it.
     """
     first = arrays[0]
     size = max(1, NUMBERS // max(1, first[0].size)) if len(first) else 1
@@ -25,11 +26,11 @@ def grouped(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndar
     return np.concatenate([function(*(array[i : i + size] for array in arrays)) for i in range(0, len(first), size)])
 
 
-def in_groups(function: F) -> F:
-    """A function of arrays of rows, and of nothing else, that goes through them as ``grouped`` does."""
+def in_chunks(function: F) -> F:
+    """Decorate a function of arrays of rows, and of nothing else: it is evaluated by ``apply_in_chunks``."""
 
     @wraps(function)
     def wrapped(*arrays: np.ndarray) -> np.ndarray:
-        return grouped(function, *arrays)
+        return apply_in_chunks(function, *arrays)
 
     return wrapped  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""How complex a picture is: the ideal length of a lossless code, which no compressor's version changes.
+"""Complexity of images: the length of an ideal lossless code, which no compressor's version changes.
 
 Serra et al. 2020 (arXiv:1909.11480) subtract an image's complexity L(x), measured by a compressor, from its negative
 log-likelihood. This is the length that an ideal arithmetic coder would reach with the predictor of LOCO-I (Weinberger
@@ -13,16 +13,18 @@ from functools import cache
 
 import numpy as np
 
-from service.scores.chunks import in_groups
+from service.scores.chunks import in_chunks
 
 LEVELS = 255.0
-LEAST_ERROR = 0.02  # mean error that a context of zeros is taken to promise: no pixel is for free
-ESCAPE = 1 / 256  # probability that an error is none of its context's, and any of the 511 possible ones
+LEAST_ERROR = 0.02
+"""Mean error that a context without errors is taken to predict: no pixel is coded for free."""
+ESCAPE = 1 / 256
+"""Probability that an error does not follow its context's distribution, but is uniform on the 511 possible ones."""
 
 
-@in_groups
+@in_chunks
 def code_lengths(x: np.ndarray) -> np.ndarray:
-    """Nats to code each image of x [N,C,H,W] of pixels in [0, 1], rounded to 8 bits: float64 [N].
+    """Code length of each image in nats, float64 [N], of x [N,C,H,W], pixels in [0, 1] that are rounded to 8 bits.
 
     Each pixel is predicted from its causal neighbours by the median edge detector; its error e is coded with
     P(e) = (1 − ε) (1 − θ)/(1 + θ) θ^|e| + ε/511, where θ gives |e| the mean that the errors at these neighbours had and
@@ -40,31 +42,35 @@ def code_lengths(x: np.ndarray) -> np.ndarray:
 
 
 def probability(error: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """P(e) of errors of that size where the mean size ``expected`` is, of one shape: Σ P ≤ 1 over e = −255 … 255."""
+    """P(e) of errors of size ``error`` where the mean size is ``expected``, arrays of one shape.
+
+    Σ P ≤ 1 over e = −255 … 255.
+    """
     theta = _theta(expected)
     return _with_escape((1 - theta) / (1 + theta), theta, error)
 
 
-def _probabilities(error: np.ndarray, around: np.ndarray) -> np.ndarray:
-    """``probability`` of errors whose neighbours' errors add up to ``around``, int16 both."""
+def _probabilities(error: np.ndarray, neighbours_sum: np.ndarray) -> np.ndarray:
+    """P(e) of errors whose four neighbours' errors add up to ``neighbours_sum``, int16 both."""
     theta, share = _by_sum()
-    return _with_escape(share.take(around), theta.take(around), error)
+    return _with_escape(share.take(neighbours_sum), theta.take(neighbours_sum), error)
 
 
 @cache
 def _by_sum() -> tuple[np.ndarray, np.ndarray]:
-    """θ and (1 − θ)/(1 + θ) by the sum of four neighbours' errors, 0 … 4·255."""
+    """Tables of θ and (1 − θ)/(1 + θ), indexed by the sum of four neighbours' errors, 0 … 4·255."""
     theta = _theta(np.arange(4 * int(LEVELS) + 1) / 4 + LEAST_ERROR)
     return theta, (1 - theta) / (1 + theta)
 
 
 def _theta(expected: np.ndarray) -> np.ndarray:
-    """Solves 2θ/(1 − θ²) = E|e|."""
+    """The θ of a two-sided geometric distribution of that mean size: the solution of 2θ/(1 − θ²) = E|e|."""
     theta: np.ndarray = (np.sqrt(1 + expected**2) - 1) / expected
     return theta
 
 
 def _with_escape(share: np.ndarray, theta: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """(1 − ε) share θ^|e| + ε/511, with ``share`` = (1 − θ)/(1 + θ)."""
     probability: np.ndarray = share * theta**error
     probability *= 1 - ESCAPE
     probability += ESCAPE / (2 * LEVELS + 1)
@@ -72,7 +78,7 @@ def _with_escape(share: np.ndarray, theta: np.ndarray, error: np.ndarray) -> np.
 
 
 def _neighbours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The pixels to the west, north, north-west and north-east of each, 0 beyond the edge: [N,C,H,W] each."""
+    """West, north, north-west and north-east neighbours of every pixel, 0 beyond the edge: [N,C,H,W] each."""
     n, channels, height, width = values.shape
     padded = np.zeros((n, channels, height + 1, width + 2), values.dtype)
     padded[:, :, 1:, 1:-1] = values

@@ -1,4 +1,4 @@
-"""Which places of an image look painted over: a score learned from inliers and noise, with no label and no outlier.
+"""Score of images that look painted over at some place, learned from inliers and noise without label or outlier.
 
 corruption.onnx was trained on inliers x that had noise painted over parts of them. At each place i it gives, in nats,
 
@@ -16,15 +16,17 @@ from __future__ import annotations
 import numpy as np
 
 SIZES = (1, 8)
-"""Rows at once. A U-Net's one row is work enough for a processor, and every size costs its trials at the start."""
+"""Batch sizes to try: one row of a U-Net keeps a processor busy, and each size costs trials when the service starts."""
 
 UNIT = "nats"
-"""Of score and map."""
+"""Unit of the score and of its map."""
 LOW, HIGH = -5.0, 5.0
-"""The map's first and last colour, nats: odds of about 1:150 and 150:1. Odds mean the same of every model, so that
-nothing is fitted."""
+"""First and last colour of the map, nats: odds of about 1:150 and 150:1.
+
+Odds mean the same for every model, so that nothing needs to be fitted.
+"""
 
 
 def corruption_scores(log_odds: np.ndarray) -> np.ndarray:
-    """Scores in nats, float64 [N], of t, float32 [N,H,W]."""
+    """Scores in nats, float64 [N], of log odds t, float32 [N,H,W]: the largest of each row."""
     return log_odds.reshape(len(log_odds), -1).max(axis=1).astype(np.float64)

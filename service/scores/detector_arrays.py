@@ -1,4 +1,4 @@
-"""What the arrays of detectors.npz must be, checked when a bundle is loaded: they may come from anywhere."""
+"""Checks of fitted arrays, as detectors.npz holds them, when a bundle is loaded: they may come from anywhere."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from service.errors import BundleFormatError
 Arrays = dict[str, np.ndarray]
 
 
-class Spec(NamedTuple):
-    """One array of float32 or float64, finite. ``shape``: sizes, a range where the bundle may choose. ``positive``:
-    every number is > 0. ``order``: of the numbers along the last axis."""
+class ArraySpec(NamedTuple):
+    """Requirements on one finite array of float32 or float64.
+
+    ``shape``: sizes, a range of them where the bundle may choose. ``positive``: every number is > 0. ``order``: of the
+    numbers along the last axis.
+    """
 
     shape: tuple[int | range, ...]
     positive: bool = False
     order: Literal["rising", "not falling"] | None = None
 
 
-Specs = Mapping[str, Spec]
+ArraySpecs = Mapping[str, ArraySpec]
 DISORDER = {"rising": "does not rise", "not falling": "falls"}
 
 
-def check_arrays(kind: str, arrays: Arrays, specs: Specs, file: str = DETECTORS) -> None:
-    """Raise BundleFormatError unless ``arrays`` are what ``specs`` say, by name; ``kind``: whose, in ``file``."""
+def check_arrays(kind: str, arrays: Arrays, specs: ArraySpecs, file: str = DETECTORS) -> None:
+    """Raise BundleFormatError unless ``arrays`` fulfil ``specs``, by name.
+
+    The error names the ``file`` and the ``kind`` of what the arrays belong to.
+    """
     if set(arrays) != set(specs):
         raise BundleFormatError(f"{file}: a {kind} has {sorted(arrays)}, expected {sorted(specs)}")
     for name, spec in specs.items():
@@ -36,7 +42,8 @@ def check_arrays(kind: str, arrays: Arrays, specs: Specs, file: str = DETECTORS)
             raise BundleFormatError(f"{file}: {name} of a {kind} {fault}")
 
 
-def _fault(array: object, spec: Spec) -> str | None:
+def _fault(array: object, spec: ArraySpec) -> str | None:
+    """The first requirement that the array breaks, in words, or None."""
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float64, np.float32):
         return "is no array of float32 or float64"
     if len(array.shape) != len(spec.shape) or not all(map(_fits, array.shape, spec.shape)):

@@ -1,30 +1,33 @@
-"""Fitting a bundle's anomaly scores to held-out inliers, torch-free: for vaetrain and ``vaeserve calibrate`` alike."""
+"""Fitting a bundle's anomaly scores and its anomaly map to held-out inliers, for training and recalibration alike."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from service.bundle.capabilities import refusals
 from service.bundle.manifest import FITTED, Manifest, ScoreDefinition
 from service.errors import InvalidInput
-from service.inference.model import Model
 from service.scores.detector_arrays import Arrays
 from service.scores.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent, to_arrays
-from service.scores.evaluation import Estimates, Passes
-from service.scores.forward_pass import Measured
-from service.scores.maps.anomaly_map import UNIT, AnomalyMap, Sight, map_arrays
+from service.scores.evaluation import ForwardPasses, ScoreEvaluator
+from service.scores.forward_pass import ForwardPass
+from service.scores.maps.anomaly_map import UNIT, AnomalyMap, MapInputs, map_arrays
 
 COMBINED = "combined"
 PARTS = ("peak", "latent", "statistics", "complexity", "corruption")
-"""What the default score combines, as far as the model has them: how far x lies off the model where it does most, its
-code off the codes and its statistics off the usual ones, its likelihood below what an image so complex has, and how
-likely parts of it were painted over."""
-LEAST_ROWS = 20  # held-out rows without which nothing is fitted
-MOST_ROWS = 4096  # that are looked at
-MOST_NUMBERS = 2**24  # of their pixels
+"""Scores that the default score combines, as far as the model has them.
+
+They measure how far x lies off the model where it does most, how far its code lies from other codes and its statistics
+from the usual ones, by how much its likelihood is below that of images as complex, and how likely parts of it were
+painted over.
+"""
+LEAST_ROWS = 20
+"""Fewest held-out rows that anything is fitted to."""
+MOST_ROWS, MOST_NUMBERS = 4096, 2**24
+"""Most held-out rows that are used, and most numbers of them together."""
 BATCH = 64
 DESCRIPTIONS: Mapping[str, str] = {
     "elbo": "negative ELBO in nats: mean of −log w over k posterior samples",
@@ -45,10 +48,50 @@ DESCRIPTIONS: Mapping[str, str] = {
 }
 
 Progress = Callable[[int], None]
+"""Called with the number of rows that were just processed."""
 
 
-class Fitted(NamedTuple):
-    """What scores are computed with that no bundle holds yet."""
+class EncodedRows(Protocol):
+    """The part of an encoding that fitting reads."""
+
+    @property
+    def loc(self) -> np.ndarray:
+        """Location of q(z|x), float32 [N,L]."""
+        ...
+
+
+class FittableModel(Protocol):
+    """A loaded model whose scores can be fitted; service.inference.model.Model is one. Rows x are float32 [N,C,H,W]."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the model's bundle."""
+        ...
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Reasons why the model cannot answer, by verb or ``verb.parameter``."""
+        ...
+
+    def encode(self, x: np.ndarray, samples: int = 0, seed: int = 0) -> EncodedRows:
+        """Encode rows: q(z|x) with ``samples`` draws from the seed's noise."""
+        ...
+
+    def forward_pass(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> ForwardPass:
+        """Run one forward pass at k posterior samples; ``stretch``: of the contrast-stretched images."""
+        ...
+
+    def map_inputs(self, x: np.ndarray) -> MapInputs:
+        """Compute what an anomaly map is made from: E[x|loc] and −log p(x|loc) by place."""
+        ...
+
+    def log_odds(self, x: np.ndarray) -> np.ndarray:
+        """Compute the corruption graph's log odds by place, float32 [N,H,W], nats."""
+        ...
+
+
+class FittedScores(NamedTuple):
+    """Score definitions with the fitted numbers that no bundle holds yet; ``detectors`` by score name."""
 
     definitions: Mapping[str, ScoreDefinition]
     detectors: Mapping[str, Detector | Combination]
@@ -56,7 +99,7 @@ class Fitted(NamedTuple):
 
 
 def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
-    """The scores that a model of this kind can be given beside its own, ``combined`` last.
+    """Definitions of the scores that a model of this kind can be given beside its own, by name, ``combined`` last.
 
     They take the k and the seed of its default score.
     """
@@ -64,167 +107,188 @@ def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
     is_image = manifest.modelled.kind == "image"
     has_bound = manifest.evidence != "none"
     refused = refusals(manifest)
-    wanted: dict[str, dict[str, object]] = {}
+    fields: dict[str, dict[str, object]] = {}
     if has_bound and "score.rate" not in refused:
-        wanted["rate"] = {"estimator": "rate"}
+        fields["rate"] = {"estimator": "rate"}
     if has_bound and "score.reconstruction" not in refused:
-        wanted["reconstruction"] = {"estimator": "reconstruction"}
+        fields["reconstruction"] = {"estimator": "reconstruction"}
     if has_bound:
-        wanted["typicality"] = {"estimator": "typicality"}
+        fields["typicality"] = {"estimator": "typicality"}
     if has_bound and is_image:
-        wanted["complexity"] = {"estimator": "complexity"}
+        fields["complexity"] = {"estimator": "complexity"}
     if has_bound and is_image and manifest.likelihood.pixelwise:
-        wanted["debiased"] = {"estimator": "debiased"}
-    wanted["path"] = {"estimator": "path", "method": "mahalanobis", "unit": "log"}
-    wanted["path-copod"] = {"estimator": "path", "method": "copod"}
+        fields["debiased"] = {"estimator": "debiased"}
+    fields["path"] = {"estimator": "path", "method": "mahalanobis", "unit": "log"}
+    fields["path-copod"] = {"estimator": "path", "method": "copod"}
     if manifest.likelihood.pixelwise:
-        wanted["residual"] = {"estimator": "residual", "unit": "log"}
+        fields["residual"] = {"estimator": "residual", "unit": "log"}
     if "score.map" not in refused:
-        wanted["peak"] = {"estimator": "peak", "unit": UNIT}
-    wanted |= {"latent": {"estimator": "latent"}, "statistics": {"estimator": "statistics", "unit": "log"}}
+        fields["peak"] = {"estimator": "peak", "unit": UNIT}
+    fields |= {"latent": {"estimator": "latent"}, "statistics": {"estimator": "statistics", "unit": "log"}}
     if "corruption" in manifest.graphs:
-        wanted["corruption"] = {"estimator": "corruption"}
-    wanted[COMBINED] = {"estimator": "combination", "of": [part for part in PARTS if part in wanted]}
+        fields["corruption"] = {"estimator": "corruption"}
+    fields[COMBINED] = {"estimator": "combination", "of": [part for part in PARTS if part in fields]}
     shared = {"k": base.k, "seed": base.seed}
     return {
-        name: ScoreDefinition.model_validate({**shared, "description": DESCRIPTIONS[name], **fields})
-        for name, fields in wanted.items()
+        name: ScoreDefinition.model_validate({**shared, "description": DESCRIPTIONS[name], **own})
+        for name, own in fields.items()
         if name not in manifest.scores
     }
 
 
-def reference_room(manifest: Manifest) -> int:
-    """How many inliers ``latent`` compares with, at most."""
+def most_reference_rows(manifest: Manifest) -> int:
+    """Most inliers whose codes ``latent`` compares with."""
     return max(LEAST_ROWS, REFERENCE_NUMBERS // manifest.signature.latent_dim)
 
 
-def room(manifest: Manifest) -> int:
-    """How many held-out rows are worth giving to ``fit_detectors``: more would be left out."""
+def most_held_out_rows(manifest: Manifest) -> int:
+    """Most held-out rows that ``fit_detectors`` is worth giving: a caller takes no more of what there is."""
     shape = manifest.signature.shape
     return max(LEAST_ROWS, min(MOST_ROWS, MOST_NUMBERS // (shape[0] * shape[1] * shape[2])))
 
 
 def fitted_arrays(
-    model: Model,
+    model: FittableModel,
     definitions: Mapping[str, ScoreDefinition],
     held_out: np.ndarray,
     reference: np.ndarray,
-    known_codes: np.ndarray | None = None,
+    stored_codes: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> Arrays:
-    """All that detectors.npz holds: of the map and of the fitted scores. See ``fit_map`` and ``fit_detectors``."""
-    places = fit_map(model, held_out, progress)
-    detectors = fit_detectors(model, definitions, held_out, reference, places, known_codes, progress)
-    return to_arrays(detectors) | map_arrays(places)
+    """Fit the map and the scores: the content of detectors.npz.
+
+    The arguments are those of ``fit_map`` and ``fit_detectors``. Raises InvalidInput as they do.
+    """
+    anomaly_map = fit_map(model, held_out, progress)
+    detectors = fit_detectors(model, definitions, held_out, reference, anomaly_map, stored_codes, progress)
+    return to_arrays(detectors) | map_arrays(anomaly_map)
 
 
 def fit_detectors(
-    model: Model,
+    model: FittableModel,
     definitions: Mapping[str, ScoreDefinition],
     held_out: np.ndarray,
     reference: np.ndarray,
     anomaly_map: AnomalyMap | None = None,
-    known_codes: np.ndarray | None = None,
+    stored_codes: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Detector | Combination]:
-    """The detectors of the fitted ones among ``definitions``, by name.
+    """Fit the detectors of the fitted ones among ``definitions``, by name.
 
     ``held_out``: inliers float32 [n,C,H,W] that neither training nor calibration see; the first half fits the
     detectors, the second the combination of them. ``reference``: the inliers whose codes ``latent`` compares with,
-    float32 [m,C,H,W]; training images will do. ``anomaly_map``: of the same rows, for ``peak``. ``known_codes``:
-    more codes to compare with, encoded before, float32 [m',L].
-    Raises InvalidInput for fewer than LEAST_ROWS held-out rows.
+    float32 [m,C,H,W]; training images will do. ``anomaly_map``: fitted to the same rows, for ``peak``.
+    ``stored_codes``: more codes to compare with, encoded before, float32 [m',L].
+
+    Raises InvalidInput for fewer than LEAST_ROWS held-out rows, and where there is no code to compare with.
     """
     if len(held_out) < LEAST_ROWS:
         raise InvalidInput(f"{len(held_out)} rows to fit scores on, expected at least {LEAST_ROWS}")
-    if not len(reference) and (known_codes is None or not len(known_codes)):
+    if not len(reference) and (stored_codes is None or not len(stored_codes)):
         raise InvalidInput("no rows to compare codes with, expected at least one")
     half = (len(held_out) + 1) // 2
     first, second = held_out[:half], held_out[half:]
-    fitted = {name: each for name, each in definitions.items() if each.estimator in FITTED}
-    single = {name: each for name, each in fitted.items() if each.estimator not in ("combination", "latent", "peak")}
+    fitted = {name: definition for name, definition in definitions.items() if definition.estimator in FITTED}
     detectors: dict[str, Detector | Combination] = {
-        name: Latent.of(_codes(model, reference, known_codes, definition.seed), definition, model.manifest)
+        name: Latent.of(_codes(model, reference, stored_codes, definition.seed), definition, model.manifest)
         for name, definition in fitted.items()
         if definition.estimator == "latent"
     }
-    for stretch in (False, True):
-        here = {n: each for n, each in single.items() if CLASSES[each.estimator].stretched == stretch}
-        for (k, seed), names in _by_pass(here).items():
-            rows = list(_measured(model, first, k, seed, stretch, progress))
-            for name in names:
-                kind = CLASSES[single[name].estimator]
-                detectors[name] = kind.fit(rows, single[name], model.manifest)
+    detectors |= _fit_by_passes(model, fitted, first, progress)
     for name, definition in fitted.items():
         if definition.estimator == "combination":
             parts = [definitions[part] for part in definition.of]
-            detectors[name] = Combination.fit(
-                _scores(model, second, parts, Fitted(definitions, detectors, anomaly_map), progress)
-            )
+            scores = _scores(model, second, parts, FittedScores(definitions, detectors, anomaly_map), progress)
+            detectors[name] = Combination.fit(scores)
     return detectors
 
 
-def fit_map(model: Model, held_out: np.ndarray, progress: Progress | None = None) -> AnomalyMap | None:
-    """The anomaly map (service.scores.maps.anomaly_map) from rows as ``fit_detectors`` takes them; None of a model
-    without maps.
+def _fit_by_passes(
+    model: FittableModel, fitted: Mapping[str, ScoreDefinition], x: np.ndarray, progress: Progress | None
+) -> dict[str, Detector | Combination]:
+    """Fit the detectors that look at forward passes of x, float32 [n,C,H,W]; each pass is run once."""
+    detectors: dict[str, Detector | Combination] = {}
+    elsewhere = ("combination", "latent", "peak")
+    single = {name: definition for name, definition in fitted.items() if definition.estimator not in elsewhere}
+    for stretch in (False, True):
+        same_images = {
+            name: definition
+            for name, definition in single.items()
+            if CLASSES[definition.estimator].stretched == stretch
+        }
+        for (k, seed), names in _names_by_pass(same_images).items():
+            passes = list(_forward_passes(model, x, k, seed, stretch, progress))
+            for name in names:
+                kind = CLASSES[single[name].estimator]
+                detectors[name] = kind.fit(passes, single[name], model.manifest)
+    return detectors
 
-    Raises InvalidInput for fewer than LEAST_ROWS rows.
+
+def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | None = None) -> AnomalyMap | None:
+    """Fit the anomaly map (service.scores.maps.anomaly_map); None for a model without maps.
+
+    ``held_out``: rows as ``fit_detectors`` takes them. Raises InvalidInput for fewer than LEAST_ROWS rows.
     """
     if "score.map" in model.refused:
         return None
     if len(held_out) < LEAST_ROWS:
         raise InvalidInput(f"{len(held_out)} rows to fit a map on, expected at least {LEAST_ROWS}")
     half = (len(held_out) + 1) // 2
-    first, second = (_sights(model, rows, progress) for rows in (held_out[:half], held_out[half:]))
+    first, second = (_map_inputs(model, rows, progress) for rows in (held_out[:half], held_out[half:]))
     return AnomalyMap.fit(first, second, model.manifest)
 
 
-def _sights(model: Model, x: np.ndarray, progress: Progress | None) -> Iterable[Sight]:
+def _map_inputs(model: FittableModel, x: np.ndarray, progress: Progress | None) -> Iterable[MapInputs]:
+    """Inputs of the map for x, float32 [n,C,H,W], a batch at a time."""
     for start in range(0, len(x), BATCH):
-        yield model.sight(x[start : start + BATCH])
-        _tell(progress, len(x[start : start + BATCH]))
+        yield model.map_inputs(x[start : start + BATCH])
+        _report(progress, len(x[start : start + BATCH]))
 
 
 def _scores(
-    model: Model,
+    model: FittableModel,
     x: np.ndarray,
-    wanted: Sequence[ScoreDefinition],
-    fitted: Fitted,
+    definitions: Sequence[ScoreDefinition],
+    fitted: FittedScores,
     progress: Progress | None,
 ) -> np.ndarray:
-    """Scores of x by detectors that no bundle holds yet: float64 [n, definitions]."""
-    found = []
+    """Scores of x, float32 [n,C,H,W], by detectors that no bundle holds yet: float64 [n, definitions]."""
+    batches = []
     for start in range(0, len(x), BATCH):
         rows = x[start : start + BATCH]
-        passes = Passes(lambda x, k, seed, _places: model.measure(x, k, seed), rows, wanted, False, model.log_odds)
-        estimates = Estimates(passes, *fitted)
-        found.append(np.stack([estimates.score(each) for each in wanted], axis=1))
-        _tell(progress, len(rows))
-    return np.concatenate(found)
+        passes = ForwardPasses(
+            lambda x, k, seed, _by_place: model.forward_pass(x, k, seed), rows, definitions, False, model.log_odds
+        )
+        evaluator = ScoreEvaluator(passes, *fitted)
+        batches.append(np.stack([evaluator.score(definition) for definition in definitions], axis=1))
+        _report(progress, len(rows))
+    return np.concatenate(batches)
 
 
-def _measured(
-    model: Model, x: np.ndarray, k: int, seed: int, stretch: bool, progress: Progress | None
-) -> Iterable[Measured]:
+def _forward_passes(
+    model: FittableModel, x: np.ndarray, k: int, seed: int, stretch: bool, progress: Progress | None
+) -> Iterable[ForwardPass]:
+    """Forward passes of x, float32 [n,C,H,W], a batch at a time."""
     for start in range(0, len(x), BATCH):
-        yield model.measure(x[start : start + BATCH], k, seed, stretch)
-        _tell(progress, len(x[start : start + BATCH]))
+        yield model.forward_pass(x[start : start + BATCH], k, seed, stretch)
+        _report(progress, len(x[start : start + BATCH]))
 
 
-def _by_pass(definitions: Mapping[str, ScoreDefinition]) -> dict[tuple[int, int], list[str]]:
-    """(k, seed) -> names of the definitions that want this pass."""
-    found: dict[tuple[int, int], list[str]] = {}
+def _names_by_pass(definitions: Mapping[str, ScoreDefinition]) -> dict[tuple[int, int], list[str]]:
+    """Names of the definitions that need the same pass, by (k, seed)."""
+    names: dict[tuple[int, int], list[str]] = {}
     for name, definition in definitions.items():
-        found.setdefault((definition.k, definition.seed), []).append(name)
-    return found
+        names.setdefault((definition.k, definition.seed), []).append(name)
+    return names
 
 
-def _codes(model: Model, x: np.ndarray, known: np.ndarray | None, seed: int) -> np.ndarray:
-    """loc of each row, float32 [m,L], and the known ones after them, as far as there is room."""
-    found = [model.encode(x[i : i + BATCH], seed=seed).loc for i in range(0, len(x), BATCH)]
-    return np.concatenate([*found, *([] if known is None else [known])])[: reference_room(model.manifest)]
+def _codes(model: FittableModel, x: np.ndarray, stored_codes: np.ndarray | None, seed: int) -> np.ndarray:
+    """Codes, loc of each row, float32 [m,L], and the stored ones after them, up to ``most_reference_rows``."""
+    codes = [model.encode(x[start : start + BATCH], seed=seed).loc for start in range(0, len(x), BATCH)]
+    stored = [] if stored_codes is None else [stored_codes]
+    return np.concatenate([*codes, *stored])[: most_reference_rows(model.manifest)]
 
 
-def _tell(progress: Progress | None, rows: int) -> None:
+def _report(progress: Progress | None, rows: int) -> None:
     if progress:
         progress(rows)

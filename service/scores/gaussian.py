@@ -1,4 +1,4 @@
-"""A Gaussian fitted to a few statistics of held-out rows, and the quantile transform that makes them Gaussian."""
+"""A Gaussian of a few statistics, fitted to held-out rows, and the quantile transform that makes them Gaussian."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from statistics import NormalDist
 import numpy as np
 
 QUANTILES = 257
-CONSTANT = 1e-6  # deviation, by 1 + |mean|, that rounding alone may cause
-LEAST_DEVIATION = 1e-3  # by 1 + |mean|: what counts as one deviation of a statistic that never changes
-LEAST_KNOT = 1e-4  # by 1 + |median|: what counts as one deviation at least of a statistic that is made Gaussian
-FAR = 1e100  # deviations: an infinite statistic is so far away
+CONSTANT = 1e-6
+"""Deviation, relative to 1 + |mean|, that rounding alone may cause."""
+LEAST_DEVIATION = 1e-3
+"""Deviation, relative to 1 + |mean|, that a statistic which never changes is given."""
+LEAST_KNOT = 1e-4
+"""Least deviation, relative to 1 + |median|, of a statistic that is made Gaussian."""
+FAR = 1e100
+"""Distance in deviations at which an infinite statistic is taken to lie."""
 
 
 def shrunk_covariance(rows: np.ndarray) -> np.ndarray:
-    """Covariance [S,S] of standardised rows [n,S], shrunk towards the identity by Ledoit & Wolf (2004, sec. 3.3).
+    """Covariance [S,S] of standardised rows [n,S], shrunk towards the identity (Ledoit & Wolf 2004, sec. 3.3).
 
     Always positive definite, even for fewer rows than statistics.
     """
@@ -42,8 +46,11 @@ class Gaussian:
 
     @classmethod
     def fit(cls, rows: np.ndarray, least: float = LEAST_DEVIATION) -> Gaussian:
-        """Of rows float64 [n,S]. A statistic that never changes tells of no deviation: it is given ``least`` times
-        1 + |its value|, and is independent of the others."""
+        """Fit to rows float64 [n,S].
+
+        A statistic that never changes has no deviation to estimate: it is given ``least`` times 1 + |its value|, and is
+        taken for independent of the others.
+        """
         loc, scale = rows.mean(axis=0), rows.std(axis=0)
         constant = scale <= CONSTANT * (1 + np.abs(loc))
         scale = np.where(constant, least * (1 + np.abs(loc)), scale)
@@ -55,7 +62,7 @@ class Gaussian:
         return cls(loc, scale, np.linalg.inv(np.linalg.cholesky(covariance)))
 
     def distance(self, rows: np.ndarray) -> np.ndarray:
-        """(s − μ)ᵀ Σ⁻¹ (s − μ) of each row s, float64 […,S]: float64 […]."""
+        """Squared Mahalanobis distance (s − μ)ᵀ Σ⁻¹ (s − μ) of each row s, float64 […,S]: float64 […]."""
         standardised = np.clip((rows - self.loc) / self.scale, -FAR, FAR)
         white = (self.whitening * standardised[..., None, :]).sum(axis=-1)
         squares: np.ndarray = (white**2).sum(axis=-1)
@@ -74,7 +81,7 @@ def quantiles(rows: np.ndarray) -> np.ndarray:
 
 
 def normalised(row: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Each statistic of one row [S] at its quantile of N(0, 1), by the quantiles [S,Q]; beyond them linearly on."""
+    """Statistics of one row [S], mapped by their quantiles [S,Q] to those of N(0, 1), linearly beyond the last ones."""
     z = _normal_quantiles(grid.shape[1])
     return np.array([_mapped(value, knots, z) for value, knots in zip(row, grid, strict=True)])
 

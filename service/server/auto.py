@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from service.bundle.manifest import find_bundles
+from service.bundle.files import find_bundles
 from service.errors import MeasurementFailed
 from service.logs import get_logger
 from service.resources import available_cpus, available_memory

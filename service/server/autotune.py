@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from rich.table import Table
 
-from service.bundle.manifest import find_bundles
+from service.bundle.files import find_bundles
 from service.errors import BundleNotFound, ConfigurationError, ModelNotFound
 from service.resources import available_cpus, available_memory
 from service.server.layouts import DOUBTFUL_TIE, TIE, Layout, Measured, MiB, choose, starved

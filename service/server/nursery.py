@@ -100,7 +100,7 @@ class Nursery:
         Raises:
             BundleError, ConfigurationError, DeviceUnavailable: see load_repository.
         """
-        from service.bundle.manifest import bundle_digests
+        from service.bundle.files import bundle_digests
         from service.logs import configure_logs, get_logger
 
         configure_logs(settings.log_level, settings.log_format)

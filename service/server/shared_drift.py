@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from service.calibration.drift_monitor import Drift, Finding, Name, Place, Summary, place
+from service.calibration.drift_monitor import Drift, Finding, Name, Place, Summary
 from service.server.channel import Message, WorkerLine
-
-if TYPE_CHECKING:
-    from service.repository.model_repository import Served
 
 MOST_WRITTEN = 512
 ROWS = 2048  # of a message: two numbers of at most some 8 digits each
@@ -41,10 +38,9 @@ class ToldDrift:
             if not self._line.tell({"kind": "rows", "place": _written(place), **rows}):
                 self._missed(len(above[part]))
 
-    async def summary(self, served: Served, score: str, group: str | None = None) -> Summary:
+    async def summary(self, place: Place) -> Summary:
         """See DriftWatch. Raises DeadlineExceeded too, if the keeper does not answer."""
-        where = place(served, score, group)
-        (answer,) = await self._line.ask({"kind": "summary", "place": _written(where)})
+        (answer,) = await self._line.ask({"kind": "summary", "place": _written(place)})
         return _summary(answer)
 
     async def summaries(self) -> list[tuple[Name, Summary]]:
@@ -73,7 +69,7 @@ class DriftKeeper:
         """What to send to who asked; the last one says that it is the last."""
         number = question["number"]
         if question["kind"] == "summary":
-            seen = self._drift.seen_at(_read(question["place"]))
+            seen = self._drift.seen(_read(question["place"]))
             yield {"number": number, "summary": asdict(seen.summary(self._drift.level))}
         else:
             for name, seen in self._drift:

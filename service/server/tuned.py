@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service import __version__
-from service.bundle.manifest import bundle_digests
+from service.bundle.files import bundle_digests
 from service.resources import available_cpus, available_memory, cpu_model
 from service.server.layouts import Layout, Measured
 from service.settings import Settings

@@ -13,7 +13,8 @@ from typing import Any
 
 import orjson
 
-from service.bundle.manifest import MANIFEST, find_bundles, parse_manifest
+from service.bundle.files import find_bundles
+from service.bundle.manifest import MANIFEST, parse_manifest
 from service.errors import MeasurementFailed
 from service.server.channel import MOST_BYTES, connected_pair, encode
 from service.server.interpreters import fresh_interpreter

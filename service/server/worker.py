@@ -16,7 +16,7 @@ import orjson
 
 from service.api.app import create_app
 from service.api.metrics import Metrics
-from service.bundle.manifest import bundle_digests
+from service.bundle.files import bundle_digests
 from service.errors import BundleIntegrityError, VaeserveError
 from service.inference.spare import SpareCpus
 from service.logs import configure_logs, get_logger

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle.manifest import CALIBRATION, DETECTORS, open_bundle, write_bundle
+from service.bundle.files import open_bundle, write_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.scores.fitting import fitted_arrays, fitted_definitions

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from service.bundle.manifest import CALIBRATION, DETECTORS, Bundle, open_bundle, write_bundle
+from service.bundle.files import Bundle, open_bundle, write_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.scores.fitting import fitted_arrays, fitted_definitions

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto
 
-from service.bundle.manifest import write_bundle
+from service.bundle.files import write_bundle
 from tests.ppca_bundle import LOG_2PI, GraphBuilder
 
 FEATURES = ["length", "mass, dry", "ratio", "count"]

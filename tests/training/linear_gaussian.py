@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from training.config import LikelihoodConfig, ModelConfig
 from training.data.dataset import Dataset
 from training.likelihoods import Gaussian

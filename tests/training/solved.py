@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from service.bundle.manifest import ArrayPreprocessing, Preprocessing
+from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from training.config import ModelConfig
 from training.data.dataset import Dataset
 from training.fit import start

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal, norm
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from tests.training.finished import finished_run

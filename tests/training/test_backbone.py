@@ -5,7 +5,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from service.bundle.manifest import ArrayPreprocessing, Preprocessing
+from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from service.bundle.operators import check_operators
 from service.errors import InvalidInput
 from service.inference.backbone import FeatureExtractor

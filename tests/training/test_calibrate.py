@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle.manifest import CALIBRATION, DETECTORS, Preprocessing, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.input_rules import Preprocessing
+from service.bundle.manifest import CALIBRATION, DETECTORS
 from service.calibration.conformal import Calibrator
 from service.calibration.contamination import Contamination
-from service.formats.images import ImageLimits, decode_image, unit_levels
+from service.formats.images import ImageLimits, decode_image
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.verification import verify_bundle
+from service.pixels import unit_levels
 from service.scores.fitting import LEAST_ROWS, fitted_arrays
 from tests.training.finished import finished_run
 from training.batches import to_unit

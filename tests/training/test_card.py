@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from service.bundle.manifest import Calibration, Manifest, Provenance, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import Calibration, Manifest, Provenance
 from tests.service.linear_bundles import FEATURES, write_all
 from training.card import card
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.inference.verification import verify_bundle
 from tests.training.finished import finished_run
 from training.cli import _configure, _vaeserve, app

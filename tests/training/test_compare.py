@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from tests.training.finished import finished_run
 from training import compare as module
 from training.cli import app

@@ -4,7 +4,8 @@ from typing import get_args
 
 import pytest
 
-from service.bundle.manifest import Preprocessing, ScoreDefinition
+from service.bundle.input_rules import Preprocessing
+from service.bundle.manifest import ScoreDefinition
 from service.scores.fitting import DESCRIPTIONS
 from training.config import Config, ScoreName, known_keys, load_config, parse_override, presets
 from training.errors import ConfigError

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from service.bundle.manifest import REFERENCE, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import REFERENCE
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from tests.training.finished import finished_run

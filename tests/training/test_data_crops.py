@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle.manifest import Tiling
+from service.bundle.input_rules import Tiling
 from training.config import load_config
 from training.data import DataConfig, load_dataset
 from training.data.crops import corners

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.formats.images import ImageLimits, decode_image
 from training.data import DataConfig, load_dataset
 from training.errors import BadImages, DataError, DataNotFound, SplitError

@@ -8,7 +8,8 @@ import onnx
 import pytest
 import torch
 
-from service.bundle.manifest import REFERENCE, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import REFERENCE
 from service.bundle.operators import check_operators
 from service.errors import BundleParityError
 from service.inference import noise

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import decomposition
 
-from service.bundle.manifest import ArrayPreprocessing, Preprocessing
+from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from tests.training.solved import digits, factor_rows, log_weights, solved, targets
 from training import linear_algebra
 from training.config import ModelConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.inference import noise
 from service.inference.model import Model
 from service.inference.sessions import Runtime

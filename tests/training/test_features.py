@@ -18,13 +18,13 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from typer.testing import CliRunner
 
-from service.bundle.manifest import BundleFormatError, open_bundle, write_bundle
-from service.errors import BundleParityError
-from service.formats.images import unit_levels
+from service.bundle.files import open_bundle, write_bundle
+from service.errors import BundleFormatError, BundleParityError
 from service.inference.device_binding import BoundSession
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.verification import verified, verify_bundle
+from service.inference.verification import open_verified, verify_bundle
+from service.pixels import unit_levels
 from tests.service.http import assert_problem, npy, serving
 from tests.service.inference.test_device_binding import Bound
 from training.cli import app
@@ -287,7 +287,7 @@ def test_another_backbone_in_the_bundle_is_found_out(pooled, tmp_path):
     weight = max(graph.graph.initializer, key=lambda tensor: math.prod(tensor.dims))
     weight.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(weight), weight.name))
     with pytest.raises(BundleParityError, match=r"backbone\.features differs"):
-        write_bundle(tmp_path, manifest, files | {"backbone.onnx": graph.SerializeToString()}, verify=verified)
+        write_bundle(tmp_path, manifest, files | {"backbone.onnx": graph.SerializeToString()}, verify=open_verified)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from sklearn.datasets import make_circles, make_moons
 
-from service.bundle.manifest import ArrayPreprocessing, Preprocessing, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from training.config import FlowConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from sklearn.decomposition import FastICA
 
-from service.bundle.manifest import ArrayPreprocessing
+from service.bundle.input_rules import ArrayPreprocessing
 from tests.training.solved import digits, log_weights, solved, targets
 from training.config import ModelConfig
 from training.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from training.config import LadderConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
 from training.errors import ConfigError
 from training.evaluate import batch_bounds

@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import subspace_angles
 from sklearn import decomposition
 
-from service.bundle.manifest import ArrayPreprocessing
+from service.bundle.input_rules import ArrayPreprocessing
 from tests.training.solved import dataset_of, digits, factor_rows, solved, targets
 from training.config import ModelConfig
 from training.errors import ConfigError

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.settings import Settings
 from tests.training.finished import finished_run
 from training.checkpoint import load_checkpoint, save_checkpoint

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import training.report
-from service.bundle.manifest import Manifest, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import Manifest
 from service.errors import BundleError
 from service.inference import noise
 from service.inference.model import Model

@@ -10,7 +10,8 @@ from onnx import parser
 from PIL import Image
 from rich.console import Console
 
-from service.bundle.manifest import CALIBRATION, TILES, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import CALIBRATION, TILES
 from service.calibration.contamination import Contamination
 from service.inference.sessions import Runtime
 from service.inference.tiled import fit_tails

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from service.bundle.manifest import UNREADABLE as UNREADABLE_NPZ
-from service.bundle.manifest import Preprocessing
+from service.bundle.files import NPZ_ERRORS as UNREADABLE_NPZ
+from service.bundle.input_rules import Preprocessing
 from service.errors import VaeserveError
 from service.formats.images import apply, resize_array
 from training.data.config import DataConfig
@@ -25,7 +25,7 @@ ROW_KEYS = ("images", "vectors", "signals", "x", "data", "arr_0")  # the first i
 LABEL_KEYS = ("labels", "y", "targets")
 UNREADABLE = (ValueError, EOFError, SyntaxError, OverflowError, MemoryError)  # what NumPy raises on odd bytes
 OTHER_KINDS = "data.kind says if these are vectors or signals"
-MAX_SIDE = 4096  # as service.bundle.manifest.Preprocessing has it
+MAX_SIDE = 4096  # as service.bundle.input_rules.Preprocessing has it
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from service.bundle.manifest import Preprocessing, Tiling
+from service.bundle.input_rules import Preprocessing, Tiling
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -37,7 +37,7 @@ class DataConfig(BaseModel):
     With ``tile`` a folder's images stay as large as they are: training sees ``crops`` of that size from each, at places
     that the image's content and ``split_seed`` fix, and the splits are of images, so that no two of them hold crops of
     one image. The bundle scores whole images by tiles that ``overlap``, and their score by ``aggregate``
-    (service.bundle.manifest.Tiling).
+    (service.bundle.input_rules.Tiling).
 
     Data sets that come with a test part keep it whole, and copies of its images elsewhere are left out; ``validation``
     and ``calibration`` are fractions of the rest.

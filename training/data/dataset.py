@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from service.bundle.manifest import Backbone, InputRule
+from service.bundle.input_rules import Backbone, InputRule
 from training.data.parallel import ordered_map
 from training.errors import DataError
 

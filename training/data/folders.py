@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import VaeserveError
 from service.formats.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, decode_whole
 from training.data.config import DataConfig

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from service.bundle.manifest import ArrayPreprocessing
+from service.bundle.input_rules import ArrayPreprocessing
 from training.data.config import DataConfig
 from training.data.download import sha256_file
 from training.data.source import Source, slug

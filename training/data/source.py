@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from service.bundle.manifest import InputRule
+from service.bundle.input_rules import InputRule
 from training.data.config import DataConfig
 from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint
 from training.data.parallel import ordered_map

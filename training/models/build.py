@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from service.bundle.manifest import Backbone, InputRule
+from service.bundle.input_rules import Backbone, InputRule
 from training.config import ModelConfig
 from training.errors import ConfigError
 from training.models.autoencoder import Autoencoder

@@ -18,6 +18,7 @@ from service.api.schemas import (
 from service.calibration.drift_monitor import DriftWatch, Finding, Summary, log10_alarm
 from service.errors import InvalidInput, UnsupportedVerb
 from service.repository.model_repository import Served
+from service.repository.resolving import drift_place
 
 router = APIRouter(tags=["scoring"])
 
@@ -37,7 +38,8 @@ async def drift(request: Request, context: ContextDep, query: Annotated[DriftPar
         raise InvalidInput(f"score {score!r} is not defined by this bundle: {', '.join(sorted(scores))}")
     if not served.calibrator.names:
         raise UnsupportedVerb("no drift to tell: this bundle carries no calibration, so its scores have no p-values")
-    return _answer(context.drift, served, score, query.group, await context.drift.summary(served, score, query.group))
+    summary = await context.drift.summary(drift_place(served, score, query.group))
+    return _answer(context.drift, served, score, query.group, summary)
 
 
 def _answer(drift: DriftWatch, served: Served, score: str, group: str | None, seen: Summary) -> DriftAnswer:

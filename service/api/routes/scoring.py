@@ -15,7 +15,7 @@ from service.api.context import Call, Content, dump
 from service.api.endpoint import Verb, respond
 from service.api.inputs import data_names, parameters, read_images, read_x, repeatable, x_reader
 from service.api.openapi import DATA_BODY, answers
-from service.api.schemas import Scored, ScoreParameters
+from service.api.schemas import Scored
 from service.bundle.manifest import ScoreDefinition
 from service.errors import InvalidInput
 from service.formats import codecs
@@ -23,21 +23,10 @@ from service.formats.media_types import JSON, NPY, PNG
 from service.inference.jobs import Job, Work
 from service.inference.model import Scores
 from service.inference.tiled import TiledScores
-from service.repository.scoring import (
-    Asked,
-    Chosen,
-    Judged,
-    Rows,
-    UsedMap,
-    Verdicts,
-    draw_maps,
-    meaning,
-    rows,
-    scorer,
-    top_latents,
-    used_map,
-    verdicts_of,
-)
+from service.repository.judging import InputRows, Verdicts, judge_scores, scorer
+from service.repository.presenting import MapDescription, describe_map, draw_maps, result_rows, top_latents
+from service.repository.resolving import ChosenScore, ResolvedScoreRequest, VerdictBasis, resolve_scores
+from service.repository.score_parameters import ScoreParameters
 from service.scores.maps.anomaly_map import PASSES
 
 router = APIRouter(tags=["scoring"])
@@ -59,8 +48,8 @@ async def score(request: Request, query: Annotated[ScoreParameters, Query()]) ->
 def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     asked = parameters(call, query, *data_names(call.rule))
     media_type = call.negotiate((JSON, NPY, PNG) if asked.map else (JSON, NPY))
-    meant = meaning(call.served, asked, call.context.settings.false_positive_rate)
-    chosen, also = meant.chosen, meant.also
+    resolved = resolve_scores(call.served, asked, call.context.settings.false_positive_rate)
+    chosen, also = resolved.chosen, resolved.also
     for definition in (chosen.definition, *also.values()):
         call.served.model.require(f"score.{definition.estimator}")
     used = _required(call, asked)
@@ -71,35 +60,45 @@ def _score(call: Call, query: ScoreParameters) -> Work[Content]:
     if asked.map and media_type != JSON:
         _check_one_size(x)
     # Maps are drawn over what was sent; nothing else is asked of it any more.
-    answer = partial(_answer, meant, used, media_type, x if asked.map else ())
-    run = scorer(call.served, meant)
+    answer = partial(_answer, resolved, used, media_type, x if asked.map else ())
+    run = scorer(call.served, resolved)
     if call.served.tiled is not None:
         return answer(call, run(x))
     assert isinstance(x, np.ndarray)
-    return answer(call, (yield repeatable(call, Job(meant.key, x, run), answer, x_reader(call, asked.strict, x))))
+    return answer(call, (yield repeatable(call, Job(resolved.key, x, run), answer, x_reader(call, asked.strict, x))))
 
 
-def _answer(meant: Asked, used: UsedMap, media_type: str, x: Rows, call: Call, scores: Scores | TiledScores) -> Content:
+def _answer(
+    resolved: ResolvedScoreRequest,
+    used: MapDescription,
+    media_type: str,
+    x: InputRows,
+    call: Call,
+    scores: Scores | TiledScores,
+) -> Content:
     """``x``: what was scored, if there are maps of it."""
-    verdicts = verdicts_of(call.served, meant, scores)
+    verdicts = judge_scores(call.served, resolved, scores)
     _count(call, verdicts)
-    _watch(call, verdicts, meant)
+    _watch(call, verdicts, resolved)
     if media_type == JSON:
-        return dump(_content(call, verdicts, meant, used)), JSON
+        return dump(_content(call, verdicts, resolved, used)), JSON
     if media_type == PNG:
         assert verdicts.scores.map is not None
-        return draw_maps(x, verdicts.scores.map, used, meant.parameters.map_picture), PNG
+        return draw_maps(x, verdicts.scores.map, used, resolved.parameters.map_picture), PNG
     maps = _maps(call, verdicts)
     return codecs.encode_npy(verdicts.scores.score if maps is None else np.stack(list(maps))), NPY
 
 
-def _required(call: Call, asked: ScoreParameters) -> UsedMap:
-    """The map that is meant. Raises UnsupportedVerb for what the model lacks, InvalidInput for options without one."""
+def _required(call: Call, asked: ScoreParameters) -> MapDescription:
+    """The map that the request means.
+
+    Raises UnsupportedVerb for what the model lacks, InvalidInput for options of a map without one.
+    """
     model = call.served.model
     for name in ("map_kind", "map_picture"):
         if not asked.map and getattr(asked, name) is not None:
             raise InvalidInput(f"{name} without map=true")
-    used = used_map(model, asked.map_kind)
+    used = describe_map(model, asked.map_kind)
     if asked.map:
         model.require_map(used.kind)
     if asked.top_latents:
@@ -107,7 +106,7 @@ def _required(call: Call, asked: ScoreParameters) -> UsedMap:
     return used
 
 
-def _limit_work(call: Call, x: Rows, passes: int, asked: ScoreParameters) -> None:
+def _limit_work(call: Call, x: InputRows, passes: int, asked: ScoreParameters) -> None:
     """Refuse what takes too long, or too many maps. Raises LimitExceeded."""
     name, rows, each = data_names(call.rule)[0], len(x), x[0].size
     pixels = rows * math.prod(call.served.manifest.signature.shape[1:])
@@ -122,7 +121,7 @@ def _limit_work(call: Call, x: Rows, passes: int, asked: ScoreParameters) -> Non
         call.context.limit("the count of latents in the answer", len(x) * each, "max_numbers_out")
 
 
-def _check_one_size(images: Rows) -> None:
+def _check_one_size(images: InputRows) -> None:
     """Raise InvalidInput for images of different sizes, whose maps make no one array or picture."""
     sizes = sorted({image.shape[1:] for image in images})
     if len(sizes) > 1:
@@ -137,8 +136,8 @@ def _maps(call: Call, verdicts: Verdicts) -> np.ndarray | list[np.ndarray] | Non
     return maps if maps is None or call.rule.kind == "image" else maps[:, 0]
 
 
-def _content(call: Call, verdicts: Verdicts, meant: Asked, used: UsedMap) -> dict[str, Any]:
-    asked, results = meant.parameters, rows(verdicts)
+def _content(call: Call, verdicts: Verdicts, resolved: ResolvedScoreRequest, used: MapDescription) -> dict[str, Any]:
+    asked, results = resolved.parameters, result_rows(verdicts)
     if asked.top_latents:
         for result, latents in zip(results, top_latents(verdicts, asked.top_latents), strict=True):
             result["latents"] = latents
@@ -148,18 +147,21 @@ def _content(call: Call, verdicts: Verdicts, meant: Asked, used: UsedMap) -> dic
             result["map"] = single
     return {
         "model": call.served.identity,
-        **_basis(meant.chosen, meant.plan, asked),
-        "verdict": verdicts.judged.reason,
+        **_basis(resolved.chosen, resolved.basis, asked),
+        "verdict": verdicts.calibrated.reason,
         "also": {
-            name: {**_basis(Chosen(name, each), meant.plans[name], asked), "verdict": verdicts.also[name].reason}
-            for name, each in meant.also.items()
+            name: {
+                **_basis(ChosenScore(name, each), resolved.further_bases[name], asked),
+                "verdict": verdicts.also[name].reason,
+            }
+            for name, each in resolved.also.items()
         },
         "map": _map_in_words(used) if asked.map else None,
         "results": results,
     }
 
 
-def _map_in_words(used: UsedMap) -> dict[str, Any]:
+def _map_in_words(used: MapDescription) -> dict[str, Any]:
     low, high = (None, None) if used.scale is None else used.scale
     return {"kind": used.kind, "unit": used.unit, "low": low, "high": high}
 
@@ -173,7 +175,7 @@ def _passes(definitions: Iterable[ScoreDefinition]) -> int:
     return sum(needed.values())
 
 
-def _basis(chosen: Chosen, plan: Judged, asked: ScoreParameters) -> dict[str, Any]:
+def _basis(chosen: ChosenScore, plan: VerdictBasis, asked: ScoreParameters) -> dict[str, Any]:
     """What a score is, and what its verdicts rest on."""
     fields = ("estimator", "k", "seed", "unit", "of", "method")
     definition = {"name": chosen.name, **{field: getattr(chosen.definition, field) for field in fields}}
@@ -190,16 +192,18 @@ def _basis(chosen: Chosen, plan: Judged, asked: ScoreParameters) -> dict[str, An
 
 
 def _count(call: Call, verdicts: Verdicts) -> None:
-    p_values = verdicts.judged.p_values
+    p_values = verdicts.calibrated.p_values
     metrics, n = call.context.metrics, len(verdicts.scores.score)
     metrics.rows("score", n)
     metrics.scored(call.served.manifest.name, [] if p_values is None else p_values.tolist(), n)
 
 
-def _watch(call: Call, verdicts: Verdicts, meant: Asked) -> None:
+def _watch(call: Call, verdicts: Verdicts, resolved: ResolvedScoreRequest) -> None:
     """Hand every score that has a p-value, the chosen one and the further ones, to the drift tests: each once."""
-    judged = verdicts.also if meant.chosen.name is None else {**verdicts.also, meant.chosen.name: verdicts.judged}
-    for name, place in meant.places.items():
+    judged = (
+        verdicts.also if resolved.chosen.name is None else {**verdicts.also, resolved.chosen.name: verdicts.calibrated}
+    )
+    for name, place in resolved.drift_places.items():
         counts = judged[name].counts
         assert counts is not None
         call.context.drift.note(place, *counts)

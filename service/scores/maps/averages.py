@@ -1,4 +1,4 @@
-"""Averages over the neighbouring places of a row, with Gaussian weights, and over its channels."""
+"""Averages of maps: over neighbouring places with Gaussian weights, and over channels."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from functools import lru_cache
 
 import numpy as np
 
-REACH = 3  # deviations at which the kernel ends
-MOST_PLACES = 256  # along an axis, up to which one product with a matrix is faster than a sum of shifted slices
+REACH = 3
+"""Deviations at which the kernel ends."""
+MOST_PLACES = 256
+"""Longest axis for which one product with a matrix is faster than a sum of shifted slices."""
 
 
 def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian averages along the last two axes, whose edges are mirrored; sigma in places, 0: as they are.
+    """Average values [N,…,H,W] along the last two axes with Gaussian weights; the edges are mirrored.
 
-    An axis of one place stays as it is. What comes out of a row depends on its own shape alone, bitwise.
+    ``sigma`` is in places; with 0, and along an axis of one place, the values stay as they are. A row's result depends
+    on its own numbers alone, bitwise.
     """
     if not sigma:
         return values
@@ -23,7 +26,7 @@ def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def channel_mean(values: np.ndarray) -> np.ndarray:
-    """[N,C,H,W] -> [N,H,W]."""
+    """Mean over the channels: [N,C,H,W] -> [N,H,W]."""
     mean: np.ndarray = values.mean(axis=1) if values.shape[1] > 1 else values[:, 0]
     return mean
 
@@ -38,17 +41,19 @@ def _along(values: np.ndarray, sigma: float, axis: int) -> np.ndarray:
 
 @lru_cache
 def _matrix(size: int, sigma: float) -> np.ndarray:
-    """[size,size]: row i holds the weights of the places that the average at i is of."""
+    """Matrix [size,size] of the averages along an axis: row i holds the weights of the places that enter place i."""
     return _by_shifts(np.eye(size), _kernel(sigma), 0)
 
 
 def _kernel(sigma: float) -> np.ndarray:
+    """Gaussian weights that sum to 1, from −REACH to REACH sigmas."""
     radius = int(np.ceil(REACH * sigma))
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return np.asarray(weights / weights.sum())
 
 
 def _by_shifts(values: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
+    """Weighted averages along an axis, as a sum of shifted slices."""
     size, radius = values.shape[axis], len(weights) // 2
     widths = [(radius, radius) if at == axis else (0, 0) for at in range(values.ndim)]
     padded = np.moveaxis(np.pad(values, widths, mode="symmetric"), axis, 0)

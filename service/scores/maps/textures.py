@@ -1,8 +1,8 @@
-"""What energy a residual is expected to have where a row has a certain texture, as inliers show it.
+"""Expected energy of a residual given the texture of its surroundings, fitted to inliers.
 
-A busy cloth is badly reconstructed all over, and none the worse for it: without this its image would be as anomalous as
-a plain one with a stain. The texture of a place is described by TEXTURES numbers of its surroundings, the expected
-energy and its spread are quadratic in each of them, by least squares over inliers' places.
+A busy cloth is badly reconstructed all over and still normal: without this its image would be as anomalous as a plain
+one with a stain. TEXTURES numbers describe the surroundings of a place; the expected energy and its spread are
+quadratic in each of them, by least squares over inliers' places.
 """
 
 from __future__ import annotations
@@ -11,58 +11,63 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from service.scores.detector_arrays import Arrays, Spec, Specs
+from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
 from service.scores.maps.averages import channel_mean, smoothed
 
 WIDE, NARROW = 5 / 3, 2 / 3
 TEXTURES = 4
-LEAST_SLOPE, LEAST_DETAIL = 0.1, 0.01  # in units and squared units of the residual: below them a place is plain
-LEAST_SPREAD = 0.2  # of the mean spread
-COEFFICIENTS = 1 + 2 * TEXTURES  # of 1, of each texture and of its square
+LEAST_SLOPE, LEAST_DETAIL = 0.1, 0.01
+"""Slope and detail, in units and squared units of the residual, below which all places count as equally plain."""
+LEAST_SPREAD = 0.2
+"""Least spread, relative to the mean spread."""
+COEFFICIENTS = 1 + 2 * TEXTURES
+"""Coefficients of a quadratic: of 1, of each texture, and of its square."""
 MOST_PLACES = 2**16
+"""Most places that the quadratics are fitted to."""
 
 
 def textures(x: np.ndarray, mean: np.ndarray, unit: float, sigma: float) -> np.ndarray:
-    """Of rows x and their E[x|loc], both [N,C,H,W], in units of ``unit``: float64 [N,TEXTURES,H,W].
+    """Textures, float64 [N,TEXTURES,H,W], of rows x and ``mean`` E[x|loc], both [N,C,H,W] and divided by ``unit``.
 
-    log of the mean slope of x around the place, log of the mean square of what a narrow average takes from x there, the
-    mean of E[x|loc] there, and log of the mean slope of the whole row. Around: a Gaussian of WIDE·sigma places.
+    They are the log of the mean slope of x around the place, the log of the mean square of x minus a narrow average of
+    it, the mean of E[x|loc], and the log of the mean slope of the whole row. Means around a place are Gaussian averages
+    of WIDE·sigma places.
     """
     u = np.divide(x, unit, dtype=np.float64)
     slope = channel_mean(_slope(u))
     detail = channel_mean((u - smoothed(u, NARROW * sigma)) ** 2)
     brightness = channel_mean(np.divide(mean, unit, dtype=np.float64))
-    found = np.empty((len(x), TEXTURES, *x.shape[2:]))
-    np.log(smoothed(slope, WIDE * sigma) + LEAST_SLOPE, out=found[:, 0])
-    np.log(smoothed(detail, WIDE * sigma) + LEAST_DETAIL, out=found[:, 1])
-    found[:, 2] = smoothed(brightness, WIDE * sigma)
-    found[:, 3] = np.log(slope.reshape(len(x), -1).mean(axis=1) + LEAST_SLOPE)[:, None, None]
-    return found
+    values = np.empty((len(x), TEXTURES, *x.shape[2:]))
+    np.log(smoothed(slope, WIDE * sigma) + LEAST_SLOPE, out=values[:, 0])
+    np.log(smoothed(detail, WIDE * sigma) + LEAST_DETAIL, out=values[:, 1])
+    values[:, 2] = smoothed(brightness, WIDE * sigma)
+    values[:, 3] = np.log(slope.reshape(len(x), -1).mean(axis=1) + LEAST_SLOPE)[:, None, None]
+    return values
 
 
-class Expected:
-    """Expected energy and spread by texture; ``arrays`` are kept with the bundle."""
+class ExpectedEnergy:
+    """Expected energy and spread by texture; ``arrays`` are what detectors.npz holds of them."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
 
     @staticmethod
-    def specs() -> Specs:
-        """Of ``arrays``."""
-        line = Spec((COEFFICIENTS,))
+    def specs() -> ArraySpecs:
+        """Requirements on ``arrays``, by name."""
+        line = ArraySpec((COEFFICIENTS,))
         return {
-            "low": Spec((TEXTURES,)),
-            "high": Spec((TEXTURES,)),
+            "low": ArraySpec((TEXTURES,)),
+            "high": ArraySpec((TEXTURES,)),
             "energy": line,
             "spread": line,
-            "least": Spec((), positive=True),
+            "least": ArraySpec((), positive=True),
         }
 
     @classmethod
-    def fit(cls, energies: np.ndarray, found: np.ndarray) -> Expected:
-        """From energies [n,H,W] of inliers' places and their textures [n,TEXTURES,H,W]."""
+    def fit(cls, energies: np.ndarray, textures: np.ndarray) -> ExpectedEnergy:
+        """Fit to energies [n,H,W] of inliers' places and their textures [n,TEXTURES,H,W]."""
         y = energies.reshape(-1)
-        t = found.reshape(len(found), TEXTURES, -1).transpose(0, 2, 1).reshape(-1, TEXTURES)
+        t = textures.reshape(len(textures), TEXTURES, -1).transpose(0, 2, 1).reshape(-1, TEXTURES)
         step = -(-len(y) // MOST_PLACES)
         y, t = y[::step], t[::step]
         arrays: Arrays = {"low": t.min(axis=0), "high": t.max(axis=0)}
@@ -74,11 +79,12 @@ class Expected:
         arrays["least"] = np.array(max(LEAST_SPREAD * float(away.mean()), 1e-6))
         return cls(arrays)
 
-    def excess(self, energies: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """How far energies [N,H,W] lie beyond what textures [N,TEXTURES,H,W] let expect, in spreads: [N,H,W]."""
-        n = len(found)
+    def excess(self, energies: np.ndarray, textures: np.ndarray) -> np.ndarray:
+        """Energies [N,H,W] minus those that textures [N,TEXTURES,H,W] let expect, in spreads: float64 [N,H,W]."""
+        n = len(textures)
         shares = [
-            _share(found[:, i].reshape(n, -1), self.arrays["low"][i], self.arrays["high"][i]) for i in range(TEXTURES)
+            _share(textures[:, i].reshape(n, -1), self.arrays["low"][i], self.arrays["high"][i])
+            for i in range(TEXTURES)
         ]
         expected, spread = (_quadratic(self.arrays[name], shares) for name in ("energy", "spread"))
         away = energies.reshape(n, -1) - expected
@@ -87,14 +93,14 @@ class Expected:
 
 
 def _share(texture: np.ndarray, low: float, high: float) -> np.ndarray:
-    """A texture as a share of the inliers' range, and no further."""
+    """A texture as a share of the inliers' range, clipped to [0, 1]."""
     share: np.ndarray = texture - low
     share /= max(high - low, 1e-9)
     return np.clip(share, 0.0, 1.0, out=share)
 
 
 def _quadratic(coefficients: np.ndarray, shares: Sequence[np.ndarray]) -> np.ndarray:
-    """c₀ + Σ c t + c' t² over the textures' shares t."""
+    """Quadratic c₀ + Σ (c t + c' t²) over the textures' shares t, arrays of one shape."""
     total = np.full(shares[0].shape, coefficients[0])
     for share, linear, square in zip(shares, *np.split(coefficients[1:], 2), strict=True):
         part = share * square
@@ -114,5 +120,6 @@ def _slope(u: np.ndarray) -> np.ndarray:
 
 
 def _add_steps(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """Add |a − b| to ``total`` in place."""
     steps = a - b
     total += np.abs(steps, out=steps)

@@ -8,19 +8,20 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from service.api.schemas import Scored
-from service.bundle.manifest import Manifest, ScoreDefinition, open_bundle
-from service.commands.calibration_data import Rows
+from service.bundle.files import open_bundle
+from service.bundle.manifest import Manifest, ScoreDefinition
+from service.commands.calibration_data import ModelRows
 from service.commands.cli import app
-from service.commands.recalibration import Plan, recalibrate
+from service.commands.recalibration import RecalibrationPlan, recalibrate
 from service.errors import BundleFormatError, BundleGraphError, BundleParityError, UnsupportedVerb
-from service.formats.images import unit_levels
 from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.formats.tiling import Stitcher
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails
 from service.inference.verification import replay, verify_bundle
-from service.repository.scoring import UsedMap, used_map
+from service.pixels import unit_levels
+from service.repository.presenting import MapDescription, describe_map
 from service.scores.corruption import corruption_scores
 from service.scores.fitting import COMBINED, PARTS, fitted_definitions
 from tests.ppca_bundle import SHAPE, GraphBuilder, images, write_ppca_bundle
@@ -103,8 +104,8 @@ def test_rows_score_as_they_do_alone_bitwise(tmp_path, shape):
 
 def runs(model, monkeypatch):
     """How many rows go through the graph, a number a call."""
-    found, run = [], model._corruption.run
-    monkeypatch.setattr(model._corruption, "run", lambda feeds: found.append(len(feeds["x"])) or run(feeds))
+    found, run = [], model._runners._corruption.run
+    monkeypatch.setattr(model._runners._corruption, "run", lambda feeds: found.append(len(feeds["x"])) or run(feeds))
     return found
 
 
@@ -122,7 +123,7 @@ def test_warming_up_runs_the_graph(plain, monkeypatch):
     found = runs(plain, monkeypatch)
     plain.warm_up()
     assert found == [1]
-    assert plain.runners["corruption"][0] == 1
+    assert plain.batch_sizes["corruption"][0] == 1
 
 
 @pytest.mark.parametrize(("numerator", "message"), [("x", "nan for row 1"), (np.float32(1), "inf for row 1")])
@@ -221,7 +222,7 @@ def test_an_autoencoder_has_it_too(fitted):
 
 def test_calibrating_keeps_the_graph_and_fits_the_combination_anew(root, fitted, tmp_path):
     rows = np.rint(images(300, seed=21)[..., ::-1] * 255).astype(np.uint8)
-    outcome = recalibrate(fitted.bundle, Rows(rows, unit_levels), None, tmp_path, Plan())
+    outcome = recalibrate(fitted.bundle, ModelRows(rows, unit_levels), None, tmp_path, RecalibrationPlan())
     again = load(outcome.path)
     assert again.bundle.graph("corruption") == fitted.bundle.graph("corruption")
     assert again.manifest.scores == fitted.manifest.scores
@@ -234,7 +235,9 @@ def test_a_bundle_of_format_3_is_written_anew_in_today_s(tmp_path, ppca_path):
     bundle = open_bundle(write_fitted(tmp_path, ppca_path))
     earlier = bundle.manifest.model_copy(update={"format_version": 3})
     old = type(bundle)(bundle.path, earlier, bundle.digest)
-    outcome = recalibrate(old, Rows(np.rint(X[[0] * 60] * 255).astype(np.uint8), unit_levels), None, tmp_path, Plan(0))
+    outcome = recalibrate(
+        old, ModelRows(np.rint(X[[0] * 60] * 255).astype(np.uint8), unit_levels), None, tmp_path, RecalibrationPlan(0)
+    )
     assert open_bundle(outcome.path).manifest.format_version == 4
 
 
@@ -432,8 +435,8 @@ def test_an_offline_picture_is_the_service_s(client, root, tmp_path):
 
 
 def test_an_uncalibrated_bundle_has_the_same_colours(plain):
-    assert used_map(plain, "corruption") == UsedMap("corruption", "nats", (-5, 5), "fixed")
-    assert used_map(plain, None).origin == "of these maps"
+    assert describe_map(plain, "corruption") == MapDescription("corruption", "nats", (-5, 5), "fixed")
+    assert describe_map(plain, None).origin == "of these maps"
 
 
 def test_the_map_s_pass_counts_as_work(root):

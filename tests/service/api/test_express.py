@@ -16,17 +16,17 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from service.api.asked import MOST_KNOWN, Addresses
+from service.api.light import MOST_BYTES
 
 from service.api import express
-from service.api.asked import MOST_KNOWN, Addresses
 from service.api.context import Call
-from service.api.light import MOST_BYTES
-from service.api.schemas import ScoreParameters
 from service.inference.batcher import Batcher
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.repository.model_repository import load_bundle
-from service.repository.scoring import meaning
+from service.repository.resolving import resolve_scores
+from service.repository.score_parameters import ScoreParameters
 from tests.hostile import npy_raw
 from tests.ppca_bundle import LATENT_DIM, images
 from tests.service.http import APPS, assert_problem, npy, serving
@@ -326,7 +326,7 @@ def test_scores_that_differ_in_anything_are_never_computed_together(ppca_path):
     served = load_bundle(ppca_path, Runtime("cpu", threads=1))
     asked = [{}, {"also": "elbo"}, {"also": "iwae"}, {"map": True}, {"map": True, "map_kind": "distortion"}]
     asked += [{"top_latents": 1}, {"k": 3}, {"seed": 1}, {"estimator": "iwae"}]
-    keys = [meaning(served, ScoreParameters(**each), 0.05).key for each in asked]
+    keys = [resolve_scores(served, ScoreParameters(**each), 0.05).key for each in asked]
     assert len(set(keys)) == len(keys)
-    again = meaning(served, ScoreParameters(false_positive_rate=0.2), 0.05).key
+    again = resolve_scores(served, ScoreParameters(false_positive_rate=0.2), 0.05).key
     assert again == keys[0]  # what is made of a score is each request's own

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from tests.ppca_bundle import LATENT_DIM, SHAPE, images
 from tests.service.http import assert_problem, npy, serving
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.api.schemas import Scored, ScoreParameters
+from service.api.schemas import Scored
 from service.commands.offline_scoring import BadFile, fields_of, open_sink, score_files
-from service.formats.images import ImageLimits, unit_levels
+from service.formats.images import ImageLimits
+from service.pixels import unit_levels
 from service.repository.model_repository import load_bundle
+from service.repository.score_parameters import ScoreParameters
 from tests.service.http import assert_problem, npy, serving
 from tests.tiled_bundle import TILE, surface, with_scratch, write_tiled_bundle
 

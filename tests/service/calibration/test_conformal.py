@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.calibration.conformal import Calibrator, calibration_key, p_values, smoothed
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from tests.ppca_bundle import images, write_ppca_bundle

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.calibration.conformal import Calibrator
-from service.calibration.drift_monitor import Drift, DriftWatch, Watch, place
+from service.calibration.drift_monitor import Drift, DriftWatch, Seen, Watch
 from service.calibration.exchangeability import ks_two_sample
 from service.errors import InvalidInput, UnsupportedVerb
+from service.repository.resolving import drift_place
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.http import assert_problem, npy, serving
 
@@ -29,7 +30,11 @@ def served(calibration: np.ndarray, digest: str = "a"):
 
 def record(drift: DriftWatch, served, score: str, scores: np.ndarray, group: str | None = None) -> None:
     """As the route does it."""
-    drift.note(place(served, score, group), *served.calibrator.counts(score, scores, group))
+    drift.note(drift_place(served, score, group), *served.calibrator.counts(score, scores, group))
+
+
+def seen_by(drift: Drift, served, score: str, group: str | None = None) -> Seen:
+    return drift.seen(drift_place(served, score, group))
 
 
 def test_ranks_without_ties_are_those_of_the_p_values():
@@ -37,7 +42,7 @@ def test_ranks_without_ties_are_those_of_the_p_values():
     model, scores = served(random.standard_normal(99)), random.standard_normal(30)
     drift = Drift(20, 0.01)
     record(drift, model, "elbo", scores)
-    seen = drift.seen(model, "elbo")
+    seen = seen_by(drift, model, "elbo")
     np.testing.assert_allclose(seen.p_values, model.calibrator.p_values("elbo", scores)[-20:])
     assert (seen.n, seen.seen, len(seen.ranks)) == (99, 30, 20)
     assert seen.share_up_to(0.3) == np.mean(seen.p_values <= 0.3)
@@ -71,7 +76,7 @@ def test_ties_are_broken_such_that_inliers_do_not_alarm():
         model, drift = served(random.randint(0, 5, 200).astype(float)), Drift(300, 0.02)
         scores = random.randint(0, 5, 300).astype(float)
         record(drift, model, "elbo", scores)
-        alarms += drift.seen(model, "elbo").judge(0.02).drifting
+        alarms += seen_by(drift, model, "elbo").judge(0.02).drifting
         at_least = np.rint(model.calibrator.p_values("elbo", scores) * 201).astype(int) - 1
         plain += ks_two_sample(at_least, 200)[1] <= 0.01
     assert alarms <= 8  # 2 expected at most; 9 or more have probability 1e-4
@@ -84,16 +89,16 @@ def test_inliers_alarm_no_more_often_than_the_level_and_a_shift_does():
         random = np.random.RandomState(seed)
         model, drift = served(random.standard_normal(300)), Drift(200, level)
         record(drift, model, "elbo", random.standard_normal(500))
-        alarms += drift.seen(model, "elbo").judge(level).drifting
+        alarms += seen_by(drift, model, "elbo").judge(level).drifting
         record(drift, model, "elbo", random.standard_normal(200) + 0.5)
-        found += drift.seen(model, "elbo").judge(level).drifting
+        found += seen_by(drift, model, "elbo").judge(level).drifting
     assert alarms <= 20  # 10 expected at most; 21 or more have probability 1e-3
     assert found >= 190
 
 
 def test_nothing_is_found_in_nothing():
     model = served(np.arange(9.0))
-    seen = Drift(20, 0.01).seen(model, "elbo")
+    seen = seen_by(Drift(20, 0.01), model, "elbo")
     assert seen.judge(0.01) is None
     assert seen.histogram == [0] * 10
 
@@ -105,7 +110,7 @@ def test_scores_that_have_no_rank_leave_no_trace():
     with pytest.raises(UnsupportedVerb):
         record(drift, model, "iwae", np.array([1.0]))
     record(drift, model, "elbo", np.array([np.inf, -np.inf]))
-    assert drift.seen(model, "elbo").ranks.tolist() == [0, 9]
+    assert seen_by(drift, model, "elbo").ranks.tolist() == [0, 9]
     assert len(list(drift)) == 1
 
 
@@ -113,7 +118,7 @@ def test_another_bundle_in_the_same_place_starts_anew():
     drift = Drift(20, 0.01)
     record(drift, served(np.arange(9.0)), "elbo", np.zeros(5))
     other = served(np.arange(4.0), digest="b")
-    assert drift.seen(other, "elbo").seen == 0
+    assert seen_by(drift, other, "elbo").seen == 0
     record(drift, other, "elbo", np.zeros(2))
     assert [(seen.n, seen.seen, seen.log10_maximum >= 0) for _, seen in drift] == [(4, 2, True)]
 
@@ -124,8 +129,8 @@ def test_groups_are_watched_apart_under_one_spelling():
     record(drift, model, "elbo", np.array([3.5]))
     record(drift, model, "elbo", np.array([2.5]), "été")
     record(drift, model, "elbo", np.array([1.5]), "e\u0301te\u0301")
-    assert drift.seen(model, "elbo").ranks.tolist() == [5]
-    assert drift.seen(model, "elbo", "été").ranks.tolist() == [1, 2]
+    assert seen_by(drift, model, "elbo").ranks.tolist() == [5]
+    assert seen_by(drift, model, "elbo", "été").ranks.tolist() == [1, 2]
     assert [name.group for name, _ in drift] == ["", "été"]
     with pytest.raises(InvalidInput):
         record(drift, model, "elbo", np.array([1.5]), "hiver")
@@ -137,14 +142,14 @@ def test_threads_lose_no_row():
     def record_some():
         for _ in range(200):
             record(drift, model, "elbo", np.array([3.5, 90.5]))
-            assert len(drift.seen(model, "elbo").ranks) <= 50
+            assert len(seen_by(drift, model, "elbo").ranks) <= 50
 
     threads = [threading.Thread(target=record_some) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    seen = drift.seen(model, "elbo")
+    seen = seen_by(drift, model, "elbo")
     assert seen.seen == 1600
     assert np.bincount(seen.ranks, minlength=97)[[8, 95]].sum() == 50
 

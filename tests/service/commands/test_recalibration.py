@@ -7,17 +7,18 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from service.bundle.manifest import CALIBRATION, DETECTORS, TILES, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import CALIBRATION, DETECTORS, TILES
 from service.calibration.conformal import Calibrator
-from service.commands.calibration_data import Rows
+from service.commands.calibration_data import ModelRows
 from service.commands.cli import app
-from service.commands.recalibration import Plan, recalibrate
+from service.commands.recalibration import RecalibrationPlan, recalibrate
 from service.errors import InvalidInput
-from service.formats.images import unit_levels
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails
-from service.inference.verification import verified
+from service.inference.verification import open_verified
+from service.pixels import unit_levels
 from service.scores.detectors import to_arrays
 from tests.ppca_bundle import images
 from tests.service.fitted import write_fitted
@@ -33,7 +34,7 @@ def levels(n, seed, mirrored=False):
 
 
 def own(rows):
-    return Rows(rows, unit_levels)
+    return ModelRows(rows, unit_levels)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def load(path):
 @pytest.fixture(scope="module")
 def moved(root):
     """Calibrated on 600 images that are the mirror images of those of training."""
-    return recalibrate(open_bundle(root / "ppca" / "2"), own(levels(600, 21, True)), None, root, Plan())
+    return recalibrate(open_bundle(root / "ppca" / "2"), own(levels(600, 21, True)), None, root, RecalibrationPlan())
 
 
 def test_the_next_version_keeps_the_graphs_and_has_new_detectors_and_scores(root, moved):
@@ -82,7 +83,7 @@ def test_what_fits_the_scores_does_not_calibrate_them(moved):
 def test_a_bundle_that_had_too_few_rows_to_fit_gets_the_combination_as_its_default_and_it_is_said(ppca_path, tmp_path):
     old = open_bundle(ppca_path)
     assert "combined" not in old.manifest.scores
-    done = recalibrate(old, own(levels(100, 23)), None, tmp_path, Plan())
+    done = recalibrate(old, own(levels(100, 23)), None, tmp_path, RecalibrationPlan())
     assert open_bundle(done.path).manifest.default_score == "combined"
     assert (
         f"the default score is combined now, fitted here for the first time; it was {old.manifest.default_score}"
@@ -93,13 +94,13 @@ def test_a_bundle_that_had_too_few_rows_to_fit_gets_the_combination_as_its_defau
 def test_a_default_that_was_chosen_beside_the_combination_stays(root, tmp_path):
     old = open_bundle(root / "ppca" / "2")
     chosen = rewrite(old, tmp_path / "chosen", {"default_score": "elbo"}, {})
-    done = recalibrate(open_bundle(chosen), own(levels(100, 23)), None, tmp_path, Plan())
+    done = recalibrate(open_bundle(chosen), own(levels(100, 23)), None, tmp_path, RecalibrationPlan())
     assert open_bundle(done.path).manifest.default_score == "elbo"
 
 
 def test_few_rows_keep_the_detectors_and_say_so(root, tmp_path):
     old = open_bundle(root / "ppca" / "2")
-    done = recalibrate(old, own(levels(30, 23)), None, tmp_path, Plan())
+    done = recalibrate(old, own(levels(30, 23)), None, tmp_path, RecalibrationPlan())
     assert open_bundle(done.path).read(DETECTORS) == old.read(DETECTORS)
     assert (done.n, done.n_fit) == (30, 0)
     assert any("too few" in note for note in done.notes)
@@ -108,7 +109,11 @@ def test_few_rows_keep_the_detectors_and_say_so(root, tmp_path):
 def test_a_rate_that_so_few_rows_cannot_answer_fails_before_any_work_with_the_number_needed(root, tmp_path):
     with pytest.raises(InvalidInput, match="at least 99"):
         recalibrate(
-            open_bundle(root / "ppca" / "2"), own(levels(60, 1)), None, tmp_path, Plan(false_positive_rate=0.01)
+            open_bundle(root / "ppca" / "2"),
+            own(levels(60, 1)),
+            None,
+            tmp_path,
+            RecalibrationPlan(false_positive_rate=0.01),
         )
     assert not list(tmp_path.iterdir())
 
@@ -117,10 +122,10 @@ def test_outliers_among_the_good_rows_are_named_and_can_be_left_out(root, tmp_pa
     old = open_bundle(root / "ppca" / "2")
     noise = 255 * np.random.RandomState(0).randint(0, 2, (10, *images(1).shape[1:])).astype(np.uint8)
     rows = np.concatenate([levels(390, 24), noise])
-    plain = recalibrate(old, own(rows), None, tmp_path / "plain", Plan(fit_share=0))
+    plain = recalibrate(old, own(rows), None, tmp_path / "plain", RecalibrationPlan(fit_share=0))
     assert set(range(390, 400)) <= set(plain.suspects)
     assert plain.notes
-    trimmed = recalibrate(old, own(rows), None, tmp_path / "trimmed", Plan(fit_share=0, trim="auto"))
+    trimmed = recalibrate(old, own(rows), None, tmp_path / "trimmed", RecalibrationPlan(fit_share=0, trim="auto"))
     assert trimmed.n == 400 - len(plain.suspects)
     assert open_bundle(trimmed.path).manifest.calibration.removed == len(plain.suspects)
     assert max(open_bundle(trimmed.path).arrays(CALIBRATION)["combined"]) < max(
@@ -193,7 +198,9 @@ def test_groups_without_subfolders_are_refused_before_any_work(root, folder, tmp
 def test_a_subfolder_whose_name_no_group_can_have_is_refused_before_any_work(root, tmp_path):
     names, worked = [f"a@b{i % 2}" for i in range(30)], []
     with pytest.raises(InvalidInput, match="a group's name is"):
-        recalibrate(open_bundle(root / "ppca" / "2"), own(levels(30, 1)), names, tmp_path, Plan(), worked.append)
+        recalibrate(
+            open_bundle(root / "ppca" / "2"), own(levels(30, 1)), names, tmp_path, RecalibrationPlan(), worked.append
+        )
     assert not worked
 
 
@@ -204,10 +211,10 @@ def test_of_two_at_once_the_second_takes_the_next_version(root, tmp_path, monkey
     def raced(path):
         if not taken.exists():
             shutil.copytree(path, taken)
-        return verified(path)
+        return open_verified(path)
 
-    monkeypatch.setattr("service.commands.recalibration.verified", raced)
-    done = recalibrate(open_bundle(root / "ppca" / "2"), own(levels(30, 23)), None, tmp_path, Plan())
+    monkeypatch.setattr("service.commands.recalibration.open_verified", raced)
+    done = recalibrate(open_bundle(root / "ppca" / "2"), own(levels(30, 23)), None, tmp_path, RecalibrationPlan())
     assert done.path == tmp_path / "ppca" / "2"
     assert open_bundle(done.path).manifest.version == "2"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput
 from service.formats.containers import MAX_CHUNKS, MAX_EXIF, MAX_FILL, MAX_SCANS, MAX_SEGMENTS, check_container
 from service.formats.images import ImageLimits, decode_image

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.bundle.manifest import Preprocessing
+from service import pixels
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
-from service.formats import images
-from service.formats.images import BAND, ImageLimits, _planes, apply, decode_image, resize_array, unit_levels
+from service.formats.images import BAND, ImageLimits, _planes, apply, decode_image, resize_array
+from service.pixels import unit_levels
 from tests import hostile
 from tests.hostile import chunk, header, png, saved
 
@@ -191,11 +192,11 @@ def test_levels_become_the_nearest_float32_of_k_255_in_every_dtype():
 
 
 def test_only_one_place_of_the_service_divides_by_255():
-    package = Path(images.__file__).parents[1]
+    module = Path(pixels.__file__)
     divided = re.compile(r"/=? (np\.float32\()?255|/= LEVELS")
-    found = [path.name for path in package.rglob("*.py") if divided.search(path.read_text())]
-    assert found == ["images.py"]
-    assert len(re.findall(r"/= LEVELS", (package / "formats" / "images.py").read_text())) == 1
+    dividing = [path.name for path in module.parent.rglob("*.py") if divided.search(path.read_text())]
+    assert dividing == ["pixels.py"]
+    assert len(re.findall(r"/= LEVELS", module.read_text())) == 1
 
 
 @pytest.mark.parametrize("shape", [(700, 901), (2, BAND), (3, BAND + 1), (1000, 777, 3), (1, 1), (5, 3, 3)])

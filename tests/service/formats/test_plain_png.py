@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput
 from service.formats import images
 from service.formats.images import ImageLimits, decode_image

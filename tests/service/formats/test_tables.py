@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from service.bundle.manifest import ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import ScoreDefinition
 from service.commands.cli import app
 from service.errors import InvalidInput, UnsupportedVerb
 from service.inference import noise

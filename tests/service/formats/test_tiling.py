@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from service.bundle.manifest import Preprocessing
+from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput
 from service.formats.tiling import Plan, Stitcher
 

@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from service.bundle.manifest import Backbone, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.input_rules import Backbone
 from service.inference import batch_invariance as rows
 from service.inference.backbone import FeatureExtractor
 from service.inference.batch_invariance import DEVICE_SIZES, SIZES, RowRunner, random_rows, sizes_in
@@ -195,8 +196,8 @@ def test_a_bound_model_answers_bitwise_what_a_plain_one_answers(fitted):
         arrays = {name: value for name, value in one.items() if isinstance(value, np.ndarray)}
         assert arrays
         assert all(value.tobytes() == other[name].tobytes() for name, value in arrays.items())
-    assert max(bound.runners["decoder"]) == 128
-    assert max(plain.runners["decoder"]) == 32
+    assert max(bound.batch_sizes["decoder"]) == 128
+    assert max(plain.batch_sizes["decoder"]) == 32
 
 
 def test_a_bound_backbone_gives_the_same_features():

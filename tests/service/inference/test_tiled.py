@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 from scipy.stats import kstest
 
-from service.bundle.manifest import Tiling, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.input_rules import Tiling
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
-from service.formats.images import unit_levels
 from service.formats.tiling import Plan
 from service.inference import tiled as module
 from service.inference.model import Model
 from service.inference.tiled import TiledModel, aggregate, fit_tails, surprisal_of_maximum
+from service.pixels import unit_levels
 from service.repository.model_repository import load_bundle
 from tests.tiled_bundle import TILE, surface, with_scratch, write_tiled_bundle
 
@@ -181,7 +182,7 @@ from service.formats.images import ImageLimits
 from service.commands.offline_scoring import score_files
 from service.repository.model_repository import load_bundle
 from service.inference.sessions import Runtime
-from service.api.schemas import ScoreParameters
+from service.repository.score_parameters import ScoreParameters
 served = load_bundle(Path(sys.argv[1]), Runtime("cpu", 1))
 row, = score_files(served, [Path(sys.argv[2])], ScoreParameters(k=4), 0.1, ImageLimits(2**30, 2**30))
 print(row["tiles"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from service.bundle.manifest import open_bundle, write_bundle
+from service.bundle.files import open_bundle, write_bundle
 from service.errors import (
     BundleFormatError,
     BundleGraphError,
@@ -18,7 +18,7 @@ from service.errors import (
     BundleNotFound,
     BundleParityError,
 )
-from service.inference.verification import BATCH_SIZES, replay, verified, verify_bundle
+from service.inference.verification import BATCH_SIZES, open_verified, replay, verify_bundle
 from tests.ppca_bundle import fit_ppca, graphs, images, write_ppca_bundle
 from tests.service import linear_bundles as linear
 
@@ -68,7 +68,7 @@ def test_a_sound_bundle_passes_every_check(ppca_path, runtime):
     report = verify_bundle(ppca_path, runtime)
     assert report.ok
     assert [check.name for check in report.checks] == ["files", "operators", "signature", "parity", "calibration"]
-    assert all(check.ok and check.found for check in report.checks)
+    assert all(check.ok and check.outcome for check in report.checks)
     assert report.model is not None
     assert report.model.runtime is runtime
     assert report.summary() == "5 checks passed"
@@ -85,10 +85,12 @@ def test_replay_measures_every_output(model):
 
 def test_verified_is_a_gate_for_write_bundle(tmp_path):
     with pytest.raises(BundleParityError):
-        write_ppca_bundle(tmp_path, change=in_arrays("reference.npz", nudge("decoder.mean", 1e-3)), verify=verified)
+        write_ppca_bundle(
+            tmp_path, change=in_arrays("reference.npz", nudge("decoder.mean", 1e-3)), verify=open_verified
+        )
     assert list((tmp_path / "ppca").iterdir()) == []
-    path, _ = write_ppca_bundle(tmp_path, verify=verified)
-    assert verified(path).path == path
+    path, _ = write_ppca_bundle(tmp_path, verify=open_verified)
+    assert open_verified(path).path == path
 
 
 def other_weights(_manifest, files):
@@ -335,7 +337,7 @@ def test_a_bundle_without_calibration_says_so(tmp_path, runtime):
         del files["calibration.npz"]
 
     path, _ = write_ppca_bundle(tmp_path, change=change)
-    assert verify_bundle(path, runtime).checks[-1].found == "none: scores come without p-values"
+    assert verify_bundle(path, runtime).checks[-1].outcome == "none: scores come without p-values"
 
 
 def test_parity_is_replayed_at_several_sizes():

@@ -5,13 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from service.bundle.manifest import DETECTORS, ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import DETECTORS, ScoreDefinition
 from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.scores.detectors import stretched
-from service.scores.evaluation import Estimates, Passes
-from service.scores.forward_pass import Measured
+from service.scores.evaluation import ForwardPasses, ScoreEvaluator
+from service.scores.forward_pass import ForwardPass
 from tests.ppca_bundle import images
 from tests.service.fitted_bundles import FAMILIES, fit, npz, rewrite
 
@@ -29,11 +30,11 @@ class Forward:
     def __init__(self) -> None:
         self.calls: Counter[tuple[int, int, bool]] = Counter()
 
-    def __call__(self, x: np.ndarray, k: int, seed: int, places: bool) -> Measured:
+    def __call__(self, x: np.ndarray, k: int, seed: int, places: bool) -> ForwardPass:
         self.calls[k, seed, np.array_equal(x, stretched(X))] += 1
         terms = np.random.RandomState(seed).standard_normal((3, k, len(x))).transpose(0, 2, 1)
         nothing = np.zeros((len(x), 1))
-        return Measured(x, x, nothing, nothing, *terms, x, x)
+        return ForwardPass(x, x, nothing, nothing, *terms, x, x)
 
 
 # Passes.
@@ -41,7 +42,7 @@ class Forward:
 
 def test_a_seed_s_pass_is_made_once_with_the_most_samples():
     forward, wanted = Forward(), [definition(k=2), definition("iwae", k=9), definition("rate", k=5)]
-    passes = Passes(forward, X, [*wanted, definition(k=3, seed=1)], maps=False)
+    passes = ForwardPasses(forward, X, [*wanted, definition(k=3, seed=1)], maps=False)
     for each in [*wanted, *wanted, definition(k=3, seed=1)]:
         assert passes.of(each).log_w.shape == (7, each.k)
     assert forward.calls == {(9, 0, False): 1, (3, 1, False): 1}
@@ -50,7 +51,7 @@ def test_a_seed_s_pass_is_made_once_with_the_most_samples():
 
 def test_stretched_images_have_a_pass_of_their_own_and_of_their_own_samples():
     forward, wanted = Forward(), [definition(k=2), definition("iwae", k=9), definition("debiased", k=2)]
-    passes = Passes(forward, X, wanted, maps=False)
+    passes = ForwardPasses(forward, X, wanted, maps=False)
     assert np.array_equal(passes.of(wanted[2], stretch=True).x, stretched(X))
     assert np.array_equal(passes.of(wanted[1]).x, X)
     passes.of(wanted[2], stretch=True)
@@ -59,7 +60,7 @@ def test_stretched_images_have_a_pass_of_their_own_and_of_their_own_samples():
 
 def test_with_a_map_a_pass_is_of_the_definition_s_own_samples():
     forward, wanted = Forward(), [definition(k=2), definition("iwae", k=9)]
-    passes = Passes(forward, X, wanted, maps=True)
+    passes = ForwardPasses(forward, X, wanted, maps=True)
     passes.of(wanted[0])
     assert forward.calls == {(2, 0, False): 1}
 
@@ -72,7 +73,7 @@ def test_scores_of_samples_are_what_they_say(estimator):
     forward = Forward()
     measured = forward(X, 5, 3, False)
     each = definition(estimator, k=5, seed=3)
-    estimates = Estimates(Passes(forward, X, [each], maps=False), {}, {})
+    estimates = ScoreEvaluator(ForwardPasses(forward, X, [each], maps=False), {}, {})
     log_w = measured.log_p_x + measured.log_p_z - measured.log_q
     wanted = {
         "elbo": -log_w.mean(axis=1),
@@ -97,7 +98,7 @@ def test_nan_names_the_row(estimator):
 
     each = definition(estimator)
     with pytest.raises(BundleGraphError, match=f"{estimator} is NaN for row 4"):
-        Estimates(Passes(broken, X, [each], maps=False), {}, {}).score(each)
+        ScoreEvaluator(ForwardPasses(broken, X, [each], maps=False), {}, {}).score(each)
 
 
 # Fitted scores through the model.
@@ -206,13 +207,13 @@ def test_each_pass_is_made_once(served, monkeypatch):
     """All scores of a bundle: one pass a seed, and one more where images are stretched."""
     name, model = served
     made: list[tuple[int, int]] = []
-    measure = model._measure
+    forward_pass = model._scorer.forward_pass
 
     def counted(x, k, seed, mean, places):
         made.append((k, seed))
-        return measure(x, k, seed, mean, places)
+        return forward_pass(x, k, seed, mean, places)
 
-    monkeypatch.setattr(model, "_measure", counted)
+    monkeypatch.setattr(model._scorer, "forward_pass", counted)
     model.score(FAMILIES[name].inliers(5, 9), also=model.manifest.scores)
     seeds = {each.seed for each in model.manifest.scores.values()}
     assert len(made) == len(seeds) + (name == "pictures")

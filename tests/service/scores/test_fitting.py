@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from service.bundle.manifest import ScoreDefinition, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import ScoreDefinition
 from service.errors import InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.scores.fitting import LEAST_ROWS, fit_detectors, fitted_arrays, fitted_definitions, reference_room, room
+from service.scores.fitting import (
+    LEAST_ROWS,
+    fit_detectors,
+    fitted_arrays,
+    fitted_definitions,
+    most_held_out_rows,
+    most_reference_rows,
+)
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.fitted_bundles import FAMILIES, fit
 from tests.service.scores.test_forward_pass import BIJECTION, NO_LIKELIHOOD, of_kind
@@ -120,7 +128,7 @@ def test_a_dead_latent_dimension_changes_nothing(tmp_path):
     """A latent that the encoder leaves at its prior: loc 0 and scale 1 for every row."""
     path, _ = write_ppca_bundle(tmp_path / "plain", latent_dim=5)
     model = loaded(path)
-    measure, encode = model.measure, model.encode
+    forward_pass, encode = model.forward_pass, model.encode
 
     def dead(measured):
         loc, scale = measured.loc.copy(), measured.scale.copy()
@@ -131,7 +139,7 @@ def test_a_dead_latent_dimension_changes_nothing(tmp_path):
             else replace(measured, loc=loc, scale=scale)
         )
 
-    model.measure = lambda *arguments: dead(measure(*arguments))  # type: ignore[method-assign]
+    model.forward_pass = lambda *arguments: dead(forward_pass(*arguments))  # type: ignore[method-assign]
     model.encode = lambda *arguments, **more: dead(encode(*arguments, **more))  # type: ignore[method-assign]
     arrays = fitted(model, images(30, seed=1), images(30, seed=2))
     assert all(np.isfinite(array).all() for array in arrays.values())
@@ -191,8 +199,8 @@ def test_room_is_bounded(model):
         signature={"shape": [3, 2048, 2048], "latent_dim": 2**20, "noise_dim": 5},
     )
     for manifest, rows, codes in ((model.manifest, 4096, 2**18 // 5), (large, LEAST_ROWS, LEAST_ROWS)):
-        assert room(manifest) == rows
-        assert reference_room(manifest) == codes
+        assert most_held_out_rows(manifest) == rows
+        assert most_reference_rows(manifest) == codes
 
 
 @pytest.mark.parametrize("name", ["residual", "statistics", "combined"])

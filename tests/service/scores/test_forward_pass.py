@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import pmean
 
-from service.bundle.manifest import Manifest, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import Manifest
 from service.inference.model import Model
 from service.scores import chunks as groups
 from service.scores.code_length import code_lengths
@@ -100,7 +101,7 @@ def test_the_statistics_are_those_that_the_model_has(model):
 def test_names_are_the_same_for_every_row(tmp_path, runtime, family):
     """What detectors.npz is checked against is what a row gives."""
     model = Model.load(open_bundle(FAMILIES[family].write(tmp_path)), runtime)
-    measured = model.measure(FAMILIES[family].inliers(2, 0), k=2, seed=0)
+    measured = model.forward_pass(FAMILIES[family].inliers(2, 0), k=2, seed=0)
     for kind in (statistics, path_statistics):
         found = kind(measured, model.manifest)
         assert tuple(found) == statistic_names(kind, model.manifest)
@@ -109,7 +110,7 @@ def test_names_are_the_same_for_every_row(tmp_path, runtime, family):
 
 def test_statistics_are_what_they_say(model):
     scores = model.score(X, model.manifest.scores["elbo"])
-    measured = model.measure(X, k=4, seed=0)
+    measured = model.forward_pass(X, k=4, seed=0)
     residual = X - model.reconstruct(X)
     for index, x in enumerate(X):
         found = {name: column[index] for name, column in statistics(measured, model.manifest).items()}
@@ -147,7 +148,7 @@ def test_a_signal_is_steep_along_its_steps_alone():
 
 
 def test_a_pass_holds_what_it_says(model, ppca):
-    measured = model.measure(X, k=3, seed=7)
+    measured = model.forward_pass(X, k=3, seed=7)
     encoding = model.encode(X, seed=7)
     assert np.array_equal(measured.loc, encoding.loc)
     assert np.array_equal(measured.scale, encoding.scale)
@@ -157,16 +158,16 @@ def test_a_pass_holds_what_it_says(model, ppca):
 
 
 def test_fewer_samples_are_the_first(model):
-    measured = model.measure(X, k=5, seed=7)
-    first, fewer = measured.first(2), model.measure(X, k=2, seed=7)
+    measured = model.forward_pass(X, k=5, seed=7)
+    first, fewer = measured.first(2), model.forward_pass(X, k=2, seed=7)
     for name in ("log_p_x", "log_p_z", "log_q", "loc", "mean"):
         assert np.array_equal(getattr(first, name), getattr(fewer, name))
 
 
 def test_a_row_is_itself_alone(model):
-    together = model.measure(X, k=3, seed=0)
+    together = model.forward_pass(X, k=3, seed=0)
     for index in range(len(X)):
-        alone, row = model.measure(X[index : index + 1], k=3, seed=0), together.rows(slice(index, index + 1))
+        alone, row = model.forward_pass(X[index : index + 1], k=3, seed=0), together.rows(slice(index, index + 1))
         assert all(np.array_equal(a, b) for a, b in zip(row.arrays, alone.arrays, strict=True))
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from service.api.schemas import Scored
 from service.bundle.capabilities import refusals
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.inference.model import Model
-from service.scores.latent_contributions import Marginals, divergences
+from service.scores.latent_contributions import PriorMarginals, divergences
 from tests.ppca_bundle import images
 from tests.service.http import assert_problem, npy, serving
 from tests.service.linear_bundles import MIXTURE, draw, write_all
@@ -72,12 +72,12 @@ def test_under_a_standard_normal_prior_the_rest_is_the_posterior_s_total_correla
 def test_under_a_drawn_prior_it_is_the_integral_against_its_marginal(mixture, loc, scale):
     rows = np.full((1, 3), loc, np.float32), np.full((1, 3), scale, np.float32)
     expected = [integrated(j, loc, scale) for j in range(3)]
-    np.testing.assert_allclose(divergences(*rows, mixture._marginals)[0], expected, atol=0.2)
+    np.testing.assert_allclose(divergences(*rows, mixture._scorer._marginals)[0], expected, atol=0.2)
 
 
 def test_an_estimated_marginal_is_a_density_and_says_little_beyond_its_draws():
     draws = np.random.RandomState(0).standard_normal((4096, 1)).astype(np.float32)
-    marginals, t = Marginals(draws), np.linspace(-40, 40, 200_001)
+    marginals, t = PriorMarginals(draws), np.linspace(-40, 40, 200_001)
     log_p = marginals.log_prob(0, t)
     assert np.exp(log_p).sum() * (t[1] - t[0]) == pytest.approx(1, abs=1e-3)
     near = np.abs(t) < 2
@@ -90,7 +90,7 @@ def test_an_estimated_marginal_is_a_density_and_says_little_beyond_its_draws():
 
 
 def test_draws_that_are_all_the_same_leave_numbers():
-    assert np.isfinite(Marginals(np.zeros((16, 2), np.float32)).log_prob(1, np.array([0.0, 1.0]))).all()
+    assert np.isfinite(PriorMarginals(np.zeros((16, 2), np.float32)).log_prob(1, np.array([0.0, 1.0]))).all()
 
 
 def test_rows_do_not_feel_each_other(model, mixture):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from service.scores import nearest_neighbours as neighbours
-from service.scores.nearest_neighbours import Neighbours
+from service.scores.nearest_neighbours import NearestNeighbours
 
 COUNT = 5
 
@@ -17,8 +17,8 @@ def by_all(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def held_against_all(monkeypatch):
     """Rows that float32 could not decide."""
-    rows, kept = [], Neighbours._by_all
-    monkeypatch.setattr(Neighbours, "_by_all", lambda self, row: rows.append(row) or kept(self, row))
+    rows, kept = [], NearestNeighbours._by_all
+    monkeypatch.setattr(NearestNeighbours, "_by_all", lambda self, row: rows.append(row) or kept(self, row))
     return rows
 
 
@@ -36,7 +36,7 @@ def test_they_are_the_nearest_of_all_exactly(exponent, seed):
     near = points[random.integers(0, len(points), 6)] * (1 + 1e-3 * random.standard_normal((6, 1)))
     rows = np.concatenate([near, random.standard_normal((6, width))])
     points, rows = ((each * 10.0**exponent).astype(np.float32) for each in (points, rows))
-    assert np.array_equal(Neighbours(points, COUNT).distances(rows), by_all(points, rows))
+    assert np.array_equal(NearestNeighbours(points, COUNT).distances(rows), by_all(points, rows))
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e3])
@@ -45,7 +45,7 @@ def test_float32_decides_where_points_lie_as_codes_do(held_against_all, shift):
     random = np.random.default_rng(0)
     points = (random.standard_normal((8000, 32)) + shift).astype(np.float32)
     rows = (random.standard_normal((50, 32)) * np.linspace(0.1, 20, 50)[:, None] + shift).astype(np.float32)
-    assert np.array_equal(Neighbours(points, COUNT).distances(rows), by_all(points, rows))
+    assert np.array_equal(NearestNeighbours(points, COUNT).distances(rows), by_all(points, rows))
     assert held_against_all == []
 
 
@@ -54,7 +54,7 @@ def test_what_float32_cannot_tell_apart_is_held_against_all(held_against_all):
     random = np.random.default_rng(0)
     points = (1e-4 * random.standard_normal((500, 8))).astype(np.float32)
     row = np.full((1, 8), 1e3, np.float32)
-    assert np.array_equal(Neighbours(points, COUNT).distances(row), by_all(points, row))
+    assert np.array_equal(NearestNeighbours(points, COUNT).distances(row), by_all(points, row))
     assert len(held_against_all) == 1
 
 
@@ -68,13 +68,13 @@ def test_points_beyond_the_squares_of_float32_count_too(far, apart):
     if apart:
         points[1:far:2] = -points[:far:2]
     rows = np.concatenate([points[:3], points[-3:], np.full((1, 4), 3e38, np.float32)])
-    assert np.array_equal(Neighbours(points, COUNT).distances(rows), by_all(points, rows))
+    assert np.array_equal(NearestNeighbours(points, COUNT).distances(rows), by_all(points, rows))
 
 
 def test_a_rows_answer_does_not_depend_on_the_rows_beside_it(monkeypatch):
     random = np.random.default_rng(0)
     points, rows = (random.standard_normal((m, 6)).astype(np.float32) for m in (1000, 40))
-    found = Neighbours(points, COUNT)
+    found = NearestNeighbours(points, COUNT)
     whole = found.distances(rows)
     assert np.array_equal(whole, np.concatenate([found.distances(rows[i : i + 1]) for i in range(len(rows))]))
     monkeypatch.setattr(neighbours, "MOST_DISTANCES", 3 * 1024)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from service.bundle.manifest import find_bundles
+from service.bundle.files import find_bundles
 from service.errors import MeasurementFailed
 from service.server import probe
 from service.server.layouts import Layout

@@ -13,6 +13,7 @@ import pytest
 from service.calibration.conformal import Calibrator
 from service.calibration.drift_monitor import Drift
 from service.errors import DeadlineExceeded
+from service.repository.resolving import drift_place
 from service.server import shared_drift
 from service.server.channel import WorkerLine, connected_pair, encode, receive_waiting
 from service.server.shared_drift import DriftKeeper, ToldDrift
@@ -80,8 +81,8 @@ def test_told_rows_are_seen_as_rows_of_one_process(keeper, monkeypatch):
     for group, parts in told.items():
         record(local, SERVED, "elbo", np.concatenate(parts), group)
     for group in (None, "été"):
-        assert keeper.ask(keeper.drift.summary(SERVED, "elbo", group)) == asyncio.run(
-            local.summary(SERVED, "elbo", group)
+        assert keeper.ask(keeper.drift.summary(drift_place(SERVED, "elbo", group))) == asyncio.run(
+            local.summary(drift_place(SERVED, "elbo", group))
         )
     assert keeper.ask(keeper.drift.summaries()) == asyncio.run(local.summaries())
     assert len(keeper.ask(keeper.drift.summaries())) == 2
@@ -89,12 +90,12 @@ def test_told_rows_are_seen_as_rows_of_one_process(keeper, monkeypatch):
 
 
 def test_nothing_seen_and_another_bundle_are_told_as_such(keeper):
-    empty = keeper.ask(keeper.drift.summary(SERVED, "elbo"))
+    empty = keeper.ask(keeper.drift.summary(drift_place(SERVED, "elbo")))
     assert (empty.n, empty.seen, empty.finding) == (99, 0, None)
     record(keeper.drift, SERVED, "elbo", np.zeros(3))
     other = SimpleNamespace(**{**vars(SERVED), "model": SimpleNamespace(digest="b")})
-    assert keeper.ask(keeper.drift.summary(other, "elbo")).seen == 0
-    assert keeper.ask(keeper.drift.summary(SERVED, "elbo")).seen == 3
+    assert keeper.ask(keeper.drift.summary(drift_place(other, "elbo"))).seen == 0
+    assert keeper.ask(keeper.drift.summary(drift_place(SERVED, "elbo"))).seen == 3
 
 
 def test_a_keeper_that_does_not_read_stops_nobody_and_what_it_misses_is_counted(keeper):
@@ -106,7 +107,7 @@ def test_a_keeper_that_does_not_read_stops_nobody_and_what_it_misses_is_counted(
     with pytest.raises(DeadlineExceeded, match="too busy"):
         asyncio.run(keeper.drift.summaries())
     keeper.serve()
-    seen = keeper.ask(keeper.drift.summary(SERVED, "elbo")).seen
+    seen = keeper.ask(keeper.drift.summary(drift_place(SERVED, "elbo"))).seen
     assert seen + sum(keeper.missed) == 400_000
 
 

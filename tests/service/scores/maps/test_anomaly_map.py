@@ -10,29 +10,30 @@ from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 from service.api.schemas import Scored
-from service.bundle.manifest import DETECTORS, open_bundle
+from service.bundle.files import open_bundle
+from service.bundle.manifest import DETECTORS
 from service.commands.cli import app
 from service.commands.offline_scoring import plan_pictures
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
-from service.formats.images import unit_levels
 from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.inference.model import Model
 from service.inference.tiled import TiledModel
+from service.pixels import unit_levels
 from service.scores.detectors import Combination, detector_arrays
 from service.scores.fitting import fit_map
 from service.scores.maps.anomaly_map import (
-    LOUD,
+    LAST_COLOUR,
     PASSES,
     QUANTILES,
     SIGMA,
     UNIT,
     AnomalyMap,
-    Sight,
+    MapInputs,
     load_map,
     map_arrays,
 )
 from service.scores.maps.averages import MOST_PLACES, smoothed
-from service.scores.maps.textures import NARROW, WIDE, Expected
+from service.scores.maps.textures import NARROW, WIDE, ExpectedEnergy
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.fitted import N_FIT, write_fitted
 from tests.service.fitted_bundles import npz, rewrite
@@ -111,8 +112,8 @@ def test_the_map_is_the_two_tails_joined(fitted):
     found, arrays = fitted.anomaly_map, fitted.anomaly_map.arrays
     random = np.random.RandomState(1)
     x, mean, distortion = (random.random_sample((2, 1, 8, 8)).astype(np.float32) for _ in range(3))
-    sight = Sight(x, mean, distortion)
-    values = found.values(sight)
+    inputs = MapInputs(x, mean, distortion)
+    values = found.values(inputs)
 
     def blurred(a, wider=1.0):
         sigma = SIGMA * wider
@@ -140,7 +141,7 @@ def test_the_map_is_the_two_tails_joined(fitted):
         expected = (joined - arrays["location"]) / arrays["deviation"]
         np.testing.assert_allclose(values[i], expected, rtol=1e-5, atol=1e-5)
         highest = np.sort(expected.ravel())[-2:]  # 2.5% of 64 places
-        assert found.peaks(sight)[i] == pytest.approx(highest.mean(), rel=1e-5)
+        assert found.peaks(inputs)[i] == pytest.approx(highest.mean(), rel=1e-5)
 
 
 def test_the_peak_of_a_map_is_a_score(fitted):
@@ -183,7 +184,7 @@ def test_expected_energy_follows_the_texture():
     random = np.random.RandomState(3)
     found = random.random_sample((5, 4, 8, 8))
     energies = 2 + 3 * found[:, 0] - found[:, 1] ** 2 + 0.5 * found[:, 3]
-    expected = Expected.fit(energies, found)
+    expected = ExpectedEnergy.fit(energies, found)
     np.testing.assert_allclose(expected.excess(energies, found) * 1e-6, 0, atol=1e-8)
     far, edge = found[:1].copy(), found[:1].copy()
     far[:, 0], edge[:, 0] = 1e9, found[:, 0].max()
@@ -202,13 +203,13 @@ def large(tmp_path_factory, runtime):
 def test_a_defect_s_place_is_the_highest_and_has_the_last_colour(large, y, x):
     model, found = large
     clean = images(40, LARGE, seed=41)
-    maps = found.values(model.sight(with_spot(clean, y, x)))
+    maps = found.values(model.map_inputs(with_spot(clean, y, x)))
     at = [np.unravel_index(each.argmax(), each.shape) for each in maps]
     inside = [y <= row < y + 3 and x <= column < x + 3 for row, column in at]
     assert np.mean(inside) >= 0.8
     loud = found.scale("anomaly").high
     assert np.mean(maps.max(axis=(1, 2)) > loud) >= 0.9
-    assert np.mean(found.values(model.sight(clean)).max(axis=(1, 2)) > loud) <= 0.25
+    assert np.mean(found.values(model.map_inputs(clean)).max(axis=(1, 2)) > loud) <= 0.25
 
 
 def test_the_scale_is_the_inliers_and_holds_for_new_ones(fitted):
@@ -217,13 +218,13 @@ def test_the_scale_is_the_inliers_and_holds_for_new_ones(fitted):
     assert scale.low == fitted.anomaly_map.arrays["quantiles"][QUANTILES.index(0.5)]
     assert scale.high == fitted.anomaly_map.arrays["largest"][QUANTILES.index(0.9)]
     assert (maps < scale.low).mean() == pytest.approx(0.5, abs=0.12)
-    assert (maps.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LOUD, abs=0.08)
+    assert (maps.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LAST_COLOUR, abs=0.08)
     distortion = fitted.score(
         images(400, seed=78), fitted.manifest.scores["elbo"], maps=True, map_kind="distortion"
     ).map
     scale = fitted.anomaly_map.scale("distortion")
     assert (distortion < scale.low).mean() == pytest.approx(0.5, abs=0.12)
-    assert (distortion.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LOUD, abs=0.12)
+    assert (distortion.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LAST_COLOUR, abs=0.12)
 
 
 def test_the_distortion_map_sums_to_the_distortion(fitted):
@@ -244,11 +245,11 @@ def test_a_vector_s_places_are_no_neighbours_and_have_units_of_their_own(table, 
     x = draw(TABLE, 60, seed=6)
     shifted = x.copy()
     shifted[..., feature] += 8 * UNITS[feature]
-    before, after = found.values(plain.sight(x)), found.values(plain.sight(shifted))
+    before, after = found.values(plain.map_inputs(x)), found.values(plain.map_inputs(shifted))
     assert before.shape == (60, 1, 4)
     assert np.mean(after[:, 0].argmax(axis=1) == feature) > 0.6
     assert after[:, 0, feature].mean() > before[:, 0, feature].mean() + 3
-    quiet, changed = (Sight(rows, np.zeros_like(x), np.zeros_like(x)) for rows in (x, shifted))
+    quiet, changed = (MapInputs(rows, np.zeros_like(x), np.zeros_like(x)) for rows in (x, shifted))
     others = [at for at in range(4) if at != feature]
     assert np.array_equal(found.values(quiet)[..., others], found.values(changed)[..., others])
 
@@ -287,16 +288,16 @@ def test_reserved_arrays_that_nobody_knows_are_refused(fitted, tmp_path):
 
 def test_it_is_the_same_from_its_arrays(fitted, model):
     again = fit_map(model, images(N_FIT, seed=1))
-    assert np.array_equal(again.values(model.sight(X)), fitted.anomaly_map.values(fitted.sight(X)))
+    assert np.array_equal(again.values(model.map_inputs(X)), fitted.anomaly_map.values(fitted.map_inputs(X)))
 
 
 def test_a_fit_to_too_little_is_refused(model):
     with pytest.raises(InvalidInput, match="at least"):
         fit_map(model, images(5))
     with pytest.raises(InvalidInput, match="halves"):
-        AnomalyMap.fit([], [model.sight(X)], model.manifest)
+        AnomalyMap.fit([], [model.map_inputs(X)], model.manifest)
     with pytest.raises(InvalidInput, match="halves"):
-        AnomalyMap.fit([model.sight(X)], [], model.manifest)
+        AnomalyMap.fit([model.map_inputs(X)], [], model.manifest)
 
 
 def test_an_answer_says_which_map_it_holds(client, fitted):

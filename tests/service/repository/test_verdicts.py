@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from service.bundle.manifest import open_bundle
+from service.bundle.files import open_bundle
 from service.calibration.false_discovery import q_values
 from tests.ppca_bundle import images
 from tests.service.fitted import N_CALIBRATION, write_fitted
