@@ -42,8 +42,8 @@ T = TypeVar("T")
 class Verb:
     """What is done for a request: ``work`` of its call and its parameters.
 
-    ``rows`` gives the number of rows that the parameters ask for, of a verb whose requests have no body. ``several``
-    says that the work has more than one job.
+    ``rows`` gives the number of rows that the parameters ask for, of a verb whose requests need no body: one with a
+    body, which may ask for more, is read on a worker thread. ``several`` says that the work has more than one job.
     """
 
     work: Callable[[Call, Any], Work[Content]]
