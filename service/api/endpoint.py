@@ -32,8 +32,8 @@ from service.formats.media_types import PNG
 from service.inference.jobs import Job, RequestReader, Work, finish
 from service.repository.model_repository import Served
 
-MAX_REMEMBERED = 512  # requests by method, path and query, and readers of each
-MAX_KEY_CHARACTERS = 1024
+MAX_ENDPOINTS, MAX_READERS = 512, 32  # requests by method, path and query; readers of each, of some 2 kB
+MAX_KEY_CHARACTERS = 512
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ class ResolvedRequest:
         try:
             job = next(work)
             if job.reader is not None:
-                _remember(self._readers, key, job.reader)
+                _remember(self._readers, key, job.reader, MAX_READERS)
             while True:
                 job = work.send(await self._context.batcher.run(job, disconnected))
         except StopIteration as done:
@@ -155,7 +155,7 @@ def respond(request: Request, verb: Verb, query: Parameters) -> Response:
     endpoint = ResolvedRequest(request.app.state.context, request.state.served, verb, query, request.scope["route"])
     dependencies = {depends.dependency for depends in endpoint.route.dependencies}
     if dependencies <= set(PREFIXES.values()):  # no other one would be skipped the next time
-        _remember(request.app.state.endpoints, _key(request.scope), endpoint)
+        _remember(request.app.state.endpoints, _key(request.scope), endpoint, MAX_ENDPOINTS)
     return _ResolvedResponse(endpoint)
 
 
@@ -177,11 +177,11 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-def _remember(remembered: OrderedDict[Hashable, T], key: Hashable, value: T) -> None:
-    """Add to what is remembered, within bounds."""
+def _remember(remembered: OrderedDict[Hashable, T], key: Hashable, value: T, max_count: int) -> None:
+    """Add to what is remembered, unless the key is long; forget the oldest of more than ``max_count``."""
     if len(str(key)) <= MAX_KEY_CHARACTERS:
         remembered[key] = value
-        if len(remembered) > MAX_REMEMBERED:
+        if len(remembered) > max_count:
             remembered.popitem(last=False)
 
 
