@@ -3,8 +3,8 @@
 A verb is an ordinary route of the FastAPI app. FastAPI looks the model up, validates the query and resolves
 dependencies; its path function then returns the response of a ``ResolvedRequest``, the ASGI application that does the
 rest. The ``RouteResolver``, the innermost middleware, remembers it by method, path and query, so that the next such
-request is not validated again. All other middleware stands before it, and no route with other dependencies is
-remembered, so that none is skipped.
+request is not validated again. All other middleware stands before it, and no request of a route with other dependencies
+is remembered, so that none is skipped.
 """
 
 from __future__ import annotations
@@ -153,10 +153,17 @@ class _ResolvedResponse(Response):
 def respond(request: Request, verb: Verb, query: Parameters) -> Response:
     """The response of a path function: ``query`` is validated, and the model in the request's state."""
     endpoint = ResolvedRequest(request.app.state.context, request.state.served, verb, query, request.scope["route"])
-    dependencies = {depends.dependency for depends in endpoint.route.dependencies}
-    if dependencies <= set(PREFIXES.values()):  # no other one would be skipped the next time
+    if not request.app.dependency_overrides and _depends_on_address_only(endpoint.route):
         _remember(request.app.state.endpoints, _key(request.scope), endpoint, MAX_ENDPOINTS)
     return _ResolvedResponse(endpoint)
+
+
+def _depends_on_address_only(route: APIRoute) -> bool:
+    """True if FastAPI looks at nothing but path and query for the route: nothing else is skipped the next time."""
+    dependant = route.dependant
+    if dependant.header_params or dependant.cookie_params or dependant.body_params:
+        return False
+    return {dependency.call for dependency in dependant.dependencies} <= set(PREFIXES.values())
 
 
 async def read_body(receive: Receive) -> bytes:
