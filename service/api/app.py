@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
@@ -57,10 +57,12 @@ def create_app(
     repository: ModelRepository | None = None,
     metrics: Metrics | None = None,
     watch: DriftWatch | None = None,
+    dependencies: Sequence[params.Depends] = (),
 ) -> FastAPI:
     """The ASGI app. Models are loaded at startup, or before if a loaded ``repository`` is given.
 
-    ``metrics`` and ``watch`` are those shared with other processes; by default the app has its own.
+    ``metrics`` and ``watch`` are those shared with other processes; by default the app has its own. ``dependencies``
+    are resolved before every route, as FastAPI's: then no request is remembered (service.api.endpoint).
 
     Raises (at startup):
         BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
@@ -74,6 +76,7 @@ def create_app(
         redirect_slashes=False,  # its Location would be built from the caller's Host header
         responses={"4XX": {"description": "application/problem+json", "model": None}},
         telemetry=_telemetry(),
+        dependencies=dependencies,
     )
     app.state.metrics = metrics or Metrics()
     app.state.budget = BodyBudget(settings.max_body_bytes, settings.max_buffered_bytes)
@@ -128,7 +131,7 @@ def _add_verb(app: FastAPI, prefix: str, find_model: Callable[..., Awaitable[Non
         prefix + route.path,
         route.endpoint,
         methods=sorted(route.methods or ()),
-        dependencies=[Depends(find_model)],
+        dependencies=[*route.dependencies, Depends(find_model)],
         tags=route.tags,
         responses=route.responses,
         openapi_extra=route.openapi_extra,

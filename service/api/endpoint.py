@@ -3,8 +3,8 @@
 A verb is an ordinary route of the FastAPI app. FastAPI looks the model up, validates the query and resolves
 dependencies; its path function then returns the response of a ``ResolvedRequest``, the ASGI application that does the
 rest. The ``RouteResolver``, the innermost middleware, remembers it by method, path and query, so that the next such
-request is not validated again. All other middleware stands before it, and no route with other dependencies is
-remembered, so that none is skipped.
+request is not validated again. All other middleware stands before it, and no request of a route with other dependencies
+is remembered, so that none is skipped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from service.formats.media_types import PNG
 from service.inference.jobs import Job, RequestReader, Work, finish
 from service.repository.model_repository import Served
 
-MAX_REMEMBERED = 512  # requests by method, path and query, and readers of each
-MAX_KEY_CHARACTERS = 1024
+MAX_ENDPOINTS, MAX_READERS = 512, 32  # requests by method, path and query; readers of each, of some 2 kB
+MAX_KEY_CHARACTERS = 512
 
 T = TypeVar("T")
 
@@ -42,8 +42,8 @@ T = TypeVar("T")
 class Verb:
     """What is done for a request: ``work`` of its call and its parameters.
 
-    ``rows`` gives the number of rows that the parameters ask for, of a verb whose requests have no body. ``several``
-    says that the work has more than one job.
+    ``rows`` gives the number of rows that the parameters ask for, of a verb whose requests need no body: one with a
+    body, which may ask for more, is read on a worker thread. ``several`` says that the work has more than one job.
     """
 
     work: Callable[[Call, Any], Work[Content]]
@@ -107,7 +107,7 @@ class ResolvedRequest:
         try:
             job = next(work)
             if job.reader is not None:
-                _remember(self._readers, key, job.reader)
+                _remember(self._readers, key, job.reader, MAX_READERS)
             while True:
                 job = work.send(await self._context.batcher.run(job, disconnected))
         except StopIteration as done:
@@ -153,10 +153,17 @@ class _ResolvedResponse(Response):
 def respond(request: Request, verb: Verb, query: Parameters) -> Response:
     """The response of a path function: ``query`` is validated, and the model in the request's state."""
     endpoint = ResolvedRequest(request.app.state.context, request.state.served, verb, query, request.scope["route"])
-    dependencies = {depends.dependency for depends in endpoint.route.dependencies}
-    if dependencies <= set(PREFIXES.values()):  # no other one would be skipped the next time
-        _remember(request.app.state.endpoints, _key(request.scope), endpoint)
+    if not request.app.dependency_overrides and _depends_on_address_only(endpoint.route):
+        _remember(request.app.state.endpoints, _key(request.scope), endpoint, MAX_ENDPOINTS)
     return _ResolvedResponse(endpoint)
+
+
+def _depends_on_address_only(route: APIRoute) -> bool:
+    """True if FastAPI looks at nothing but path and query for the route: nothing else is skipped the next time."""
+    dependant = route.dependant
+    if dependant.header_params or dependant.cookie_params or dependant.body_params:
+        return False
+    return {dependency.call for dependency in dependant.dependencies} <= set(PREFIXES.values())
 
 
 async def read_body(receive: Receive) -> bytes:
@@ -177,11 +184,11 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-def _remember(remembered: OrderedDict[Hashable, T], key: Hashable, value: T) -> None:
-    """Add to what is remembered, within bounds."""
+def _remember(remembered: OrderedDict[Hashable, T], key: Hashable, value: T, max_count: int) -> None:
+    """Add to what is remembered, unless the key is long; forget the oldest of more than ``max_count``."""
     if len(str(key)) <= MAX_KEY_CHARACTERS:
         remembered[key] = value
-        if len(remembered) > MAX_REMEMBERED:
+        if len(remembered) > max_count:
             remembered.popitem(last=False)
 
 

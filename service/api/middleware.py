@@ -146,7 +146,7 @@ class _Body:
         self.started = True
         if header(self.scope, b"content-encoding").strip().lower() not in ("", "identity"):
             await self._refuse(UnsupportedMediaType("a Content-Encoding is not read: send the body uncompressed"))
-        length = header(self.scope, b"content-length")
+        length = header(self.scope, b"content-length").lstrip("0")
         if length.isdecimal() and (len(length) > MAX_LENGTH_DIGITS or int(length) > self.budget.max_body):
             await self._refuse(self._too_large())
 

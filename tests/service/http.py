@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import httpx
 import numpy as np
-from fastapi import FastAPI
+from fastapi import FastAPI, params
 
 from service.api.app import create_app
 from service.repository.model_repository import load_repository
@@ -26,10 +26,19 @@ PROBLEM_KEYS = {"type", "title", "status", "detail", "error", "request_id"}
 
 
 @contextmanager
-def serving(repository: Path, **settings: Any) -> Iterator[httpx.Client]:
-    """A client of a server that serves ``repository``; other settings by keyword."""
+def serving(
+    repository: Path,
+    prepare: Callable[[FastAPI], None] = lambda app: None,
+    dependencies: Sequence[params.Depends] = (),
+    **settings: Any,
+) -> Iterator[httpx.Client]:
+    """A client of a server that serves ``repository``; other settings by keyword.
+
+    ``prepare`` is called with the app before it starts; ``dependencies`` are those of all its routes.
+    """
     chosen = Settings(repository=repository, port=0, **settings)
-    app = create_app(chosen, load_repository(chosen))
+    app = create_app(chosen, load_repository(chosen), dependencies=dependencies)
+    prepare(app)
     server = build_server(app, chosen)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))

@@ -89,7 +89,7 @@ async def sample(request: Request, query: Annotated[SampleParameters, Query()]) 
 @router.post("/sample", openapi_extra=PARAMETER_BODY, responses=answers(LatentRows, JSON, NPY, PNG))
 async def sample_post(request: Request, query: Annotated[SampleParameters, Query()]) -> Response:
     """As GET; the parameters may also be a JSON object in the body."""
-    return respond(request, SAMPLE_POST, query)
+    return respond(request, SAMPLE, query)
 
 
 def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
@@ -232,4 +232,3 @@ DECODE = Verb(_decode)
 RECONSTRUCT = Verb(_reconstruct)
 INTERPOLATE = Verb(_interpolate, several=True)
 SAMPLE = Verb(_sample, rows=lambda parameters: parameters.n)
-SAMPLE_POST = Verb(_sample)

@@ -23,9 +23,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.api import context
-from service.api.app import _clock
 from service.api.context import dump
-from service.repository.model_repository import load_repository
 from service.settings import Settings
 from tests.ppca_bundle import LATENT_DIM, images, write_ppca_bundle
 from tests.service.http import assert_problem, npy, send_raw, serving
@@ -38,13 +36,6 @@ BODY = npy(images(3))
 def client(ppca_root):
     with serving(ppca_root, max_body_bytes=4096, max_batch=8, max_k=50, max_n=9, max_steps=9) as client:
         yield client
-
-
-def test_what_a_batch_takes_is_told_by_the_threads_that_compute_it(ppca_root):
-    alone, several = (Settings(repository=ppca_root, threads=threads) for threads in (1, 2))
-    repository = load_repository(alone)
-    assert _clock(alone, repository) == repository.runtime.spare.clock
-    assert _clock(several, repository) is time.perf_counter
 
 
 def test_a_fresh_interpreter_imports_the_app_without_torch_or_training():

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from service.errors import ClientGone, DeadlineExceeded, Overloaded
+from service.errors import ClientDisconnected, DeadlineExceeded, Overloaded
 from service.inference.thread_pool import WorkerPool
 
 
@@ -34,7 +34,7 @@ def test_queued_work_of_a_client_that_left_never_runs_and_frees_its_slot():
         with pytest.raises(Overloaded):
             await pool.run(lambda: None, never)
         left.set()
-        with pytest.raises(ClientGone):
+        with pytest.raises(ClientDisconnected):
             await queued
         await until(lambda: pool.pending == 1)
         release.set()
