@@ -16,15 +16,15 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from service.repository.scoring import meaning
 
 from service.api.context import Call
-from service.api.schemas import ScoreParameters
 from service.api.small_requests import MAX_BODY_BYTES
 from service.formats.codecs import Reader
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.repository.model_repository import load_bundle
+from service.repository.resolving import resolve_scores
+from service.repository.score_parameters import ScoreParameters
 from tests.hostile import npy_raw
 from tests.service.http import APPS, assert_problem, npy, serving
 from tests.service.requests import (
@@ -281,9 +281,9 @@ def test_scores_that_differ_in_anything_are_never_computed_together(ppca_path):
     served = load_bundle(ppca_path, Runtime("cpu", threads=1))
     parameters = [{}, {"also": "elbo"}, {"also": "iwae"}, {"map": True}, {"map": True, "map_kind": "distortion"}]
     parameters += [{"top_latents": 1}, {"k": 3}, {"seed": 1}, {"estimator": "iwae"}]
-    keys = [meaning(served, ScoreParameters(**named), 0.05).key for named in parameters]
+    keys = [resolve_scores(served, ScoreParameters(**named), 0.05).key for named in parameters]
     assert len(set(keys)) == len(keys)
-    again = meaning(served, ScoreParameters(false_positive_rate=0.2), 0.05).key
+    again = resolve_scores(served, ScoreParameters(false_positive_rate=0.2), 0.05).key
     assert again == keys[0]  # what is made of a score is each request's own
 
 
