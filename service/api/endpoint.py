@@ -25,12 +25,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.context import PREFIXES, AppContext, Call, Content
 from service.api.headers import header
-from service.api.schemas import Parameters
 from service.api.small_requests import are_few, fits_event_loop
 from service.errors import InvalidInput, VaeserveError
 from service.formats.media_types import PNG
 from service.inference.jobs import Job, RequestReader, Work, finish
 from service.repository.model_repository import Served
+from service.repository.score_parameters import Parameters
 
 MAX_ENDPOINTS, MAX_READERS = 512, 32  # requests by method, path and query; readers of each, of some 2 kB
 MAX_KEY_CHARACTERS = 512
