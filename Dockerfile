@@ -4,8 +4,7 @@
 #   docker build --tag vaeserve:cpu .
 #   docker run --read-only --publish 8000:8000 vaeserve:cpu
 #   docker run --read-only --publish 8000:8000 --volume "$PWD/exported:/srv/exported:ro" vaeserve:cpu
-#   docker run --read-only --volume tuned:/tmp --env VAESERVE_AUTOTUNE_FILE=/tmp/autotune.json vaeserve:cpu autotune
-#   (once; then the same with --publish 8000:8000 --env VAESERVE_WORKERS=auto, without the last word)
+#   docker run --read-only --publish 8000:8000 --env VAESERVE_WORKERS=auto vaeserve:cpu
 #   docker build --tag vaeserve:gpu --target gpu . && docker run --gpus all --read-only --publish 8000:8000 vaeserve:gpu
 
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm

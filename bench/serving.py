@@ -77,11 +77,11 @@ def group(stage: Stage, verb: str, connections: int, batch: int, formats: Collec
 
 
 def memory(stage: Stage) -> dict[str, Any]:
-    """Bytes of the supervisor, the nursery and each worker: PSS and RSS. One process is all of them in one."""
+    """Bytes of the master, a nursery where there is one (before gunicorn) and each worker: PSS and RSS."""
     found = stage.server.memory()
     if stage.effort.workers == 1:
         return {"supervisor": None, "nursery": None, "workers": [found["first"]]}
-    (nursery,) = (each for each in found["others"] if each["name"] == "nursery")
+    nursery = next((each for each in found["others"] if each["name"] == "nursery"), None)
     workers = [each for each in found["others"] if each is not nursery]
     return {"supervisor": found["first"], "nursery": nursery, "workers": workers}
 

@@ -26,8 +26,9 @@ from service.api.express import Express
 from service.api.metrics import Metrics
 from service.api.middleware import Bodies, BodyGuard, RequestContext
 from service.api.problems import problem
-from service.api.routes import drift, health, latents, models, scoring
-from service.calibration.drift_monitor import Drift, DriftWatch
+from service.api.routes import drift as drift_route
+from service.api.routes import health, latents, models, scoring
+from service.calibration.drift_monitor import Drift
 from service.inference.batcher import Batcher
 from service.inference.thread_pool import WorkerPool
 from service.logs import get_logger
@@ -38,8 +39,6 @@ STATUS: dict[type[Exception], int] = {
     errors.BundleError: 500,
     errors.DeviceUnavailable: 500,
     errors.ConfigurationError: 500,
-    errors.WorkerFailed: 500,
-    errors.MeasurementFailed: 500,
     errors.ModelNotFound: 404,
     errors.UnsupportedVerb: 409,
     errors.InvalidInput: 422,
@@ -67,11 +66,11 @@ def create_app(
     settings: Settings,
     repository: ModelRepository | None = None,
     metrics: Metrics | None = None,
-    watch: DriftWatch | None = None,
+    drift: Drift | None = None,
 ) -> FastAPI:
     """The ASGI app. Models are loaded at startup, or before if a loaded ``repository`` is given.
 
-    ``metrics`` and ``watch`` are those shared with other processes; by default the app has its own.
+    ``metrics`` and ``drift`` are a worker's, by default those of a process that serves alone.
 
     Raises (at startup):
         BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
@@ -81,7 +80,7 @@ def create_app(
         title="vaeserve",
         version=__version__,
         description="Latents, samples and calibrated anomaly scores of latent variable models.",
-        lifespan=_lifespan(settings, repository, watch),
+        lifespan=_lifespan(settings, repository, drift),
         redirect_slashes=False,  # its Location would be built from the caller's Host header
         responses={"4XX": {"description": "application/problem+json", "model": None}},
         telemetry=_telemetry(),
@@ -105,7 +104,7 @@ def _telemetry() -> TelemetryConfig:
     return {"tracing": wanted, "metrics": wanted, "logs": wanted}
 
 
-def _lifespan(settings: Settings, repository: ModelRepository | None, watch: DriftWatch | None) -> Any:
+def _lifespan(settings: Settings, repository: ModelRepository | None, drift: Drift | None) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loaded = await asyncio.to_thread(load_repository, settings) if repository is None else repository
@@ -115,12 +114,14 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
             metrics.models.labels(*served.identity.values()).set(1)
         metrics.workers.set(1)
         metrics.worker_starts.inc()
-        watched = watch or Drift(settings.drift_window, settings.drift_level)
-        batcher = Batcher(pool, settings.lanes, metrics.ran, _clock(settings, loaded))
+        watched = drift or Drift(settings.drift_window, settings.drift_level)
+        batcher = Batcher(pool, settings.max_concurrent_batches, metrics.ran, _clock(settings, loaded))
         app.state.house = House(settings, loaded, pool, batcher, metrics, watched)
         addresses: Addresses = app.state.addresses
         addresses.open(app.state.house)
+        following = asyncio.create_task(metrics.follow(watched))
         yield
+        following.cancel()
         await asyncio.to_thread(pool.close)
 
     return lifespan
@@ -129,13 +130,13 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
 def _clock(settings: Settings, repository: ModelRepository) -> Callable[[], float]:
     """What tells how long a batch takes: CPU time; the wall's where a device or threads of ONNX Runtime compute."""
     alone = settings.threads == 1 and settings.device == "cpu"
-    return repository.runtime.spare.clock if alone else time.perf_counter
+    return repository.runtime.row_threads.clock if alone else time.perf_counter
 
 
 def _include_routes(app: FastAPI) -> None:
     app.include_router(health.router)
     app.include_router(models.router)
-    for router in (latents.router, scoring.router, drift.router):
+    for router in (latents.router, scoring.router, drift_route.router):
         for route in router.routes:
             assert isinstance(route, APIRoute)
             for prefix, addressed in ADDRESSES.items():

@@ -17,7 +17,7 @@ from service.api.metrics import Metrics
 from service.api.negotiation import negotiate
 from service.api.schemas import Parameters
 from service.bundle.manifest import InputRule, Preprocessing
-from service.calibration.drift_monitor import DriftWatch
+from service.calibration.drift_monitor import Drift
 from service.errors import LimitExceeded
 from service.formats.arrays import parse_json
 from service.formats.codecs import Limits, Reader, media_type
@@ -45,7 +45,7 @@ class House:
     pool: WorkerPool
     batcher: Batcher
     metrics: Metrics
-    drift: DriftWatch
+    drift: Drift
     draining: bool = field(default=False)
     _readers: dict[tuple[Model, bool], Reader] = field(default_factory=dict, repr=False)
 

@@ -32,7 +32,7 @@ from service.errors import BundleGraphError, InvalidInput, UnsupportedVerb
 from service.formats.images import unit_levels
 from service.inference import noise
 from service.inference.backbone import FeatureExtractor
-from service.inference.batch_invariance import TWO_PATHS, Arrays, RowRunner, random_rows, sizes_in
+from service.inference.batch_invariance import TWO_PATHS, Arrays, BatchInvariantRunner, random_rows, sizes_in
 from service.inference.sessions import Runtime
 from service.inference.sharing import share
 from service.scores import bounds as estimators
@@ -119,7 +119,7 @@ class Model:
         self._parameters = self.manifest.likelihood.parameters
         self._sessions, self._serial = sessions, serial
         self._rows = max(sizes_in(runtime.memory))  # that go through the graphs of a score at once, at most
-        self._encoders: dict[int, RowRunner] = {}
+        self._encoders: dict[int, BatchInvariantRunner] = {}
         self._lock = threading.Lock()
         self._decoder = self._runner("decoder", random_rows({"z": (self._latent_dim,)}))
         # A row of the density is one sample of one x. Where such rows must run alone (odd sizes, see batch_invariance)
@@ -142,7 +142,7 @@ class Model:
                 self.manifest.backbone,
                 self.manifest.preprocessing.shape,
                 "backbone" in serial,
-                runtime.spare,
+                runtime.row_threads,
                 runtime.memory,
             )
         self._dimensions = math.prod(self._shape)
@@ -549,12 +549,12 @@ class Model:
 
     def _runner(
         self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] | None = None
-    ) -> RowRunner:
+    ) -> BatchInvariantRunner:
         """The graph's runner."""
         session, vectors = self._sessions[role], role in self._serial
-        return RowRunner(session, trial_rows, sizes, vectors, self.runtime.spare, self.runtime.memory)
+        return BatchInvariantRunner(session, trial_rows, sizes, vectors, self.runtime.row_threads, self.runtime.memory)
 
-    def _encoder(self, chunk: int) -> RowRunner:
+    def _encoder(self, chunk: int) -> BatchInvariantRunner:
         """The runner for so many samples a row: few sizes, since each is tried for row independence."""
         if (known := self._encoders.get(chunk)) is not None:
             return known

@@ -43,7 +43,7 @@ def client(ppca_root):
 def test_what_a_batch_takes_is_told_by_the_threads_that_compute_it(ppca_root):
     alone, several = (Settings(repository=ppca_root, threads=threads) for threads in (1, 2))
     repository = load_repository(alone)
-    assert _clock(alone, repository) == repository.runtime.spare.clock
+    assert _clock(alone, repository) == repository.runtime.row_threads.clock
     assert _clock(several, repository) is time.perf_counter
 
 
