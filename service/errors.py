@@ -9,8 +9,6 @@ VaeserveError
 │   └── BundleParityError       replaying reference.npz leaves the declared tolerance
 ├── DeviceUnavailable           the asked execution provider is not there
 ├── ConfigurationError          a setting is unknown or out of range
-├── WorkerFailed                a process of the service could not start
-├── MeasurementFailed           layouts of processes and threads could not be measured
 ├── ModelNotFound               no model (or version) of that name is served
 ├── UnsupportedVerb             this model cannot answer that verb (with the reason)
 ├── InvalidInput                the caller's data: says what was expected
@@ -58,14 +56,6 @@ class DeviceUnavailable(VaeserveError):
 
 class ConfigurationError(VaeserveError):
     """A setting is unknown or out of range."""
-
-
-class WorkerFailed(VaeserveError):
-    """A worker process could not start; the text is the one that it gave itself."""
-
-
-class MeasurementFailed(VaeserveError):
-    """Layouts of processes and threads could not be measured; the text says why."""
 
 
 class ModelNotFound(VaeserveError):

@@ -11,12 +11,9 @@ from select import PIPE_BUF
 from typing import Any
 
 import orjson
+import structlog
 
 from service.deferred import DeferredWriter
-from service.imports import hidden
-
-with hidden("rich"):  # which it would import for tracebacks in colours: 20 ms of a start
-    import structlog
 
 
 def configure_logs(level: str, form: str, **fields: Any) -> None:

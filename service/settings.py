@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.resources import available_cpus
 
+MOST_WORKERS = 256
+
 
 class Settings(BaseModel):
     """How bundles are served."""
@@ -24,11 +26,9 @@ class Settings(BaseModel):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; no silent fallback")
-    workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
-        default=1, description="processes behind the port, each with all models; auto: measured, see vaeserve autotune"
-    )
-    autotune_file: Path | None = Field(
-        default=None, description="where vaeserve autotune writes its choice; default: autotune.json in the repository"
+    workers: Annotated[int, Field(ge=1, le=MOST_WORKERS)] | Literal["auto"] = Field(
+        default=1,
+        description="processes behind the port, each with all models; auto: the CPUs allowed, as far as memory reaches",
     )
     threads: int = Field(
         default=0, ge=0, le=1024, description="onnxruntime threads of a process; 0: the CPUs allowed, over the workers"
@@ -56,7 +56,12 @@ class Settings(BaseModel):
     max_numbers_out: int = Field(default=6 * 2**20, ge=1, description="numbers in one answer: pixels, latents, maps")
     false_positive_rate: float = Field(default=0.05, gt=0, lt=1, description="rate of score when none is asked")
     drift_window: int = Field(default=1000, ge=20, le=1_000_000, description="recent p-values compared with uniformity")
-    drift_level: float = Field(default=0.001, gt=0, lt=1, description="level at which the drift tests alarm")
+    drift_level: float = Field(
+        default=0.001,
+        gt=0,
+        lt=1,
+        description="level at which the drift tests alarm; each of several workers tests at its share (union bound)",
+    )
 
     max_headers: int = Field(default=100, ge=10, description="header lines of a request; more get 431")
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024, description="bytes of a request's line and headers")
@@ -78,15 +83,21 @@ class Settings(BaseModel):
     log_format: Literal["json", "console"] = Field(default="json", description="shape of a log line")
 
     @property
-    def lanes(self) -> int:
+    def max_concurrent_batches(self) -> int:
         """Batches that find a CPU at once in one of the processes, each batch on ``threads`` CPUs."""
         cpus = available_cpus()
         return max(1, cpus // (self.workers * (self.threads or cpus))) if isinstance(self.workers, int) else 1
 
+    @property
+    def row_threads(self) -> int:
+        """Threads that a process divides a large run over: as many CPUs as all processes together compute on."""
+        cpus = available_cpus()
+        return min(self.workers * (self.threads or cpus), max(cpus, self.threads)) if self.workers != "auto" else cpus
+
     def for_each_worker(self) -> Settings:
         """The same with ``threads`` as each worker's share of the CPUs if it was left open.
 
-        One worker's threads stay open: 0 is all of them. ``workers`` must be a number by now (service/server/auto.py).
+        One worker's threads stay open: 0 is all of them. ``workers`` is a number by now (service/commands/serve.py).
         """
         assert self.workers != "auto"
         threads = max(1, available_cpus() // self.workers) if self.workers > 1 and not self.threads else self.threads

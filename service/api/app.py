@@ -23,8 +23,9 @@ from service.api.endpoint import Endpoints, RouteResolver
 from service.api.metrics import Metrics
 from service.api.middleware import BodyBudget, BodyLimits, RequestContext
 from service.api.problems import problem
-from service.api.routes import drift, health, latents, models, scoring
-from service.calibration.drift_monitor import Drift, DriftWatch
+from service.api.routes import drift as drift_route
+from service.api.routes import health, latents, models, scoring
+from service.calibration.drift_monitor import Drift
 from service.inference.batcher import Batcher
 from service.inference.thread_pool import WorkerPool
 from service.logs import get_logger
@@ -35,8 +36,6 @@ STATUS: dict[type[Exception], int] = {
     errors.BundleError: 500,
     errors.DeviceUnavailable: 500,
     errors.ConfigurationError: 500,
-    errors.WorkerFailed: 500,
-    errors.MeasurementFailed: 500,
     errors.ModelNotFound: 404,
     errors.UnsupportedVerb: 409,
     errors.InvalidInput: 422,
@@ -56,13 +55,13 @@ def create_app(
     settings: Settings,
     repository: ModelRepository | None = None,
     metrics: Metrics | None = None,
-    watch: DriftWatch | None = None,
+    drift: Drift | None = None,
     dependencies: Sequence[params.Depends] = (),
 ) -> FastAPI:
     """The ASGI app. Models are loaded at startup, or before if a loaded ``repository`` is given.
 
-    ``metrics`` and ``watch`` are those shared with other processes; by default the app has its own. ``dependencies``
-    are resolved before every route, as FastAPI's: then no request is remembered (service.api.endpoint).
+    ``metrics`` and ``drift`` are a worker's, by default those of a process that serves alone. ``dependencies`` are
+    resolved before every route, as FastAPI's: then no request is remembered (service.api.endpoint).
 
     Raises (at startup):
         BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
@@ -72,7 +71,7 @@ def create_app(
         title="vaeserve",
         version=__version__,
         description="Latents, samples and calibrated anomaly scores of latent variable models.",
-        lifespan=_lifespan(settings, repository, watch),
+        lifespan=_lifespan(settings, repository, drift),
         redirect_slashes=False,  # its Location would be built from the caller's Host header
         responses={"4XX": {"description": "application/problem+json", "model": None}},
         telemetry=_telemetry(),
@@ -95,7 +94,7 @@ def _telemetry() -> TelemetryConfig:
     return {"tracing": wanted, "metrics": wanted, "logs": wanted}
 
 
-def _lifespan(settings: Settings, repository: ModelRepository | None, watch: DriftWatch | None) -> Any:
+def _lifespan(settings: Settings, repository: ModelRepository | None, drift: Drift | None) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loaded = await asyncio.to_thread(load_repository, settings) if repository is None else repository
@@ -105,11 +104,13 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
             metrics.models.labels(*served.identity.values()).set(1)
         metrics.workers.set(1)
         metrics.worker_starts.inc()
-        watched = watch or Drift(settings.drift_window, settings.drift_level)
-        batcher = Batcher(pool, settings.lanes, metrics.ran)
+        watched = drift or Drift(settings.drift_window, settings.drift_level)
+        batcher = Batcher(pool, settings.max_concurrent_batches, metrics.ran)
         app.state.context = AppContext(settings, loaded, pool, batcher, metrics, watched)
         app.state.endpoints.clear()
+        following = asyncio.create_task(metrics.follow(watched))
         yield
+        following.cancel()
         await asyncio.to_thread(pool.close)
 
     return lifespan
@@ -118,7 +119,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, watch: Dri
 def _include_routes(app: FastAPI) -> None:
     app.include_router(health.router)
     app.include_router(models.router)
-    for router in (latents.router, scoring.router, drift.router):
+    for router in (latents.router, scoring.router, drift_route.router):
         for route in router.routes:
             assert isinstance(route, APIRoute)
             for prefix, find_model in PREFIXES.items():

@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 from service.api.metrics import Metrics
 from service.api.negotiation import negotiate
 from service.bundle.input_rules import InputRule, Preprocessing
-from service.calibration.drift_monitor import DriftWatch
+from service.calibration.drift_monitor import Drift
 from service.errors import LimitExceeded
 from service.formats.arrays import parse_json
 from service.formats.codecs import Limits, Reader
@@ -38,7 +38,7 @@ class AppContext:
     pool: WorkerPool
     batcher: Batcher
     metrics: Metrics
-    drift: DriftWatch
+    drift: Drift
     draining: bool = field(default=False)
     _readers: dict[tuple[Model, bool], Reader] = field(default_factory=dict, repr=False)
 

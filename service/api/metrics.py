@@ -1,32 +1,42 @@
 """Prometheus metrics. One registry an app, so that several apps live in one process without sharing counters.
 
-Several processes behind one port write their numbers to files of one folder, and whichever is asked adds them up:
-prometheus_client's multiprocess mode, which it reads off the environment when imported (set by
-service/server/supervisor.py).
+Several workers write their numbers to files of one folder, and whichever is asked adds them up: prometheus_client's
+multiprocess mode.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.registry import Collector
 
-from service.calibration.drift_monitor import Finding, Name, Summary
+from service.calibration.drift_monitor import Drift, Finding, Name, Seen
 from service.deferred import DeferredWriter
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_OF_DRIFT = ("model", "version", "score", "group")
+_DRIFT_GAUGES = {
+    "ks_statistic": "Largest distance between the p-values of the window and uniformity",
+    "ks_p_value": "Two-sample Kolmogorov-Smirnov p-value of the window, for one look",
+    "martingale_log10": "log10 of the conformal test martingale",
+    "martingale_log10_maximum": "Largest log10 of the martingale: ever log10(1/a) with probability at most a",
+    "share_up_to_1_percent": "Share of the window's p-values up to 0.01",
+    "share_up_to_5_percent": "Share of the window's p-values up to 0.05",
+    "alarm": "1 while recent inputs are not like the calibration images, at the setting drift_level over the workers",
+}
+"""Each is of the worker that has the largest, the p-value of the one that has the smallest."""
+DRIFT_SECONDS = 1.0  # from one look at the drift tests to the next
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -70,17 +80,18 @@ Gatherable = Answered | Observed | Counted | None
 class Metrics:
     """All metrics of one app. Labels are route templates, methods and statuses: their number is bounded.
 
-    ``folder`` holds the files of all processes, if there are several.
+    ``folder`` holds the files of all workers, if there are several.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         if folder is not None:
-            _know_process()
+            _write_to(folder)
         self.registry = CollectorRegistry()
         self._of_requests()
         self._of_rows()
         self._of_processes()
+        self._of_drift()
 
     def _of_requests(self) -> None:
         self.requests = Counter(
@@ -119,11 +130,6 @@ class Metrics:
             buckets=_P_VALUES,
             registry=self.registry,
         )
-        self.unwatched = Counter(
-            "vaeserve_unwatched_rows",
-            "Scored rows that the drift tests missed, because their keeper was busy or gone",
-            registry=self.registry,
-        )
         self._rows, self._scored = cache(self.batch.labels), cache(self.images.labels)
         self._judged = cache(self.p_values.labels)
 
@@ -146,6 +152,22 @@ class Metrics:
             "Processes that have loaded their models so far, those in place of dead ones too",
             registry=self.registry,
         )
+
+    def _of_drift(self) -> None:
+        self._drift_seen: dict[Name, int] = {}  # p-values that are counted already
+        self.drift_p_values = Counter(
+            "vaeserve_drift_p_values", "P-values that the drift tests have seen", _OF_DRIFT, registry=self.registry
+        )
+        self.drift_gauges = {
+            name: Gauge(
+                f"vaeserve_drift_{name}",
+                text,
+                _OF_DRIFT,
+                registry=self.registry,
+                multiprocess_mode="livemin" if name == "ks_p_value" else "livemax",
+            )
+            for name, text in _DRIFT_GAUGES.items()
+        }
 
     def begun(self) -> None:
         """Count a request as under way, until it is counted as answered."""
@@ -192,70 +214,53 @@ class Metrics:
         for p in p_values:
             self._gathered.add(Observed(histogram, p))
 
-    def render(self, drift: Iterable[tuple[Name, Summary]] = ()) -> bytes:
-        """The exposition format (text, version 0.0.4), with what the drift tests say."""
+    async def follow(self, drift: Drift) -> None:
+        """Show what the drift tests say, once a second until cancelled."""
+        while True:
+            self.show(drift)
+            await asyncio.sleep(DRIFT_SECONDS)
+
+    def show(self, drift: Drift) -> None:
+        """Set the gauges to what the drift tests of this process say of the scores that have new p-values."""
+        for name, seen in drift:
+            before = self._drift_seen.get(name, 0)
+            if seen.seen == before or (finding := seen.judge(drift.level)) is None:
+                continue
+            self._drift_seen[name] = seen.seen
+            labels = (name.model, name.version, name.score, name.group)
+            # A bundle that has taken another's place is watched anew: its p-values come on top.
+            self.drift_p_values.labels(*labels).inc(seen.seen - before if seen.seen > before else seen.seen)
+            for gauge, value in _drift_values(seen, finding).items():
+                self.drift_gauges[gauge].labels(*labels).set(value)
+
+    def render(self, drift: Drift) -> bytes:
+        """The exposition format (text, version 0.0.4), in which this process's drift is that of now."""
         self._gathered.flush()
+        self.show(drift)
         shown = self.registry
         if self.folder is not None:
             shown = CollectorRegistry()
             MultiProcessCollector(shown, str(self.folder))
-        drifts = CollectorRegistry()
-        drifts.register(_DriftCollector(drift))
-        return generate_latest(shown) + generate_latest(drifts)
+        return generate_latest(shown)
 
 
-def _know_process() -> None:
-    """Look this process's number up once: prometheus_client asks for it with every number that it writes."""
+def _write_to(folder: Path) -> None:
+    """Have prometheus_client keep the numbers of this process in files there.
+
+    It looks the process's number up with every number that it writes, unless it is told.
+    """
     own = os.getpid()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     values.ValueClass = values.MultiProcessValue(lambda: own)
 
 
-class _DriftCollector(Collector):
-    """What service.calibration.drift_monitor sees, by model, version, score and group: their number is that of the
-    calibrations."""
-
-    def __init__(self, drift: Iterable[tuple[Name, Summary]]) -> None:
-        self._drift = drift
-
-    def describe(self) -> Iterable[Metric]:
-        return _drift_families().values()
-
-    def collect(self) -> Iterator[Metric]:
-        families = _drift_families()
-        for name, seen in self._drift:
-            if seen.finding is not None:
-                _add(families, name, seen, seen.finding)
-        yield from families.values()
-
-
-def _drift_families() -> dict[str, CounterMetricFamily | GaugeMetricFamily]:
-    texts = {
-        "ks_statistic": "Largest distance between the p-values of the window and uniformity",
-        "ks_p_value": "Two-sample Kolmogorov-Smirnov p-value of the window, for one look",
-        "martingale_log10": "log10 of the conformal test martingale",
-        "martingale_log10_maximum": "Largest log10 of the martingale: ever log10(1/a) with probability at most a",
-        "share_up_to_1_percent": "Share of the window's p-values up to 0.01",
-        "share_up_to_5_percent": "Share of the window's p-values up to 0.05",
-        "alarm": "1 while the recent inputs are not like the calibration images, at the setting drift_level",
-    }
-    labels = ["model", "version", "score", "group"]
-    seen = CounterMetricFamily("vaeserve_drift_p_values", "P-values that the drift tests have seen", labels=labels)
-    gauges = {key: GaugeMetricFamily(f"vaeserve_drift_{key}", text, labels=labels) for key, text in texts.items()}
-    return {"p_values": seen, **gauges}
-
-
-def _add(
-    families: dict[str, CounterMetricFamily | GaugeMetricFamily], name: Name, seen: Summary, finding: Finding
-) -> None:
-    values = {
-        "p_values": seen.seen,
+def _drift_values(seen: Seen, finding: Finding) -> dict[str, float]:
+    return {
         "ks_statistic": finding.ks_statistic,
         "ks_p_value": finding.ks_p_value,
         "martingale_log10": seen.log10_value,
         "martingale_log10_maximum": seen.log10_maximum,
-        "share_up_to_1_percent": seen.up_to_1_percent,
-        "share_up_to_5_percent": seen.up_to_5_percent,
+        "share_up_to_1_percent": seen.share_up_to(0.01),
+        "share_up_to_5_percent": seen.share_up_to(0.05),
         "alarm": float(finding.drifting),
     }
-    for key, value in values.items():
-        families[key].add_metric([name.model, name.version, name.score, name.group], value)

@@ -266,11 +266,15 @@ class DriftAnswer(Answer):
 
     score: str = Field(description="whose p-values these are")
     group: str | None = Field(description="of the calibration, null: all its images")
+    worker: int | None = Field(description="number of the worker whose rows these are, null where one process serves")
     n: int = Field(description="held-out inliers of the calibration")
-    seen: int = Field(description="p-values since the start of the service, or since this bundle took its place")
+    seen: int = Field(description="p-values since the start of this worker, or since this bundle took its place")
     in_window: int = Field(description="how many of them are compared: the most recent ones")
     window: int = Field(description="the most that are compared (setting drift_window)")
-    level: float = Field(description="probability of a false alarm at one look (setting drift_level)")
+    level: float = Field(
+        description="probability of a false alarm of this worker at one look: the setting drift_level over the number "
+        "of workers, so that drift_level bounds the false alarms of all of them (union bound)"
+    )
     drifting: bool | None = Field(description="one of the two tests alarms, each at half the level")
     verdict: str = Field(description="the same in words")
     kolmogorov_smirnov: KolmogorovSmirnov | None

@@ -1,9 +1,9 @@
 """Have the inputs moved away from the calibration set? Recent conformal p-values, compared with uniformity.
 
 Every calibrated score that a request computes leaves its rank among the calibration scores here, whatever
-false-positive rate the request asked for: one ``Watch`` for each served bundle, score and group of the calibration
-that rows are held against. One process keeps them itself (``Drift``). Several tell one keeper, the supervisor, since
-shares of the traffic that were tested apart could not be added up: service/server/shared_drift.py.
+false-positive rate the request asked for: one ``DriftMonitor`` for each served bundle, score and group of the
+calibration that rows are held against. Where several workers serve, each has monitors of its own, of the rows that it
+has answered itself, from its start to its end.
 
 What an alarm means: these rows are not exchangeable with the calibration images. That is a fact about the traffic, and
 the same image sent a thousand times over is such traffic too.
@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ TOGETHER = 32  # rows
 
 @dataclass(frozen=True)
 class Seen:
-    """What a watch has seen: ranks of the window (int64 [m], oldest first), and the martingale of the whole stream."""
+    """What a monitor has seen: ranks of the window (int64 [m], oldest first), and the martingale of all rows."""
 
     n: int
     seen: int
@@ -41,8 +41,8 @@ class Seen:
         return (1.0 + self.ranks) / (self.n + 1.0)
 
     def share_up_to(self, rate: float) -> float:
-        """Share of the window's p-values ≤ rate, where it holds any."""
-        return float(np.mean(self.p_values <= rate))
+        """Share of the window's p-values ≤ rate; 0 where it holds none."""
+        return float(np.mean(self.p_values <= rate)) if len(self.ranks) else 0.0
 
     @property
     def histogram(self) -> list[int]:
@@ -60,37 +60,6 @@ class Seen:
             return None
         statistic, p_value = ks_two_sample(self.ranks, self.n)
         return Finding(statistic, p_value, p_value <= level / 2, self.log10_value >= log10_alarm(level))
-
-    def summary(self, level: float) -> Summary:
-        """What an answer tells of it, without the window itself."""
-        some = len(self.ranks) > 0
-        return Summary(
-            self.n,
-            self.seen,
-            len(self.ranks),
-            self.log10_value,
-            self.log10_maximum,
-            self.share_up_to(0.01) if some else 0.0,
-            self.share_up_to(0.05) if some else 0.0,
-            self.histogram,
-            self.judge(level),
-        )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A watch in a few numbers, fit to be sent to another process: the fields of ``Seen``, the shares of p-values up to
-    0.01 and 0.05 (0 of none), the histogram, and what the tests find (None where nothing has been seen)."""
-
-    n: int
-    seen: int
-    in_window: int
-    log10_value: float
-    log10_maximum: float
-    up_to_1_percent: float
-    up_to_5_percent: float
-    histogram: list[int]
-    finding: Finding | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +82,7 @@ def log10_alarm(level: float) -> float:
     return -math.log10(level / 2)
 
 
-class Watch:
+class DriftMonitor:
     """Ranks of one score of one bundle: the last ``window`` of them, and a martingale over all. Safe between threads.
 
     Memory is O(n + window). Random numbers (for ties, and for the urn) come from a stream of its own: the same rows in
@@ -191,60 +160,43 @@ class Place(NamedTuple):
     n: int
 
 
-class DriftWatch(Protocol):
-    """What routes and metrics ask, whoever keeps the watches."""
+class Drift:
+    """The monitors of this process. Each begins with a score's first row, and anew with another bundle in its place.
 
-    window: int
-    level: float
+    ``worker`` is the number of this process among ``workers``, None where it serves alone. Each of them tests at
+    ``level`` / ``workers``: by the union bound the probability that any of them alarms falsely is then at most the
+    level, at one look at all of them, and for the martingales ever. A worker that takes the place of another has
+    monitors that begin anew, and may alarm falsely with that probability anew.
+    """
+
+    def __init__(self, window: int, level: float, workers: int = 1, worker: int | None = None) -> None:
+        self.window = window
+        self.level = level / workers
+        self.worker = worker
+        self._lock = threading.Lock()
+        self._monitors: dict[Name, tuple[str, DriftMonitor]] = {}
 
     def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
         """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
-
-    async def summary(self, place: Place) -> Summary:
-        """What was seen there: of that score of this very bundle."""
-
-    async def summaries(self) -> list[tuple[Name, Summary]]:
-        """Of every watch that has seen a row."""
-
-
-class Drift:
-    """The watches in this process. Each begins with a score's first row, and anew with another bundle in its place."""
-
-    def __init__(self, window: int, level: float) -> None:
-        self.window = window
-        self.level = level
-        self._lock = threading.Lock()
-        self._watches: dict[Name, tuple[str, Watch]] = {}
-
-    def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
-        """See DriftWatch."""
-        self._watch(place).record(above, at_least)
+        self._monitor(place).record(above, at_least)
 
     def seen(self, place: Place) -> Seen:
         """What was seen there: nothing, if it was of another bundle."""
         with self._lock:
-            digest, watch = self._watches.get(place.name, ("", None))
-        if watch is None or digest != place.digest:
+            digest, monitor = self._monitors.get(place.name, ("", None))
+        if monitor is None or digest != place.digest:
             return Seen(place.n, 0, np.empty(0, np.int64), 0.0, 0.0)
-        return watch.seen()
-
-    async def summary(self, place: Place) -> Summary:
-        """See DriftWatch."""
-        return self.seen(place).summary(self.level)
-
-    async def summaries(self) -> list[tuple[Name, Summary]]:
-        """See DriftWatch."""
-        return [(name, seen.summary(self.level)) for name, seen in self]
+        return monitor.seen()
 
     def __iter__(self) -> Iterator[tuple[Name, Seen]]:
         with self._lock:
-            watches = [(name, watch) for name, (_, watch) in self._watches.items()]
-        yield from ((name, watch.seen()) for name, watch in watches)
+            monitors = [(name, monitor) for name, (_, monitor) in self._monitors.items()]
+        yield from ((name, monitor.seen()) for name, monitor in monitors)
 
-    def _watch(self, place: Place) -> Watch:
+    def _monitor(self, place: Place) -> DriftMonitor:
         with self._lock:
-            digest, watch = self._watches.get(place.name, ("", None))
-            if watch is None or digest != place.digest:
-                watch = Watch(place.n, self.window)
-                self._watches[place.name] = place.digest, watch
-            return watch
+            digest, monitor = self._monitors.get(place.name, ("", None))
+            if monitor is None or digest != place.digest:
+                monitor = DriftMonitor(place.n, self.window)
+                self._monitors[place.name] = place.digest, monitor
+            return monitor

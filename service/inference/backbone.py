@@ -8,9 +8,9 @@ import onnxruntime as ort
 from service.bundle.input_rules import Backbone
 from service.bundle.operators import check_operators
 from service.errors import InvalidInput
-from service.inference.batch_invariance import TWO_PATHS, Arrays, RowRunner, random_rows
+from service.inference.batch_invariance import TWO_PATHS, Arrays, BatchInvariantRunner, random_rows
+from service.inference.row_threads import RowThreads
 from service.inference.sessions import Runtime
-from service.inference.spare import SpareCpus
 
 SIZES = (1, 8)
 """Batch sizes to try: one row of a backbone keeps a processor busy, and each size costs trials at the start."""
@@ -22,7 +22,7 @@ class FeatureExtractor:
     """Runs backbone.onnx on images of shape ``image`` (C, H, W); rows are independent, bitwise
     (service.inference.batch_invariance).
 
-    ``vectors``, ``spare``, ``memory``: see RowRunner.
+    ``vectors``, ``threads``, ``memory``: see BatchInvariantRunner.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class FeatureExtractor:
         backbone: Backbone,
         image: Shape,
         vectors: bool = False,
-        spare: SpareCpus | None = None,
+        threads: RowThreads | None = None,
         memory: str | None = None,
     ) -> None:
         self.backbone, self.image = backbone, image
         sizes = SIZES if backbone.batch == "any" else (1,)
         trial_rows = random_rows({"x": image}, frozenset({"x"}))
-        self._rows = RowRunner(session, trial_rows, sizes, vectors, spare, memory)
+        self._rows = BatchInvariantRunner(session, trial_rows, sizes, vectors, threads, memory)
         self._session = session
 
     @classmethod
@@ -45,7 +45,7 @@ class FeatureExtractor:
         """Load a serialised backbone.onnx that no bundle holds yet. Raises BundleGraphError, DeviceUnavailable."""
         serial = bool(TWO_PATHS & check_operators(graph).keys())
         session = runtime.session(graph, threads=1 if serial else None)
-        return cls(session, backbone, image, serial, runtime.spare, runtime.memory)
+        return cls(session, backbone, image, serial, runtime.row_threads, runtime.memory)
 
     def run(self, x: np.ndarray) -> np.ndarray:
         """Features, float32 [N,*backbone.shape], of images x, float32 [N,*image] in [0, 1].

@@ -14,6 +14,7 @@ slower and still right.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -25,7 +26,7 @@ import onnxruntime as ort
 
 from service.aligned import aligned_empty, is_aligned
 from service.inference.device_binding import BoundSession, Value
-from service.inference.spare import SpareCpus
+from service.inference.row_threads import RowThreads
 
 TWO_PATHS = frozenset(
     {"Acos", "Asin", "Atan", "Celu", "Cos", "Elu", "Log", "Mish", "ReduceLogSum", "ReduceLogSumExp", "Selu", "Sin"}
@@ -57,14 +58,14 @@ class Batch(NamedTuple):
     size: int
 
 
-class RowRunner:
+class BatchInvariantRunner:
     """Runs a session on any number of rows, all inputs and outputs having the rows as their first axis.
 
     Arguments: ``session``; ``trial_rows`` gives that many typical rows, all different, for the trials (called on first
     use); ``sizes`` the batch sizes to try, (1,) for one row at a time without a trial, by default those of ``memory``;
-    ``vectors`` whether the graph has operators of two paths, and so wants batches of whole vectors; ``spare`` the CPUs
-    that many rows may be divided over where the session has one thread, and that are told of each run; ``memory`` the
-    device that inputs and outputs are bound to (service.inference.device_binding), None for plain runs.
+    ``vectors`` whether the graph has operators of two paths, and so wants batches of whole vectors; ``threads`` those
+    that many rows are divided over where the session has one thread itself, None for the caller's alone; ``memory``
+    the device that inputs and outputs are bound to (service.inference.device_binding), None for plain runs.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class RowRunner:
         trial_rows: Callable[[int], Arrays],
         sizes: Sequence[int] | None = None,
         vectors: bool = False,
-        spare: SpareCpus | None = None,
+        threads: RowThreads | None = None,
         memory: str | None = None,
     ) -> None:
         bound = None if memory is None else BoundSession(session, memory)
@@ -83,8 +84,8 @@ class RowRunner:
         self._outputs = [output.name for output in session.get_outputs()]
         self._candidates = sizes_in(memory) if sizes is None else tuple(sizes)
         self._vectors = vectors
-        self._spare = spare if spare is not None and memory is None else SpareCpus(1)
-        self._divides = session.get_session_options().intra_op_num_threads == 1
+        divides = memory is None and session.get_session_options().intra_op_num_threads == 1
+        self._threads = threads if threads is not None and divides else RowThreads(1)
         self._seconds = 0.0  # a row takes of one CPU; what each run takes besides are RUN rows
         self._sizes: tuple[int, ...] | None = (1,) if self._candidates == (1,) else None
         self._same: OrderedDict[tuple[str, int, int], tuple[np.ndarray, Value]] = OrderedDict()
@@ -110,14 +111,10 @@ class RowRunner:
         """
         names = self._outputs if outputs is None else list(outputs)
         count = len(next(iter(feeds.values())))
-        self._spare.begin()
-        try:
-            if count == 1:
-                batches = [self._run_at(self.sizes[0], feeds, same, names)]
-            else:
-                batches = self._run_many(count, feeds, same, names)
-        finally:
-            self._spare.end()
+        if count == 1:
+            batches = [self._run_at(self.sizes[0], feeds, same, names)]
+        else:
+            batches = self._run_many(count, feeds, same, names)
         if len(batches) == 1:
             return dict(zip(names, batches[0], strict=True))
         return {name: _join([batch[i] for batch in batches]) for i, name in enumerate(names)}
@@ -137,7 +134,7 @@ class RowRunner:
     ) -> list[list[np.ndarray]]:
         """As ``_run_many``, by this thread and those that help."""
         threads = self._threads_for(count)
-        batches, began = batches_of(self.sizes, count, threads), self._spare.clock()
+        batches, began = batches_of(self.sizes, count, threads), time.perf_counter()
         if len(batches) == 1:
             outputs = [self._run_at(batches[0].size, feeds, same, names)]
         else:
@@ -145,15 +142,15 @@ class RowRunner:
             works = [
                 partial(self._run_at, size, part, same, names) for part, (*_, size) in zip(parts, batches, strict=True)
             ]
-            outputs = self._spare.run(works, threads - 1)
-        self._learn((self._spare.clock() - began) / _cost(batches))
+            outputs = self._threads.run(works, threads)
+        self._learn((time.perf_counter() - began) * threads / _cost(batches))
         return outputs
 
     def _threads_for(self, count: int) -> int:
         """How many threads so many rows are best divided over."""
-        if not self._divides or self._seconds * (count - 1) <= HOP:
+        if self._seconds * (count - 1) <= HOP:
             return 1
-        most = min(count, 1 + self._spare.free(), MOST_THREADS)
+        most = min(count, self._threads.count, MOST_THREADS)
         return min(range(1, most + 1), key=lambda threads: self._expected(count, threads))
 
     def _expected(self, count: int, threads: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnxruntime as ort
 
 from service.errors import BundleGraphError, DeviceUnavailable
-from service.inference.spare import SpareCpus
+from service.inference.row_threads import RowThreads
 from service.resources import available_cpus
 
 CPU = "CPUExecutionProvider"
@@ -27,9 +27,10 @@ class Runtime:
     """Makes sessions for one device.
 
     Arguments: ``device`` is "cpu", "cuda", or "auto" (cuda where its provider loads, else cpu); ``threads`` the size of
-    each session's pool, ``available_cpus()`` by default. The attributes ``provider`` and ``threads`` are what was
-    chosen; ``memory`` names the device in whose memory sessions compute (service.inference.device_binding), None for
-    the host's. ``spare`` says over how many CPUs a run of a session with one thread may be divided.
+    each session's pool, ``available_cpus()`` by default; ``row_threads`` how many threads a large run is divided over
+    where its session has one thread itself, by default ``threads``. ``provider``, ``threads`` and ``row_threads`` tell
+    what was chosen; ``memory`` is the device in whose memory sessions compute (service.inference.device_binding), None
+    where that is the host's.
 
     Raises DeviceUnavailable when cuda is asked for and this installation has no such provider.
 
@@ -37,14 +38,14 @@ class Runtime:
     'CPUExecutionProvider'
     """
 
-    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, device: str = "cpu", threads: int | None = None, row_threads: int | None = None) -> None:
         if device not in DEVICES:
             raise DeviceUnavailable(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
         if threads is not None and threads < 1:
             raise DeviceUnavailable(f"threads is {threads}, expected at least 1")
         ort.disable_telemetry_events()
         self.threads = threads if threads is not None else available_cpus()
-        self.spare = SpareCpus(self.threads)
+        self.row_threads = RowThreads(row_threads or self.threads)
         self.provider = CPU if device == "cpu" else CUDA
         if self.provider == CUDA:
             self._start_cuda(required=device == "cuda")

@@ -152,7 +152,7 @@ def load_repository(settings: Settings, only: Collection[str] | None = None) -> 
     Raises:
         BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
     """
-    runtime = Runtime(settings.device, settings.threads or None)
+    runtime = Runtime(settings.device, settings.threads or None, settings.row_threads)
     repository = ModelRepository(settings.repository, runtime, settings.default_model, settings.skip_broken)
     repository.load(only)
     return repository

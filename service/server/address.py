@@ -1,90 +1,47 @@
-"""Sockets of one address that several processes listen on: the kernel spreads connections over them (SO_REUSEPORT).
+"""One address for several processes, each with a listening socket of its own: the kernel spreads connections over them.
 
-One socket shared by all would do otherwise: the first worker to wake takes all that wait, and a few lasting connections
-may end up with one worker. What the kernel's hash leaves uneven, service/server/balance.py evens out.
+That is SO_REUSEPORT, by which any two services of one user can share an address. So the master of a service claims it.
 """
 
 from __future__ import annotations
 
-import os
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 
-def bind_shared(host: str, port: int) -> list[socket.socket]:
-    """Bound sockets, not listening yet, one for each address that ``host`` stands for; 0 is one free port for all.
+@contextmanager
+def claimed_address(host: str, port: int) -> Iterator[int]:
+    """Hold that address for this service and yield its port; 0 stands for one that is free. Nothing listens yet.
 
-    Raises OSError, in the words that asyncio has for it, where an address cannot be had.
-    """
-    sockets: list[socket.socket] = []
-    try:
-        for family, address in _addresses(host, port):
-            chosen = sockets[0].getsockname()[1] if sockets else port
-            sockets.append(_bind(family, (address[0], chosen, *address[2:]), shared=True))
-    except OSError:
-        for each in sockets:
-            each.close()
-        raise
-    return sockets
-
-
-def refuse_taken(host: str, port: int) -> None:
-    """Raise OSError where somebody listens there. Shared sockets alone would quietly join another service's."""
-    for family, address in _addresses(host, port):
-        _bind(family, address, shared=False).close()
-
-
-def claim(sockets: list[socket.socket]) -> list[socket.socket]:
-    """Locks on the addresses of these sockets, for as long as they are open: one service may have each.
-
-    Two that start at the same moment find nobody listening yet, and SO_REUSEPORT lets both bind. A lock is a name in
+    Two services that start at one moment find nobody listening, and both can bind. So there is a lock, too: a name in
     Linux' abstract namespace, which is as wide as that of ports and forgets the names of the dead. An address and the
-    wildcard that covers it have different names. Raises OSError, in the words of ``bind_shared``.
+    wildcard that covers it have different names. Raises OSError where the address cannot be had.
     """
-    locks: list[socket.socket] = []
-    try:
+    for each in bind(host, port, shared=False):  # fails where somebody listens
+        each.close()
+    with ExitStack() as held:
+        sockets = [held.enter_context(each) for each in bind(host, port, shared=True)]
         for each in sockets:
-            locks.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            address = each.getsockname()
-            try:
-                locks[-1].bind(f"\0vaeserve {address[0]} {address[1]}")
-            except OSError as error:
-                raise _in_words(address, error) from None
-    except OSError:
-        for lock in locks:
-            lock.close()
-        raise
-    return locks
+            address, port, *_ = each.getsockname()
+            held.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0vaeserve {address} {port}")
+        yield port
 
 
-def _addresses(host: str, port: int) -> list[tuple[int, tuple]]:
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    unique = dict.fromkeys((family, address) for family, _, _, _, address in found)
-    return [(family, address) for family, address in unique if family != socket.AF_INET6 or _has_ipv6()]
-
-
-def _has_ipv6() -> bool:
-    try:
-        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
-    except OSError:
-        return False
-    return True
-
-
-def _bind(family: int, address: tuple, shared: bool) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended are no obstacle
-        if shared:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        made.bind(address)
-    except OSError as error:
-        made.close()
-        raise _in_words(address, error) from None
-    return made
-
-
-def _in_words(address: tuple, error: OSError) -> OSError:
-    reason = os.strerror(error.errno or 0).lower()
-    return OSError(error.errno, f"error while attempting to bind on address {address!r}: {reason}")
+def bind(host: str, port: int, shared: bool) -> list[socket.socket]:
+    """Return bound sockets, not listening, one for each address of ``host``; port 0 is one for all. Raises OSError."""
+    resolved = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    with ExitStack() as opened:
+        sockets = []
+        for family, address in dict.fromkeys((family, address) for family, *_, address in resolved):
+            if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
+                continue
+            sockets.append(opened.enter_context(socket.socket(family)))
+            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ended connections are no obstacle
+            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+            if family == socket.AF_INET6:
+                sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sockets[-1].bind((address[0], port, *address[2:]))
+            port = sockets[-1].getsockname()[1]
+        opened.pop_all()  # they stay open
+    return sockets

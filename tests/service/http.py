@@ -17,7 +17,7 @@ from fastapi import FastAPI, params
 
 from service.api.app import create_app
 from service.repository.model_repository import load_repository
-from service.server.draining import build_server
+from service.server.draining import DrainingServer
 from service.settings import Settings
 
 APPS: WeakKeyDictionary[httpx.Client, FastAPI] = WeakKeyDictionary()
@@ -39,7 +39,7 @@ def serving(
     chosen = Settings(repository=repository, port=0, **settings)
     app = create_app(chosen, load_repository(chosen), dependencies=dependencies)
     prepare(app)
-    server = build_server(app, chosen)
+    server = DrainingServer(app, chosen)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from tests.service.http import npy
 NPY = {"content-type": "application/x-npy"}
 
 
-def command(repository: Path, *flags: str) -> list[str]:
-    """The command line of a service on a free port."""
-    return [sys.executable, "-m", "service", "serve", "--repository", str(repository), "--port", "0", *flags]
+def command(repository: Path, *flags: str, start: Sequence[str] = ("-m", "service")) -> list[str]:
+    """The command line of a service on a free port; ``start`` is what Python is to run as the service's entry point."""
+    return [sys.executable, *start, "serve", "--repository", str(repository), "--port", "0", *flags]
 
 
 def environment() -> dict[str, str]:
@@ -60,7 +60,7 @@ def open_files(pid: int) -> list[str]:
 
 
 class Service:
-    """The supervisor's process, and the lines that it and the workers have logged."""
+    """The master's process, and the lines that it and the workers have logged."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -100,13 +100,6 @@ class Service:
         """Where the metrics of all workers lie."""
         return next(Path(file).parent for file in open_files(self.pids[0]) if file.endswith(".db"))
 
-    @property
-    def nursery(self) -> int:
-        """The process that forks the workers."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = (int(child) for child in children if Path(f"/proc/{child}/comm").read_text() == "nursery\n")
-        return pid
-
     def client(self) -> httpx.Client:
         """A client with a connection of its own: the kernel chooses which worker gets it."""
         return httpx.Client(base_url=f"http://127.0.0.1:{self.logged('starting')[0]['port']}", timeout=60)
@@ -132,7 +125,7 @@ class Service:
         return {(s.name, *(s.labels[label] for label in sorted(s.labels))): s.value for s in samples}
 
     def end(self, signum: int) -> int:
-        """Send the supervisor a signal; its exit code."""
+        """Send the master a signal; its exit code."""
         self.process.send_signal(signum)
         code = self.process.wait(20)
         self._reader.join(60)
@@ -153,15 +146,20 @@ def _end(service: Service) -> None:
 
 
 @contextmanager
-def workers(repository: Path, *flags: str, **options: Any) -> Iterator[Service]:
-    """A service that serves with two workers, unless flags say otherwise. ``options`` of Popen."""
+def workers(
+    repository: Path, *flags: str, start: Sequence[str] = ("-m", "service"), said: str = "serving", **options: Any
+) -> Iterator[Service]:
+    """A service with two workers, unless flags say otherwise, once it has ``said`` that it serves.
+
+    ``start``: see command; ``options`` of Popen.
+    """
     options = {"env": environment(), **options}
     process: subprocess.Popen[str] = subprocess.Popen(
-        command(repository, "--workers", "2", *flags), stderr=subprocess.PIPE, text=True, **options
+        command(repository, "--workers", "2", *flags, start=start), stderr=subprocess.PIPE, text=True, **options
     )
     service = Service(process)
     try:
-        service.wait_for("serving")
+        service.wait_for(said)
         yield service
     finally:
         _end(service)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.resources import available_cpus, available_memory, cgroup_quota, cpu_model
+from service import resources
+from service.resources import available_cpus, available_memory, cgroup_quota, fitting_workers
 
 
 def files(root: Path, **contents: str) -> Path:
@@ -61,9 +62,29 @@ def test_memory_is_the_smaller_of_the_machine_s_and_the_limit_of_both_cgroup_ver
     assert available_memory(files(tmp_path, **contents)) == (machine if limit is None else limit)
 
 
-def test_a_processor_is_called_what_it_calls_itself(tmp_path):
-    root = files(
-        tmp_path, cpuinfo="processor\t: 0\nmodel name\t: Abacus 3000\n\nmodel name\t: other\n", silent="x: y\n"
+@pytest.mark.parametrize(
+    ("threads", "megabytes", "memory", "workers"),
+    [
+        (1, 0, 2**40, 8),  # the CPUs allowed
+        (3, 0, 2**40, 2),
+        (16, 0, 2**40, 1),
+        (1, 0, 2**29, 3),  # three quarters of half a GiB, of 100 MiB each
+        (1, 100, 2**31, 3),  # a worker of 500 MiB
+        (1, 0, 2**20, 1),
+    ],
+)
+def test_as_many_workers_as_cpus_and_memory_allow(monkeypatch, threads, megabytes, memory, workers):
+    monkeypatch.setattr(resources, "available_cpus", lambda: 8)
+    monkeypatch.setattr(resources, "available_memory", lambda: memory)
+    assert fitting_workers(threads, megabytes * 2**20) == workers
+
+
+def test_threads_are_counted_that_python_does_not_know_of():
+    code = (
+        "import os, threading; from service.resources import threads_of_process as count;"
+        "threads = [threading.Thread(target=os.getpid) for _ in range(3)];"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]; print(count());"
+        "end = threading.Event(); threading.Thread(target=end.wait).start(); print(count(0.0)); end.set()"
     )
-    assert cpu_model(root / "cpuinfo") == "Abacus 3000"
-    assert cpu_model(root / "silent") == cpu_model(root / "absent") != ""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.split() == ["1", "2"]

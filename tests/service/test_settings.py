@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service import settings
-from service.commands.cli import read_settings
-from service.commands.environment import check_environment
+from service.commands.environment import REMOVED, check_environment, read_settings
 from service.errors import ConfigurationError
 from service.settings import Settings
 
@@ -83,7 +82,7 @@ def test_the_cpus_are_shared_out_among_the_workers(monkeypatch, flags, cpus, wor
 
 
 @pytest.mark.parametrize(
-    ("cpus", "given", "lanes"),
+    ("cpus", "given", "batches"),
     [
         (8, {}, 1),  # a session takes all
         (8, {"threads": 1}, 8),
@@ -93,6 +92,34 @@ def test_the_cpus_are_shared_out_among_the_workers(monkeypatch, flags, cpus, wor
         (2, {"workers": 8}, 1),
     ],
 )
-def test_as_many_batches_at_once_as_find_a_cpu(monkeypatch, cpus, given, lanes):
+def test_as_many_batches_at_once_as_find_a_cpu(monkeypatch, cpus, given, batches):
     monkeypatch.setattr(settings, "available_cpus", lambda: cpus)
-    assert Settings(**given).for_each_worker().lanes == lanes
+    assert Settings(**given).for_each_worker().max_concurrent_batches == batches
+
+
+@pytest.mark.parametrize(
+    ("cpus", "given", "threads"),
+    [
+        (8, {}, 8),
+        (8, {"threads": 1}, 1),  # what this one process was given
+        (8, {"workers": 8}, 8),
+        (8, {"workers": 3}, 6),
+        (8, {"workers": 2, "threads": 1}, 2),
+        (2, {"workers": 5}, 2),
+        (1, {"workers": 4, "threads": 2}, 2),
+    ],
+)
+def test_a_run_is_divided_over_the_cpus_that_all_workers_compute_on(monkeypatch, cpus, given, threads):
+    monkeypatch.setattr(settings, "available_cpus", lambda: cpus)
+    assert Settings(**given).for_each_worker().row_threads == threads
+
+
+@pytest.mark.parametrize("setting", REMOVED)
+def test_a_removed_setting_stops_the_start_and_says_what_stands_in_its_place(monkeypatch, setting):
+    flag, variable = f"--{setting.replace('_', '-')}", f"VAESERVE_{setting.upper()}"
+    for flags in ([flag, "x"], [f"{flag}=x"]):
+        with pytest.raises(ConfigurationError, match=rf"{flag}.*setting {setting} is no more: .*--workers auto"):
+            read_settings(flags)
+    monkeypatch.setenv(variable, "x")
+    with pytest.raises(ConfigurationError, match=rf"{variable}.*setting {setting} is no more: .*--workers auto"):
+        read_settings([])

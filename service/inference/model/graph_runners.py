@@ -21,7 +21,7 @@ from service.bundle.operators import check_operators, check_signature
 from service.errors import BundleGraphError
 from service.inference import noise
 from service.inference.backbone import FeatureExtractor
-from service.inference.batch_invariance import TWO_PATHS, Arrays, RowRunner, random_rows, sizes_in
+from service.inference.batch_invariance import TWO_PATHS, Arrays, BatchInvariantRunner, random_rows, sizes_in
 from service.inference.sessions import Runtime
 from service.scores.corruption import SIZES as CORRUPTION_SIZES
 
@@ -68,7 +68,7 @@ class GraphRunners:
         self._elements = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._elements <= MAX_ELEMENTS]
         self._most_rows = max(sizes_in(runtime.memory))
-        self._encoders: dict[int, RowRunner] = {}
+        self._encoders: dict[int, BatchInvariantRunner] = {}
         self._lock = threading.Lock()
         self._decoder = self._runner("decoder", random_rows({"z": (self._latent_dim,)}))
         # A row of the density is one sample of one x. Where such rows must run alone (odd sizes, see batch_invariance)
@@ -211,18 +211,19 @@ class GraphRunners:
 
     def _runner(
         self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] | None = None
-    ) -> RowRunner:
+    ) -> BatchInvariantRunner:
         """The runner of the graph ``role``; ``sizes``: the batch sizes to try."""
         session, is_serial = self._sessions[role], role in self._serial
-        return RowRunner(session, trial_rows, sizes, is_serial, self._runtime.spare, self._runtime.memory)
+        threads, memory = self._runtime.row_threads, self._runtime.memory
+        return BatchInvariantRunner(session, trial_rows, sizes, is_serial, threads, memory)
 
     def _optional(
         self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] | None = None
-    ) -> RowRunner | None:
+    ) -> BatchInvariantRunner | None:
         """The runner of a graph that a bundle need not have, or None."""
         return self._runner(role, trial_rows, sizes) if role in self._sessions else None
 
-    def _encoder(self, chunk: int) -> RowRunner:
+    def _encoder(self, chunk: int) -> BatchInvariantRunner:
         """The encoder's runner for so many samples a row: of few sizes, since each is tried for row independence."""
         if (runner := self._encoders.get(chunk)) is not None:
             return runner
@@ -241,7 +242,7 @@ class GraphRunners:
             return None
         is_serial, image = "backbone" in self._serial, manifest.preprocessing.shape
         session = self._sessions["backbone"]
-        return FeatureExtractor(session, manifest.backbone, image, is_serial, runtime.spare, runtime.memory)
+        return FeatureExtractor(session, manifest.backbone, image, is_serial, runtime.row_threads, runtime.memory)
 
     def _density_rows(self, n: int) -> Arrays:
         """Inputs of the density graph at one sample each of n typical rows, for trials."""

@@ -2,11 +2,15 @@
 
 import asyncio
 import math
+from types import SimpleNamespace
 
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
+from service.api import metrics as of_metrics
 from service.api.metrics import Amounts, Metrics
+from service.calibration.conformal import Calibrator
+from service.calibration.drift_monitor import Drift, place
 
 BOUNDS = (0.1, 1.0, 10.0)
 
@@ -42,7 +46,7 @@ def test_requests_are_counted_by_their_route_method_and_status():
             metrics.answered("POST", "/v1/encode", status, seconds)
         metrics.begun()
         metrics.rows("encode", 3)
-        return metrics.render().decode()
+        return metrics.render(Drift(20, 0.01)).decode()
 
     text = asyncio.run(of_one_turn())
     for line in (
@@ -55,3 +59,54 @@ def test_requests_are_counted_by_their_route_method_and_status():
         'vaeserve_batch_size_bucket{le="4.0",verb="encode"} 1.0',
     ):
         assert line in text.splitlines()
+
+
+def model(digest="a"):
+    calibrator = Calibrator({"elbo": np.arange(99.0)})
+    return SimpleNamespace(calibrator=calibrator, identity={"name": "m", "version": "1", "digest": digest})
+
+
+def note(drift, ranks, digest="a"):
+    ranks = np.array(ranks)
+    drift.note(place(model(digest), "elbo", None), ranks, ranks)
+
+
+def drift_lines(metrics):
+    """Values of the drift metrics of the process's own registry, by what follows vaeserve_drift_."""
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    found = [line.removeprefix("vaeserve_drift_") for line in lines if line.startswith("vaeserve_drift_")]
+    return {line.split("{")[0]: float(line.split()[-1]) for line in found if "_created" not in line}
+
+
+def test_drift_is_shown_each_second_of_what_is_new(monkeypatch):
+    metrics, drift, turns = Metrics(), Drift(20, 0.01), []
+    monkeypatch.setattr(of_metrics, "DRIFT_SECONDS", 0)
+
+    async def follow():
+        following = asyncio.create_task(metrics.follow(drift))
+        for ranks in ([], [50], [], [0] * 20):
+            if ranks:
+                note(drift, ranks)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            turns.append(drift_lines(metrics))
+        following.cancel()
+
+    asyncio.run(follow())
+    nothing, first, same, more = turns
+    assert nothing == {}
+    assert (first["p_values_total"], first["alarm"], first["share_up_to_1_percent"]) == (1, 0, 0)
+    assert same == first
+    assert (more["p_values_total"], more["alarm"], more["share_up_to_1_percent"]) == (21, 1, 1)
+    finding = drift.seen(model(), "elbo").judge(0.01)
+    assert (more["ks_statistic"], more["ks_p_value"]) == (finding.ks_statistic, finding.ks_p_value)
+
+
+def test_p_values_of_a_bundle_that_takes_anothers_place_come_on_top():
+    metrics, drift = Metrics(), Drift(20, 0.01)
+    note(drift, [1, 2, 3])
+    metrics.show(drift)
+    note(drift, [1, 2], digest="b")
+    metrics.show(drift)
+    metrics.show(drift)
+    assert drift_lines(metrics)["p_values_total"] == 5

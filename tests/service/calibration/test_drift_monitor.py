@@ -1,4 +1,4 @@
-"""Drift: the watch on simulated streams, and over real HTTP."""
+"""Drift: the monitor on simulated streams, and over real HTTP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.bundle.files import open_bundle
 from service.calibration.conformal import Calibrator
-from service.calibration.drift_monitor import Drift, DriftWatch, Seen, Watch
+from service.calibration.drift_monitor import Drift, DriftMonitor, Seen
 from service.calibration.exchangeability import ks_two_sample
 from service.errors import InvalidInput, UnsupportedVerb
 from service.repository.resolving import drift_place
@@ -23,12 +23,11 @@ NPY = {"content-type": "application/x-npy"}
 
 def served(calibration: np.ndarray, digest: str = "a"):
     """What the drift tests read of a served model."""
-    manifest = SimpleNamespace(name="m", version="1")
-    calibrator = Calibrator({"elbo": np.sort(calibration)})
-    return SimpleNamespace(manifest=manifest, calibrator=calibrator, model=SimpleNamespace(digest=digest))
+    identity = {"name": "m", "version": "1", "digest": digest}
+    return SimpleNamespace(identity=identity, calibrator=Calibrator({"elbo": np.sort(calibration)}))
 
 
-def record(drift: DriftWatch, served, score: str, scores: np.ndarray, group: str | None = None) -> None:
+def record(drift: Drift, served, score: str, scores: np.ndarray, group: str | None = None) -> None:
     """As the route does it."""
     drift.note(drift_place(served, score, group), *served.calibrator.counts(score, scores, group))
 
@@ -50,26 +49,26 @@ def test_ranks_without_ties_are_those_of_the_p_values():
 
 
 def test_the_histogram_puts_each_p_value_in_its_tenth_up_to_the_upper_edge():
-    watch = Watch(19, 100)
+    monitor = DriftMonitor(19, 100)
     ranks = np.arange(20)
-    watch.record(ranks, ranks)
-    assert watch.seen().histogram == [2] * 10
-    watch.record(np.array([1]), np.array([1]))  # p = 2/20, which is 0.1
-    assert watch.seen().histogram == [3] + [2] * 9
+    monitor.record(ranks, ranks)
+    assert monitor.seen().histogram == [2] * 10
+    monitor.record(np.array([1]), np.array([1]))  # p = 2/20, which is 0.1
+    assert monitor.seen().histogram == [3] + [2] * 9
 
 
 @pytest.mark.parametrize("sizes", [[1] * 57, [57], [7, 50], [20, 20, 17]])
 def test_batches_of_any_size_leave_the_window_of_single_rows(sizes):
     ranks = np.random.RandomState(1).randint(0, 51, 57)
-    watch = Watch(50, 20)
+    monitor = DriftMonitor(50, 20)
     for part in np.split(ranks, np.cumsum(sizes)[:-1]):
-        watch.record(part, part)
-    assert watch.seen().ranks.tolist() == ranks[-20:].tolist()
-    assert watch.seen().seen == 57
+        monitor.record(part, part)
+    assert monitor.seen().ranks.tolist() == ranks[-20:].tolist()
+    assert monitor.seen().seen == 57
 
 
 def test_ties_are_broken_such_that_inliers_do_not_alarm():
-    """Scores of five values: plain p-values are far from uniform, the watch's are not."""
+    """Scores of five values: plain p-values are far from uniform, the monitor's are not."""
     alarms, plain = 0, 0
     for seed in range(100):
         random = np.random.RandomState(seed)
@@ -94,6 +93,17 @@ def test_inliers_alarm_no_more_often_than_the_level_and_a_shift_does():
         found += seen_by(drift, model, "elbo").judge(level).drifting
     assert alarms <= 20  # 10 expected at most; 21 or more have probability 1e-3
     assert found >= 190
+
+
+def test_each_of_several_workers_tests_at_its_share_of_the_level():
+    assert (Drift(20, 0.01).level, Drift(20, 0.01).worker) == (0.01, None)
+    shared = Drift(20, 0.02, workers=4, worker=3)
+    assert (shared.level, shared.worker) == (0.005, 3)
+    model = served(np.arange(99.0))
+    record(shared, model, "elbo", np.full(3, 1000.0))  # p = 0.006
+    seen = shared.seen(model, "elbo")
+    assert seen.judge(0.02).ks_alarm
+    assert not seen.judge(shared.level).ks_alarm
 
 
 def test_nothing_is_found_in_nothing():
@@ -165,6 +175,7 @@ def test_before_the_first_row_the_answer_says_so(client):
     assert answer["drifting"] is answer["kolmogorov_smirnov"] is answer["martingale"] is answer["shares"] is None
     assert answer["verdict"] == "nothing to compare: no row has been scored by elbo here yet"
     assert (answer["seen"], answer["in_window"], answer["window"], answer["level"]) == (0, 0, 64, 0.01)
+    assert answer["worker"] is None
     assert answer["histogram"] == [0] * 10
 
 
@@ -250,6 +261,7 @@ def test_metrics_show_what_the_answer_says(client, ppca_path):
         s.name: s.value
         for s in samples
         if s.labels == {"model": "ppca", "version": version, "score": "elbo", "group": ""}
+        and not s.name.endswith("_created")
     }
     assert {s.labels["score"] for s in samples} == {"elbo", "iwae"}
     assert values == {
@@ -269,24 +281,25 @@ def test_openapi_documents_drift(client):
     for prefix in ("/v1", "/v1/models/{model}", "/v1/models/{model}/versions/{version}"):
         operation = document["paths"][f"{prefix}/drift"]["get"]
         assert "score" in {parameter["name"] for parameter in operation["parameters"]}
-        assert "Of the whole service" in operation["description"]
+        assert "of the rows that the answering one has scored" in operation["description"]
         schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/DriftAnswer"}
     fields = document["components"]["schemas"]["DriftAnswer"]["properties"]
-    assert {"drifting", "martingale", "kolmogorov_smirnov", "histogram", "shares"} <= fields.keys()
+    assert {"drifting", "martingale", "kolmogorov_smirnov", "histogram", "shares", "worker"} <= fields.keys()
+    assert "over the number of workers" in fields["level"]["description"]
 
 
 def test_rows_one_by_one_and_many_at_once_give_the_same_state():
     random = np.random.RandomState(4)
     above = random.randint(0, 50, 200)
     at_least = np.minimum(above + random.randint(0, 3, 200), 50)  # some tied
-    alone, together, looked_at = (Watch(50, 60) for _ in range(3))
+    alone, together, looked_at = (DriftMonitor(50, 60) for _ in range(3))
     together.record(above, at_least)
     for row in range(200):
-        for watch in (alone, looked_at):
-            watch.record(above[row : row + 1], at_least[row : row + 1])
+        for monitor in (alone, looked_at):
+            monitor.record(above[row : row + 1], at_least[row : row + 1])
         assert looked_at.seen().seen == row + 1
-    first, *others = (watch.seen() for watch in (together, alone, looked_at))
+    first, *others = (monitor.seen() for monitor in (together, alone, looked_at))
     for each in others:
         np.testing.assert_array_equal(each.ranks, first.ranks)
         assert each.log10_value == pytest.approx(first.log10_value, abs=1e-9)

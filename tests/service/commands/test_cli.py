@@ -197,7 +197,7 @@ def test_score_refuses_in_one_line(folder, ppca_root, arguments, text):
 
 def test_parquet_without_pyarrow_says_what_to_install(folder, ppca_root, tmp_path):
     program = (
-        "import sys; sys.modules['pyarrow'] = None; from service.commands.cli import main;"
+        "import sys; sys.modules['pyarrow'] = None; from service.__main__ import main;"
         f"sys.argv = ['vaeserve', 'score', {str(folder)!r}, '--out', {str(tmp_path / 'a.parquet')!r},"
         f" '--repository', {str(ppca_root)!r}]; main()"
     )
@@ -239,3 +239,11 @@ def test_a_misspelt_variable_is_an_error_everywhere(monkeypatch, ppca_root, fold
         done = run(*arguments)
         assert done.exit_code == 1
         assert "VAESERVE_REPOSITORY" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--seconds", "3"), ("--help",)])
+def test_the_command_that_was_removed_says_what_stands_in_its_place(arguments):
+    done = run("autotune", *arguments)
+    assert done.exit_code == 1
+    assert "autotune is no more: vaeserve serve --workers auto" in done.stderr
+    assert "autotune" not in run("--help").stdout

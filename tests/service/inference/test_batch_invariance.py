@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto
 
 from service.inference import batch_invariance as rows
-from service.inference.batch_invariance import RowRunner, random_rows
+from service.inference.batch_invariance import BatchInvariantRunner, random_rows
 from tests.ppca_bundle import GraphBuilder
 
 BATCHES = (2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 40, 47, 64)
@@ -80,7 +80,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_rows_together_are_bitwise_rows_alone(runtime, name):
     model, shape = GRAPHS[name]
-    runner = RowRunner(runtime.session(model), random_rows({"x": shape}, frozenset({"x"})))
+    runner = BatchInvariantRunner(runtime.session(model), random_rows({"x": shape}, frozenset({"x"})))
     x = random.random_sample((64, *shape)).astype(np.float32)
     alone = [runner.run({"x": x[i : i + 1]}) for i in range(64)]
     for n in BATCHES:
@@ -103,7 +103,7 @@ def test_onnxruntime_itself_does_not_keep_the_promise(runtime):
 def test_networks_run_in_large_batches(runtime, name):
     """The promise must not cost the throughput of the networks that bundles hold."""
     model, shape = GRAPHS[name]
-    assert max(RowRunner(runtime.session(model), random_rows({"x": shape}, frozenset({"x"}))).sizes) == 32
+    assert max(BatchInvariantRunner(runtime.session(model), random_rows({"x": shape}, frozenset({"x"}))).sizes) == 32
 
 
 @pytest.mark.parametrize("width", [6, 10, 49, 50])
@@ -116,7 +116,7 @@ def test_whole_vectors_on_one_thread_are_exact_for_operators_of_two_paths(runtim
     operators = [node.output[0] for node in g.nodes if node.op_type in rows.TWO_PATHS]
     outputs = {name: (["N", width], TensorProto.FLOAT) for name in operators}
     session = runtime.session(g.build({"x": ["N", width]}, outputs), threads=1)
-    runner = RowRunner(session, random_rows({"x": (width,)}), vectors=True, spare=runtime.spare)
+    runner = BatchInvariantRunner(session, random_rows({"x": (width,)}), vectors=True, threads=runtime.row_threads)
     assert runner.sizes == (4, 8, 16, 32)
     x = random.standard_normal((3001, width)).astype(np.float32)
     together = runner.run({"x": x})
@@ -126,12 +126,12 @@ def test_whole_vectors_on_one_thread_are_exact_for_operators_of_two_paths(runtim
 
 def test_awkward_graphs_run_a_row_at_a_time(runtime):
     model, shape = awkward(7)
-    assert RowRunner(runtime.session(model), random_rows({"x": shape})).sizes == (1,)
+    assert BatchInvariantRunner(runtime.session(model), random_rows({"x": shape})).sizes == (1,)
 
 
 def test_a_row_does_not_see_its_neighbours_infinity(runtime):
     model, shape = gated_mlp("Gemm")
-    runner = RowRunner(runtime.session(model), random_rows({"x": shape}, frozenset({"x"})))
+    runner = BatchInvariantRunner(runtime.session(model), random_rows({"x": shape}, frozenset({"x"})))
     x = random.random_sample((8, 784)).astype(np.float32)
     alone = runner.run({"x": x[:1]})
     x[1:] = np.nan
@@ -142,7 +142,7 @@ def test_a_row_does_not_see_its_neighbours_infinity(runtime):
 def test_large_rows_take_small_batches(runtime, monkeypatch):
     monkeypatch.setattr(rows, "MAX_ELEMENTS", 784 * 8)
     model, shape = gated_mlp("Gemm")
-    assert max(RowRunner(runtime.session(model), random_rows({"x": shape})).sizes) <= 8
+    assert max(BatchInvariantRunner(runtime.session(model), random_rows({"x": shape})).sizes) <= 8
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from service.bundle.files import open_bundle
 from service.bundle.input_rules import Backbone
 from service.inference import batch_invariance as rows
 from service.inference.backbone import FeatureExtractor
-from service.inference.batch_invariance import DEVICE_SIZES, SIZES, RowRunner, random_rows, sizes_in
+from service.inference.batch_invariance import DEVICE_SIZES, SIZES, BatchInvariantRunner, random_rows, sizes_in
 from service.inference.device_binding import BoundSession
 from service.inference.model import Model
 from service.inference.sessions import CUDA, IDENTITY, Runtime
@@ -48,7 +48,7 @@ def noise(seed):
 
 
 def runner(session, memory, **options):
-    return RowRunner(session, random_rows(SHAPES), memory=memory, **options)
+    return BatchInvariantRunner(session, random_rows(SHAPES), memory=memory, **options)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -146,7 +146,7 @@ def test_a_device_takes_larger_batches_and_trials_decide_there_too(runtime, sess
     assert max(runner(session, "cpu").sizes) == 128
     assert max(runner(session, None).sizes) == 32
     graph, shape = awkward(7)
-    assert RowRunner(runtime.session(graph), random_rows({"x": shape}), memory="cpu").sizes == (1,)
+    assert BatchInvariantRunner(runtime.session(graph), random_rows({"x": shape}), memory="cpu").sizes == (1,)
 
 
 def test_only_sessions_on_cuda_are_bound(monkeypatch):

@@ -1,0 +1,111 @@
+"""``vaeserve calibrate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from service.commands.console import RepositoryOption, errors_in_words, progress_bar, say
+from service.commands.environment import settings_with
+from service.errors import ConfigurationError
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.commands.recalibration import RecalibrationOutcome, RecalibrationPlan
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Name of the model: its latest version is taken")],
+    files: Annotated[list[Path], typer.Argument(help="Good images (or tables of good rows), or folders of them")],
+    groups: Annotated[
+        bool, typer.Option("--groups", help="A calibration for each subfolder too: score with group=SUBFOLDER")
+    ] = False,
+    fit_share: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the rows that fits the scores anew; 0: keep the bundle's")
+    ] = 0.3,
+    trim: Annotated[
+        str | None, typer.Option(help="Share of the highest scores to leave out; auto: those that look like outliers")
+    ] = None,
+    false_positive_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fail unless the calibration can answer this rate")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of bundles to write to; default: where the model is")] = None,
+    repository: RepositoryOption = None,
+) -> None:
+    """Write the model's next version, its verdicts calibrated on your own good images. Nothing is trained."""
+    with errors_in_words():
+        settings = settings_with(repository=repository)
+        _calibrate(settings, model, files, groups, _plan(fit_share, trim, false_positive_rate), to)
+
+
+def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None) -> RecalibrationPlan:
+    from service.commands.recalibration import RecalibrationPlan
+
+    try:
+        share = trim if trim in (None, "auto") else float(trim)
+    except ValueError:
+        raise ConfigurationError(f"--trim is {trim!r}, expected a share such as 0.02, or auto") from None
+    return RecalibrationPlan(fit_share, share, false_positive_rate)
+
+
+def _calibrate(
+    settings: Settings, model: str, paths: list[Path], grouped: bool, plan: RecalibrationPlan, to: Path | None
+) -> None:
+    from service.bundle.input_rules import ArrayPreprocessing
+    from service.commands.calibration_data import CalibrationData, ModelRows, open_whole_images
+    from service.commands.offline_scoring import find_files, group_of, read_images, read_tables
+    from service.commands.recalibration import recalibrate
+    from service.formats.images import ImageLimits
+    from service.pixels import unit_levels
+    from service.repository.model_repository import load_one
+
+    console = Console(stderr=True)
+    bundle = load_one(settings, model).model.bundle
+    rule = bundle.manifest.preprocessing
+    files, names = find_files(paths, rule), None
+    if isinstance(rule, ArrayPreprocessing):
+        if grouped:
+            raise ConfigurationError("--groups: subfolders are groups of images; a table has none")
+        rows: CalibrationData = ModelRows(read_tables(files, rule), lambda x: x)
+        read = files
+    else:
+        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        if rule.tiling is not None:
+            rows, read, bad = open_whole_images(files, rule, limits)
+        else:
+            pixels, read, bad = read_images(files, rule, limits)
+            rows = ModelRows(pixels, unit_levels, "images")
+        for file in bad:
+            say(console, f"skipped {file.path}: {file.reason}")
+        names = [group_of(path, paths) for path in read] if grouped else None
+        if names is not None and not any(names):
+            raise ConfigurationError(
+                f"--groups: no image lies in a subfolder of {', '.join(map(str, paths))}: expected a subfolder for "
+                "each group"
+            )
+    with progress_bar(console, None, "calibrating") as advance:
+        done = recalibrate(bundle, rows, names, to or settings.repository, plan, advance)
+    for note in done.notes:
+        say(console, f"note: {note}")
+    for index in done.suspects if names is not None or not isinstance(rule, ArrayPreprocessing) else []:
+        say(console, f"look at {read[index]}")
+    for line in _calibrated(done, rows.noun, settings.false_positive_rate):
+        say(console, line)
+
+
+def _calibrated(done: RecalibrationOutcome, noun: str, rate: float) -> Iterator[str]:
+    """What a calibration rests on, all and by group, and which of them cannot answer the default rate."""
+    from service.calibration.conformal import needed
+
+    def answers(n: int) -> str:
+        few = f"; too few for the default false-positive rate, {rate:g}, which needs {needed(rate)}"
+        return f"smallest p-value {1 / (n + 1):.3g}{few if n < needed(rate) else ''}"
+
+    yield f"{done.path}: {done.n} {noun} calibrate, {done.n_fit} fitted the scores; {answers(done.n)}"
+    for group, n in done.groups.items():
+        yield f"group {group}: {n} {noun}; {answers(n)}"
+    yield "a running server loads new versions when it is started again"

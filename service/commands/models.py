@@ -1,0 +1,35 @@
+"""``vaeserve models``."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from service.commands.console import UNCUT, RepositoryOption, errors_in_words
+from service.commands.environment import settings_with
+from service.errors import ConfigurationError
+
+
+def models(repository: RepositoryOption = None) -> None:
+    """List the bundles of a folder."""
+    from service.bundle.files import find_bundles, open_bundle
+
+    with errors_in_words():
+        root = settings_with(repository=repository).repository
+        table = Table("model", "version", "family", "shape", "latents", "score", "calibration", "digest")
+        for path in sorted(find_bundles(root)):
+            bundle = open_bundle(path)
+            manifest = bundle.manifest
+            table.add_row(
+                manifest.name,
+                manifest.version,
+                manifest.family,
+                "×".join(map(str, manifest.preprocessing.natural)),
+                str(manifest.signature.latent_dim),
+                manifest.default_score,
+                str(manifest.calibration.n) if manifest.calibration else "none",
+                bundle.digest[:12],
+            )
+        if not table.row_count:
+            raise ConfigurationError(f"no bundle under {root}: expected NAME/VERSION/manifest.json")
+        Console(width=UNCUT).print(table)

@@ -1,0 +1,109 @@
+"""``vaeserve serve``: one process under uvicorn, or several under gunicorn."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import typer
+
+from service.commands.console import ERROR, errors_in_words
+from service.commands.environment import read_settings
+from service.errors import ConfigurationError
+from service.resources import available_cpus, available_memory, fitting_workers, freeze_gc
+from service.settings import MOST_WORKERS, Settings
+
+ADDRESS_TAKEN = 3  # uvicorn's exit code where it cannot listen
+
+
+def serve(context: typer.Context) -> None:
+    """Read settings from flags and environment, load every bundle, serve until told to stop."""
+    with errors_in_words():
+        settings = read_settings(context.args)
+        from service.logs import configure_logs
+
+        configure_logs(settings.log_level, settings.log_format)
+        settings = _with_chosen_workers(settings).for_each_worker()
+        if settings.workers == 1:
+            _serve_alone(settings)
+        else:
+            _serve_with_workers(settings)
+
+
+def _with_chosen_workers(settings: Settings) -> Settings:
+    """The settings with a number of workers in place of "auto", which the log says, too."""
+    if settings.workers != "auto":
+        return settings
+    from service.bundle.files import find_bundles
+    from service.logs import get_logger
+
+    graphs = (file for path in find_bundles(settings.repository) for file in path.glob("*.onnx"))
+    fitting = fitting_workers(settings.threads or 1, sum(graph.stat().st_size for graph in graphs))
+    workers = min(fitting, MOST_WORKERS) if sys.platform == "linux" else 1
+    get_logger().info("workers chosen", workers=workers, cpus=available_cpus(), memory=available_memory())
+    return settings.model_copy(update={"workers": workers})
+
+
+def _serve_alone(settings: Settings) -> None:
+    from service.api.app import create_app
+    from service.logs import get_logger
+    from service.repository.model_repository import load_repository
+    from service.server.draining import DrainingServer
+
+    server = DrainingServer(create_app(settings, load_repository(settings)), settings)
+    get_logger().info("starting", host=settings.host, port=settings.port, device=settings.device)
+    freeze_gc()
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        return
+    if not server.started:
+        raise typer.Exit(ERROR)
+
+
+def _serve_with_workers(settings: Settings) -> None:
+    """Become the master of settings.workers processes, which ends this process, and with it all of them.
+
+    Bundles are loaded here if their sessions have one thread, the caller's: no other survives a fork.
+    """
+    if sys.platform != "linux":
+        raise ConfigurationError("setting workers: only Linux spreads connections over several processes; give 1")
+    from service.bundle.files import bundle_digests
+    from service.logs import get_logger
+    from service.repository.model_repository import load_repository
+    from service.server.address import claimed_address
+    from service.server.workers import Application, PatientArbiter
+
+    with ExitStack() as held:
+        try:
+            port = held.enter_context(claimed_address(settings.host, settings.port))
+        except OSError as error:
+            reason = os.strerror(error.errno or 0).lower()
+            get_logger().error(f"cannot listen on {settings.host}, port {settings.port}: {reason}")
+            raise typer.Exit(ADDRESS_TAKEN) from error
+        settings = settings.model_copy(update={"port": port})
+        get_logger().info("starting", host=settings.host, port=port, workers=settings.workers)
+        digests, shareable = bundle_digests(settings.repository), settings.threads == 1 and settings.device == "cpu"
+        repository = load_repository(settings, digests) if shareable else None
+        gc.collect()
+        gc.freeze()  # a collection in a worker would write to every object, and so copy all pages
+        folder = held.enter_context(_shared_folder())
+        PatientArbiter(Application(settings, folder, digests, repository)).run()  # its SystemExit ends workers, too
+
+
+@contextmanager
+def _shared_folder() -> Iterator[Path]:
+    """A folder in memory, if possible: the numbers change with each request. It goes with the master."""
+    memory, master = Path("/dev/shm"), os.getpid()  # noqa: S108 - mkdtemp makes a folder of its own there
+    folder = tempfile.mkdtemp(prefix="vaeserve-", dir=memory if os.access(memory, os.W_OK) else None)
+    try:
+        yield Path(folder)
+    finally:
+        if os.getpid() == master:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""Plain threads that share the batches of one large run: the kernel gives them what CPUs there are.
+
+A session of one thread computes on one CPU, so a caller whose requests come one after the other would leave all others
+idle. A row's result does not depend on the rows beside it, so no caller can tell whether its rows were divided.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class RowThreads:
+    """Divides a run over at most ``count`` threads, the caller's among them. Safe to call from several threads.
+
+    Threads begin and end with the run that they help: a process that is forked between two runs has no others.
+
+    >>> RowThreads(2).run([lambda: "a", lambda: "b", lambda: "c"], threads=2)
+    ['a', 'b', 'c']
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def run(self, works: Sequence[Callable[[], T]], threads: int) -> list[T]:
+        """Return the results of all works in their order, computed by this thread and at most ``threads`` − 1 more.
+
+        Each thread takes the next work as soon as it is free. What a work raises is raised once no thread computes any
+        more. Where no further thread can be started, those that there are do it all.
+        """
+        if threads == 1:
+            return [work() for work in works]
+        results: dict[int, T] = {}
+        left = iter(range(len(works)))  # shared: the interpreter lock gives each number to one thread
+
+        def take_works() -> None:
+            try:
+                for number in left:
+                    results[number] = works[number]()
+            finally:
+                deque(left, maxlen=0)  # after a fault nothing more is begun
+
+        helpers: list[Future[None]] = []
+        with ThreadPoolExecutor(threads - 1, thread_name_prefix="rows") as pool:
+            with suppress(RuntimeError):  # no thread can be started
+                helpers.extend(pool.submit(take_works) for _ in range(threads - 1))
+            take_works()
+        for helper in helpers:
+            helper.result()  # raises what its work has raised
+        return [results[number] for number in range(len(works))]
