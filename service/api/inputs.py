@@ -16,10 +16,10 @@ from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocess
 from service.errors import InvalidInput
 from service.formats import codecs
 from service.formats.arrays import read_npy
-from service.formats.images import is_of_natural_size, read_natural
+from service.formats.images import png_has_model_size, read_png_of_model_size
 from service.formats.media_types import JSON, NPY, OCTETS, PNG
 from service.formats.tables import TableReader
-from service.formats.whole_images import WholeReader
+from service.formats.whole_images import WholeImageReader
 from service.inference.jobs import Job, RequestReader
 from service.repository.score_parameters import Parameters
 
@@ -98,7 +98,7 @@ def x_reader(call: Call, strict: bool, x: np.ndarray) -> Callable[[bytes], np.nd
         return partial(_levels, x.shape)
     if call.media_type == PNG:  # one that was resized tells nothing: another may be larger than is allowed
         max_bytes = min(MAX_BODY_BYTES, call.context.settings.max_image_bytes)
-        return partial(_natural, rule, max_bytes) if is_of_natural_size(call.body, rule) else None
+        return partial(_natural, rule, max_bytes) if png_has_model_size(call.body, rule) else None
     return _array_reader(call, x.shape, math.prod(x.shape[1:]), lambda other: read_x(other, strict))
 
 
@@ -112,7 +112,7 @@ def _levels(shape: tuple[int, ...], body: bytes) -> np.ndarray:
 
 
 def _natural(rule: Preprocessing, max_bytes: int, body: bytes) -> np.ndarray | None:
-    image = read_natural(body, rule) if len(body) <= max_bytes else None
+    image = read_png_of_model_size(body, rule) if len(body) <= max_bytes else None
     return None if image is None else image[None]
 
 
@@ -135,9 +135,11 @@ def _array_reader(
 
 
 def read_images(call: Call) -> list[np.ndarray]:
-    """The body's whole images [C,h,w], for a model of tiles. Raises as wholes.WholeReader.read does."""
+    """The body's whole images [C,h,w], for a model of tiles. Raises as whole_images.WholeImageReader.read does."""
     assert isinstance(call.rule, Preprocessing)
-    return WholeReader(call.rule, call.context.image_limits).read(call.content_type, call.body, lambda: call.document)
+    return WholeImageReader(call.rule, call.context.image_limits).read(
+        call.content_type, call.body, lambda: call.document
+    )
 
 
 def read_latents(call: Call) -> np.ndarray:

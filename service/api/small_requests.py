@@ -12,7 +12,7 @@ from service.api.context import Call
 from service.errors import InvalidInput
 from service.formats.arrays import npy_shape
 from service.formats.media_types import JSON, NPY, OCTETS, PNG
-from service.formats.plain_png import FIRST, HEAD
+from service.formats.plain_png import IHDR_END, PNG_START
 
 MAX_BODY_BYTES = 2**16
 MAX_PIXELS = 2**16  # of a PNG, by its header: few bytes may hold many
@@ -87,12 +87,12 @@ def _json_rows(call: Call) -> int | None:
 
 def _is_plain_png(body: bytes) -> bool:
     """True for a PNG of few pixels and few chunks, of which only the pixels are inflated."""
-    if not body.startswith(HEAD) or len(body) < FIRST:
+    if not body.startswith(PNG_START) or len(body) < IHDR_END:
         return False
-    width, height = struct.unpack_from(">II", body, len(HEAD))
+    width, height = struct.unpack_from(">II", body, len(PNG_START))
     if width * height > MAX_PIXELS:
         return False
-    at = FIRST
+    at = IHDR_END
     for _ in range(MAX_CHUNKS):
         if at + 8 > len(body):
             return True  # cut short: refused in a moment
