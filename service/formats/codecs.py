@@ -12,8 +12,6 @@ Images of another size than the model's are resized by the bundle's rule (servic
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ from PIL import Image
 from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.formats.arrays import (
-    NPY_MAGIC,
     DType,
     as_images,
     as_latents,
@@ -36,9 +33,9 @@ from service.formats.arrays import (
     read_npy,
     to_unit,
 )
-from service.formats.images import ImageLimits, open_image, read_image, resize_array
+from service.formats.image_bodies import Limits, decode_base64, form_files, json_images, open_files, prefix_errors
+from service.formats.images import open_image, read_image, resize_array
 from service.formats.media_types import IMAGE_INPUTS, INPUTS, JSON, NPY, OCTETS, media_type
-from service.formats.multipart import FIELD, read_multipart
 from service.formats.rendering import encode_gif, encode_png, encode_webp
 from service.pixels import unit_levels
 
@@ -50,25 +47,7 @@ __all__ = [
     "encode_png",
     "encode_webp",
     "read_latents",
-    "read_multipart",
 ]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits on the images of one request.
-
-    Args:
-        max_images: number of images.
-        image: limits on each encoded image.
-        max_pixels: width × height summed over the encoded images, before decoding.
-        max_numbers: images × C × H × W, after resizing.
-    """
-
-    max_images: int
-    image: ImageLimits
-    max_pixels: int
-    max_numbers: int
 
 
 def encode_npy(array: np.ndarray) -> bytes:
@@ -123,7 +102,7 @@ class Reader:
             return self._read_octets(body)
         if kind == JSON:
             return self._read_json(document(), may_hold_booleans(body))
-        return self._read_form(content_type, body)
+        return self._read_files(form_files(content_type, body, self.limits))
 
     def _check_count(self, images: int) -> None:
         """Raise LimitExceeded for too many images, or PayloadTooLarge if they would hold too many numbers."""
@@ -153,20 +132,10 @@ class Reader:
         self._check_count(len(body) // size)
         return np.frombuffer(body, np.uint8).reshape(-1, *shape)
 
-    def _read_files(self, parts: list[bytes]) -> np.ndarray:
-        """Read files, npy or encoded images; all headers are checked before the first pixel is decoded."""
-        self._check_count(len(parts))
-        opened: list[np.ndarray | Image.Image] = []
-        for index, data in enumerate(parts):
-            with prefix_errors(f"image {index}: "):
-                opened.append(read_npy(data) if data.startswith(NPY_MAGIC) else open_image(data, self.limits.image))
-        pixels = sum(image.width * image.height for image in opened if isinstance(image, Image.Image))
-        if pixels > self.limits.max_pixels:
-            raise PayloadTooLarge(
-                f"the images have {pixels} pixels: at most {self.limits.max_pixels} here (setting max_batch_pixels)"
-            )
+    def _read_files(self, files: list[bytes]) -> np.ndarray:
+        self._check_count(len(files))
         arrays: list[np.ndarray] = []
-        for index, image in enumerate(opened):
+        for index, image in enumerate(open_files(files, self.limits)):
             with prefix_errors(f"image {index}: "):
                 arrays.append(self._read_file(image))
             self._check_count(sum(map(len, arrays)))
@@ -180,18 +149,10 @@ class Reader:
         return read_image(image, self.preprocessing, self.strict)[None]
 
     def _read_json(self, document: Any, booleans: bool) -> np.ndarray:
-        if not isinstance(document, dict) or "images" not in document:
-            raise InvalidInput('a JSON object with "images" expected')
-        images, dtype = document["images"], document.get("dtype", "float32")
-        if dtype not in ("float32", "uint8"):
-            raise InvalidInput('dtype: "float32" (pixels in [0,1]) or "uint8" (0 to 255) expected')
-        if isinstance(images, str):
-            images = [images]
-        if not isinstance(images, list) or not images:
-            raise InvalidInput('"images": a non-empty list of images expected, as nested lists or base64 strings')
+        images, dtype = json_images(document)
         if all(isinstance(image, str) for image in images):
             self._check_count(len(images))
-            return self._read_files([from_base64(image, index) for index, image in enumerate(images)])
+            return self._read_files(decode_base64(images))
         return self._read_lists(images, dtype, booleans)
 
     def _read_lists(self, images: list[Any], dtype: DType, booleans: bool) -> np.ndarray:
@@ -208,39 +169,9 @@ class Reader:
             return np.concatenate(resized)
         return self._read_array(array, dtype)
 
-    def _read_form(self, content_type: str, body: bytes) -> np.ndarray:
-        parts = read_multipart(content_type, body, self.limits.max_images)
-        if not parts:
-            raise InvalidInput(f"the form holds no files: at least one field {FIELD!r} expected")
-        return self._read_files(parts)
-
 
 def _to_pixels(images: np.ndarray) -> np.ndarray:
     return unit_levels(images) if images.dtype == np.uint8 else images
-
-
-class prefix_errors:  # noqa: N801  # a context manager reads as a verb
-    """Context manager that puts ``prefix`` before the text of an InvalidInput raised inside."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, InvalidInput):
-            raise type(error)(f"{self.prefix}{error}") from error
-
-
-def from_base64(text: str, index: int) -> bytes:
-    """Decode base64, plain or as a data URL. Raises InvalidInput, which names image ``index``."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidInput(f"image {index}: base64 of a PNG, JPEG, WebP or npy file expected") from error
 
 
 def read_latents(

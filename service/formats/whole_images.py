@@ -6,7 +6,7 @@ stay uint8 [C,h,w], a quarter of the memory of float32: the model converts a few
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,18 @@ from PIL import Image
 
 from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
-from service.formats.arrays import NPY_MAGIC, DType, as_images, from_json, read_npy, to_unit
-from service.formats.codecs import Limits, from_base64, prefix_errors
-from service.formats.images import open_image, read_whole_image
+from service.formats.arrays import DType, as_images, from_json, read_npy, to_unit
+from service.formats.image_bodies import (
+    Limits,
+    decode_base64,
+    encoded_pixels,
+    form_files,
+    json_images,
+    open_files,
+    prefix_errors,
+)
+from service.formats.images import read_whole_image
 from service.formats.media_types import IMAGE_INPUTS, JSON, NPY, WHOLE_IMAGE_INPUTS, media_type
-from service.formats.multipart import FIELD, read_multipart
 from service.formats.tiling import check_size
 
 
@@ -49,23 +56,11 @@ class WholeImageReader:
             return self._read_array(read_npy(body))
         if kind == JSON:
             return self._read_json(document())
-        parts = read_multipart(content_type, body, self.limits.max_images)
-        if not parts:
-            raise InvalidInput(f"the form holds no files: at least one field {FIELD!r} expected")
-        return self._read_files(parts)
+        return self._read_files(form_files(content_type, body, self.limits))
 
-    def _read_files(self, parts: Iterable[bytes]) -> list[np.ndarray]:
-        """Read files, npy or encoded images; all headers are checked before the first pixel is decoded."""
-        opened: list[np.ndarray | Image.Image] = []
-        for index, data in enumerate(parts):
-            with prefix_errors(f"image {index}: "):
-                opened.append(read_npy(data) if data.startswith(NPY_MAGIC) else open_image(data, self.limits.image))
-        pixels = sum(image.width * image.height for image in opened if isinstance(image, Image.Image))
-        if pixels > self.limits.max_pixels:
-            raise PayloadTooLarge(
-                f"the images have {pixels} pixels: at most {self.limits.max_pixels} here (setting max_batch_pixels)"
-            )
-        self._check_limits(len(opened), pixels * self.preprocessing.channels)
+    def _read_files(self, files: Sequence[bytes]) -> list[np.ndarray]:
+        opened = open_files(files, self.limits)
+        self._check_limits(len(opened), encoded_pixels(opened) * self.preprocessing.channels)
         images: list[np.ndarray] = []
         for index, image in enumerate(opened):
             with prefix_errors(f"image {index}: "):
@@ -89,18 +84,10 @@ class WholeImageReader:
         return list(images.astype(np.uint8) if dtype == "uint8" else unit)
 
     def _read_json(self, document: Any) -> list[np.ndarray]:
-        if not isinstance(document, dict) or "images" not in document:
-            raise InvalidInput('a JSON object with "images" expected')
-        images, dtype = document["images"], document.get("dtype", "float32")
-        if dtype not in ("float32", "uint8"):
-            raise InvalidInput('dtype: "float32" (pixels in [0,1]) or "uint8" (0 to 255) expected')
-        if isinstance(images, str):
-            images = [images]
-        if not isinstance(images, list) or not images:
-            raise InvalidInput('"images": a non-empty list of images expected, as nested lists or base64 strings')
+        images, dtype = json_images(document)
         self._check_limits(len(images), 0)
         if all(isinstance(image, str) for image in images):
-            return self._read_files([from_base64(image, index) for index, image in enumerate(images)])
+            return self._read_files(decode_base64(images))
         return self._read_lists(images, dtype)
 
     def _read_lists(self, images: list[Any], dtype: DType) -> list[np.ndarray]:
