@@ -1,4 +1,4 @@
-"""Writing that many requests share: log lines and metrics are written together, once in many requests."""
+"""Deferred writing of log lines and metrics: those of many requests are collected and written together."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 from weakref import WeakSet
 
-PAUSE_SECONDS = 0.01  # between two writes: one of few items costs as much as one of many
+PAUSE_SECONDS = 0.01  # between two writes, since a write of few items costs as much as one of many
 
 T = TypeVar("T")
 
 
 class DeferredWriter(Generic[T]):
-    """Collects items and writes them together. Safe to call from several threads.
+    """Collects items and hands them to ``write`` together; several threads may add items.
 
-    It writes in the event loop's next iteration, but not before PAUSE_SECONDS after the last time; at once where no
-    event loop runs.
+    It writes in the next iteration of the event loop, but not before PAUSE_SECONDS after the last write. Where no event
+    loop runs, it writes at once.
     """
 
     def __init__(self, write: Callable[[list[T]], None]) -> None:
@@ -33,14 +33,14 @@ class DeferredWriter(Generic[T]):
         """Queue an item for the next write."""
         self._items.append(item)
         waits_for = self._waits_for
-        if waits_for is not None and waits_for.is_running():  # it will flush, this item too
+        if waits_for is not None and waits_for.is_running():  # its flush is due, and will write this item, too
             return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self.flush()
             return
-        self._waits_for = loop  # the one before may have ended without another turn
+        self._waits_for = loop  # a loop before may have ended without another iteration
         pause = self._not_before - time.monotonic()
         if pause > 0:
             loop.call_later(pause, self.flush)
@@ -48,7 +48,7 @@ class DeferredWriter(Generic[T]):
             loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Write what is queued."""
+        """Write the queued items now."""
         self._waits_for = None
         items: list[T] = []
         with suppress(IndexError):  # another thread may take the last one
@@ -63,6 +63,6 @@ _WRITERS: WeakSet[DeferredWriter] = WeakSet()
 
 
 def flush_all() -> None:
-    """Write what is queued by any writer: nothing may wait when the process ends."""
+    """Write the queued items of all writers, which must be done before the process ends."""
     for writer in list(_WRITERS):
         writer.flush()

@@ -1,4 +1,4 @@
-"""Domain exceptions of the service. No HTTP numbers here: app.py holds the one table error -> status.
+"""Exceptions of the service, without HTTP statuses: service/api/app.py holds the one table from errors to statuses.
 
 VaeserveError
 ├── BundleError                 a bundle on disk cannot be trusted or used
@@ -7,23 +7,23 @@ VaeserveError
 │   ├── BundleIntegrityError    a file is missing, extra, or differs from its sha256 or size
 │   ├── BundleGraphError        a graph has foreign operators, external data, or another signature
 │   └── BundleParityError       replaying reference.npz leaves the declared tolerance
-├── DeviceUnavailable           the asked execution provider is not there
+├── DeviceUnavailable           the requested execution provider is not available
 ├── ConfigurationError          a setting is unknown or out of range
 ├── ModelNotFound               no model (or version) of that name is served
 ├── UnsupportedVerb             this model cannot answer that verb (with the reason)
-├── InvalidInput                the caller's data: says what was expected
-│   ├── UnsupportedMediaType    a Content-Type this route does not read
-│   ├── NotAcceptable           an Accept this route cannot answer
-│   └── LimitExceeded           a limit of the settings: which, asked, allowed
-│       └── PayloadTooLarge     bytes of the body, decoded or not
+├── InvalidInput                the caller's data cannot be used; says what was expected
+│   ├── UnsupportedMediaType    a Content-Type that this route does not read
+│   ├── NotAcceptable           an Accept header that this route cannot answer
+│   └── LimitExceeded           a limit of the settings was exceeded; says which, by what
+│       └── PayloadTooLarge     bytes or pixels of the body, encoded or decoded
 ├── Overloaded                  the queue is full; carries retry_after seconds
 ├── DeadlineExceeded            the answer was not ready in time
-└── ClientDisconnected          the caller hung up; nobody reads the answer
+└── ClientDisconnected          the client closed the connection before the answer
 """
 
 
 class VaeserveError(Exception):
-    """Root of every error that vaeserve raises on purpose. ``str(error)`` is fit for the caller's eyes."""
+    """Base of every error that vaeserve raises on purpose; its text may be shown to the client."""
 
 
 class BundleError(VaeserveError):
@@ -31,7 +31,7 @@ class BundleError(VaeserveError):
 
 
 class BundleNotFound(BundleError):
-    """Nothing that looks like a bundle stands at that path."""
+    """There is no bundle at the given path."""
 
 
 class BundleFormatError(BundleError):
@@ -51,7 +51,7 @@ class BundleParityError(BundleError):
 
 
 class DeviceUnavailable(VaeserveError):
-    """The asked execution provider is not there; never replaced by another in silence."""
+    """The requested execution provider is not available; another one is never used instead."""
 
 
 class ConfigurationError(VaeserveError):
@@ -59,11 +59,11 @@ class ConfigurationError(VaeserveError):
 
 
 class ModelNotFound(VaeserveError):
-    """No model, or no such version of it, is served under that name."""
+    """No model, or no such version of it, is served under the given name."""
 
 
 class UnsupportedVerb(VaeserveError):
-    """This model cannot answer that verb; the text gives the reason."""
+    """The model cannot answer a verb; the text gives the reason."""
 
 
 class InvalidInput(VaeserveError):
@@ -71,19 +71,19 @@ class InvalidInput(VaeserveError):
 
 
 class UnsupportedMediaType(InvalidInput):
-    """The Content-Type is none that this route reads."""
+    """The Content-Type is none that the route reads."""
 
 
 class NotAcceptable(InvalidInput):
-    """The Accept header names nothing that this route can answer with."""
+    """The Accept header names no media type that the route can answer with."""
 
 
 class LimitExceeded(InvalidInput):
-    """A limit of the settings was passed; the text names it, what was asked, and what is allowed."""
+    """A limit of the settings was exceeded; the text names it, what the request asks for, and what is allowed."""
 
 
 class PayloadTooLarge(LimitExceeded):
-    """The body, as sent or once decoded, holds more bytes or pixels than allowed."""
+    """The body, as sent or after decoding, holds more bytes, pixels or numbers than allowed."""
 
 
 class Overloaded(VaeserveError):
@@ -99,14 +99,14 @@ class DeadlineExceeded(VaeserveError):
 
 
 class ClientDisconnected(VaeserveError):
-    """The caller closed the connection; work that had not begun is dropped."""
+    """The client closed the connection; work that had not begun is dropped."""
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Drop the tracebacks of an error that is told in words, and of what led to it.
+    """Drop the tracebacks of an error and of the errors that caused it, if only its text is needed any more.
 
-    A future that has failed, its exception, the traceback, a frame that waits for the future: a circle, which would
-    keep the request's body and arrays until the next garbage collection.
+    A failed future, its exception, the traceback, and the frame that waits for the future form a reference cycle, which
+    would keep the request's body and arrays in memory until the next garbage collection.
     """
     while error is not None:
         error.__traceback__ = None

@@ -10,9 +10,9 @@ LEVELS = np.float32(255)
 
 
 def unit_levels(levels: np.ndarray) -> np.ndarray:
-    """8-bit levels, whole numbers 0 to 255 of any shape and dtype -> float32 pixels level/255 in [0,1].
+    """Convert 8-bit levels k, whole numbers from 0 to 255 of any shape and dtype, to float32 pixels k/255 in [0,1].
 
-    The division is float32's, the same number everywhere: k/255 rounded once.
+    The division is float32's, so that a level becomes the same pixel everywhere: k/255 rounded once.
     """
     pixels = aligned_empty(levels.shape, np.float32)
     pixels[...] = levels

@@ -1,4 +1,4 @@
-"""Settings, whoever says them: flags and the environment are read by service/commands/environment.py."""
+"""Settings of the service; service/commands/environment.py reads them from flags and environment variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_WORKERS = 256
 
 
 class Settings(BaseModel):
-    """How bundles are served."""
+    """Settings of a service, each with its default, its bounds and the description that the documents print."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

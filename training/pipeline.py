@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.calibration.conformal import needed
+from service.calibration.conformal import min_calibration_size
 from service.scores.fitting import LEAST_ROWS
 from training.backbone import settled
 from training.calibrate import calibrate, images_to_score, suspects
@@ -192,10 +192,11 @@ def _notes_on_splits(run: Run) -> Iterator[str]:
     """Which split is too small for what it is for, with the setting to raise."""
     data, dataset, rows = run.config.data, run.dataset, f"{run.input_rule.kind}s"
     n, found = len((dataset.wholes or dataset).splits["calibration"]), len(dataset.splits["validation"])
-    if n < needed(DEFAULT_RATE):
+    min_size = min_calibration_size(DEFAULT_RATE)
+    if n < min_size:
         yield (
             f"calibration: {n} {rows} are too few for verdicts at a false-positive rate of {DEFAULT_RATE:.0%}, the "
-            f"default, which needs {needed(DEFAULT_RATE)}: raise data.calibration, {data.calibration:g} here"
+            f"default, which needs {min_size}: raise data.calibration, {data.calibration:g} here"
         )
     if found < LEAST_ROWS:
         yield (

@@ -1,4 +1,4 @@
-"""Looking up a header where a request's are still bytes."""
+"""Look up request headers in an ASGI scope, which holds them as bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from starlette.types import Scope
 
 
 def header(scope: Scope, name: bytes) -> str:
-    """The first header of that name (in lower case), "" if there is none."""
+    """Return the value of the first header named ``name``, in lower case; "" if there is none."""
     for key, value in scope["headers"]:
         if key == name:
             text: str = value.decode("latin-1")

@@ -1,4 +1,4 @@
-"""Which of the media types that a route can answer the caller's Accept header prefers (RFC 9110, 12.5.1)."""
+"""Content negotiation: choose the media type of an answer by the Accept header of its request (RFC 9110, 12.5.1)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from functools import lru_cache
 
 from service.errors import NotAcceptable
 
-MOST_KNOWN = 128  # characters of an Accept that is remembered
+MAX_CACHED_CHARACTERS = 128  # of an Accept header, so that long ones do not fill the cache
 
 
 def negotiate(accept: str, offers: tuple[str, ...]) -> str:
-    """The offer with the highest quality; among equals the earliest offer. No header accepts anything.
+    """Return the media type among ``offers`` with the highest quality in an Accept header; the first of equal ones.
+
+    An empty header accepts anything.
 
     Raises:
         NotAcceptable: every offer has quality 0.
     """
-    return _known(accept, offers) if len(accept) <= MOST_KNOWN else _negotiate(accept, offers)
+    choose = _negotiate_cached if len(accept) <= MAX_CACHED_CHARACTERS else _negotiate
+    return choose(accept, offers)
 
 
 def _negotiate(accept: str, offers: Sequence[str]) -> str:
@@ -30,19 +33,21 @@ def _negotiate(accept: str, offers: Sequence[str]) -> str:
     return offers[qualities.index(best)]
 
 
-_known = lru_cache(maxsize=256)(_negotiate)
+_negotiate_cached = lru_cache(maxsize=256)(_negotiate)
 
 
 def _parse(part: str) -> tuple[str, float]:
+    """Split a member of an Accept header into its media range and its quality."""
     media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
     for parameter in parameters:
         name, _, value = parameter.partition("=")
         if name.strip() == "q":
-            return media_type, _number(value)
+            return media_type, _parse_quality(value)
     return media_type, 1.0
 
 
-def _number(text: str) -> float:
+def _parse_quality(text: str) -> float:
+    """Read a quality from 0 to 1; other text counts as 0."""
     try:
         value = float(text)
     except ValueError:
@@ -51,10 +56,10 @@ def _number(text: str) -> float:
 
 
 def _quality(offer: str, ranges: Sequence[tuple[str, float]]) -> float:
-    """Quality of the most specific range that covers the offer."""
+    """Return the quality of the most specific media range that covers an offer, 0 if none does."""
     group = offer.split("/")[0] + "/*"
     for candidate in (offer, group, "*/*"):
-        found = [q for media_type, q in ranges if media_type == candidate]
-        if found:
-            return max(found)
+        qualities = [quality for media_type, quality in ranges if media_type == candidate]
+        if qualities:
+            return max(qualities)
     return 0.0

@@ -1,4 +1,4 @@
-"""The parts of the OpenAPI document that FastAPI cannot derive: raw bodies, and answers by Accept."""
+"""Parts of the OpenAPI document that FastAPI cannot derive: bodies that are no form or model, and answers by Accept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 def _object(name: str, description: str) -> dict[str, Any]:
-    """A JSON object that holds data of that name."""
+    """Describe a JSON object that holds an array under ``name``."""
     return {
         "type": "object",
         "description": f"{name}: {description}; parameters may stand beside it",
@@ -64,6 +64,6 @@ PARAMETER_BODY: dict[str, Any] = {
 
 
 def answers(model: type[BaseModel], *media_types: str) -> dict[int | str, dict[str, Any]]:
-    """``responses`` of a verb: the JSON model, the other media types that Accept can ask for, and the error shape."""
+    """Describe the responses of a verb: its JSON model, the other media types that Accept can ask for, and problems."""
     binary = {media_type: _BINARY for media_type in media_types if media_type != "application/json"}
     return {200: {"model": model, "content": binary}, "4XX": {"model": Problem, "description": "problem"}}

@@ -1,4 +1,4 @@
-"""The one error shape: application/problem+json (RFC 9457) with the text repeated under ``error``."""
+"""Error responses: application/problem+json (RFC 9457), with the text repeated under ``error``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ def problem(
     headers: Mapping[str, str] | None = None,
     errors: Sequence[Mapping[str, Any]] | None = None,
 ) -> Response:
-    """A response in the one shape; ``errors`` lists single fields ({"where", "what"}) of a validation."""
+    """Make an error response.
+
+    Args:
+        status: HTTP status.
+        detail: the text, for the client's eyes.
+        request_id: repeated in the body.
+        headers: headers of the response beside Content-Type and Content-Length.
+        errors: single fields of a failed validation, {"where", "what"} each.
+    """
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -37,7 +45,10 @@ def problem(
 
 
 def problem_response(status: int, detail: str) -> bytes:
-    """A whole HTTP response with a problem, for a connection that is closed after it: no request has an id there."""
+    """Return the bytes of a whole HTTP response with a problem, for a connection that is closed after it.
+
+    There is no request yet whose id it could repeat, and so it gets an id of its own.
+    """
     request_id = uuid.uuid4().hex
     response = problem(status, detail, request_id, {"x-request-id": request_id, "connection": "close"})
     head = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)

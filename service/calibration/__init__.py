@@ -1,1 +1,1 @@
-"""Conformal p-values, false-discovery control, and tests of the calibration data and of drift."""
+"""Calibration of scores: conformal p-values, false-discovery control, and tests for contamination and drift."""

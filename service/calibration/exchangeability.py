@@ -1,8 +1,8 @@
-"""Are the recent scores still exchangeable with the calibration scores? Two tests, of ranks alone.
+"""Test whether recent scores are still exchangeable with the calibration scores: two tests, based on ranks alone.
 
 The *rank* of a score is the number r ∈ {0 … n} of calibration scores ranked above it, so that its conformal p-value is
 (1 + r)/(n + 1). All p-values share one calibration set and are therefore dependent: given the calibration they are not
-quite uniform, and a test that takes them for independent uniform numbers alarms on any long stream, however innocent.
+quite uniform, and a test that takes them for independent uniform numbers alarms on any long stream of inliers.
 Both tests here account for that. ``ks_two_sample`` has the finite calibration sample in its null distribution, and
 ``Urn`` turns dependent ranks into independent uniform numbers, which ``Martingale`` then bets against.
 """
@@ -14,19 +14,19 @@ import math
 import numpy as np
 
 BETS = ((1 / 8, 1.0), (1 / 2, 1.0), (2.0, 1.0), (1.0, 1 / 2), (1.0, 2.0), (2.0, 2.0), (1 / 2, 1 / 2))
-"""(a, b) of the Beta densities that the martingale bets with. Where b = 1 they are the power bets ε p^(ε−1) of Vovk,
-Nouretdinov & Gammerman 2003: more small p-values, grossly and mildly, then more large ones. (1, 1/2) and (1, 2) mirror
-them, (2, 2) and (1/2, 1/2) bet on scores that spread less and more than the calibration's."""
+"""Parameters (a, b) of the Beta densities that the martingale bets with. With b = 1 they are the power bets ε p^(ε−1)
+of Vovk, Nouretdinov & Gammerman 2003: on far more small p-values, on somewhat more, and on more large ones. (1, 1/2)
+and (1, 2) mirror them; (2, 2) and (1/2, 1/2) bet on scores that spread less, or more, than the calibration's."""
 
 
 def ks_two_sample(ranks: np.ndarray, n: int) -> tuple[float, float]:
-    """Two-sided Kolmogorov–Smirnov test of m recent scores against the n calibration scores: (D, its p-value).
+    """Compute the two-sided Kolmogorov–Smirnov test of m recent scores against n calibration scores: (D, p-value).
 
-    D = sup_t |F_m(t) − G_n(t)| is a function of the ranks (int64 [m], m ≥ 1) alone. Its null is that of two samples,
-    with the effective size mn/(m + n): the calibration's own error is in it. The p-value is Kolmogorov's limit at
-    √(mn/(m + n)) D without Stephens's correction: against the exact distribution, with m from 1 to 1000 and n from 50
-    to 3000, the limit's tails up to a half erred on the safe side only (3% too large for m = 1000, n = 3000 at 10⁻³;
-    more in small samples), while with the correction they were too small by a tenth and more.
+    D = sup_t |F_m(t) − G_n(t)| depends on the ranks, int64 [m] with m ≥ 1, alone. Its null distribution is that of two
+    samples, with the effective size mn/(m + n), which accounts for the calibration's own error. The p-value is
+    Kolmogorov's limit at √(mn/(m + n)) D without Stephens's correction. Compared with the exact distribution for m from
+    1 to 1000 and n from 50 to 3000, tails up to ½ of the limit are never too small (3% too large for m = 1000, n = 3000
+    at 10⁻³; more in small samples), whereas with the correction they are too small by a tenth and more.
     """
     m = len(ranks)
     above = np.sort(ranks) / n
@@ -36,10 +36,10 @@ def ks_two_sample(ranks: np.ndarray, n: int) -> tuple[float, float]:
 
 
 def kolmogorov_tail(x: float) -> float:
-    """P(K ≥ x) of Kolmogorov's distribution: the limit of √n D_n.
+    """Return P(K ≥ x) for Kolmogorov's distribution, the limit law of √n D_n.
 
-    From 1 on the alternating series 2 Σ (−1)^(k−1) exp(−2k²x²), below it 1 − √(2π)/x Σ exp(−(2k−1)²π²/(8x²)): each
-    converges to float64's precision within five terms on its side.
+    It is 2 Σ (−1)^(k−1) exp(−2k²x²) for x ≥ 1, and 1 − √(2π)/x Σ exp(−(2k−1)²π²/(8x²)) below: each series converges to
+    float64's precision within five terms on its side.
     """
     if x < 0.04:  # the second series underflows: the tail is 1 − 10⁻³³⁰
         return 1.0
@@ -69,12 +69,18 @@ class Urn:
         self._total = n + 1
 
     def p_value(self, rank: int, u: float) -> float:
-        """The p-value in (0, 1] of the next rank, of which the urn then takes note; u ∈ (0, 1] is uniform."""
+        """Return the p-value in (0, 1] of the next rank, and add the rank to the urn.
+
+        Args:
+            rank: from 0 to n.
+            u: a uniform random number in (0, 1].
+        """
         p = (rank + self._below(rank) + u * (1 + self._counts[rank])) / self._total
         self._add(rank)
         return p
 
     def _below(self, rank: int) -> int:
+        """Count the past ranks below ``rank``."""
         below = 0
         while rank:
             below += self._tree[rank]
@@ -84,24 +90,26 @@ class Urn:
     def _add(self, rank: int) -> None:
         self._counts[rank] += 1
         self._total += 1
-        place = rank + 1
-        while place < len(self._tree):
-            self._tree[place] += 1
-            place += place & -place
+        node = rank + 1
+        while node < len(self._tree):
+            self._tree[node] += 1
+            node += node & -node
 
 
 class Martingale:
     """A bet against uniform p-values: M_t ≥ 0, M_0 = 1, E[M_t | past] = M_{t−1} if they are uniform and independent.
 
-    By Ville's inequality P(M_t ≥ 1/α for any t) ≤ α: it may be looked at as often as one likes. M is a mixture over the
-    bet b (``BETS``) and over the time k from which the bet is made, weights w_k = 1/(k(k + 1)):
+    By Ville's inequality P(M_t ≥ 1/α for any t) ≤ α, however often it is looked at. M is a mixture over the bet b
+    (``BETS``) and over the time k from which the bet is made, with weights w_k = 1/(k(k + 1)):
 
         M_t = 1/(t + 1) + Σ_{k ≤ t} w_k (1/B) Σ_b Π_{i=k…t} f_b(p_i)
 
-    The first term is the capital not yet bet. So M_t ≥ 1/(t + 1): a long quiet time leaves the test awake, where a bet
-    made from the start would by then have lost everything. The bets are those of Vovk, Nouretdinov & Gammerman 2003
-    (*Testing exchangeability on-line*); mixing over the onset is how Shin, Ramdas & Rinaldo 2023 (*E-detectors*) look
-    for a change. Kept as natural logarithms.
+    The first term is the capital not yet bet. So M_t ≥ 1/(t + 1): after a long time without a change the test still has
+    power, where a bet made from the start would have lost all its capital. The bets are those of Vovk, Nouretdinov &
+    Gammerman 2003 (*Testing exchangeability on-line*); mixing over the onset is how Shin, Ramdas & Rinaldo 2023
+    (*E-detectors*) look for a change.
+
+    ``seen`` counts the p-values so far; ``log_value`` is log M now and ``log_maximum`` its maximum so far, in nats.
     """
 
     def __init__(self) -> None:
@@ -111,7 +119,7 @@ class Martingale:
         self._log_capital = np.full(len(BETS), -np.inf)
 
     def bet(self, p: np.ndarray) -> None:
-        """Take note of the p-values, float64 [N] in [0, 1], in their order."""
+        """Bet on the next p-values, float64 [N] in [0, 1], in their order."""
         if not len(p):
             return
         t = self.seen + 1.0 + np.arange(len(p))
@@ -127,7 +135,7 @@ class Martingale:
 
 
 def log_bets(p: np.ndarray) -> np.ndarray:
-    """log f_b(p) for each bet: float64 [N, B]. p is kept 2⁻⁵³ away from 0 and 1, where a bet may be infinite."""
+    """Return log f_b(p) of each bet b, float64 [N,B]; p is kept 2⁻⁵³ away from 0 and 1, where a bet may be infinite."""
     p = np.clip(p, 2.0**-53, 1 - 2.0**-53)[:, None]
     a, b = np.array(BETS).T
     return (a - 1) * np.log(p) + (b - 1) * np.log1p(-p) - _LOG_BETA

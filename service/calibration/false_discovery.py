@@ -1,4 +1,4 @@
-"""False-discovery control over a batch: of the images called anomalies at most the asked share are inliers, on average.
+"""False-discovery control over a batch: on average, at most a given share of the images called anomalies are inliers.
 
 Conformal p-values share one calibration set and so depend on each other, but positively (PRDS: Bates et al. 2023,
 Theorem 2), and under PRDS the procedure of Benjamini & Hochberg (1995) keeps its promise (Benjamini & Yekutieli 2001,
@@ -16,10 +16,12 @@ from service.errors import InvalidInput
 
 
 def q_values(p_values: np.ndarray) -> np.ndarray:
-    """Benjamini–Hochberg adjusted p-values of a batch, float64 [N]: min over j ≥ rank of N p_(j) / j, at most 1.
+    """Return the Benjamini–Hochberg adjusted p-values of a batch, float64 [N]: min over j ≥ rank of N p_(j) / j, ≤ 1.
 
-    A q-value is the smallest rate at which its image would be called; it depends on the whole batch.
-    Raises InvalidInput unless every p-value is of [0, 1].
+    A q-value is the smallest rate at which its image would be called an anomaly; it depends on the whole batch.
+
+    Raises:
+        InvalidInput: a p-value is outside [0, 1].
     """
     p = np.asarray(p_values, np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
@@ -32,18 +34,27 @@ def q_values(p_values: np.ndarray) -> np.ndarray:
 
 
 def benjamini_hochberg(p_values: np.ndarray, rate: float) -> np.ndarray:
-    """Which images of a batch are anomalies at the false-discovery rate ``rate``: bool [N], ``q_values`` ≤ rate.
+    """Call the images of a batch anomalies at a false-discovery rate, bool [N]: those with ``q_values`` ≤ ``rate``.
 
-    Raises InvalidInput for p-values outside [0, 1] or a rate outside (0, 1).
+    Raises:
+        InvalidInput: a p-value is outside [0, 1], or the rate outside (0, 1).
     """
     return q_values(p_values) <= _checked(rate)
 
 
-def least_discoveries(n: int, batch: int, rate: float) -> int:
-    """How many of ``batch`` images must have the smallest p-value, 1/(n + 1), before any is called: ⌈batch/rate/(n+1)⌉.
+def min_discoveries(n: int, batch: int, rate: float) -> int:
+    """Return ⌈batch/rate/(n + 1)⌉, the images that must have the smallest p-value, 1/(n + 1), before any is called.
 
-    Above 1, a single anomaly in the batch cannot be found at this rate, however extreme: more calibration images,
-    a smaller batch or a larger rate are needed. Above ``batch``, none ever is.
+    If it is above 1, a single anomaly in the batch is never called at this rate, however extreme it is: that takes more
+    calibration images, a smaller batch or a larger rate. If it is above ``batch``, none ever is.
+
+    Args:
+        n: number of calibration scores.
+        batch: number of images.
+        rate: false-discovery rate.
+
+    Raises:
+        InvalidInput: the rate is outside (0, 1).
     """
     return max(1, math.ceil(batch / (_checked(rate) * (n + 1))))
 

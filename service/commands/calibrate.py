@@ -99,11 +99,11 @@ def _calibrate(
 
 def _calibrated(done: RecalibrationOutcome, noun: str, rate: float) -> Iterator[str]:
     """What a calibration rests on, all and by group, and which of them cannot answer the default rate."""
-    from service.calibration.conformal import needed
+    from service.calibration.conformal import min_calibration_size
 
     def answers(n: int) -> str:
-        few = f"; too few for the default false-positive rate, {rate:g}, which needs {needed(rate)}"
-        return f"smallest p-value {1 / (n + 1):.3g}{few if n < needed(rate) else ''}"
+        few = f"; too few for the default false-positive rate, {rate:g}, which needs {min_calibration_size(rate)}"
+        return f"smallest p-value {1 / (n + 1):.3g}{few if n < min_calibration_size(rate) else ''}"
 
     yield f"{done.path}: {done.n} {noun} calibrate, {done.n_fit} fitted the scores; {answers(done.n)}"
     for group, n in done.groups.items():

@@ -13,8 +13,8 @@ from service.bundle.input_rules import Preprocessing
 from service.bundle.manifest import Manifest
 from service.commands.offline_scoring import BadFile
 from service.errors import InvalidInput
-from service.formats.images import ImageLimits, decode_whole
-from service.formats.tiling import Plan
+from service.formats.images import ImageLimits, decode_whole_image
+from service.formats.tiling import TilePlan
 from service.inference.model import Model
 from service.inference.tiled import TiledModel, fit_tails
 from service.pixels import unit_levels
@@ -115,7 +115,7 @@ class WholeImages:
         random, tiles = np.random.RandomState(SEED), []
         for index in indices.tolist():
             image = self.read(index)
-            plan = Plan.of(rule, *image.shape[1:])
+            plan = TilePlan.of(rule, *image.shape[1:])
             tiles += [plan.cut(image, tile, 1) for tile in random.permutation(len(plan))[:tiles_of_each]]
         if len(tiles) < LEAST_ROWS:
             raise InvalidInput(
@@ -156,14 +156,14 @@ def open_whole_images(
     bad: list[BadFile] = []
     for path in files:
         try:
-            decode_whole(path.read_bytes(), rule, limits)
+            decode_whole_image(path.read_bytes(), rule, limits)
             good.append(path)
         except (InvalidInput, OSError) as error:
             bad.append(BadFile(path, str(error)))
 
     def read(index: int) -> np.ndarray:
         try:
-            return decode_whole(good[index].read_bytes(), rule, limits)
+            return decode_whole_image(good[index].read_bytes(), rule, limits)
         except (InvalidInput, OSError) as error:
             raise InvalidInput(f"{good[index]} has changed meanwhile: {error}") from error
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import ConfigurationError, InvalidInput
-from service.formats.images import ImageLimits, decode_image, decode_whole
+from service.formats.images import ImageLimits, decode_image, decode_whole_image
 from service.formats.tables import CSV, NPY, TableReader
 from service.pixels import unit_levels
 from service.repository.judging import InputRows, Verdicts, judge
@@ -207,7 +207,7 @@ def _score_whole(
 ) -> Row | BadFile:
     """Score one image by its tiles, alone, so that no more than one image is in memory."""
     try:
-        image = decode_whole(path.read_bytes(), rule, limits)
+        image = decode_whole_image(path.read_bytes(), rule, limits)
     except (InvalidInput, OSError) as error:
         return BadFile(path, str(error))
     verdicts = judge(served, [image], parameters, rate)

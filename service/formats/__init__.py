@@ -1,1 +1,1 @@
-"""Bytes to arrays and back: images, npy, JSON, tables, multipart forms, pictures."""
+"""Formats convert bytes to arrays and back: images, npy, JSON, tables and multipart forms in, pictures and npy out."""

@@ -1,4 +1,4 @@
-"""Arrays from outside: npy bytes and JSON lists -> numpy, checked before anything is allocated or believed."""
+"""Read npy bytes and JSON lists from clients into numpy arrays, checked before any memory is allocated for them."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from service.pixels import unit_levels
 
 NPY_MAGIC = b"\x93NUMPY"
 MAX_HEADER = 1024
-"""Bytes of an npy header; an honest one has about 120."""
+"""Bytes of an npy header; numpy writes about 120."""
 MAX_DIMENSIONS = 4
 MAX_LISTS = 2**19
-"""Lists and objects of one JSON body: 32 MB of empty ones would take 13 s to parse and 1 GB; rows of pixels are far
-fewer (1024 RGB images of 128×128 have 2^18.6)."""
-CODES: dict[type, str] = {int: "qd", float: "d"}
-"""Of arrays that hold a list of numbers whose first is of that type: int64, float64; the first that can."""
+"""Lists and objects in one JSON body: 32 MB of empty ones would take 13 s and 1 GB to parse. Rows of pixels need far
+fewer: 1024 RGB images of 128×128 have 2^18.6."""
+STRUCT_CODES: dict[type, str] = {int: "qd", float: "d"}
+"""Formats of ``struct`` to try for a list of numbers, by the type of its first: q is int64, d is float64."""
 _SIZE_BYTES = {(1, 0): 2, (2, 0): 4}  # format version -> bytes of the header's length
 _DTYPES = re.compile(r"[<>=|]?(u1|f2|f4|f8)")
 DType = Literal["uint8", "float32"]
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """The bytes of an .npy file -> uint8 or float array, C order, this machine's byte order; nothing is copied twice.
+    """Read an .npy file into a uint8 or float array, in C order and native byte order, with at most one copy.
 
     Raises:
-        InvalidInput: no npy file, another dtype than uint8 or float16/32/64 (pickles among them), over 4 dimensions,
-            or a shape that is not what the body holds.
+        InvalidInput: the bytes are no npy file, have a dtype other than uint8 or float16/32/64 (as pickles do), over 4
+            dimensions, or a shape that does not fit the length of the data.
     """
     shape, fortran, dtype, start = _read_header(data)
     if len(shape) > MAX_DIMENSIONS:
         raise InvalidInput(f"the npy array has {len(shape)} dimensions: at most {MAX_DIMENSIONS} expected")
     if any(side < 0 for side in shape):
         raise InvalidInput("the npy array has a negative dimension")
-    expected, found = math.prod(shape) * dtype.itemsize, len(data) - start
-    if expected != found:
-        raise InvalidInput(f"the npy header promises {_short(expected)} bytes of data: the body holds {found}")
+    promised, held = math.prod(shape) * dtype.itemsize, len(data) - start  # bytes
+    if promised != held:
+        raise InvalidInput(f"the npy header promises {_short(promised)} bytes of data: the body holds {held}")
     if max(shape, default=0) > len(data):
         raise InvalidInput("the npy array has a dimension beyond the body's bytes")
     array = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
@@ -53,7 +53,7 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 def npy_shape(data: bytes) -> tuple[int, ...]:
-    """The shape that an .npy file's header tells, whatever its body holds; () where none is to be read."""
+    """Return the shape in the header of an .npy file, without reading its data; () if the header cannot be read."""
     try:
         return _read_header(data)[0]
     except InvalidInput:
@@ -61,9 +61,10 @@ def npy_shape(data: bytes) -> tuple[int, ...]:
 
 
 def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, Fortran order, dtype and where the data starts.
+    """Return the shape, whether the order is Fortran's, the dtype, and the offset of the data, from an .npy file.
 
-    Not numpy's reader: that one understands structures and objects, and mends headers of Python 2 with a warning.
+    numpy's own reader is not used: it accepts structured dtypes and objects, and repairs headers of Python 2 with a
+    warning.
     """
     version = tuple(data[6:8])
     if not data.startswith(NPY_MAGIC) or len(version) < 2:
@@ -74,11 +75,11 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     size = int.from_bytes(data[8:start], "little")
     if size > MAX_HEADER or start + size > len(data):
         raise InvalidInput(f"the npy header has {size} bytes: at most {MAX_HEADER} expected, and no more than sent")
-    return *_fields(data[start : start + size].decode("latin-1")), start + size
+    return *_parse_header(data[start : start + size].decode("latin-1")), start + size
 
 
 @lru_cache(maxsize=64)
-def _fields(text: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _parse_header(text: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         header = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
@@ -94,15 +95,16 @@ def _fields(text: str) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _short(number: int) -> str:
+    """Write a number in decimal digits, but none so large that its text would fill the answer."""
     return str(number) if number < 10**18 else "over 10^18"
 
 
 def parse_json(body: bytes) -> Any:
-    """A JSON body -> Python values.
+    """Parse a JSON body into Python values.
 
     Raises:
-        InvalidInput: no JSON, nested over 1024 deep, or holding NaN or infinities.
-        LimitExceeded: over MAX_LISTS lists and objects.
+        InvalidInput: the body is no JSON, is nested over 1024 deep, or holds NaN or infinities.
+        LimitExceeded: it has more than MAX_LISTS lists and objects.
     """
     lists = body.count(b"[") + body.count(b"{") if len(body) > MAX_LISTS else 0
     if lists > MAX_LISTS:
@@ -114,17 +116,23 @@ def parse_json(body: bytes) -> Any:
 
 
 def may_hold_booleans(body: bytes) -> bool:
-    """Whether true or false stands anywhere in a JSON body. A letter is found ten times as fast as a word."""
+    """True if the text ``true`` or ``false`` occurs in a JSON body."""
+    # A single letter is searched ten times as fast as a word, and most bodies hold neither r nor f.
     return (b"r" in body and b"true" in body) or (b"f" in body and b"false" in body)
 
 
 def from_json(value: Any, row: str = "", booleans: bool = True) -> np.ndarray:
-    """A number or nested lists of numbers -> float64 or int64 array. ``row`` names the value in errors.
+    """Convert a number or nested lists of numbers to a float64 or int64 array, by one pass over each level of lists.
 
-    A level of lists at a time, each read by one pass over it. ``booleans``: whether some may be among the numbers; to
-    find them takes as long as all else. Raises:
-        InvalidInput: ragged, too deep, or holding anything but numbers. numpy would read true as 1, and give each text
-            the room of the longest.
+    It is stricter than ``np.array``, which reads true as 1 and gives each text the memory of the longest.
+
+    Args:
+        value: what a JSON document holds.
+        row: prefix of error texts, which names the value.
+        booleans: False if the caller knows that there are none; to look for them doubles the time.
+
+    Raises:
+        InvalidInput: the lists are ragged, nested too deep, or hold anything but numbers of 64 bits.
     """
     shape: list[int] = []
     level = [value]
@@ -150,18 +158,26 @@ def from_json(value: Any, row: str = "", booleans: bool = True) -> np.ndarray:
 
 
 def _numbers(values: list[Any]) -> np.ndarray | None:
-    """A list of numbers, none of them a boolean, as numpy would read it; None where that is not so simple."""
-    for code in CODES.get(type(values[0]), "") if values else "":
+    """Convert a list of numbers without booleans to an int64 or float64 array; None if it holds anything else."""
+    for code in STRUCT_CODES.get(type(values[0]), "") if values else "":
         with suppress(struct.error, OverflowError):
             return np.frombuffer(struct.pack(f"{len(values)}{code}", *values), code)
     return None
 
 
 def to_unit(images: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> np.ndarray:
-    """Images [N,…] of the stated dtype -> float32 in [0,1]; uint8 by /255, floats must already be there.
+    """Convert images [N,…] to float32 pixels in [0,1]: uint8 levels k become k/255, floats must lie in [0,1] already.
+
+    Nothing is rescaled by a guess.
+
+    Args:
+        images: [N,…] of any numeric dtype.
+        dtype: how the numbers are meant, "uint8" (0 to 255) or "float32" ([0,1]); None: by the array's own dtype.
+        first_row: index of the first image, for error texts.
 
     Raises:
-        InvalidInput: names the first row that is out of range; nothing is ever rescaled by a guess.
+        InvalidInput: a pixel is out of range or not finite (the text names the first such image), or the images hold
+            fractions where ``dtype`` is "uint8".
     """
     if dtype is None:
         dtype = "uint8" if images.dtype == np.uint8 else "float32"
@@ -172,8 +188,8 @@ def to_unit(images: np.ndarray, dtype: DType | None = None, first_row: int = 0) 
     top = 255 if dtype == "uint8" else 1
     low, high = (images.min(), images.max()) if images.size else (0, 0)  # NaN, if there is one
     if not (low >= 0 and high <= top):
-        good = (images >= 0) & (images <= top)
-        row = int(np.argmin(good.reshape(len(images), -1).all(1)))
+        in_range = (images >= 0) & (images <= top)
+        row = int(np.argmin(in_range.reshape(len(images), -1).all(1)))
         raise InvalidInput(f"image {first_row + row}: pixels as {dtype} from 0 to {top} expected, finite")
     if dtype == "uint8":
         return unit_levels(images)
@@ -181,12 +197,12 @@ def to_unit(images: np.ndarray, dtype: DType | None = None, first_row: int = 0) 
 
 
 def as_images(array: np.ndarray, channels: int) -> np.ndarray:
-    """Natural shapes -> [N,C,h,w]: N×C×h×w, N×h×w×C, C×h×w, h×w×C, and without C where C is 1.
+    """Bring images to shape [N,C,h,w] from N×C×h×w, N×h×w×C, C×h×w, h×w×C, or these without C where C is 1.
 
-    Channels last is taken only where channels first does not fit. With one channel three dimensions are N×h×w.
+    Channels are taken to be last only if channels first does not fit. With one channel, three dimensions are N×h×w.
 
     Raises:
-        InvalidInput: another shape, or nothing in it.
+        InvalidInput: the array has another shape, or a dimension of 0.
     """
     shape = array.shape
     if 0 in shape:
@@ -206,11 +222,11 @@ def as_images(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 def as_latents(array: np.ndarray, latent_dim: int, max_rows: int) -> np.ndarray:
-    """[M,L] or [L] -> float32 [M,L], the same numbers where they are float32.
+    """Bring latents [M,L] or [L], L = ``latent_dim``, to float32 [M,L]; float32 numbers are kept bitwise.
 
     Raises:
-        InvalidInput: another width, or numbers that are not finite in float32.
-        LimitExceeded: more rows than ``max_rows``.
+        InvalidInput: the width is another, or a number is not finite in float32.
+        LimitExceeded: there are more rows than ``max_rows``.
     """
     rows = array[None] if array.ndim == 1 else array
     if rows.ndim != 2 or rows.shape[1] != latent_dim or not len(rows):

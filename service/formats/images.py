@@ -1,6 +1,6 @@
-"""Any image becomes uint8 [C,H,W] by the bundle's Preprocessing rule: the one place, for training and for serving.
+"""Decode and resize images by a bundle's Preprocessing rule, in training and in serving alike: uint8 [C,H,W].
 
-PNG, JPEG and WebP are read, nothing else. Of an animation the first frame counts. 16-bit grey is scaled to 8 bits
+PNG, JPEG and WebP are read, nothing else. The first frame of an animation is taken. 16-bit grey is scaled to 8 bits
 (rounded, not clipped; of 16-bit colour Pillow keeps the upper byte), palettes and CMYK are converted, alpha is
 composited on ``background``, EXIF orientation is applied. An image that already has the target size is not resampled.
 """
@@ -23,7 +23,7 @@ from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
 from service.formats.containers import check_container, check_exif
 from service.formats.plain_png import read_plain_png
-from service.formats.png_rows import holds_all_rows, shows_its_last_row
+from service.formats.png_rows import has_nonzero_last_row, holds_all_rows
 from service.formats.tiling import check_size
 from service.pixels import unit_levels
 
@@ -35,7 +35,8 @@ RESAMPLE = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
-# EXIF orientation -> what turns the image upright (TIFF 6.0, tag 274). Pillow's exif_transpose also rewrites the EXIF.
+# The operation that turns an image upright, by EXIF orientation (TIFF 6.0, tag 274). Pillow's own exif_transpose would
+# also rewrite the EXIF data, which are not used any more.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,64 +46,69 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's decoders raise on damaged files, beside its own errors.
+# Exceptions that Pillow's decoders raise on damaged files, beside Pillow's own errors.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, zlib.error)
 MAX_ASPECT = 4096
-"""An image is refused if one side is so many times the other: resizing it would ask for absurd intermediate sizes."""
-# 16-bit levels -> 8 bits: round(level / 257), as 65535 = 257 · 255.
+"""Largest ratio of an image's aspect to the target's: beyond it, resizing would need absurd intermediate sizes."""
+# 8-bit level of every 16-bit level: round(level / 257), as 65535 = 257 · 255.
 _TO_8_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
 
-_FILTERS = threading.Lock()
+_WARNING_FILTERS = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Most bytes of one encoded image, and most pixels (width × height) that its header may claim."""
+    """Limits on one encoded image: its bytes, and the pixels (width × height) that its header may claim."""
 
     max_bytes: int
     max_pixels: int
 
 
 def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits, strict: bool = False) -> np.ndarray:
-    """The bytes of a PNG, JPEG or WebP -> uint8 [C,H,W].
+    """Decode the bytes of a PNG, JPEG or WebP into levels of the bundle's size, uint8 [C,H,W].
+
+    Args:
+        strict: refuse an image of another size than the bundle's instead of resizing it.
 
     Raises:
-        PayloadTooLarge: more bytes or pixels than ``limits`` (pixels by the header, before anything is decoded).
-        InvalidInput: no such image, or damaged; or another size than the bundle's and ``strict``.
+        PayloadTooLarge: the image exceeds ``limits``; pixels are judged by the header, before anything is decoded.
+        InvalidInput: the bytes are no such image, are damaged, or have another size and ``strict`` is set.
     """
     return read_image(open_image(data, limits), preprocessing, strict)
 
 
-def decode_whole(data: bytes, preprocessing: Preprocessing, limits: ImageLimits) -> np.ndarray:
-    """The bytes of a PNG, JPEG or WebP -> uint8 [C,h,w] in its own size, for a model of tiles.
+def decode_whole_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits) -> np.ndarray:
+    """Decode the bytes of a PNG, JPEG or WebP into levels of its own size, uint8 [C,h,w], for a model of tiles.
 
-    Raises as ``decode_image``; InvalidInput for an image that is smaller than a tile.
+    Raises:
+        PayloadTooLarge: the image exceeds ``limits``; pixels are judged by the header, before anything is decoded.
+        InvalidInput: the bytes are no such image, are damaged, or the image is smaller than a tile.
     """
-    return read_whole(open_image(data, limits), preprocessing)
+    return read_whole_image(open_image(data, limits), preprocessing)
 
 
-UNTURNED = frozenset({"aspect", "chromaticity", "dpi", "gamma", "srgb", "transparency"})
-"""What Pillow may know of a PNG that does not turn it: to ask takes as long as to decode 28×28 pixels."""
+ENTRIES_WITHOUT_ORIENTATION = frozenset({"aspect", "chromaticity", "dpi", "gamma", "srgb", "transparency"})
+"""Entries of a PNG's ``info`` that hold no orientation. Reading the EXIF takes as long as decoding 28×28 pixels."""
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without Pillow's warnings of bombs and bad EXIF: our limits decide, in words.
+def _without_warnings() -> Iterator[None]:
+    """Silence Pillow's warnings of decompression bombs and bad EXIF, which the limits here replace by errors.
 
-    The filters of warnings belong to the process, so one thread at a time may change them and put them back; only
-    headers are read in here, decoding stays parallel.
+    The filters of warnings belong to the process, so that one thread at a time may change and restore them. Only
+    headers are read under this lock; pixels are decoded in parallel.
     """
-    with _FILTERS, warnings.catch_warnings():
+    with _WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
-    """The image by its header: its size is known, its pixels are not decoded yet unless they are few.
+    """Open an image by its header; the pixels are decoded later, except for small plain PNGs.
 
     Raises:
-        PayloadTooLarge: more bytes or pixels than ``limits``.
-        InvalidInput: no PNG, JPEG or WebP, or its container is damaged.
+        PayloadTooLarge: the image exceeds ``limits``.
+        InvalidInput: the bytes are no PNG, JPEG or WebP, or the container is damaged.
     """
     if len(data) > limits.max_bytes:
         raise PayloadTooLarge(f"the image has {len(data)} bytes: at most {limits.max_bytes} expected")
@@ -111,7 +117,7 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
         return plain
     check_container(data)
     try:
-        with _quietly():
+        with _without_warnings():
             image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image claims too many pixels: at most {limits.max_pixels} expected") from error
@@ -125,40 +131,40 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
 
 
 def read_image(image: Image.Image, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
-    """Decode what ``open_image`` opened -> uint8 [C,H,W].
+    """Decode an image from ``open_image`` into levels of the bundle's size, uint8 [C,H,W].
 
     Raises:
-        InvalidInput: its pixels are damaged; or another size than the bundle's and ``strict``.
+        InvalidInput: the pixels are damaged, or the size is another than the bundle's and ``strict`` is set.
     """
     return apply(_upright(image), preprocessing, strict)
 
 
-def is_of_natural_size(data: bytes, preprocessing: Preprocessing) -> bool:
-    """Whether a PNG has the rule's own size, by its header."""
+def png_has_model_size(data: bytes, preprocessing: Preprocessing) -> bool:
+    """True if the header of a PNG names the model's own size, so that it needs no resizing."""
     return data[16:24] == struct.pack(">II", preprocessing.width, preprocessing.height)
 
 
-def read_natural(data: bytes, preprocessing: Preprocessing) -> np.ndarray | None:
-    """uint8 [C,H,W] of a plain PNG that has the rule's own mode and size; None of all else, sound or not."""
+def read_png_of_model_size(data: bytes, preprocessing: Preprocessing) -> np.ndarray | None:
+    """Decode a plain PNG of the model's mode and size into uint8 [C,H,W]; None for any other bytes, sound or not."""
     image = read_plain_png(data)
     if image is None or image.mode != preprocessing.mode or image.size != (preprocessing.width, preprocessing.height):
         return None
     return _levels(image)
 
 
-def read_whole(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Decode what ``open_image`` opened -> uint8 [C,h,w] in its own size, for a model of tiles.
+def read_whole_image(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Decode an image from ``open_image`` into levels of its own size, uint8 [C,h,w], for a model of tiles.
 
     Raises:
-        InvalidInput: its pixels are damaged; or it is smaller than a tile.
+        InvalidInput: the pixels are damaged, or the image is smaller than a tile.
     """
-    found = _planes(_convert(_upright(image), preprocessing))
-    check_size(preprocessing, *found.shape[1:])
-    return found
+    planes = _planes(_convert(_upright(image), preprocessing))
+    check_size(preprocessing, *planes.shape[1:])
+    return planes
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decoded and turned as its EXIF says. Raises InvalidInput for damaged pixels."""
+    """Decode an image and turn it as its EXIF orientation says. Raises InvalidInput for damaged pixels."""
     source = getattr(image, "fp", None)
     try:
         image.load()
@@ -168,28 +174,32 @@ def _upright(image: Image.Image) -> Image.Image:
         raise InvalidInput("the PNG image is damaged or truncated")
     if image.mode == "P" and image.palette is None:
         raise InvalidInput(f"the {image.format} image is damaged: its palette is missing")
-    turn = _turn(image)
-    return image if turn is None else image.transpose(turn)
+    transpose = _transpose_of(image)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _has_all_rows(image: Image.Image, source: BytesIO) -> bool:
-    """Of a decoded PNG, and the file that it was decoded from."""
-    return shows_its_last_row(image) or holds_all_rows(source.getvalue())
+    """True if a PNG, decoded from ``source``, holds all its rows."""
+    return has_nonzero_last_row(image) or holds_all_rows(source.getvalue())
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns the image upright; EXIF data that cannot be read says nothing, as everywhere else."""
-    if image.format == "PNG" and image.info.keys() <= UNTURNED:
+def _transpose_of(image: Image.Image) -> Image.Transpose | None:
+    """Return the operation that turns an image upright; None if there is none, or its EXIF cannot be read."""
+    if image.format == "PNG" and image.info.keys() <= ENTRIES_WITHOUT_ORIENTATION:
         return None
     try:
-        with _quietly():
+        with _without_warnings():
             return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except DECODER_ERRORS:
         return None
 
 
 def apply(image: Image.Image, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
-    """A Pillow image, upright -> uint8 [C,H,W] by the rule. Raises InvalidInput if strict and of another size."""
+    """Convert and resize an upright image by the rule to uint8 [C,H,W].
+
+    Raises:
+        InvalidInput: the size is another than the bundle's and ``strict`` is set, or the rule does not allow resizing.
+    """
     size = (preprocessing.width, preprocessing.height)
     if image.size != size:
         _refuse_resizing(f"the image is {image.width}×{image.height}", preprocessing, strict)
@@ -197,13 +207,13 @@ def apply(image: Image.Image, preprocessing: Preprocessing, strict: bool = False
 
 
 def resize_array(x: np.ndarray, preprocessing: Preprocessing, strict: bool = False) -> np.ndarray:
-    """Arrays [N,C,h,w], uint8 or float32 in [0,1] -> [N,C,H,W] of the same dtype, by the same rule.
+    """Resize images [N,C,h,w], uint8 levels or float32 pixels in [0,1], by the rule to [N,C,H,W] of the same dtype.
 
-    Floats are resampled as floats; but an image whose floats all are 8-bit levels (k/255) is resampled as such, as the
-    same image in a PNG is: it gives the same pixels in every format.
+    Floats are resampled as floats, but an image whose floats are all 8-bit levels k/255 is resampled as levels, as the
+    same image in a PNG is, so that it gives the same pixels in every format.
 
     Raises:
-        InvalidInput: another number of channels; or another size and ``strict``.
+        InvalidInput: the number of channels is another, or the size is and ``strict`` is set.
     """
     channels, height, width = preprocessing.shape
     if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
@@ -216,16 +226,17 @@ def resize_array(x: np.ndarray, preprocessing: Preprocessing, strict: bool = Fal
     return np.stack([_resize_floats(image, preprocessing) for image in x.astype(np.float32)])
 
 
-def _refuse_resizing(found: str, preprocessing: Preprocessing, strict: bool) -> None:
+def _refuse_resizing(actual: str, preprocessing: Preprocessing, strict: bool) -> None:
+    """Raise InvalidInput if an image of another size must not be resized; ``actual`` begins the text."""
     size = f"{preprocessing.width}×{preprocessing.height}"
     if strict:
-        raise InvalidInput(f"{found}: {size} expected (strict)")
+        raise InvalidInput(f"{actual}: {size} expected (strict)")
     if preprocessing.tiling is not None:
-        raise InvalidInput(f"{found}: {size} expected; this model is of tiles, and only score takes larger images")
+        raise InvalidInput(f"{actual}: {size} expected; this model is of tiles, and only score takes larger images")
 
 
 def _resize_floats(planes: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """float32 [C,h,w] -> [C,H,W]."""
+    """Resize one image, float32 [C,h,w] in [0,1], to [C,H,W]."""
     levels = np.rint(planes * 255).astype(np.uint8)
     if (unit_levels(levels) == planes).all():
         return unit_levels(_planes(_fit(_from_planes(levels), preprocessing)))
@@ -234,17 +245,18 @@ def _resize_floats(planes: np.ndarray, preprocessing: Preprocessing) -> np.ndarr
 
 
 def _convert(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """To mode L or RGB: 16-bit grey scaled, transparency composited on the background.
+    """Convert an image to mode L or RGB, with 16-bit grey scaled and transparency composited on the background.
 
-    Raises InvalidInput for a palette or a transparency that does not fit the pixels.
+    Raises:
+        InvalidInput: the palette or the transparency does not fit the pixels.
     """
     try:
-        return _converted(image, preprocessing)
+        return _convert_unchecked(image, preprocessing)
     except DECODER_ERRORS as error:
         raise InvalidInput("the image is damaged: its palette or its transparency does not fit") from error
 
 
-def _converted(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def _convert_unchecked(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _from_16_bits(image, preprocessing.background)
     if image.has_transparency_data:
@@ -259,7 +271,7 @@ def _converted(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image, background: int) -> Image.Image:
-    """Grey of modes I, I;16 and F with levels to 65535 -> mode L; a transparent level becomes the background."""
+    """Convert grey of modes I, I;16 and F, levels 0 to 65535, to mode L; a transparent level becomes the background."""
     levels = np.asarray(image)
     if levels.dtype != np.uint16:
         levels = np.rint(np.clip(levels, 0, 65535)).astype(np.uint16)
@@ -270,6 +282,7 @@ def _from_16_bits(image: Image.Image, background: int) -> Image.Image:
 
 
 def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Resize an image to the rule's size by the rule's fit. Raises InvalidInput for a shape too far from it."""
     size = (preprocessing.width, preprocessing.height)
     if image.size == size:
         return image
@@ -285,7 +298,7 @@ def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
 
 
 def _contain(image: Image.Image, size: tuple[int, int], method: Image.Resampling, background: int) -> Image.Image:
-    """As ImageOps.pad, but a side never shrinks to nothing."""
+    """Pad an image to ``size`` as ImageOps.pad does, but with sides of at least one pixel."""
     scale = min(size[0] / image.width, size[1] / image.height)
     inner = [max(1, round(side * scale)) for side in image.size]
     grey = float(unit_levels(np.array(background)))
@@ -297,9 +310,9 @@ def _contain(image: Image.Image, size: tuple[int, int], method: Image.Resampling
 
 
 def _planes(image: Image.Image) -> np.ndarray:
-    """A Pillow image in mode L or RGB -> uint8 [C,H,W], contiguous.
+    """Copy an image in mode L or RGB into uint8 [C,H,W], contiguous.
 
-    A band of rows at a time: Pillow hands out pixels by way of bytes, which of a whole image would be two more copies.
+    It is copied a band of rows at a time: Pillow gives pixels as bytes, two more copies of what is read at once.
     """
     width, height = image.size
     rows = max(1, BAND // width)
@@ -312,10 +325,10 @@ def _planes(image: Image.Image) -> np.ndarray:
 
 
 def _levels(image: Image.Image) -> np.ndarray:
-    """As ``_planes``, read-only, in the order in which Pillow gives them."""
+    """View an image in mode L or RGB as uint8 [C,H,W], read-only and with channels last in memory."""
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 def _from_planes(planes: np.ndarray) -> Image.Image:
-    """uint8 [C,H,W] with C 1 or 3 -> a Pillow image in mode L or RGB."""
+    """Make an image in mode L or RGB from uint8 [C,H,W], C 1 or 3."""
     return Image.fromarray(planes[0] if len(planes) == 1 else np.ascontiguousarray(planes.transpose(1, 2, 0)))

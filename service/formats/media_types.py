@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-JSON, NPY, OCTETS, MULTIPART = (
+JSON, NPY, OCTETS, MULTIPART, CSV = (
     "application/json",
     "application/x-npy",
     "application/octet-stream",
     "multipart/form-data",
+    "text/csv",
 )
 PNG, JPEG, GIF, WEBP = "image/png", "image/jpeg", "image/gif", "image/webp"
 
 IMAGE_INPUTS = (PNG, JPEG, WEBP)
-"""Encoded images that are read."""
+"""Media types of the encoded images that the API reads."""
 INPUTS = (*IMAGE_INPUTS, MULTIPART, NPY, JSON, OCTETS)
-"""What the body of a request to a model of images may be."""
+"""Media types of request bodies that a model of images accepts."""
+WHOLE_IMAGE_INPUTS = (*IMAGE_INPUTS, MULTIPART, NPY, JSON)
+"""Media types of request bodies that a model of tiles accepts."""
+TABLE_INPUTS = (JSON, NPY, CSV)
+"""Media types of request bodies that a model of vectors or signals accepts."""
 PICTURES = (PNG, GIF, WEBP)
-"""What rows are drawn as; only rows of a model of images are."""
+"""Media types of pictures that the API draws; only models of images have them."""
 
 
 def media_type(content_type: str) -> str:
-    """The media type of a Content-Type header, in lower case, without its parameters."""
+    """Return the media type of a Content-Type header in lower case, without its parameters."""
     return content_type.partition(";")[0].strip().lower()

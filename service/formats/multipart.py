@@ -1,4 +1,4 @@
-"""multipart/form-data (RFC 7578) -> the contents of its files. The whole body is at hand; nothing goes to disk."""
+"""Read the files of multipart/form-data (RFC 7578) from a body in memory; nothing is written to disk."""
 
 from __future__ import annotations
 
@@ -13,51 +13,53 @@ from python_multipart.multipart import parse_options_header
 from service.errors import InvalidInput, LimitExceeded
 
 FIELD = "images"
-# The parser warns of each damaged form; the caller is told, the log need not repeat it.
+"""Name of the form's field that holds the files."""
+# The parser logs a warning for each damaged form, which the client learns from the answer.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def read_multipart(content_type: str, body: bytes, max_files: int) -> list[bytes]:
-    """The contents of the files in field ``images``, in order.
+    """Return the contents of the files in field ``images``, in their order.
 
     Raises:
-        InvalidInput: no valid form, one without its closing boundary, or a field of another name.
-        LimitExceeded: more than ``max_files``.
+        InvalidInput: the form is damaged, lacks its closing boundary, or has a field of another name.
+        LimitExceeded: it has more than ``max_files`` files.
     """
     boundary = _boundary(content_type)
     _check_boundaries(body, boundary)
-    found: list[bytes] = []
-    closed: list[bool] = []
+    contents: list[bytes] = []
+    closing_boundaries: list[bool] = []
 
-    def keep(name: bytes | None, content: bytes) -> None:
+    def add(name: bytes | None, content: bytes) -> None:
         if name != FIELD.encode():
             raise InvalidInput(f"form field {(name or b'')[:40].decode('latin-1')!r}: only {FIELD!r} expected")
-        if len(found) >= max_files:
+        if len(contents) >= max_files:
             raise LimitExceeded(f"over {max_files} files: at most {max_files} images here (setting max_batch)")
-        found.append(content)
+        contents.append(content)
 
     def on_file(file: Any) -> None:
-        keep(file.field_name, file.file_object.getvalue())
+        add(file.field_name, file.file_object.getvalue())
         file.close()
 
     try:
         parser = FormParser(
             "multipart/form-data",
-            on_field=lambda field: keep(field.field_name, field.value or b""),
+            on_field=lambda field: add(field.field_name, field.value or b""),
             on_file=on_file,
-            on_end=lambda: closed.append(True),
+            on_end=lambda: closing_boundaries.append(True),
             boundary=boundary,
             config={"MAX_MEMORY_FILE_SIZE": len(body) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True},
         )
         parser.write(body)
     except FormParserError as error:
         raise InvalidInput("the multipart form is damaged") from error
-    if not closed:
+    if not closing_boundaries:
         raise InvalidInput("the multipart form is truncated: its closing boundary is missing")
-    return found
+    return contents
 
 
 def _boundary(content_type: str) -> bytes:
+    """Return the boundary that a Content-Type header names. Raises InvalidInput if it names none."""
     try:
         _, options = parse_options_header(content_type)
     except UnicodeError as error:
@@ -69,10 +71,10 @@ def _boundary(content_type: str) -> bytes:
 
 
 def _check_boundaries(body: bytes, boundary: bytes) -> None:
-    """Before the parser, which goes byte by byte where a boundary seems to begin: a flood of those would take seconds.
+    """Raise InvalidInput if a line of a part begins with the boundary, which RFC 2046, 5.1.1 forbids.
 
-    RFC 2046, 5.1.1: no line of a part may begin with the boundary. Blanks after it are allowed there, but no sender
-    writes them.
+    The parser would go byte by byte wherever a boundary seems to begin, so that a flood of them would take seconds. The
+    RFC allows blanks after a boundary, but no client writes them, and they are refused here.
     """
     if re.search(re.escape(b"\r\n--" + boundary) + rb"(?!\r\n|--)", body):
         raise InvalidInput("the multipart form is damaged: a line begins with the boundary, but is none or is cut")

@@ -1,4 +1,4 @@
-"""Whether a PNG holds all the rows that its header promises: Pillow leaves 0 what is lacking, and says nothing."""
+"""Check that a PNG holds all the rows that its header promises: Pillow fills missing rows with 0 and raises nothing."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from collections.abc import Iterable, Iterator
 from PIL import Image
 
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""By colour type (PNG specification, 11.2.1)."""
+"""Numbers per pixel by colour type (PNG specification, 11.2.1)."""
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""First column and row, and steps from one to the next, of Adam7's passes (8.2)."""
-PIECE = 2**16
+"""First column, first row, column step and row step of each pass of Adam7 (PNG specification, 8.2)."""
+PIECE_BYTES = 2**16
 
 
-def shows_its_last_row(image: Image.Image) -> bool:
-    """Whether that is to be seen of the decoded image at a glance. Rows of an interlaced one do not come in order."""
+def has_nonzero_last_row(image: Image.Image) -> bool:
+    """True if the middle pixel of a decoded image's last row is not 0, which proves that no row is missing.
+
+    False proves nothing. It is always False for interlaced images, whose last row is not the last one stored.
+    """
     if "interlace" in image.info:
         return False
     pixel = image.getpixel((image.width // 2, image.height - 1))
@@ -24,7 +27,10 @@ def shows_its_last_row(image: Image.Image) -> bool:
 
 
 def holds_all_rows(data: bytes) -> bool:
-    """By the bytes of a PNG that was decoded: its signature and IHDR are sound."""
+    """True if the IDAT chunks of a PNG inflate to as many bytes as all its rows take.
+
+    The PNG must have been decoded, so that its signature and its IHDR chunk are known to be sound.
+    """
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     bits = depth * CHANNELS[colour]
     if not interlaced:
@@ -32,33 +38,36 @@ def holds_all_rows(data: bytes) -> bool:
     else:
         sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in PASSES]
         promised = sum(rows * row_bytes(columns, bits) for columns, rows in sizes if columns > 0 and rows > 0)
-    return inflates_to(_compressed(data), promised)
+    return inflates_to_at_least(_idat_chunks(data), promised)
 
 
 def row_bytes(width: int, bits: int) -> int:
-    """Of so many pixels of so many bits, with the byte that names the filter."""
+    """Count of bytes of a stored row of ``width`` pixels of ``bits`` bits, with the byte that names the filter."""
     return 1 + -(-width * bits // 8)
 
 
-def inflates_to(pieces: Iterable[bytes | memoryview], size: int) -> bool:
-    """Whether a zlib stream in pieces holds so many bytes at least. No more than PIECE of them are held at once."""
-    stream = zlib.decompressobj()
-    for piece in pieces:
-        for start in range(0, len(piece), PIECE):  # what is left over is copied each time: it must not be much
-            part = bytes(piece[start : start + PIECE])
-            while part and size > 0:
+def inflates_to_at_least(chunks: Iterable[bytes | memoryview], size: int) -> bool:
+    """True if a zlib stream, given in chunks, inflates to ``size`` bytes or more.
+
+    At most PIECE_BYTES inflated bytes are held at once, and the stream is read no further than the answer needs.
+    """
+    stream, missing = zlib.decompressobj(), size
+    for chunk in chunks:
+        for start in range(0, len(chunk), PIECE_BYTES):  # zlib copies the unconsumed rest each time: keep it short
+            piece = bytes(chunk[start : start + PIECE_BYTES])
+            while piece and missing > 0:
                 try:
-                    size -= len(stream.decompress(part, PIECE))
+                    missing -= len(stream.decompress(piece, PIECE_BYTES))
                 except zlib.error:
                     return False
-                part = stream.unconsumed_tail
-            if stream.eof or size <= 0:
-                return size <= 0
+                piece = stream.unconsumed_tail
+            if stream.eof or missing <= 0:
+                return missing <= 0
     return False
 
 
-def _compressed(data: bytes) -> Iterator[memoryview]:
-    """What its chunks IDAT hold."""
+def _idat_chunks(data: bytes) -> Iterator[memoryview]:
+    """Yield the data of each IDAT chunk of a PNG."""
     view, start = memoryview(data), 8
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")

@@ -1,8 +1,8 @@
-"""Where the tiles of an image lie, and how their maps become one: geometry alone, no model.
+"""Divide an image into tiles, and stitch the tiles' maps into one map of the image.
 
-Tiles that overlap are blended by a tent of whole numbers, highest in the tile's middle. A place's value is a weighted
-mean of what its tiles say; where there is one tile it is that tile's own number, bitwise: the product of a float32 and
-a whole number below 2^23 is exact in float64, and so is its quotient by that number.
+The value at a pixel is the weighted mean of the maps of the tiles that cover it. The weights are the whole numbers of a
+tent that is highest in the tile's middle. Where one tile covers a pixel, its own number is kept bitwise: the product of
+a float32 and a whole number below 2^23 is exact in float64, and so is its quotient by that number.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from service.errors import InvalidInput
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Upper left corners of an image's tiles: every pair of ``rows`` and ``columns``, ascending pixels, row by row."""
+class TilePlan:
+    """The tiles of one image, given by their upper left corners: every pair of ``rows`` and ``columns``, row by row.
+
+    Args:
+        size: height and width of the image, in pixels.
+        tile: height and width of a tile, in pixels.
+        rows: first pixel rows of the tiles, ascending.
+        columns: first pixel columns of the tiles, ascending.
+    """
 
     size: tuple[int, int]
     tile: tuple[int, int]
@@ -25,8 +32,8 @@ class Plan:
     columns: tuple[int, ...]
 
     @classmethod
-    def of(cls, rule: Preprocessing, height: int, width: int) -> Plan:
-        """The plan for an image of that size. Raises InvalidInput for one that is smaller than a tile."""
+    def of(cls, rule: Preprocessing, height: int, width: int) -> TilePlan:
+        """Plan the tiles of an image by the rule's stride. Raises InvalidInput for one that is smaller than a tile."""
         assert rule.tiling is not None
         check_size(rule, height, width)
         down, across = rule.tiling.stride
@@ -37,35 +44,33 @@ class Plan:
         return len(self.rows) * len(self.columns)
 
     @property
-    def places(self) -> float:
-        """How many tiles fit into the image's area, side by side: at least 1."""
+    def area_in_tiles(self) -> float:
+        """Area of the image over that of a tile, at least 1: the count of tiles if they did not overlap."""
         return self.size[0] * self.size[1] / (self.tile[0] * self.tile[1])
 
     def corner(self, index: int) -> tuple[int, int]:
-        """(y, x) of tile ``index``."""
+        """Return the upper left pixel (y, x) of tile ``index``."""
         return self.rows[index // len(self.columns)], self.columns[index % len(self.columns)]
 
     def cut(self, image: np.ndarray, first: int, count: int) -> np.ndarray:
-        """Up to ``count`` tiles [n,C,H,W] of an image [C,h,w], from tile ``first`` on."""
+        """Cut the tiles ``first`` to ``first + count - 1``, as far as there are, from an image [C,h,w]: [n,C,H,W]."""
         corners = map(self.corner, range(first, min(first + count, len(self))))
         height, width = self.tile
         return np.stack([image[:, y : y + height, x : x + width] for y, x in corners])
 
 
 class Stitcher:
-    """Maps of a plan's tiles, float32 [H,W] each, in the plan's order -> one of the image, float32 [h,w].
+    """Stitches the maps of a plan's tiles, float32 [H,W] each, into one map of the image, float32 [h,w].
 
-    Maps of a backbone's places, which are fewer than the tile's pixels, are interpolated linearly between the places'
-    middles.
-
-    Beside that it holds one band of H rows of the image, in float64.
+    A map of a backbone's features has fewer cells than the tile has pixels; it is interpolated linearly between the
+    centres of its cells. Beside the result, one band of H rows of the image is held, in float64.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._next = plan, 0
+    def __init__(self, plan: TilePlan) -> None:
+        self._plan, self._n_added = plan, 0
         self._down, self._across = (_tent(side) for side in plan.tile)
         self._weights = tuple(
-            _summed(starts, tent, length)
+            _sum_of_tents(starts, tent, length)
             for starts, tent, length in zip(
                 (plan.rows, plan.columns), (self._down, self._across), plan.size, strict=True
             )
@@ -75,33 +80,33 @@ class Stitcher:
         self._map = np.empty(plan.size, np.float32)
 
     def add(self, tiles: np.ndarray) -> None:
-        """The maps [n,H,W] of the next tiles, or coarser ones."""
-        for tile in _enlarged(tiles, self._plan.tile):
-            y, x = self._plan.corner(self._next)
-            self._finish(y)
+        """Add the maps of the next tiles in the plan's order, [n,H,W] or coarser."""
+        for tile in _enlarge(tiles, self._plan.tile):
+            y, x = self._plan.corner(self._n_added)
+            self._finish_rows(y)
             self._band[:, x : x + self._plan.tile[1]] += tile * (self._down[:, None] * self._across)
-            self._next += 1
+            self._n_added += 1
 
-    def whole(self) -> np.ndarray:
-        """The stitched map, once every tile was added."""
-        assert self._next == len(self._plan), f"{self._next} of {len(self._plan)} tiles were added"
-        self._finish(self._plan.size[0])
+    def stitched(self) -> np.ndarray:
+        """Return the map of the image, float32 [h,w], after every tile was added."""
+        assert self._n_added == len(self._plan), f"{self._n_added} of {len(self._plan)} tiles were added"
+        self._finish_rows(self._plan.size[0])
         return self._map
 
-    def _finish(self, y: int) -> None:
-        """Rows above ``y`` get no more tiles: weigh them, and move the band down."""
-        done = y - self._top
-        if done == 0:
+    def _finish_rows(self, y: int) -> None:
+        """Write the rows above ``y``, to which no more tiles are added, into the map, and move the band down."""
+        finished = y - self._top
+        if finished == 0:
             return
         down, across = self._weights
-        self._map[self._top : y] = self._band[:done] / (down[self._top : y, None] * across)
-        self._band[:-done] = self._band[done:]
-        self._band[-done:] = 0
+        self._map[self._top : y] = self._band[:finished] / (down[self._top : y, None] * across)
+        self._band[:-finished] = self._band[finished:]
+        self._band[-finished:] = 0
         self._top = y
 
 
 def check_size(rule: Preprocessing, height: int, width: int) -> None:
-    """Raise InvalidInput for an image that is smaller than a tile: it is not padded nor enlarged, in no direction."""
+    """Raise InvalidInput for an image with a side shorter than a tile's: images are neither padded nor enlarged."""
     if height < rule.height or width < rule.width:
         raise InvalidInput(
             f"the image is {width}×{height}: at least {rule.width}×{rule.height} expected, the size of one tile; "
@@ -110,37 +115,40 @@ def check_size(rule: Preprocessing, height: int, width: int) -> None:
 
 
 def _starts(length: int, tile: int, stride: int) -> tuple[int, ...]:
-    """0, stride, 2 stride, …, and length − tile, where the last tile ends with the image."""
+    """Return the first pixels of the tiles along one axis: 0, stride, 2 stride, …, and at last length − tile."""
     return (*range(0, length - tile, stride), length - tile)
 
 
-def _enlarged(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Maps [n,h,w] brought to [n,*size]; untouched where they are that large."""
+def _enlarge(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Interpolate maps [n,h,w] linearly to [n,*size], float64; maps of that size are returned as they are."""
     if maps.shape[1:] == size:
         return maps
-    down, across = (_between(places, side) for places, side in zip(maps.shape[1:], size, strict=True))
+    down, across = (_linear_weights(cells, side) for cells, side in zip(maps.shape[1:], size, strict=True))
     enlarged: np.ndarray = down @ maps.astype(np.float64) @ across.T
     return enlarged
 
 
-def _between(places: int, side: int) -> np.ndarray:
-    """Weights [side,places] of places spread evenly over ``side`` pixels, at each pixel's middle; rows sum to 1."""
-    at = np.clip((np.arange(side) + 0.5) * places / side - 0.5, 0, places - 1)
-    pixels, low = np.arange(side), np.floor(at).astype(int)
-    weights = np.zeros((side, places))
-    weights[pixels, low] = 1 - (at - low)
-    weights[pixels, np.minimum(low + 1, places - 1)] += at - low
+def _linear_weights(cells: int, side: int) -> np.ndarray:
+    """Return the weights of linear interpolation from cell centres to pixel centres, [side,cells]; rows sum to 1.
+
+    The cells are spread evenly over ``side`` pixels; beyond the first and the last centre the value is constant.
+    """
+    positions = np.clip((np.arange(side) + 0.5) * cells / side - 0.5, 0, cells - 1)
+    pixels, low = np.arange(side), np.floor(positions).astype(int)
+    weights = np.zeros((side, cells))
+    weights[pixels, low] = 1 - (positions - low)
+    weights[pixels, np.minimum(low + 1, cells - 1)] += positions - low
     return weights
 
 
 def _tent(side: int) -> np.ndarray:
-    """1, 2, …, 2, 1: whole numbers in float64 [side]."""
+    """Return the weights 1, 2, …, 2, 1 of a tile's pixels along one axis: whole numbers in float64 [side]."""
     return np.minimum(np.arange(1, side + 1), np.arange(side, 0, -1)).astype(np.float64)
 
 
-def _summed(offsets: tuple[int, ...], tent: np.ndarray, length: int) -> np.ndarray:
-    """Sum of the tents that begin at ``offsets``, float64 [length]."""
+def _sum_of_tents(starts: tuple[int, ...], tent: np.ndarray, length: int) -> np.ndarray:
+    """Sum tents that begin at the pixels ``starts``, float64 [length]."""
     total = np.zeros(length)
-    for start in offsets:
+    for start in starts:
         total[start : start + len(tent)] += tent
     return total

@@ -1,12 +1,12 @@
-"""Request bodies -> whole images for a model of tiles: service.formats.codecs' formats, each image in its own size.
+"""Read request bodies into whole images, each in its own size, for a model of tiles.
 
-8-bit pixels stay uint8 [C,h,w], a quarter of their float32: the model makes floats of a few tiles at a time. Raw octets
-are not read, since they do not say how wide an image is.
+The formats are those of service.formats.codecs without raw octets, which do not say how wide an image is. 8-bit pixels
+stay uint8 [C,h,w], a quarter of the memory of float32: the model converts a few tiles at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,112 +15,98 @@ from PIL import Image
 
 from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
-from service.formats.arrays import NPY_MAGIC, DType, as_images, from_json, read_npy, to_unit
-from service.formats.codecs import Limits, from_base64, named
-from service.formats.images import open_image, read_whole
-from service.formats.media_types import IMAGE_INPUTS, JSON, MULTIPART, NPY, media_type
-from service.formats.multipart import FIELD, read_multipart
+from service.formats.arrays import DType, as_images, from_json, read_npy, to_unit
+from service.formats.image_bodies import (
+    Limits,
+    decode_base64,
+    encoded_pixels,
+    form_files,
+    json_images,
+    open_files,
+    prefix_errors,
+)
+from service.formats.images import read_whole_image
+from service.formats.media_types import IMAGE_INPUTS, JSON, NPY, WHOLE_IMAGE_INPUTS, media_type
 from service.formats.tiling import check_size
-
-INPUT_TYPES = (*IMAGE_INPUTS, MULTIPART, NPY, JSON)
 
 
 @dataclass(frozen=True)
-class WholeReader:
-    """Reads whole images for one bundle.
+class WholeImageReader:
+    """Reads the images of request bodies for one bundle, each in its own size.
 
     Raises, from ``read``:
-        UnsupportedMediaType: the Content-Type is none of INPUT_TYPES.
-        LimitExceeded: too many images, bytes or pixels.
-        InvalidInput: anything else, an image smaller than a tile among it; the text names the image.
+        UnsupportedMediaType: the Content-Type is none of WHOLE_IMAGE_INPUTS.
+        LimitExceeded: the body holds too many images, bytes or pixels.
+        InvalidInput: the body is wrong in another way, or an image is smaller than a tile; the text names the image.
     """
 
     preprocessing: Preprocessing
     limits: Limits
 
     def read(self, content_type: str, body: bytes, document: Callable[[], Any]) -> list[np.ndarray]:
-        """A body -> images [C,h,w], uint8 or float32 in [0,1]. ``document`` parses the body as JSON, if needed."""
+        """Read a body into images [C,h,w], uint8 or float32 in [0,1]; ``document`` parses it as JSON, if needed."""
         kind = media_type(content_type)
-        if kind not in INPUT_TYPES:
-            raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(INPUT_TYPES)} expected")
+        if kind not in WHOLE_IMAGE_INPUTS:
+            raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(WHOLE_IMAGE_INPUTS)} expected")
         if not body:
             raise InvalidInput("the body is empty: images expected")
         if kind in IMAGE_INPUTS:
-            return self._files([body])
+            return self._read_files([body])
         if kind == NPY:
-            return self._array(read_npy(body))
+            return self._read_array(read_npy(body))
         if kind == JSON:
-            return self._json(document())
-        parts = read_multipart(content_type, body, self.limits.max_images)
-        if not parts:
-            raise InvalidInput(f"the form holds no files: at least one field {FIELD!r} expected")
-        return self._files(parts)
+            return self._read_json(document())
+        return self._read_files(form_files(content_type, body, self.limits))
 
-    def _files(self, parts: Iterable[bytes]) -> list[np.ndarray]:
-        """Files: npy by their magic, else pictures. All headers are read before the first pixel is decoded."""
-        opened: list[np.ndarray | Image.Image] = []
-        for index, data in enumerate(parts):
-            with named(f"image {index}: "):
-                opened.append(read_npy(data) if data.startswith(NPY_MAGIC) else open_image(data, self.limits.image))
-        pictures = [image for image in opened if isinstance(image, Image.Image)]
-        pixels = sum(image.width * image.height for image in pictures)
-        if pixels > self.limits.max_pixels:
-            raise PayloadTooLarge(
-                f"the images have {pixels} pixels: at most {self.limits.max_pixels} here (setting max_batch_pixels)"
-            )
-        self._check_room(len(opened), pixels * self.preprocessing.channels)
-        found: list[np.ndarray] = []
+    def _read_files(self, files: Sequence[bytes]) -> list[np.ndarray]:
+        opened = open_files(files, self.limits)
+        self._check_limits(len(opened), encoded_pixels(opened) * self.preprocessing.channels)
+        images: list[np.ndarray] = []
         for index, image in enumerate(opened):
-            with named(f"image {index}: "):
-                found += self._array(image) if isinstance(image, np.ndarray) else [self._picture(image)]
-        self._check_room(len(found), sum(image.size for image in found))
-        return found
+            with prefix_errors(f"image {index}: "):
+                images += self._read_array(image) if isinstance(image, np.ndarray) else [self._decode(image)]
+        self._check_limits(len(images), sum(image.size for image in images))
+        return images
 
-    def _picture(self, image: Image.Image) -> np.ndarray:
+    def _decode(self, image: Image.Image) -> np.ndarray:
         try:
-            return read_whole(image, self.preprocessing)
+            return read_whole_image(image, self.preprocessing)
         finally:
             image.close()  # its decoded pixels, which Pillow would keep as long as the list
 
-    def _array(self, array: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> list[np.ndarray]:
+    def _read_array(self, array: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> list[np.ndarray]:
         images = as_images(array, self.preprocessing.channels)
-        self._check_room(first_row + len(images), images.size)
+        self._check_limits(first_row + len(images), images.size)
         check_size(self.preprocessing, *images.shape[2:])
         if images.dtype == np.uint8:
             return list(images)
         unit = to_unit(images, dtype, first_row)
         return list(images.astype(np.uint8) if dtype == "uint8" else unit)
 
-    def _json(self, document: Any) -> list[np.ndarray]:
-        if not isinstance(document, dict) or "images" not in document:
-            raise InvalidInput('a JSON object with "images" expected')
-        images, dtype = document["images"], document.get("dtype", "float32")
-        if dtype not in ("float32", "uint8"):
-            raise InvalidInput('dtype: "float32" (pixels in [0,1]) or "uint8" (0 to 255) expected')
-        if isinstance(images, str):
-            images = [images]
-        if not isinstance(images, list) or not images:
-            raise InvalidInput('"images": a non-empty list of images expected, as nested lists or base64 strings')
-        self._check_room(len(images), 0)
+    def _read_json(self, document: Any) -> list[np.ndarray]:
+        images, dtype = json_images(document)
+        self._check_limits(len(images), 0)
         if all(isinstance(image, str) for image in images):
-            return self._files([from_base64(image, index) for index, image in enumerate(images)])
-        return self._lists(images, dtype)
+            return self._read_files(decode_base64(images))
+        return self._read_lists(images, dtype)
 
-    def _lists(self, images: list[Any], dtype: DType) -> list[np.ndarray]:
+    def _read_lists(self, images: list[Any], dtype: DType) -> list[np.ndarray]:
+        """Read nested lists: one array if all images have one size, else each image by itself."""
         try:
-            whole = from_json(images)
-        except InvalidInput:  # which image is it, or are they only of different sizes?
-            whole = None
-        if whole is not None:
-            return self._array(whole, dtype)
-        found: list[np.ndarray] = []
+            array = from_json(images)
+        except InvalidInput:  # one image is wrong, which is then named, or the sizes differ, which is allowed
+            array = None
+        if array is not None:
+            return self._read_array(array, dtype)
+        arrays: list[np.ndarray] = []
         for index, image in enumerate(images):
-            with named(f"image {index}: "):
-                found += self._array(from_json(image), dtype, index)
-        self._check_room(len(found), sum(image.size for image in found))
-        return found
+            with prefix_errors(f"image {index}: "):
+                arrays += self._read_array(from_json(image), dtype, index)
+        self._check_limits(len(arrays), sum(image.size for image in arrays))
+        return arrays
 
-    def _check_room(self, images: int, numbers: int) -> None:
+    def _check_limits(self, images: int, numbers: int) -> None:
+        """Raise LimitExceeded for too many images, or PayloadTooLarge for too many numbers in all of them."""
         if images > self.limits.max_images:
             raise LimitExceeded(f"{images} images: at most {self.limits.max_images} here (setting max_batch)")
         if numbers > self.limits.max_numbers:

@@ -21,7 +21,7 @@ from service.bundle.files import Bundle
 from service.bundle.input_rules import Preprocessing, Tiling
 from service.bundle.manifest import TILES, Manifest, ScoreDefinition
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
-from service.formats.tiling import Plan, Stitcher
+from service.formats.tiling import Stitcher, TilePlan
 from service.inference.model import Model, Scores
 from service.pixels import unit_levels
 from service.scores.detectors import Combination
@@ -102,9 +102,9 @@ class TiledModel:
         self.model, self.rule, self.tiling = model, rule, rule.tiling
         self._tails = load_tails(model.bundle) if tails is None else tails
 
-    def plan(self, image: np.ndarray) -> Plan:
+    def plan(self, image: np.ndarray) -> TilePlan:
         """Lay out the tiles of an image [C,h,w]. Raises InvalidInput if it is smaller than a tile."""
-        return Plan.of(self.rule, *image.shape[1:])
+        return TilePlan.of(self.rule, *image.shape[1:])
 
     def score(
         self,
@@ -165,7 +165,7 @@ class TiledModel:
         return _ImageScores(
             {name: aggregate(of_tiles, plan, self.tiling, tails[name]) for name, of_tiles in scores.items()},
             {name: float(np.concatenate([getattr(part, name) for part in parts]).mean()) for name in MEANS},
-            stitcher.whole() if stitcher else None,
+            stitcher.stitched() if stitcher else None,
             np.concatenate([cast(np.ndarray, part.latents) for part in parts]).mean(axis=0)
             if options.latents
             else None,
@@ -188,13 +188,13 @@ class TiledModel:
         return self._tails[name]
 
 
-def aggregate(scores: np.ndarray, plan: Plan, tiling: Tiling, tail: Combination | None) -> float:
+def aggregate(scores: np.ndarray, plan: TilePlan, tiling: Tiling, tail: Combination | None) -> float:
     """The image's score from its tiles' scores, float64 [tiles] in any order (service.bundle.input_rules.Tiling)."""
     ordered = np.sort(scores)[::-1]
     if tiling.aggregate == "top":
         return float(ordered[: max(1, round(tiling.share * len(ordered)))].mean())
     assert tail is not None
-    return surprisal_of_maximum(float(tail.score([ordered[:1]])[0]), plan.places)
+    return surprisal_of_maximum(float(tail.score([ordered[:1]])[0]), plan.area_in_tiles)
 
 
 def surprisal_of_maximum(surprisal: float, m: float) -> float:
@@ -237,7 +237,7 @@ def is_tiled(manifest: Manifest) -> bool:
     return isinstance(rule, Preprocessing) and rule.tiling is not None
 
 
-def _batches(plan: Plan, image: np.ndarray) -> Iterator[np.ndarray]:
+def _batches(plan: TilePlan, image: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the image's tiles, float32 [n,C,H,W], AT_ONCE at a time."""
     for first in range(0, len(plan), AT_ONCE):
         tiles = plan.cut(image, first, AT_ONCE)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from service.calibration.conformal import p_values_of
-from service.calibration.false_discovery import benjamini_hochberg, least_discoveries, q_values
+from service.calibration.conformal import p_values_from_counts
+from service.calibration.false_discovery import benjamini_hochberg, min_discoveries, q_values
 from service.inference.model import Scores
 from service.inference.tiled import TiledScores
 from service.repository.model_repository import Served
@@ -104,10 +104,10 @@ def _calibrate(
     if name is None or basis.n is None:
         return CalibratedScore(basis, None, basis.reason)
     counts = served.calibrator.counts(name, scores, parameters.group)
-    p_values, rate = p_values_of(counts[1], basis.n), parameters.false_discovery_rate
+    p_values, rate = p_values_from_counts(counts[1], basis.n), parameters.false_discovery_rate
     if rate is None:
         return CalibratedScore(basis, p_values, basis.reason, counts=counts)
-    discoveries, least = benjamini_hochberg(p_values, rate), least_discoveries(basis.n, len(scores), rate)
+    discoveries, least = benjamini_hochberg(p_values, rate), min_discoveries(basis.n, len(scores), rate)
     reason = (
         None
         if least == 1

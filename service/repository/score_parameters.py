@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from service.bundle.manifest import LikelihoodEstimator
-from service.calibration.conformal import GROUP_LENGTH, composed
+from service.calibration.conformal import GROUP_LENGTH, normalise_group
 from service.scores.maps.anomaly_map import MapKind
 
 Strict = Annotated[bool, Field(description="refuse images of another size instead of resizing them")]
-Group = Annotated[str | None, BeforeValidator(lambda group: composed(group) if isinstance(group, str) else group)]
+Group = Annotated[
+    str | None, BeforeValidator(lambda group: normalise_group(group) if isinstance(group, str) else group)
+]
 MapPicture = Literal["heat-map", "overlay"]
 
 

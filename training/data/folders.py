@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from service.bundle.input_rules import Preprocessing
 from service.errors import VaeserveError
-from service.formats.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, decode_whole
+from service.formats.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, decode_whole_image
 from training.data.config import DataConfig
 from training.data.source import Source, slug
 from training.errors import DataError, DataFormatError, DataNotFound
@@ -101,7 +101,7 @@ def _read(path: Path) -> bytes:
 def _decode(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     try:
         if preprocessing.tiling is not None:
-            return decode_whole(_read(path), preprocessing, LIMITS)
+            return decode_whole_image(_read(path), preprocessing, LIMITS)
         return decode_image(_read(path), preprocessing, LIMITS)
     except VaeserveError as error:
         raise DataFormatError(str(error)) from error

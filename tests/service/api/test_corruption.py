@@ -247,7 +247,7 @@ def test_a_bundle_of_format_3_is_written_anew_in_today_s(tmp_path, ppca_path):
 def stitched(plan, maps):
     stitcher = Stitcher(plan)
     stitcher.add(maps)
-    return stitcher.whole()
+    return stitcher.stitched()
 
 
 def test_tiles_are_scored_by_it_under_both_aggregates(tmp_path):

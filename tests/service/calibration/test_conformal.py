@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from service.bundle.files import open_bundle
-from service.calibration.conformal import Calibrator, calibration_key, p_values, smoothed
+from service.calibration.conformal import Calibrator, calibration_key, p_values, smoothed_p_values
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from tests.ppca_bundle import images, write_ppca_bundle
 
@@ -20,8 +20,8 @@ rates = st.one_of(st.floats(1e-3, 0.999), st.fractions(0, 1, max_denominator=60)
 
 @given(calibrations, hnp.arrays(np.float64, 20, elements=scores))
 def test_p_values_count_calibration_scores_at_least_as_high(calibration, new):
-    wanted = [(1 + sum(c >= s for c in calibration)) / (len(calibration) + 1) for s in new]
-    assert Calibrator({"elbo": calibration}).p_values("elbo", new).tolist() == wanted
+    expected = [(1 + sum(c >= s for c in calibration)) / (len(calibration) + 1) for s in new]
+    assert Calibrator({"elbo": calibration}).p_values("elbo", new).tolist() == expected
 
 
 @given(calibrations, hnp.arrays(np.float64, 20, elements=scores))
@@ -144,7 +144,7 @@ def test_given_the_calibration_the_false_positive_rate_follows_a_beta_law():
 def test_smoothed_p_values_are_uniform_despite_ties_and_lie_below_the_others():
     random = np.random.RandomState(6)
     pairs = [(np.sort(random.randint(0, 4, 20) * 1.0), random.randint(0, 4, 1) * 1.0) for _ in range(4000)]
-    p = np.concatenate([smoothed(calibration, score, random) for calibration, score in pairs])
+    p = np.concatenate([smoothed_p_values(calibration, score, random) for calibration, score in pairs])
     plain = np.concatenate([p_values(calibration, score) for calibration, score in pairs])
     assert stats.kstest(p, "uniform").pvalue > 0.001
     assert stats.kstest(plain, "uniform").pvalue < 1e-6
@@ -153,7 +153,7 @@ def test_smoothed_p_values_are_uniform_despite_ties_and_lie_below_the_others():
 
 def test_smoothed_p_values_are_a_function_of_the_seed():
     calibration, scores = np.arange(9.0), np.array([-1.0, 4.0, 10.0])
-    first, again = (smoothed(calibration, scores, np.random.RandomState(1)) for _ in range(2))
+    first, again = (smoothed_p_values(calibration, scores, np.random.RandomState(1)) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert (np.array([0.9, 0.4, 0.0]) < first).all()
     assert (first <= np.array([1.0, 0.6, 0.1])).all()
@@ -181,13 +181,13 @@ def test_every_score_is_held_against_its_own_group():
     calibrator, new = Calibrator(scores), np.array([2.0, 2.0, 2.0, -1.0])
     groups = ["noisy", None, "quiet", "noisy"]
     keys = [calibration_key("s", group) for group in groups]
-    wanted = [p_values(scores[key], new[i : i + 1])[0] for i, key in enumerate(keys)]
-    assert calibrator.p_values("s", new, groups).tolist() == wanted
-    assert len(set(wanted)) == 4
+    expected = [p_values(scores[key], new[i : i + 1])[0] for i, key in enumerate(keys)]
+    assert calibrator.p_values("s", new, groups).tolist() == expected
+    assert len(set(expected)) == 4
     assert calibrator.names == ["s"]
     assert calibrator.groups("s") == ["noisy", "quiet"]
     assert (calibrator.n("s"), calibrator.n("s", "quiet")) == (100, 50)
-    assert (calibrator.least_p("s"), calibrator.least_p("s", "quiet")) == (1 / 101, 1 / 51)
+    assert (calibrator.min_p_value("s"), calibrator.min_p_value("s", "quiet")) == (1 / 101, 1 / 51)
 
 
 def test_thresholds_of_groups_agree_with_their_p_values():
@@ -255,11 +255,12 @@ def test_counts_are_those_that_p_values_are_made_of():
     scores = np.sort(random.randint(0, 30, 99).astype(np.float64))
     calibrator = Calibrator({"elbo": scores, "elbo@dark": scores[50:]})
     new = random.randint(-2, 33, 40).astype(np.float64)
-    for group, known in ((None, scores), ("dark", scores[50:])):
+    for group, calibration in ((None, scores), ("dark", scores[50:])):
         above, at_least = calibrator.counts("elbo", new, group)
-        assert above.tolist() == [(known > s).sum() for s in new]
-        assert at_least.tolist() == [(known >= s).sum() for s in new]
-        np.testing.assert_array_equal((1 + at_least) / (len(known) + 1), calibrator.p_values("elbo", new, [group] * 40))
+        assert above.tolist() == [(calibration > s).sum() for s in new]
+        assert at_least.tolist() == [(calibration >= s).sum() for s in new]
+        p = (1 + at_least) / (len(calibration) + 1)
+        np.testing.assert_array_equal(p, calibrator.p_values("elbo", new, [group] * 40))
     with pytest.raises(InvalidInput, match="NaN"):
         calibrator.counts("elbo", np.array([np.nan]))
     with pytest.raises(InvalidInput, match="no calibration of group"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from service.calibration.conformal import p_values
-from service.calibration.contamination import LEAST_N, contamination, rate_after_trimming, trimmed
+from service.calibration.contamination import MIN_SCORES, contamination, rate_after_trimming, trimmed
 from service.errors import InvalidInput
 
 CLEAN = {
@@ -32,18 +32,18 @@ def test_clean_scores_are_rarely_suspected(draw):
 def test_contaminants_are_found_counted_and_named():
     for seed in range(5):
         scores, bad = contaminated(np.random.RandomState(seed), 500, 15, shift=12)
-        found = contamination(scores)
-        assert found.p_value <= 0.01
-        assert (found.count, found.share) == (15, 0.03)
-        assert set(found.indices) == set(bad)
-        assert (np.diff(scores[found.indices]) <= 0).all()
-        assert "the 15 highest of 500 calibration scores (3.0%)" in found.message
+        result = contamination(scores)
+        assert result.p_value <= 0.01
+        assert (result.count, result.share) == (15, 0.03)
+        assert set(result.indices) == set(bad)
+        assert (np.diff(scores[result.indices]) <= 0).all()
+        assert "the 15 highest of 500 calibration scores (3.0%)" in result.message
 
 
 def test_most_sets_with_three_in_a_hundred_six_deviations_up_are_found():
-    found = [contamination(contaminated(np.random.RandomState(seed), 1000, 30, 6)[0]) for seed in range(8)]
-    assert sum(each.count > 0 for each in found) >= 6
-    assert 25 <= np.median([each.count for each in found if each.count]) <= 35
+    counts = [contamination(contaminated(np.random.RandomState(seed), 1000, 30, 6)[0]).count for seed in range(8)]
+    assert sum(count > 0 for count in counts) >= 6
+    assert 25 <= np.median([count for count in counts if count]) <= 35
 
 
 def test_a_spread_of_contaminants_without_a_gap_is_found_by_the_block():
@@ -54,16 +54,16 @@ def test_a_spread_of_contaminants_without_a_gap_is_found_by_the_block():
 
 def test_the_verdict_keeps_under_shift_scale_and_order_and_repeats():
     scores, _ = contaminated(np.random.RandomState(2), 300, 9, 6)
-    found, other = contamination(scores), contamination(-7 + 1000 * scores[::-1])
-    assert (found.p_value, found.count) == (other.p_value, other.count)
-    np.testing.assert_array_equal(found.indices, 299 - other.indices)
-    assert contamination(scores).p_value == found.p_value
+    result, other = contamination(scores), contamination(-7 + 1000 * scores[::-1])
+    assert (result.p_value, result.count) == (other.p_value, other.count)
+    np.testing.assert_array_equal(result.indices, 299 - other.indices)
+    assert contamination(scores).p_value == result.p_value
 
 
 def test_what_cannot_be_judged_says_so():
-    few = contamination(np.arange(LEAST_N - 1.0))
+    few = contamination(np.arange(MIN_SCORES - 1.0))
     assert (few.p_value, few.count, few.indices.size) == (None, 0, 0)
-    assert f"{LEAST_N} needed" in few.message
+    assert f"{MIN_SCORES} needed" in few.message
     tied = contamination(np.r_[np.zeros(100), 5.0])
     assert (tied.p_value, tied.count) == (None, 0)
     assert "equal" in tied.message
@@ -86,22 +86,22 @@ def realised(random, n, contaminants, removed, rate, level, repeats=4000):
     """False-positive rate over draws of n scores, ``contaminants`` of them at ``level``, their top trimmed."""
     flagged = 0
     for _ in range(repeats):
-        good = random.random_sample(n - contaminants)
-        kept = trimmed(np.r_[good, np.full(contaminants, level)], removed / n)
+        inliers = random.random_sample(n - contaminants)
+        kept = trimmed(np.r_[inliers, np.full(contaminants, level)], removed / n)
         flagged += p_values(kept, random.random_sample(1))[0] <= rate
     return flagged / repeats
 
 
 @pytest.mark.parametrize(
-    ("contaminants", "level", "known"),
+    ("contaminants", "level", "stated"),
     [(0, 2.0, 0), (5, 2.0, 5), (3, 2.0, 3), (5, -1.0, None)],
     ids=["clean", "all trimmed", "fewer than trimmed", "below all others"],
 )
-def test_the_rate_after_trimming_is_the_stated_bound_and_attains_it(contaminants, level, known):
+def test_the_rate_after_trimming_is_the_stated_bound_and_attains_it(contaminants, level, stated):
     n, removed, rate = 100, 5, 0.1
-    bound = rate_after_trimming(rate, n, removed, known)
-    found = realised(np.random.RandomState(4), n, contaminants, removed, rate, level)
-    assert abs(found - bound) < 4 * np.sqrt(bound * (1 - bound) / 4000)
+    bound = rate_after_trimming(rate, n, removed, stated)
+    realised_rate = realised(np.random.RandomState(4), n, contaminants, removed, rate, level)
+    assert abs(realised_rate - bound) < 4 * np.sqrt(bound * (1 - bound) / 4000)
 
 
 def test_without_trimming_contamination_only_costs_power():

@@ -31,7 +31,7 @@ def test_the_statistic_is_that_of_two_samples(seed, m, n, shift):
 
 def test_kolmogorovs_tail_is_scipys():
     x = np.linspace(1e-3, 6, 3000)
-    np.testing.assert_allclose([kolmogorov_tail(each) for each in x], special.kolmogorov(x), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose([kolmogorov_tail(value) for value in x], special.kolmogorov(x), rtol=1e-12, atol=1e-15)
 
 
 def exact_tail(m: int, n: int, d: float) -> float:
@@ -48,8 +48,8 @@ def exact_tail(m: int, n: int, d: float) -> float:
 
 def test_the_exact_tail_of_these_tests_is_scipys():
     first, second = np.arange(40) + 17.25, np.arange(60) + 0.0
-    found = stats.ks_2samp(first, second, method="exact")
-    assert exact_tail(40, 60, found.statistic) == pytest.approx(found.pvalue, rel=1e-9)
+    test = stats.ks_2samp(first, second, method="exact")
+    assert exact_tail(40, 60, test.statistic) == pytest.approx(test.pvalue, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_ranks_follow_polyas_urn():
         counts[ranks] = counts.get(ranks, 0) + 1
     for ranks, count in counts.items():
         urn = Urn(n)
-        ends = [(urn.p_value(rank, 1.0), urn._counts[rank] / (urn._total - 1)) for rank in ranks]
-        assert count / factorial(n + t) == pytest.approx(np.prod([probability for _, probability in ends]))
+        steps = [(urn.p_value(rank, 1.0), urn._counts[rank] / (urn._total - 1)) for rank in ranks]
+        assert count / factorial(n + t) == pytest.approx(np.prod([probability for _, probability in steps]))
 
 
 @given(st.integers(1, 40), st.data())
@@ -122,7 +122,7 @@ def stream(seed: int, n: int, length: int, shift: float = 0.0) -> tuple[np.ndarr
 
 def through_the_urn(n: int, ranks: np.ndarray, u: np.ndarray) -> np.ndarray:
     urn = Urn(n)
-    return np.array([urn.p_value(rank, each) for rank, each in zip(ranks.tolist(), u.tolist(), strict=True)])
+    return np.array([urn.p_value(rank, uniform) for rank, uniform in zip(ranks.tolist(), u.tolist(), strict=True)])
 
 
 def test_one_calibration_set_misleads_a_martingale_that_ignores_it_and_not_this_one():
@@ -152,11 +152,11 @@ def test_a_shift_after_a_long_quiet_time_is_found(shift):
     n, martingale, urn = 1000, Martingale(), Urn(1000)
     random = np.random.RandomState(0)
     calibration = random.standard_normal(n)
-    for each, length in ((0.0, 20_000), (shift, 400)):
-        ranks = ranks_among(calibration, random.standard_normal(length) + each)
+    for offset, length in ((0.0, 20_000), (shift, 400)):
+        ranks = ranks_among(calibration, random.standard_normal(length) + offset)
         u = 1 - random.random_sample(length)
         martingale.bet(np.array([urn.p_value(r, x) for r, x in zip(ranks.tolist(), u.tolist(), strict=True)]))
-        if each == 0:
+        if offset == 0:
             assert martingale.log_value >= -np.log(20_001)
             assert martingale.log_maximum < np.log(1000)
     assert martingale.log_value > np.log(1000)

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from service.calibration.conformal import p_values
-from service.calibration.false_discovery import benjamini_hochberg, least_discoveries, q_values
+from service.calibration.false_discovery import benjamini_hochberg, min_discoveries, q_values
 from service.errors import InvalidInput
 
 batches = hnp.arrays(np.float64, st.integers(1, 40), elements=st.integers(0, 50).map(lambda i: i / 50))
@@ -42,15 +42,15 @@ def batch_of_conformal_p_values(random, n, inliers, outliers, groups=1):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_false_discovery_rate_is_kept_and_the_power_is_there(groups):
     """Mean share of inliers among the called over 2000 batches: at most rate · share of inliers, and close to it."""
-    random, rate, shares, found = np.random.RandomState(11), 0.2, [], []
+    random, rate, shares, powers = np.random.RandomState(11), 0.2, [], []
     for _ in range(2000):
         p, inlier = batch_of_conformal_p_values(random, 200, 40, 10, groups)
         called = benjamini_hochberg(p, rate)
         shares.append((called & inlier).sum() / max(1, called.sum()))
-        found.append((called & ~inlier).sum() / (10 * groups))
+        powers.append((called & ~inlier).sum() / (10 * groups))
     promised, error = rate * 0.8, np.std(shares) / np.sqrt(len(shares))
     assert promised - 6 * error - 0.02 < np.mean(shares) <= promised + 3 * error
-    assert np.mean(found) > 0.8
+    assert np.mean(powers) > 0.8
 
 
 def test_calling_p_below_the_rate_does_not_control_the_false_discoveries():
@@ -64,15 +64,15 @@ def test_calling_p_below_the_rate_does_not_control_the_false_discoveries():
 
 @pytest.mark.parametrize(("n", "batch", "rate"), [(99, 10, 0.1), (99, 1000, 0.1), (9, 1000, 0.01), (999, 64, 0.05)])
 def test_so_many_must_be_extreme_before_one_is_called(n, batch, rate):
-    least = least_discoveries(n, batch, rate)
+    min_count = min_discoveries(n, batch, rate)
 
     def called(extreme):
         p = np.ones(batch)
         p[:extreme] = 1 / (n + 1)
         return benjamini_hochberg(p, rate).sum()
 
-    assert called(min(least, batch)) == (least if least <= batch else 0)
-    assert called(min(least - 1, batch)) == 0
+    assert called(min(min_count, batch)) == (min_count if min_count <= batch else 0)
+    assert called(min(min_count - 1, batch)) == 0
 
 
 @pytest.mark.parametrize("bad", [[-0.1], [1.1], [np.nan], [[0.5]]])

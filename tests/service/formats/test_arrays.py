@@ -34,10 +34,10 @@ SHAPES = hn.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=5)
 @given(hn.arrays(DTYPES, SHAPES), st.booleans())
 def test_what_numpy_writes_is_read_as_numpy_reads_it(array, fortran):
     data = npy(np.asfortranarray(array) if fortran else array)
-    found = read_npy(data)
-    assert np.array_equal(found, array, equal_nan=array.dtype.kind == "f")
-    assert found.dtype == array.dtype.newbyteorder("=")
-    assert found.flags.c_contiguous
+    decoded = read_npy(data)
+    assert np.array_equal(decoded, array, equal_nan=array.dtype.kind == "f")
+    assert decoded.dtype == array.dtype.newbyteorder("=")
+    assert decoded.flags.c_contiguous
 
 
 def test_headers_of_other_writers():
@@ -210,9 +210,9 @@ def test_natural_shapes(channels, shape, expected):
     array = np.arange(np.prod(shape)).reshape(shape)
     images = as_images(array, channels)
     assert images.shape == expected
-    last = len(shape) > 2 and shape[-1] == channels and shape[-3] != channels
-    whole = array if len(shape) == 4 else array[None]
-    assert np.array_equal(images, whole.transpose(0, 3, 1, 2) if last else array.reshape(expected))
+    channels_last = len(shape) > 2 and shape[-1] == channels and shape[-3] != channels
+    batch = array if len(shape) == 4 else array[None]
+    assert np.array_equal(images, batch.transpose(0, 3, 1, 2) if channels_last else array.reshape(expected))
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def read(shape: hostile.Shape, kind: str, body: bytes, limits: Limits = LIMITS, 
     return Reader(rule(shape), limits, strict).read(kind, body, lambda: parse_json(body))
 
 
-def as_json(value: Any, **beside: Any) -> bytes:
-    return json.dumps({"images": value, **beside}).encode()
+def as_json(images: Any, **fields: Any) -> bytes:
+    return json.dumps({"images": images, **fields}).encode()
 
 
 def in_base64(data: bytes) -> str:
@@ -79,23 +79,23 @@ def test_every_format_gives_the_same_bits(shape):
     pixels = (np.arange(np.prod(shape)) % 256).astype(np.uint8).reshape(shape)
     expected = (pixels.astype(np.float64) / 255).astype(np.float32)[None]
     for name, (kind, body) in bodies(pixels).items():
-        found = read(shape, kind, body)
-        assert found.dtype == np.float32, name
-        assert found.flags.c_contiguous, name
-        assert np.array_equal(found, expected), name
+        pixels_read = read(shape, kind, body)
+        assert pixels_read.dtype == np.float32, name
+        assert pixels_read.flags.c_contiguous, name
+        assert np.array_equal(pixels_read, expected), name
 
 
 @pytest.mark.parametrize("fit", ["cover", "contain", "stretch"])
 def test_every_format_is_resized_alike(fit):
     pixels = levels((3, 20, 33))
     reader = Reader(rule((3, 8, 8), fit=fit, background=77), LIMITS)
-    found = {
+    resized = {
         name: reader.read(kind, body, lambda body=body: parse_json(body))
         for name, (kind, body) in bodies(pixels).items()
         if name != "octets"
     }
-    assert found["png"].shape == (1, 3, 8, 8)
-    assert [name for name, x in found.items() if not np.array_equal(x, found["png"])] == []
+    assert resized["png"].shape == (1, 3, 8, 8)
+    assert [name for name, x in resized.items() if not np.array_equal(x, resized["png"])] == []
 
 
 def test_jpeg_is_read_alike_wherever_it_is():
@@ -123,19 +123,19 @@ def test_many_images_keep_their_order():
 def test_json_lists_of_mixed_sizes():
     """Each image by itself goes through the rule, as its file would."""
     large, small = levels((1, 20, 30)), levels((1, 8, 8), 1)
-    whole = read((1, 8, 8), JSON, as_json([large.tolist(), small.tolist()], dtype="uint8"))
+    together = read((1, 8, 8), JSON, as_json([large.tolist(), small.tolist()], dtype="uint8"))
     apart = [read((1, 8, 8), PNG, saved(pil_of(image), "PNG")) for image in (large, small)]
-    assert np.array_equal(whole, np.concatenate(apart))
+    assert np.array_equal(together, np.concatenate(apart))
     flat = read((1, 8, 8), JSON, as_json([large[0].tolist(), small[0].tolist()], dtype="uint8"))
-    assert np.array_equal(flat, whole)
+    assert np.array_equal(flat, together)
 
 
 def test_json_names_the_image_that_is_wrong():
-    good = levels((1, 8, 8))[0].tolist()
+    valid = levels((1, 8, 8))[0].tolist()
     with pytest.raises(InvalidInput, match="image 1: numbers in nested lists"):
-        read((1, 8, 8), JSON, as_json([good, [["a"] * 8] * 8]))
+        read((1, 8, 8), JSON, as_json([valid, [["a"] * 8] * 8]))
     with pytest.raises(InvalidInput, match="image 1: "):
-        read((1, 8, 8), JSON, as_json([good, [[300] * 8] * 8], dtype="uint8"))
+        read((1, 8, 8), JSON, as_json([valid, [[300] * 8] * 8], dtype="uint8"))
     with pytest.raises(InvalidInput, match="image 1: no image"):
         read((1, 8, 8), JSON, as_json([in_base64(saved(pil((1, 8, 8)), "PNG")), in_base64(b"hello")]))
 
@@ -184,9 +184,9 @@ def test_latents():
         (NPY, npy(np.asfortranarray(z.astype(">f8")))),
         (JSON, json.dumps({"latents": z.tolist()}).encode()),
     ]:
-        found = read_latents(kind, body, lambda body=body: parse_json(body), 5, 3)
-        assert found.dtype == np.float32
-        assert np.array_equal(found, expected)
+        latents = read_latents(kind, body, lambda body=body: parse_json(body), 5, 3)
+        assert latents.dtype == np.float32
+        assert np.array_equal(latents, expected)
     assert read_latents(NPY, npy(z[0]), lambda: None, 5, 1).shape == (1, 5)
     with pytest.raises(LimitExceeded, match="3 latents: at most 2 here"):
         read_latents(NPY, npy(z), lambda: None, 5, 2)
@@ -328,10 +328,10 @@ def test_damaged_bodies_give_pixels_or_our_error(payload):
 def test_any_bytes_under_any_type_give_pixels_or_our_error(kind, body):
     for verb in ("encode", "decode"):
         try:
-            found = reader_of((1, 1, 1), 1)(hostile.Payload("", verb, kind, body))
+            x = reader_of((1, 1, 1), 1)(hostile.Payload("", verb, kind, body))
         except InvalidInput:
             continue
-        assert found.dtype == np.float32
+        assert x.dtype == np.float32
 
 
 PIXEL = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
@@ -354,12 +354,12 @@ def test_any_json_gives_pixels_or_our_error(value):
             continue
 
 
-@pytest.mark.parametrize("odd", [True, False, None, "1", [1]])
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("wrong", [True, False, None, "1", [1]])
+@pytest.mark.parametrize("column", [0, 1, 2])
 @pytest.mark.parametrize("number", [1, 0.5])
-def test_one_value_among_numbers_that_is_none(odd, place, number):
+def test_one_value_among_numbers_that_is_none(wrong, column, number):
     row = [number] * 3
-    row[place] = odd
+    row[column] = wrong
     with pytest.raises(InvalidInput, match=r"image 0: (numbers|the lists)"):
         read((1, 2, 3), JSON, as_json([[[number] * 3, row]]))
     body = json.dumps({"latents": [row]}).encode()

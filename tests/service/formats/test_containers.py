@@ -33,8 +33,8 @@ def with_segments(*segments: bytes) -> bytes:
 def with_scans(scans: int) -> bytes:
     """A progressive JPEG whose last scan is repeated until it has that many."""
     data = saved(Image.fromarray(np.zeros((64, 64), np.uint8)), "JPEG", progressive=True)
-    last = data[data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda")) : -2]
-    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + data[-2:]
+    last_scan = data[data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda")) : -2]
+    return data[:-2] + last_scan * (scans - data.count(b"\xff\xda")) + data[-2:]
 
 
 def exif_of(size: int) -> bytes:

@@ -167,13 +167,13 @@ def test_exif_orientation_is_applied_before_the_size_is_judged(orientation, form
 
 
 def test_exif_of_nonsense_neither_warns_nor_fails():
-    odd = [
+    broken = [
         b"Exif\0\0" + body
         for body in (b"", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff" + b"\x99" * 40, b"x" * 60)
     ]
     plain = saved(GREY, "JPEG")
     expected = decode_image(plain, rule(), LIMITS)
-    for body in odd:
+    for body in broken:
         data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + plain[2:]
         np.testing.assert_array_equal(decode_image(data, rule(), LIMITS), expected)
 
@@ -355,12 +355,12 @@ def test_a_header_that_promises_more_than_the_data_is_damage():
 
 
 def test_threads_decode_alike_and_leave_the_filters_of_warnings_alone():
-    data, preprocessing, found = saved(COLOUR), rule("RGB", 5, 5), []
+    data, preprocessing, decoded = saved(COLOUR), rule("RGB", 5, 5), []
     expected = decode_image(data, preprocessing, LIMITS)
     before = list(warnings.filters)
 
     def work() -> None:
-        found.extend(decode_image(data, preprocessing, LIMITS) for _ in range(500))
+        decoded.extend(decode_image(data, preprocessing, LIMITS) for _ in range(500))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     interval = sys.getswitchinterval()
@@ -372,6 +372,6 @@ def test_threads_decode_alike_and_leave_the_filters_of_warnings_alone():
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    assert len(found) == 4000
-    assert all((image == expected).all() for image in found)
+    assert len(decoded) == 4000
+    assert all((image == expected).all() for image in decoded)
     assert list(warnings.filters) == before

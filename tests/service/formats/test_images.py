@@ -144,12 +144,12 @@ def mended(data: bytes) -> bytes:
     """A damaged PNG with right checksums, so that the damage reaches the decoder."""
     if not data.startswith(hostile.SIGNATURE):
         return data
-    found, position = data[:8], 8
+    repaired, position = data[:8], 8
     while position + 12 <= len(data):
         size = int.from_bytes(data[position : position + 4], "big")
-        found += chunk(data[position + 4 : position + 8], data[position + 8 : position + 8 + size])
+        repaired += chunk(data[position + 4 : position + 8], data[position + 8 : position + 8 + size])
         position += 12 + size
-    return found
+    return repaired
 
 
 @st.composite
@@ -202,10 +202,10 @@ def test_only_one_place_of_the_service_divides_by_255():
 @pytest.mark.parametrize("shape", [(700, 901), (2, BAND), (3, BAND + 1), (1000, 777, 3), (1, 1), (5, 3, 3)])
 def test_pixels_are_the_same_in_bands(shape):
     pixels = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
-    found = _planes(Image.fromarray(pixels))
-    assert np.array_equal(found, np.atleast_3d(pixels).transpose(2, 0, 1))
-    assert found.flags.c_contiguous
-    assert found.flags.writeable
+    planes = _planes(Image.fromarray(pixels))
+    assert np.array_equal(planes, np.atleast_3d(pixels).transpose(2, 0, 1))
+    assert planes.flags.c_contiguous
+    assert planes.flags.writeable
 
 
 @pytest.mark.parametrize("shape", [(4000, 1500), (2000, 1000, 3)])
@@ -213,7 +213,7 @@ def test_a_large_image_is_copied_once(shape):
     """Beside the array that it becomes no more than a few bands are held."""
     image = Image.fromarray(np.zeros(shape, np.uint8))
     tracemalloc.start()
-    found = _planes(image)
+    planes = _planes(image)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < found.nbytes + 10 * BAND
+    assert peak < planes.nbytes + 10 * BAND

@@ -14,7 +14,7 @@ from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput
 from service.formats import images
 from service.formats.images import ImageLimits, decode_image
-from service.formats.plain_png import MOST_PIXELS, read_plain_png
+from service.formats.plain_png import MAX_PIXELS, read_plain_png
 
 LIMITS = ImageLimits(2**22, 2**22)
 
@@ -72,13 +72,13 @@ def test_pixels_are_the_plugins(name, other_size, monkeypatch):
     data = PLAIN[name]
     image = read_plain_png(data)
     assert image is not None
-    wanted = rule(9, 8, 1) if other_size else rule(image.height, image.width, len(image.getbands()))
-    found = decode_image(data, wanted, LIMITS)
-    assert np.array_equal(found, by_plugin(data, monkeypatch, wanted))
+    preprocessing = rule(9, 8, 1) if other_size else rule(image.height, image.width, len(image.getbands()))
+    pixels = decode_image(data, preprocessing, LIMITS)
+    assert np.array_equal(pixels, by_plugin(data, monkeypatch, preprocessing))
 
 
-def flipped(data, place):
-    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+def flipped(data, position):
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
 
 GREY = PLAIN["grey"]
@@ -90,7 +90,7 @@ OTHER = {
     "a transparent level": png(levels(8, 8), transparency=7),
     "text": GREY[:33] + chunk(b"tEXt", b"a\0b") + GREY[33:],
     "orientation": GREY[:33] + chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\0") + GREY[33:],
-    "many pixels": png(np.zeros((MOST_PIXELS // 16 + 1, 16), np.uint8)),
+    "many pixels": png(np.zeros((MAX_PIXELS // 16 + 1, 16), np.uint8)),
     "many chunks": built(np.random.RandomState(0).bytes(21 * 99), 20, 99, parts=70),
     "a JPEG": b"\xff\xd8\xff\xe0",
 }

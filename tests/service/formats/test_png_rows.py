@@ -14,7 +14,7 @@ from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput
 from service.formats import png_rows
 from service.formats.images import ImageLimits, decode_image
-from service.formats.png_rows import PASSES, holds_all_rows, inflates_to
+from service.formats.png_rows import PASSES, holds_all_rows, inflates_to_at_least
 
 LIMITS = ImageLimits(2**22, 2**22)
 KINDS = {(1, 0): 1, (2, 0): 2, (4, 0): 4, (8, 0): 8, (16, 0): 16, (8, 2): 24, (16, 2): 48, (1, 3): 1, (4, 3): 4}
@@ -55,10 +55,10 @@ def read(data):
 def test_a_whole_one_is_read_and_one_that_lacks_a_row_is_refused(kind, size, interlaced, value):
     fill = bytes([value if kind[1] != 3 else min(value, 2 ** min(kind[0], 6) - 1)])
     rows = [b"\0" + fill * (length - 1) for length in rows_of(*size, KINDS[kind], interlaced)]
-    for last in (rows[-1], bytes(len(rows[-1]))):
-        whole = png(*size, *kind, b"".join([*rows[:-1], last]), interlaced, parts=3)
-        assert holds_all_rows(whole)
-        assert read(whole).shape == (3, 8, 8)
+    for last_row in (rows[-1], bytes(len(rows[-1]))):
+        complete = png(*size, *kind, b"".join([*rows[:-1], last_row]), interlaced, parts=3)
+        assert holds_all_rows(complete)
+        assert read(complete).shape == (3, 8, 8)
     lacking = png(*size, *kind, b"".join(rows[:-1]), interlaced)
     assert not holds_all_rows(lacking)
     with pytest.raises(InvalidInput, match="damaged or truncated"):
@@ -80,36 +80,36 @@ def test_a_damaged_stream_holds_nothing():
 
 def test_nothing_is_read_behind_the_end_of_a_stream():
     """What follows would be copied with each piece: a megabyte of them, ten thousand times."""
-    read = []
+    yielded = []
 
-    def pieces():
-        for each in (zlib.compress(bytes(10)), b"junk", b"more"):
-            read.append(each)
-            yield each
+    def chunks():
+        for data in (zlib.compress(bytes(10)), b"junk", b"more"):
+            yielded.append(data)
+            yield data
 
-    assert not inflates_to(pieces(), 11)
-    assert len(read) == 1
+    assert not inflates_to_at_least(chunks(), 11)
+    assert len(yielded) == 1
 
 
 def test_a_large_piece_is_read_little_by_little(monkeypatch):
     sizes, made = [], zlib.decompressobj
 
-    class Told:
+    class Recorder:
         def __init__(self):
             self._stream = made()
 
         def __getattr__(self, name):
             return getattr(self._stream, name)
 
-        def decompress(self, data, most):
-            sizes.append((len(data), most))
-            return self._stream.decompress(data, most)
+        def decompress(self, data, max_length):
+            sizes.append((len(data), max_length))
+            return self._stream.decompress(data, max_length)
 
-    monkeypatch.setattr(png_rows.zlib, "decompressobj", Told)
+    monkeypatch.setattr(png_rows.zlib, "decompressobj", Recorder)
     noise = np.random.RandomState(0).bytes(2**20)
-    assert inflates_to([zlib.compress(noise)], 2**20)
-    assert not inflates_to([zlib.compress(noise)], 2**20 + 1)
-    assert max(sizes) <= (png_rows.PIECE, png_rows.PIECE)
+    assert inflates_to_at_least([zlib.compress(noise)], 2**20)
+    assert not inflates_to_at_least([zlib.compress(noise)], 2**20 + 1)
+    assert max(sizes) <= (png_rows.PIECE_BYTES, png_rows.PIECE_BYTES)
 
 
 def test_much_is_counted_in_pieces():

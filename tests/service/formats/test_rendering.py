@@ -37,12 +37,12 @@ def opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def frames(data: bytes, mode: str) -> list[np.ndarray]:
-    picture, found = opened(data), []
+def frames_of(data: bytes, mode: str) -> list[np.ndarray]:
+    picture, frames = opened(data), []
     for index in range(picture.n_frames):
         picture.seek(index)
-        found.append(np.asarray(picture.convert(mode)))
-    return found
+        frames.append(np.asarray(picture.convert(mode)))
+    return frames
 
 
 def test_levels_are_the_inverse_of_what_goes_in():
@@ -86,9 +86,9 @@ def test_a_grid_of_one_has_no_gap():
 def test_a_grey_gif_keeps_every_level_and_every_frame():
     pixels = np.concatenate([np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16), levels(5, 1, 16, 16)])
     data = encode_gif(unit(pixels))
-    found = frames(data, "L")
-    assert len(found) == 6
-    np.testing.assert_array_equal(np.stack(found), pixels[:, 0])
+    frames = frames_of(data, "L")
+    assert len(frames) == 6
+    np.testing.assert_array_equal(np.stack(frames), pixels[:, 0])
     assert opened(data).info["duration"] == FRAME_MILLISECONDS
     assert opened(data).info["loop"] == 0
 
@@ -102,17 +102,17 @@ def test_equal_neighbours_are_one_frame_shown_longer():
 def test_a_colour_gif_is_near_in_256_colours():
     ramp = np.linspace(0, 1, 16, dtype=np.float32)
     image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.float32(0.5)))
-    found = frames(encode_gif(np.stack([image, 1 - image])), "RGB")
-    assert len(found) == 2
-    np.testing.assert_allclose(found[0], image.transpose(1, 2, 0) * 255, atol=32)
+    frames = frames_of(encode_gif(np.stack([image, 1 - image])), "RGB")
+    assert len(frames) == 2
+    np.testing.assert_allclose(frames[0], image.transpose(1, 2, 0) * 255, atol=32)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_an_animated_webp_is_lossless(channels, mode):
     pixels = levels(4, channels)
     data = encode_webp(unit(pixels))
-    found = np.stack(frames(data, mode)).reshape(4, 5, 7, channels)
-    np.testing.assert_array_equal(found, pixels.transpose(0, 2, 3, 1))
+    frames = np.stack(frames_of(data, mode)).reshape(4, 5, 7, channels)
+    np.testing.assert_array_equal(frames, pixels.transpose(0, 2, 3, 1))
     assert opened(data).info["loop"] == 0
 
 
@@ -159,16 +159,16 @@ def test_a_flat_heat_map_is_one_colour():
     np.testing.assert_array_equal(sheet, np.broadcast_to(INFERNO[0], (3, 4, 3)))
 
 
-def test_given_ends_fix_the_colours_whatever_else_is_shown():
+def test_a_given_range_fixes_the_colours_whatever_else_is_shown():
     maps = np.float32([[[-9, 1, 3, 5, 900]]])
-    ends = (1.0, 5.0)
-    sheet = np.asarray(opened(encode_heat_maps(maps, ends)))[0]
+    value_range = (1.0, 5.0)
+    sheet = np.asarray(opened(encode_heat_maps(maps, value_range)))[0]
     np.testing.assert_array_equal(sheet[[0, 1]], INFERNO[[0, 0]], "what lies below has the first colour")
     np.testing.assert_array_equal(sheet[[3, 4]], INFERNO[[-1, -1]], "what lies above has the last")
     np.testing.assert_allclose(sheet[2], INFERNO[16], atol=2)
-    for one in range(5):
-        alone = opened(encode_heat_maps(maps[:, :, one : one + 1], ends, {"kind": "anomaly"}))
-        np.testing.assert_array_equal(np.asarray(alone)[0, 0], sheet[one])
+    for x in range(5):
+        alone = opened(encode_heat_maps(maps[:, :, x : x + 1], value_range, {"kind": "anomaly"}))
+        np.testing.assert_array_equal(np.asarray(alone)[0, 0], sheet[x])
         assert alone.text == {"minimum": "1.0", "maximum": "5.0", "kind": "anomaly"}
 
 
@@ -187,9 +187,9 @@ def test_an_overlay_is_the_image_where_quiet_and_heat_where_loud(channels, as_le
     maps[0, 1, 2], maps[1, 3, 4] = 8, 4
     sheet = np.asarray(opened(encode_overlays(pixels if as_levels else unit(pixels), maps, (0.0, 8.0)))).astype(float)
     shown = [sheet[:5, :7], sheet[:5, 7 + GRID_GAP :]]
-    for image, each, heat in zip(pixels, maps, shown, strict=True):
+    for image, values, heat in zip(pixels, maps, shown, strict=True):
         rgb = np.broadcast_to(image.transpose(1, 2, 0), (5, 7, 3)).astype(float)
-        np.testing.assert_array_equal(heat[each == 0], rgb[each == 0])
+        np.testing.assert_array_equal(heat[values == 0], rgb[values == 0])
     loud = (1 - OPACITY) * pixels[0][:, 1, 2] + OPACITY * INFERNO[-1]
     np.testing.assert_allclose(shown[0][1, 2], loud, atol=0.51)
     middle = (1 - OPACITY / 2) * pixels[1][:, 3, 4] + OPACITY / 2 * INFERNO[16]
@@ -197,8 +197,8 @@ def test_an_overlay_is_the_image_where_quiet_and_heat_where_loud(channels, as_le
 
 
 def test_a_map_of_features_is_enlarged_to_its_image():
-    image, found = np.zeros((1, 1, 8, 12), np.float32), np.float32([[0, 0, 9], [0, 0, 0]])
-    sheet = np.asarray(opened(encode_overlays(image, found[None], (0.0, 9.0))))
+    image, features = np.zeros((1, 1, 8, 12), np.float32), np.float32([[0, 0, 9], [0, 0, 0]])
+    sheet = np.asarray(opened(encode_overlays(image, features[None], (0.0, 9.0))))
     assert sheet.shape == (8, 12, 3)
     light = sheet.sum(axis=-1)
     assert np.unravel_index(light.argmax(), light.shape)[0] < 4
@@ -207,7 +207,7 @@ def test_a_map_of_features_is_enlarged_to_its_image():
 
 def test_the_colours_are_those_of_matplotlib():
     """Values of matplotlib.colormaps["inferno"](level), in 8 bits: none of them is an anchor but the ends."""
-    known = {
+    expected = {
         0: (0, 0, 4),
         1: (1, 0, 5),
         5: (2, 2, 12),
@@ -221,4 +221,4 @@ def test_the_colours_are_those_of_matplotlib():
     }
     ramp = np.arange(256, dtype=np.float32).reshape(1, 1, 256)
     colours = np.asarray(opened(encode_heat_maps(ramp, None)))[0].astype(int)
-    assert max(np.abs(colours[level] - colour).max() for level, colour in known.items()) <= 2
+    assert max(np.abs(colours[level] - colour).max() for level, colour in expected.items()) <= 2

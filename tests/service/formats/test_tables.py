@@ -62,10 +62,10 @@ def from_npy(response) -> np.ndarray:
     return np.load(io.BytesIO(response.content), allow_pickle=False)
 
 
-def written(rows: np.ndarray, header: list[str] | None = None, end: str = "\r\n") -> str:
-    """CSV, with every digit that float32 has."""
+def written(rows: np.ndarray, header: list[str] | None = None, line_end: str = "\r\n") -> str:
+    """Rows as CSV, with every digit that float32 has."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator=end)
+    writer = csv.writer(stream, lineterminator=line_end)
     if header:
         writer.writerow(header)
     writer.writerows([[f"{value:.9g}" for value in row] for row in rows])
@@ -139,16 +139,16 @@ def test_rows_together_are_bitwise_the_single_calls(client, name, verb):
 @pytest.mark.parametrize("estimator", ["elbo", "iwae"])
 @pytest.mark.parametrize("k", [1, 7, 40])
 def test_exact_evidence_is_the_closed_form(client, estimator, k):
-    for name, wanted in {
+    for name, expected in {
         "table": linear.TABLE.log_likelihood(x_of("table")),
         "whitening": linear.log_normal(
             rows_of("whitening") - linear.WHITENING.mean, linear.WHITENING.weight @ linear.WHITENING.weight.T
         ),
     }.items():
         results = post(client, name, "score", rows_of(name), estimator=estimator, k=k, seed=9).json()["results"]
-        for result, log_p_x in zip(results, wanted, strict=True):
-            found = [-result["score"], result["elbo"], result["log_likelihood"]]
-            assert found == pytest.approx([log_p_x] * 3, abs=1e-4)
+        for result, log_p_x in zip(results, expected, strict=True):
+            estimates = [-result["score"], result["elbo"], result["log_likelihood"]]
+            assert estimates == pytest.approx([log_p_x] * 3, abs=1e-4)
             assert result["bits_per_dim"] is None
             if name == "table":
                 assert result["rate"] + result["distortion"] == pytest.approx(-log_p_x, abs=1e-4)
@@ -169,9 +169,9 @@ def test_a_bound_under_a_mixture_prior_is_the_closed_form_at_the_seed_s_latents(
         assert result["elbo"] == pytest.approx(log_w.mean(), abs=1e-4)
         assert result["rate"] == pytest.approx((log_q - model.log_p_z(z)).mean(), abs=1e-4)
         assert result["distortion"] == pytest.approx(-log_p_x.mean(), abs=1e-4)
-    many = post(client, "mixture", "score", rows_of("mixture"), estimator="iwae", k=4000).json()["results"]
-    bounds = np.array([result["log_likelihood"] for result in many])
-    errors = np.array([result["standard_error"] for result in many])
+    results = post(client, "mixture", "score", rows_of("mixture"), estimator="iwae", k=4000).json()["results"]
+    bounds = np.array([result["log_likelihood"] for result in results])
+    errors = np.array([result["standard_error"] for result in results])
     assert (np.abs(bounds - model.log_likelihood(x)) < 5 * errors + 1e-3).all()
 
 
@@ -222,11 +222,11 @@ def test_a_table_s_verdicts_follow_its_calibration(client):
 def test_answers_have_the_natural_shape(client, models, name):
     rows, natural, model = rows_of(name), NATURAL[name], models[name]
     latents = model.encode(x_of(name)).loc
-    for verb, body, wanted in (
+    for verb, body, decoded in (
         ("reconstruct", rows, model.reconstruct(x_of(name))),
         ("decode", latents, model.decode(latents)),
     ):
-        expected = wanted.reshape(5, *natural)
+        expected = decoded.reshape(5, *natural)
         np.testing.assert_array_equal(from_npy(post(client, name, verb, body, NPY)), expected)
         np.testing.assert_array_equal(np.float32(post(client, name, verb, body).json()["rows"]), expected)
     path = post(client, name, "interpolate", rows[:2], steps=4).json()
@@ -256,8 +256,8 @@ def test_a_prior_s_graph_draws_from_its_mixture(client):
     answer = client.get("/v1/models/mixture/sample", params={"n": 200, "seed": 5, "temperature": 0.5}).json()
     first = noise.prior_choice(5, 200) < share
     drawn = np.float32(0.5) * noise.prior_noise(5, 200, 3)
-    wanted = np.where(first[:, None], locs[0] + scales[0] * drawn, locs[1] + scales[1] * drawn)
-    np.testing.assert_allclose(answer["latents"], wanted, atol=1e-6)
+    expected = np.where(first[:, None], locs[0] + scales[0] * drawn, locs[1] + scales[1] * drawn)
+    np.testing.assert_allclose(answer["latents"], expected, atol=1e-6)
     assert 0.2 < first.mean() < 0.4
     assert np.shape(answer["rows"]) == (200, 2, 6)
     cold = client.get("/v1/models/mixture/sample", params={"n": 50, "temperature": 0}).json()["latents"]
@@ -273,9 +273,9 @@ def test_draws_of_the_prior_do_not_depend_on_their_number(models):
 
 def test_draws_of_the_prior_do_not_depend_on_those_beside_them(models):
     """As requests with other seeds and temperatures are computed together."""
-    model, asked = models["mixture"], [(2, 4, 1.0), (1, 5, 0.5), (3, 4, 2.0)]
-    together = model.latents_of(np.concatenate([model.prior_noise(*each) for each in asked]))
-    assert together.tobytes() == b"".join(model.sample_latents(*each).tobytes() for each in asked)
+    model, draws = models["mixture"], [(2, 4, 1.0), (1, 5, 0.5), (3, 4, 2.0)]
+    together = model.latents_of(np.concatenate([model.prior_noise(*draw) for draw in draws]))
+    assert together.tobytes() == b"".join(model.sample_latents(*draw).tobytes() for draw in draws)
 
 
 def test_a_draw_of_x_is_in_raw_units(client):
@@ -358,8 +358,8 @@ def test_what_a_model_says_it_cannot_answer_is_409_with_the_reason_and_the_rest_
 
 def test_a_model_tells_its_kind_evidence_prior_and_posterior(client):
     listed = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
-    told = {name: (model["kind"], model["shape"], model["evidence"]) for name, model in listed.items()}
-    assert told == {
+    summaries = {name: (model["kind"], model["shape"], model["evidence"]) for name, model in listed.items()}
+    assert summaries == {
         "table": ("vector", [4], "exact"),
         "mixture": ("signal", [2, 6], "bound"),
         "pca": ("vector", [5], "none"),
@@ -482,11 +482,11 @@ def test_vaeserve_score_reads_tables(client, root, tmp_path, suffix):
     assert done.exit_code == 3
     assert "bad.csv: row 1 has 3 values" in " ".join(done.stderr.split())
     assert "70 scored, 1 skipped" in done.stderr
-    found = list(csv.DictReader(io.StringIO(done.stdout)))
+    table = list(csv.DictReader(io.StringIO(done.stdout)))
     results = post(client, "table", "score", rows).json()["results"]
-    assert [row["row"] for row in found] == [str(index) for index in range(70)]
-    assert [row["score"] for row in found] == [str(result["score"]) for result in results]
-    assert [row["p_value"] for row in found] == [str(result["p_value"]) for result in results]
+    assert [row["row"] for row in table] == [str(index) for index in range(70)]
+    assert [row["score"] for row in table] == [str(result["score"]) for result in results]
+    assert [row["p_value"] for row in table] == [str(result["p_value"]) for result in results]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from scipy.stats import kstest
 from service.bundle.files import open_bundle
 from service.bundle.input_rules import Tiling
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
-from service.formats.tiling import Plan
+from service.formats.tiling import TilePlan
 from service.inference import tiled as module
 from service.inference.model import Model
 from service.inference.tiled import TiledModel, aggregate, fit_tails, surprisal_of_maximum
@@ -57,13 +57,13 @@ def test_the_highest_of_more_tiles_means_less():
     tail = fit_tails({"s": random.exponential(size=20_000)})["s"]
     tiling = Tiling(stride=(TILE, TILE))
     for side in (2, 16):
-        plan = Plan((side * TILE, side * TILE), (TILE, TILE), tuple(range(side)), tuple(range(side)))
+        plan = TilePlan((side * TILE, side * TILE), (TILE, TILE), tuple(range(side)), tuple(range(side)))
         scores = [aggregate(random.exponential(size=len(plan)), plan, tiling, tail) for _ in range(800)]
         assert kstest(scores, "gumbel_r").pvalue > 0.01
 
 
 def test_top_is_the_mean_of_the_highest_share():
-    plan = Plan((40, 40), (4, 4), tuple(range(0, 40, 4)), tuple(range(0, 40, 4)))
+    plan = TilePlan((40, 40), (4, 4), tuple(range(0, 40, 4)), tuple(range(0, 40, 4)))
     tiling = Tiling(stride=(4, 4), aggregate="top", share=0.05)
     assert aggregate(np.random.RandomState(0).permutation(100.0 + np.arange(100)), plan, tiling, None) == 197.0
     assert aggregate(np.arange(3.0), plan, tiling, None) == 2.0
