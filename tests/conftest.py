@@ -1,15 +1,29 @@
-"""Fixtures that every room shares: a real PPCA bundle on disk and the model loaded from it."""
+"""What every test shares: a PPCA bundle on disk and the model loaded from it; and which tests are fast."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from service.bundle.files import open_bundle
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from tests.ppca_bundle import Ppca, fit_ppca, images, write_ppca_bundle
+from tests.selection import is_integration
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the integration tests, which ``make test-fast`` leaves out."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            fixtures = [definition.func for each in item._fixtureinfo.name2fixturedefs.values() for definition in each]
+            if is_integration(item.path.name, [item.function, *fixtures]):
+                item.add_marker("integration")
 
 
 @pytest.fixture(scope="session")

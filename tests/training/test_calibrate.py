@@ -18,11 +18,11 @@ from service.inference.verification import verify_bundle
 from service.pixels import unit_levels
 from service.scores.fitting import LEAST_ROWS, fitted_arrays
 from tests.training.finished import finished_run
+from tests.training.shared import copied
 from training.batches import to_unit
 from training.calibrate import ORDER, calibrate, images_to_score, realised, score_split, summary, suspects
 from training.errors import ExportError
 from training.runs import SCORES
-from training.staging import export
 
 EVERY = {
     "elbo", "iwae", "rate", "reconstruction", "typicality", "complexity", "debiased", "path", "path-copod", "residual",
@@ -31,11 +31,8 @@ EVERY = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    model = {"latent_dim": 2, "network": {"kind": "mlp", "hidden": [8]}}
-    run = finished_run(tmp_path_factory.mktemp("run"), (1, 3, 4), model, images=400, score={"k": 3, "seed": 9})
-    export(run)
-    return run
+def run(exported_run, tmp_path_factory):
+    return copied(exported_run, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +56,9 @@ def test_scores_are_fitted_to_images_that_neither_training_nor_calibration_see(r
         np.testing.assert_array_equal(expected[key], array)
 
 
-def test_without_enough_validation_images_the_bound_stays_the_score(tmp_path):
-    few = finished_run(tmp_path, (1, 3, 4), {"latent_dim": 2}, images=60)
-    assert len(few.dataset.splits["validation"]) < LEAST_ROWS
-    export(few)
+def test_without_enough_validation_images_the_bound_stays_the_score(exported_run, tmp_path):
+    few = copied(exported_run, tmp_path)
+    few.dataset.splits["validation"] = few.dataset.splits["validation"][: LEAST_ROWS - 1]
     manifest = open_bundle(calibrate(few)).manifest
     assert (set(manifest.scores), manifest.default_score) == ({"elbo", "iwae"}, "elbo")
     assert manifest.calibration.fitted_on is None
@@ -94,7 +90,7 @@ def split_pixels(run, split):
 def decoded(image):
     buffer = io.BytesIO()
     Image.fromarray(image[0]).save(buffer, format="PNG")
-    rule = Preprocessing(mode="L", height=3, width=4)
+    rule = Preprocessing(mode="L", height=6, width=5)
     return decode_image(buffer.getvalue(), rule, ImageLimits(10_000, 100))[None].astype(np.float32) / np.float32(255)
 
 
@@ -126,7 +122,7 @@ def test_the_realised_rates_can_be_counted_again_from_the_test_scores(run, calib
     for name, rates in calibration.realised_false_positive_rate.items():
         scores = score_split(calibrated, run.dataset, "test", [name])[name]
         np.testing.assert_array_equal(scores, saved[f"test.{name}"])
-        assert set(rates) == {"0.01", "0.05", "0.1"}, "120 held-out images cannot answer 0.1%"
+        assert set(rates) == {"0.01", "0.05", "0.1"}, "270 held-out images cannot answer 0.1%"
         for rate, share in rates.items():
             assert share == np.mean(scores >= calibrator.threshold(name, float(rate)))
 

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from service.bundle.files import open_bundle
 from service.inference.verification import verify_bundle
 from tests.training.finished import finished_run
-from training.cli import _configure, _vaeserve, app
+from training.batches import steps_per_epoch
+from training.cli import _configure, _vaeserve, app, main
 from training.config import presets, summary_of
 from training.errors import ConfigError
 from training.runs import Run, default_name
@@ -113,20 +116,31 @@ def test_a_finished_run_is_not_trained_again_and_another_configuration_is_refuse
     assert (workplace / "runs/digits/checkpoint.pt").read_bytes() != before
 
 
-def test_a_folder_of_images_needs_a_name_only(tmp_path):
-    import numpy as np
-    from PIL import Image
-
-    folder = tmp_path / "My Widgets"
-    folder.mkdir()
+def fit_pictures(folder, *options):
+    """A short fit of 60 pictures in folder/"My Widgets", beside which lies a file that is none."""
+    pictures = folder / "My Widgets"
+    pictures.mkdir()
     for i in range(60):
-        Image.fromarray(np.random.RandomState(i).randint(0, 256, (9, 7, 3)).astype(np.uint8)).save(folder / f"{i}.png")
-    (folder / "broken.png").write_bytes(b"no image")
+        pixels = np.random.RandomState(i).randint(0, 256, (9, 7, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+    (pictures / "broken.png").write_bytes(b"no image")
     conv = ["--set", "model.network.channels=[4]", "--set", "score.k=2", "--set", "evaluate.k=2"]
-    done = vaetrain("fit", "--data", folder, *SMALL, *conv, "--to", tmp_path / "out", cwd=tmp_path)
+    done = vaetrain("fit", "--data", pictures, *SMALL, *conv, *options, cwd=folder)
     assert done.exit_code == 0, done.stderr
-    assert "skipped" in done.stderr
-    assert "broken.png" in done.stderr
+    return done.stderr
+
+
+def test_a_folder_of_images_needs_a_name_only(tmp_path):
+    said = fit_pictures(tmp_path, "--fit-only")
+    assert "skipped" in said
+    assert "broken.png" in said
+    run = Run.open(tmp_path / "runs/my-widgets")
+    assert (run.name, run.model.shape) == ("my-widgets", (3, 9, 7))
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_becomes_a_bundle(tmp_path):
+    fit_pictures(tmp_path, "--to", tmp_path / "out")
     bundle = open_bundle(tmp_path / "out/my-widgets/1")
     assert bundle.manifest.signature.shape == (3, 9, 7)
     assert b"pytest" not in (tmp_path / "out/my-widgets/1/manifest.json").read_bytes()
@@ -157,6 +171,9 @@ def test_under_torchrun_one_process_does_what_follows_the_fit(tmp_path):
     assert done.stdout.splitlines() == ["exported/digits/1", "serve it: vaeserve serve"]
     assert done.stderr.count("fit: best") == 1
     assert [path.name for path in (tmp_path / "exported/digits").iterdir()] == ["1"]
+    run = Run.open(tmp_path / "runs/digits")
+    epoch = steps_per_epoch(len(run.dataset.splits["train"]), run.config.optimiser.batch_size, world_size=2)
+    assert run.checkpoint["state"]["step"] == 2 * epoch, "each process had half of the images"
 
 
 def assert_one_line(done, text):
@@ -169,6 +186,18 @@ def assert_one_line(done, text):
     assert "Traceback" not in done.stderr
 
 
+def test_the_entry_point_ends_with_code_2_and_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["vaetrain", "evaluate", "nowhere"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # main would set it
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said, told = capfd.readouterr()
+    assert said == ""
+    assert told.startswith("vaetrain: nowhere is no run")
+
+
+@pytest.mark.slow
 def test_the_process_itself_ends_with_code_2_and_no_traceback(tmp_path):
     done = process(command("evaluate", "nowhere"), tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

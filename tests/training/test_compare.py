@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from service.bundle.input_rules import Preprocessing
 from tests.training.finished import finished_run
+from tests.training.shared import copied
 from training import compare as module
 from training.cli import app
 from training.compare import FIGURE, SHEET, TABLE, Row, compare, parameters, rate_distortion, resolve, sheet, table
@@ -151,13 +152,9 @@ def test_runs_of_different_data_are_refused_before_anything_is_computed(tmp_path
     assert not (tmp_path / "to").exists()
 
 
-def test_two_runs_become_a_table_a_sheet_and_a_figure(tmp_path, monkeypatch):
-    for name in ("bound", "none"):
-        (tmp_path / name).mkdir()
-    vae = finished_run(tmp_path / "bound", (1, 3, 4), {"latent_dim": 2, "network": SMALL})
-    error = {"family": "squared_error"}
-    model = {"family": "autoencoder", "latent_dim": 2, "network": SMALL, "likelihood": error}
-    autoencoder = finished_run(tmp_path / "none", (1, 3, 4), model)
+def test_two_runs_become_a_table_a_sheet_and_a_figure(fitted_family, tmp_path, monkeypatch):
+    vae = copied(fitted_family("vae, Householder, continuous Bernoulli").run, tmp_path / "bound")
+    autoencoder = copied(fitted_family("autoencoder").run, tmp_path / "none")
     before = evaluate_stage(vae, Console(file=io.StringIO()))
     evaluated = []
     monkeypatch.setattr(
@@ -172,7 +169,7 @@ def test_two_runs_become_a_table_a_sheet_and_a_figure(tmp_path, monkeypatch):
     first, second = csv.DictReader(io.StringIO((tmp_path / "to" / SHEET).read_text()))
     assert float(first["log_likelihood"]) == before["log_likelihood"]
     assert int(first["parameters"]) == sum(p.numel() for p in vae.model.parameters())
-    assert float(first["training_seconds"]) == 4.5
+    assert float(first["training_seconds"]) == vae.checkpoint["state"]["seconds"]
     assert second["log_likelihood"] == second["rate"] == ""
     assert float(first["milliseconds"]) > 0
     assert min(Image.open(io.BytesIO((tmp_path / "to" / FIGURE).read_bytes())).size) > 100

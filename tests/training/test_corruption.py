@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from service.bundle.files import open_bundle
 from service.bundle.manifest import REFERENCE
-from service.inference.model import Model
-from service.inference.sessions import Runtime
 from tests.training.finished import finished_run
+from tests.training.shared import CORRUPTED
 from training.batches import to_unit
 from training.config import load_config
 from training.corruption import (
@@ -25,7 +23,6 @@ from training.errors import CheckpointError, ConfigError
 from training.fit import make_fabric
 from training.interrupts import Interrupt
 from training.painting import MOST_SHARE, UNPAINTED, VISIBLE, painted
-from training.runs import Run
 from training.staging import export
 
 SMALL = ["corruption.width=8", "corruption.epochs=1", "corruption.batch_size=32", "run.threads=1"]
@@ -130,12 +127,13 @@ def test_the_cross_entropy_is_least_at_the_log_odds():
     assert float(at.grad.sum().abs()) < 1e-6
 
 
+@pytest.mark.integration
 def test_it_learns_where_the_noise_is(tmp_path):
     """Of slopes of grey, which noise leaves anywhere."""
     down, across = np.random.RandomState(0).rand(2, 800, 1, 1)
     row, column = np.indices((16, 16)) / 15
     np.save(tmp_path / "slopes.npy", (255 * (down * row + across * column) / 2).astype(np.uint8))
-    config = load_config(None, [*SMALL, "corruption.epochs=40"], {"data": {"source": str(tmp_path / "slopes.npy")}})
+    config = load_config(None, [*SMALL, "corruption.epochs=25"], {"data": {"source": str(tmp_path / "slopes.npy")}})
     found = CorruptionTrainer(config, load_dataset(config.data), tmp_path, make_fabric(config))
     with Interrupt() as interrupt:
         found.run(interrupt, lambda steps: None)
@@ -149,6 +147,7 @@ def test_it_learns_where_the_noise_is(tmp_path):
     assert found.cross_entropy < -(share * np.log(share) + (1 - share) * np.log(1 - share))  # which the share alone has
 
 
+@pytest.mark.integration
 def test_a_training_that_was_stopped_ends_with_the_same_weights(tmp_path):
     whole = trained(tmp_path / "whole")
     stopped = trainer(tmp_path / "stopped", "run.checkpoint_seconds=0")
@@ -190,32 +189,22 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         load_corruption(tmp_path / "run", found.config, found.dataset)
 
 
-def with_network(folder, shape):
-    """A finished run whose network was trained for one epoch."""
-    run = finished_run(
-        folder, shape, {"latent_dim": 3, "network": {"hidden": [16]}}, corruption={"width": 8, "epochs": 1}
-    )
-    found = CorruptionTrainer(run.config, run.dataset, run.folder, make_fabric(run.config))
-    with Interrupt() as interrupt:
-        found.run(interrupt, lambda steps: None)
-    return Run.open(run.folder)
-
-
-def test_the_graph_gives_what_the_network_gives(tmp_path):
-    run = with_network(tmp_path, (13, 10))
-    bundle = open_bundle(export(run))
+def test_the_graph_gives_what_the_network_gives(fitted_family):
+    run, model = fitted_family(CORRUPTED)
+    bundle = model.bundle
     reference = bundle.arrays(REFERENCE)
     with torch.no_grad():
         wanted = run.corruption(torch.from_numpy(reference["x"])).numpy()
     np.testing.assert_allclose(reference["corruption.log_odds"], wanted, rtol=1e-5, atol=1e-5)
-    served = Model.load(bundle, Runtime("cpu", threads=1)).run_graph("corruption", {"x": reference["x"]})
+    served = model.run_graph("corruption", {"x": reference["x"]})
     np.testing.assert_allclose(served["log_odds"], wanted, rtol=1e-4, atol=1e-4)
     facts = bundle.manifest.provenance.training["corruption"]
     assert facts["epochs"] == 1
     assert facts["weights_sha256"] == run.corruption_facts["weights_sha256"]
 
 
-def test_an_unfinished_network_is_not_exported(tmp_path):
+def test_an_unfinished_network_is_not_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.staging.export_graphs", lambda model, rule: {})  # the model's own take seconds
     run = finished_run(tmp_path, (12, 12), {"latent_dim": 3}, corruption={"width": 8, "epochs": 1})
     with pytest.raises(CheckpointError, match="vaetrain fit"):
         export(run)

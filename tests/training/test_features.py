@@ -34,6 +34,8 @@ from training.features import FEATURES, FOLDER
 from training.runs import Run
 from training.staging import contents
 
+pytestmark = pytest.mark.integration  # each is of a run from its fit to its bundle
+
 SIDE, INLIERS = 16, 6
 QUICK = ["score.k=2", "evaluate.k=2", "run.threads=1"]
 SPLITS = ["data.calibration=0.3", "data.validation=0.2", "data.limit=600"]
@@ -122,7 +124,9 @@ def fit(workplace, name, words, backbone="classifier.onnx"):
     return vaetrain("fit", "--data", data, "--backbone", backbone, "--name", name, *words, *options, cwd=workplace)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=["ppca", "map", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "flow"))]
+)
 def published(request, workplace):
     """(name, the published bundle's folder)."""
     result = fit(workplace, request.param, CASES[request.param])

@@ -9,10 +9,7 @@ import torch
 from rich.console import Console
 from sklearn.datasets import make_circles, make_moons
 
-from service.bundle.files import open_bundle
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
-from service.inference.model import Model
-from service.inference.sessions import Runtime
 from training.config import FlowConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
 from training.errors import ConfigError
 from training.export import export_graphs
@@ -20,7 +17,6 @@ from training.models.flow import Flow, squeezings
 from training.objectives import objective
 from training.pipeline import fit_stage
 from training.runs import Launch
-from training.staging import export
 
 SHAPES = [(1, 8, 8), (3, 4, 6), (1, 5, 7), (1, 1, 6), (2, 8, 3)]
 
@@ -195,6 +191,7 @@ def grid(examples, side=300):
     return torch.cartesian_prod(*axes).view(-1, 1, 1, 2), float((3 * span / side).prod())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("toy", TOYS)
 def test_a_trained_density_sums_to_one_and_beats_a_gaussian(toy):
     examples, held_out = (raw_units(TOYS[toy](2000, seed)) for seed in (0, 1))
@@ -213,7 +210,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", ["vectors", pytest.param("images", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_the_graphs_give_torchs_numbers(kind):
     build_one, rule = RULES[kind]
@@ -254,14 +251,14 @@ def trained(request, tmp_path_factory):
     return fit_stage(config, folder, Launch(data="digits", overrides=TINY), False, Console(quiet=True))[0]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("trained", ["flow", "glow-gpu"], indirect=True)
 def test_the_presets_learn(trained):
     bounds = [row["bound"] for row in trained.checkpoint["history"]]
     assert bounds == sorted(bounds)
 
 
-@pytest.mark.parametrize("trained", ["flow"], indirect=True)
-def test_the_bundle_says_exact_and_a_point(trained):
-    served = Model.load(open_bundle(export(trained)), Runtime("cpu"))
+def test_the_bundle_says_exact_and_a_point(fitted_family):
+    served = fitted_family("flow").served
     assert (served.manifest.evidence, served.manifest.posterior.moments) == ("exact", "point")
     assert not served.manifest.likelihood.pixelwise

@@ -76,6 +76,7 @@ def skipping_at(monkeypatch, outliers, die_at=None):
     monkeypatch.setattr(Trainer, "_update", scaled)
 
 
+@pytest.mark.integration
 def test_a_run_killed_after_a_skipped_update_ends_with_the_same_weights(digits, tmp_path, monkeypatch):
     """Seen from a warm-up begun anew, the second outlier, soon after the resume, would be none."""
     config, outliers = config_with("run.checkpoint_seconds=0", "run.validate_every=1"), (24, 40, 64)
@@ -95,6 +96,7 @@ def test_a_run_killed_after_a_skipped_update_ends_with_the_same_weights(digits, 
     assert states[0]["skipped"] == 3
 
 
+@pytest.mark.integration
 def test_photographs_on_white_ground_train_on(tmp_path):
     """White ground under a discretised logistic: the norm passes 2000 for 784 pixels within 200 steps, and is sane."""
     random, grid = np.random.RandomState(0), np.linspace(-1, 1, 28)

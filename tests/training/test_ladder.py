@@ -270,6 +270,7 @@ def test_initialise_starts_near_the_training_mean(family):
     torch.testing.assert_close(found, mean, atol=0.05, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_graphs_give_torchs_numbers():
     two = LadderConfig(channels=[3, 4], latents=[1, 2], layers=[1, 1], dropout=0.2)

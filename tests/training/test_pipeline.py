@@ -13,6 +13,7 @@ from rich.console import Console
 from service.bundle.files import open_bundle
 from service.settings import Settings
 from tests.training.finished import finished_run
+from tests.training.shared import copied
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import load_config
 from training.pipeline import DEFAULT_RATE, all_stages, evaluate_stage, fit_stage
@@ -37,9 +38,11 @@ def mark(run):
     path.write_text(json.dumps(content))
 
 
-def test_a_repeated_fit_publishes_what_was_evaluated_before(run, console, tmp_path):
+def test_a_repeated_fit_publishes_what_was_evaluated_before(exported_run, console, tmp_path, monkeypatch):
+    run = copied(exported_run, tmp_path)
     evaluate_stage(run, console)
     mark(run)
+    monkeypatch.setattr("training.pipeline.export", lambda run: run.staged)
     published = all_stages(Run.open(run.folder), tmp_path / "exported", console)
     assert open_bundle(published).manifest.provenance.metrics["test"]["active_units"] == 77
     assert "evaluate: done before" in console.file.getvalue()

@@ -326,7 +326,9 @@ def exported(family):
     return model, export_graph(model, draft, "encoder")
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize(
+    "family", ["iaf", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:] if name != "iaf")]
+)
 @torch.no_grad()
 def test_the_exported_encoder_gives_torchs_numbers(family):
     model, graph = exported(family)

@@ -20,8 +20,8 @@ from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.verification import verify_bundle
 from tests.training.finished import finished_run
+from tests.training.shared import copied
 from training.batches import to_unit
-from training.calibrate import calibrate
 from training.card import FIGURES, card, duration
 from training.config import ModelConfig, PriorConfig
 from training.errors import ExportError
@@ -34,16 +34,12 @@ from training.provenance import cpu_model, evaluate_command, fit_command, public
 from training.publish import publish
 from training.report import caption, draw, information, plane_values, posterior, report, rounded, thresholds
 from training.runs import SCORES, Launch
-from training.staging import export, score_definitions
+from training.staging import score_definitions
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    model = {"latent_dim": 2, "network": {"kind": "mlp", "hidden": [8]}}
-    run = finished_run(tmp_path_factory.mktemp("run"), (1, 6, 5), model, images=900)
-    export(run)
-    calibrate(run)
-    return run
+def run(calibrated_run, tmp_path_factory):
+    return copied(calibrated_run, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +88,7 @@ def test_the_page_holds_every_figure_and_fetches_nothing(run, page):
     assert names == expected | {"latent"}, "a plane also has its scatter and its manifold, in one picture"
     assert all(min(Image.open(io.BytesIO(data)).size) > 100 for data in files)
     assert str(run.folder.parents[1]) not in text
+    assert str(Path(run.config.data.source).parent) not in text
 
 
 def test_reports_are_repeatable(run, page):
@@ -161,6 +158,7 @@ SMALL = {"kind": "mlp", "hidden": [8]}
 FLOW = {"family": "flow", "flow": {"steps": 2, "hidden": 8}, "likelihood": {"family": "delta"}}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("shape", "model", "data", "expected"),
     [
@@ -315,7 +313,12 @@ def test_the_cards_tables_are_whole(published):
 def test_nothing_of_this_machine_is_published(run, published):
     for file in [path for path in published.rglob("*") if path.is_file()]:
         data = file.read_bytes()
-        for needle in (run.folder.parents[1], Path(__file__).parents[2], Path.home()):
+        for needle in (
+            run.folder.parents[1],
+            Path(run.config.data.source).parent,
+            Path(__file__).parents[2],
+            Path.home(),
+        ):
             assert str(needle).encode() not in data, file.name
     assert "directory" not in public_config(run.config)["data"]
 

@@ -22,6 +22,8 @@ from training.config import Config, load_config
 from training.pipeline import all_stages, fit_stage
 from training.runs import SCORES, Launch
 
+pytestmark = pytest.mark.integration  # each is of a run from its fit to its bundle
+
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
@@ -45,6 +47,7 @@ NET = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,1,16,16] x) => (flo
     { y = AveragePool<kernel_shape=[4,4],strides=[4,4]>(x) }"""
 
 
+@pytest.mark.slow
 def test_a_backbone_may_stand_before_a_model_of_tiles(published, tmp_path):
     """Its map's places are fewer than the tile's pixels; the image's map has the image's size."""
     run, _ = published

@@ -2,15 +2,13 @@
 
 import asyncio
 import math
-from types import SimpleNamespace
 
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
 from service.api import metrics as of_metrics
 from service.api.metrics import Amounts, Metrics
-from service.calibration.conformal import Calibrator
-from service.calibration.drift_monitor import Drift, place
+from service.calibration.drift_monitor import Drift, Name, Place
 
 BOUNDS = (0.1, 1.0, 10.0)
 
@@ -61,14 +59,13 @@ def test_requests_are_counted_by_their_route_method_and_status():
         assert line in text.splitlines()
 
 
-def model(digest="a"):
-    calibrator = Calibrator({"elbo": np.arange(99.0)})
-    return SimpleNamespace(calibrator=calibrator, identity={"name": "m", "version": "1", "digest": digest})
+def place(digest="a"):
+    return Place(Name("m", "1", "elbo", ""), digest, 99)
 
 
 def note(drift, ranks, digest="a"):
     ranks = np.array(ranks)
-    drift.note(place(model(digest), "elbo", None), ranks, ranks)
+    drift.note(place(digest), ranks, ranks)
 
 
 def drift_lines(metrics):
@@ -98,7 +95,7 @@ def test_drift_is_shown_each_second_of_what_is_new(monkeypatch):
     assert (first["p_values_total"], first["alarm"], first["share_up_to_1_percent"]) == (1, 0, 0)
     assert same == first
     assert (more["p_values_total"], more["alarm"], more["share_up_to_1_percent"]) == (21, 1, 1)
-    finding = drift.seen(model(), "elbo").judge(0.01)
+    finding = drift.seen(place()).judge(0.01)
     assert (more["ks_statistic"], more["ks_p_value"]) == (finding.ks_statistic, finding.ks_p_value)
 
 

@@ -23,8 +23,9 @@ NPY = {"content-type": "application/x-npy"}
 
 def served(calibration: np.ndarray, digest: str = "a"):
     """What the drift tests read of a served model."""
-    identity = {"name": "m", "version": "1", "digest": digest}
-    return SimpleNamespace(identity=identity, calibrator=Calibrator({"elbo": np.sort(calibration)}))
+    manifest = SimpleNamespace(name="m", version="1")
+    calibrator = Calibrator({"elbo": np.sort(calibration)})
+    return SimpleNamespace(manifest=manifest, calibrator=calibrator, model=SimpleNamespace(digest=digest))
 
 
 def record(drift: Drift, served, score: str, scores: np.ndarray, group: str | None = None) -> None:
@@ -101,7 +102,7 @@ def test_each_of_several_workers_tests_at_its_share_of_the_level():
     assert (shared.level, shared.worker) == (0.005, 3)
     model = served(np.arange(99.0))
     record(shared, model, "elbo", np.full(3, 1000.0))  # p = 0.006
-    seen = shared.seen(model, "elbo")
+    seen = seen_by(shared, model, "elbo")
     assert seen.judge(0.02).ks_alarm
     assert not seen.judge(shared.level).ks_alarm
 

@@ -94,18 +94,6 @@ def test_a_fault_is_raised_once_all_that_has_begun_has_ended_and_nothing_more_is
     assert len(ended) == 1
 
 
-def test_the_clock_counts_what_others_computed():
-    threads, meet = RowThreads(3), threading.Barrier(3, timeout=30)
-
-    def work():
-        meet.wait()
-        burn(0.02)
-
-    began = threads.clock()
-    threads.run([work] * 3, threads=3)
-    assert threads.clock() - began >= 3 * 0.02
-
-
 @pytest.mark.parametrize("count", [2, 3, 17, 33, 64, 100])
 def test_rows_divided_over_threads_are_bitwise_rows_in_order(graph, monkeypatch, count):
     monkeypatch.setattr(rows, "HOP", 0.0)

@@ -143,7 +143,7 @@ def test_the_event_loop_ticks_while_all_threads_compute(ppca_root):
     thread.start()
     try:
         ticked.acquire()
-        app.state.house.pool.start(computing.wait)
+        app.state.context.pool.start(computing.wait)
         for _ in range(20):
             assert ticked.acquire(timeout=60)
     finally:
