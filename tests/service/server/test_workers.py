@@ -430,6 +430,22 @@ def test_a_worker_that_loads_bundles_says_that_it_lives(application, monkeypatch
     assert UvicornWorker._load(worker) == "loaded here"
 
 
+def test_what_cannot_start_is_tried_again_ever_later_and_at_once_after_it_has_served(monkeypatch):
+    now, started = [100.0], []
+    monkeypatch.setattr("service.server.workers.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Arbiter, "spawn_worker", lambda self: started.append(now[0]))
+    arbiter = object.__new__(PatientArbiter)
+    waits = [arbiter.back_off(failed=True) for _ in range(12)]
+    assert waits[:4] == [0.1, 0.2, 0.4, 0.8]
+    assert waits[-1] == 30
+    for now[0] in (100.0, 129.9, 130.0):
+        arbiter.spawn_worker()
+    assert started == [130.0]
+    assert arbiter.back_off(failed=False) == 0
+    arbiter.spawn_worker()
+    assert started == [130.0, 130.0]
+
+
 def test_gunicorn_waits_longer_than_a_worker_may_take_to_end(ppca_root, tmp_path):
     settings = Settings(repository=ppca_root, workers=2, drain_seconds=7, request_timeout=11, hang_timeout=2.5)
     cfg = Application(settings, tmp_path, {}, None).cfg
