@@ -143,6 +143,7 @@ def test_the_event_loop_ticks_while_all_threads_compute(ppca_root):
     thread.start()
     try:
         ticked.acquire()
+        assert len(server.servers) == 1  # which shutdown closes
         app.state.house.pool.start(computing.wait)
         for _ in range(20):
             assert ticked.acquire(timeout=60)
@@ -373,6 +374,27 @@ def test_where_no_process_is_to_be_had_those_that_serve_serve_on(ppca_root, tmp_
         assert service.score(images(1)).status_code == 200
         refused.unlink()
         assert service.wait_for("worker serves again")["worker"] == 0
+
+
+LATE_TO_HEED = """
+import signal, sys, time
+from service.server import workers
+init_process = workers.UvicornWorker.init_process
+def wait_for_a_signal(worker):
+    while worker.age > 2 and signal.SIGTERM not in signal.sigpending():
+        time.sleep(0.01)
+    init_process(worker)
+workers.UvicornWorker.init_process = wait_for_a_signal
+from service.__main__ import main
+main()
+"""
+
+
+def test_a_worker_that_is_told_to_stop_as_soon_as_it_is_there_stops(ppca_root):
+    with workers(ppca_root, "--drain-seconds", "0", start=("-c", LATE_TO_HEED)) as service:
+        os.kill(service.pids[0], signal.SIGKILL)
+        service.wait_for("worker ended")
+        assert service.end(signal.SIGTERM) == 0  # long before the master's patience ends
 
 
 FULL = """
