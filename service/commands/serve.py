@@ -91,6 +91,8 @@ def _serve_with_workers(settings: Settings) -> None:
         get_logger().info("starting", host=settings.host, port=port, workers=settings.workers)
         digests, shareable = bundle_digests(settings.repository), settings.threads == 1 and settings.device == "cpu"
         repository = load_repository(settings, digests) if shareable else None
+        if repository is not None:
+            repository.runtime.row_threads.end_threads()
         gc.collect()
         gc.freeze()  # a collection in a worker would write to every object, and so copy all pages
         folder = held.enter_context(_shared_folder())

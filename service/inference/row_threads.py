@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import TypeVar
 
@@ -18,20 +18,20 @@ T = TypeVar("T")
 class RowThreads:
     """Divides a run over at most ``count`` threads, the caller's among them. Safe to call from several threads.
 
-    Threads begin and end with the run that they help: a process that is forked between two runs has no others.
-
     >>> RowThreads(2).run([lambda: "a", lambda: "b", lambda: "c"], threads=2)
     ['a', 'b', 'c']
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._pool = self._new_pool()
 
     def run(self, works: Sequence[Callable[[], T]], threads: int) -> list[T]:
         """Return the results of all works in their order, computed by this thread and at most ``threads`` − 1 more.
 
-        Each thread takes the next work as soon as it is free. What a work raises is raised once no thread computes any
-        more. Where no further thread can be started, those that there are do it all.
+        Each thread takes the next work as soon as it is free; this one waits for no other that has not begun. What a
+        work raises is raised once no thread computes any more. Where no further thread can be started, those that there
+        are do it all.
         """
         if threads == 1:
             return [work() for work in works]
@@ -45,11 +45,22 @@ class RowThreads:
             finally:
                 deque(left, maxlen=0)  # after a fault nothing more is begun
 
-        helpers: list[Future[None]] = []
-        with ThreadPoolExecutor(threads - 1, thread_name_prefix="rows") as pool:
-            with suppress(RuntimeError):  # no thread can be started
-                helpers.extend(pool.submit(take_works) for _ in range(threads - 1))
+        offered: list[Future[None]] = []
+        with suppress(RuntimeError):  # no thread can be started
+            offered.extend(self._pool.submit(take_works) for _ in range(threads - 1))
+        try:
             take_works()
-        for helper in helpers:
-            helper.result()  # raises what its work has raised
+        finally:
+            begun = [future for future in offered if not future.cancel()]
+            wait(begun)
+        for future in begun:
+            future.result()  # raises what its work has raised
         return [results[number] for number in range(len(works))]
+
+    def end_threads(self) -> None:
+        """End the threads, which a process must not have when it is forked; later runs start others."""
+        self._pool.shutdown()
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max(1, self.count - 1), thread_name_prefix="rows")

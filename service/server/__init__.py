@@ -1,1 +1,1 @@
-"""The processes that serve the app: limits of connections, the drain window, workers."""
+"""The processes that serve the app: workers under gunicorn, their address, limits of connections, the drain window."""

@@ -1,7 +1,4 @@
-"""One address for several processes, each with a listening socket of its own: the kernel spreads connections over them.
-
-That is SO_REUSEPORT, by which any two services of one user can share an address. So the master of a service claims it.
-"""
+"""One address for several processes (SO_REUSEPORT): each listens for itself, and the kernel spreads connections."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 def claimed_address(host: str, port: int) -> Iterator[int]:
     """Hold that address for this service and yield its port; 0 stands for one that is free. Nothing listens yet.
 
-    Two services that start at one moment find nobody listening, and both can bind. So there is a lock, too: a name in
-    Linux' abstract namespace, which is as wide as that of ports and forgets the names of the dead. An address and the
-    wildcard that covers it have different names. Raises OSError where the address cannot be had.
+    Of two services that start at one moment neither finds the other listening, and both can bind. So there is a lock: a
+    name in Linux' abstract namespace, which is as wide as that of ports and forgets the names of the dead.
+    Raises OSError where the address cannot be had.
     """
     for each in bind(host, port, shared=False):  # fails where somebody listens
         each.close()

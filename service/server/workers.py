@@ -1,7 +1,7 @@
 """Several processes that serve the same bundles on the same port: gunicorn starts, watches, restarts and stops them.
 
-The master does not listen. It has loaded the bundles if a fork can share them, and forks a worker each time that one is
-missing. Workers leave their metrics, and word that they listen, in files of one folder. They never talk to each other.
+The master holds the address and, if a fork can share them, the loaded bundles; it does not listen. Workers leave their
+metrics, and word that they listen, in files of one folder. They never talk to each other.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ FAILED, FAILED_FOR_ALL = 1, 3  # exit codes of a worker; by the latter, gunicorn
 class Application(BaseApplication):
     """What gunicorn asks for, and what each worker needs.
 
-    Arguments: ``folder`` for files of all workers; ``digests`` of the bundles to serve, by NAME/VERSION;
-    ``repository`` in which they are loaded, None if each worker is to load them itself.
+    Arguments: ``folder``, for files of all workers; ``digests`` of the bundles to serve, by NAME/VERSION;
+    ``repository``, which has them loaded, None if each worker is to load them itself.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PatientArbiter(Arbiter):
     retry_seconds = retry_at = 0.0
 
     def back_off(self, failed: bool) -> float:
-        """Let the next worker wait, after a failure twice as long as the last one; the seconds."""
+        """Let the next worker wait, after a failure twice as long as the last one. Returns the seconds."""
         self.retry_seconds = min(max(FIRST_WAIT, 2 * self.retry_seconds), MOST_WAIT) if failed else 0.0
         self.retry_at = time.monotonic() + self.retry_seconds
         return self.retry_seconds
@@ -113,11 +113,14 @@ class PatientArbiter(Arbiter):
         """Start a worker unless that is to wait: gunicorn asks again every second."""
         if time.monotonic() < self.retry_at:
             return None
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # or the worker would take them as this process does
         try:
             return super().spawn_worker()
         except OSError as error:  # no process, memory or file is to be had
             get_logger().error("worker not started", reason=str(error), wait=self.back_off(failed=True))
             return None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
 
     def kill_worker(self, pid: int, sig: int) -> None:
         """Kill what hangs: SIGABRT, which gunicorn sends first, leaves a core dump and a stopped worker waiting."""
@@ -159,6 +162,7 @@ class UvicornWorker(Worker):
         for signum in self.SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGQUIT, lambda *_: os._exit(0))  # the default leaves a core dump
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PatientArbiter.SIGNALS)
 
     def run(self) -> None:
         """Serve until told to stop. A worker that cannot start ends the whole service only if no other listens."""

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from service.inference import batch_invariance as rows
-from service.inference import row_threads
 from service.inference.batch_invariance import BatchInvariantRunner, batches_of, random_rows
 from service.inference.row_threads import RowThreads
 from service.inference.sessions import Runtime
 from tests.service.http import npy
 from tests.service.inference.test_batch_invariance import gated_mlp, same, small_conv
-from tests.service.processes import NPY, workers
+from tests.service.processes import NPY, until, workers
 
 EXPORTED = Path(__file__).parents[3] / "exported"
 
@@ -53,7 +52,41 @@ def test_threads_take_works_of_their_own_and_results_keep_their_order():
     numbers, threads = zip(*RowThreads(3).run([lambda i=i: work(i) for i in range(3)], threads=3), strict=True)
     assert numbers == (0, 1, 2)
     assert len(set(threads)) == 3
-    assert [thread for thread in threads if thread.is_alive()] == [threading.current_thread()]
+
+
+def test_threads_that_were_ended_are_started_again_by_the_next_run():
+    divided, meet = RowThreads(2), threading.Barrier(2, timeout=30)
+
+    def work():
+        meet.wait()
+        return threading.current_thread()
+
+    first = divided.run([work] * 2, threads=2)
+    divided.end_threads()
+    assert [thread for thread in first if thread.is_alive()] == [threading.current_thread()]
+    assert len(set(divided.run([work] * 2, threads=2))) == 2
+
+
+def test_nobody_waits_for_helpers_that_have_not_begun():
+    divided, go_on = RowThreads(2), threading.Event()
+    begun, meet = [], threading.Barrier(2, timeout=30)
+
+    def long():
+        meet.wait()
+        begun.append(threading.current_thread())
+        if threading.current_thread() is not caller:
+            go_on.wait(30)
+
+    def another_run():
+        divided.run([long] * 2, threads=2)
+
+    caller = threading.Thread(target=another_run)
+    caller.start()
+    until(lambda: len(begun) == 2)  # the only helper has work for as long as this test likes
+    assert divided.run([threading.current_thread] * 3, threads=2) == [threading.current_thread()] * 3
+    assert caller.is_alive()
+    go_on.set()
+    caller.join()
 
 
 def test_one_thread_is_the_callers():
@@ -62,17 +95,17 @@ def test_one_thread_is_the_callers():
 
 @pytest.mark.parametrize("at_most", [0, 1])
 def test_where_no_more_threads_can_be_started_those_that_there_are_do_it_all(monkeypatch, at_most):
-    meet, executor, offered = threading.Barrier(1 + at_most, timeout=30), row_threads.ThreadPoolExecutor, []
+    divided, meet, offered = RowThreads(4), threading.Barrier(1 + at_most, timeout=30), []
+    submit = divided._pool.submit
 
-    class FewThreads(executor):
-        def submit(self, *work):
-            if len(offered) == at_most:
-                raise RuntimeError("can't start new thread")
-            offered.append(super().submit(*work))
-            return offered[-1]
+    def submit_few(*work):
+        if len(offered) == at_most:
+            raise RuntimeError("can't start new thread")
+        offered.append(submit(*work))
+        return offered[-1]
 
-    monkeypatch.setattr(row_threads, "ThreadPoolExecutor", FewThreads)
-    assert len(RowThreads(4).run([meet.wait] * (1 + at_most), threads=4)) == 1 + at_most
+    monkeypatch.setattr(divided._pool, "submit", submit_few)
+    assert len(divided.run([meet.wait] * (1 + at_most), threads=4)) == 1 + at_most
     assert all(each.done() for each in offered)
 
 
@@ -166,11 +199,22 @@ def test_a_session_of_several_threads_is_not_divided():
     assert runner._threads_for(64) == 1
 
 
+DIVIDES_EVERY_RUN = """
+import os
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as main does, before numpy is imported
+from service.inference import batch_invariance
+batch_invariance.HOP = -1.0
+from service.__main__ import main
+main()
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="several workers need Linux")
 def test_a_large_request_to_a_worker_is_answered_bitwise_as_small_ones(tmp_path):
     shutil.copytree(EXPORTED / "mnist", tmp_path / "mnist")
     x = np.random.RandomState(0).randint(0, 256, (1024, 1, 28, 28), dtype=np.uint8)
-    with workers(tmp_path) as service, service.client() as client:
+    with workers(tmp_path, start=("-c", DIVIDES_EVERY_RUN)) as service, service.client() as client:
+        assert len(service.logged("model loaded")) == 1  # by the master, whose threads have ended before it forks
 
         def encoded(images):
             headers = {**NPY, "accept": "application/x-npy"}

@@ -143,6 +143,7 @@ def test_the_event_loop_ticks_while_all_threads_compute(ppca_root):
     thread.start()
     try:
         ticked.acquire()
+        assert len(server.servers) == 1  # which shutdown closes
         app.state.context.pool.start(computing.wait)
         for _ in range(20):
             assert ticked.acquire(timeout=60)
@@ -375,6 +376,27 @@ def test_where_no_process_is_to_be_had_those_that_serve_serve_on(ppca_root, tmp_
         assert service.wait_for("worker serves again")["worker"] == 0
 
 
+LATE_TO_HEED = """
+import signal, sys, time
+from service.server import workers
+init_process = workers.UvicornWorker.init_process
+def wait_for_a_signal(worker):
+    while worker.age > 2 and signal.SIGTERM not in signal.sigpending():
+        time.sleep(0.01)
+    init_process(worker)
+workers.UvicornWorker.init_process = wait_for_a_signal
+from service.__main__ import main
+main()
+"""
+
+
+def test_a_worker_that_is_told_to_stop_as_soon_as_it_is_there_stops(ppca_root):
+    with workers(ppca_root, "--drain-seconds", "0", start=("-c", LATE_TO_HEED)) as service:
+        os.kill(service.pids[0], signal.SIGKILL)
+        service.wait_for("worker ended")
+        assert service.end(signal.SIGTERM) == 0  # long before the master's patience ends
+
+
 FULL = """
 import sys
 from service.commands import serve
@@ -428,6 +450,22 @@ def test_a_worker_that_loads_bundles_says_that_it_lives(application, monkeypatch
     monkeypatch.setattr("service.server.workers.load_repository", load)
     worker = SimpleNamespace(settings=application.settings, app=application, notify=notified.release)
     assert UvicornWorker._load(worker) == "loaded here"
+
+
+def test_what_cannot_start_is_tried_again_ever_later_and_at_once_after_it_has_served(monkeypatch):
+    now, started = [100.0], []
+    monkeypatch.setattr("service.server.workers.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Arbiter, "spawn_worker", lambda self: started.append(now[0]))
+    arbiter = object.__new__(PatientArbiter)
+    waits = [arbiter.back_off(failed=True) for _ in range(12)]
+    assert waits[:4] == [0.1, 0.2, 0.4, 0.8]
+    assert waits[-1] == 30
+    for now[0] in (100.0, 129.9, 130.0):
+        arbiter.spawn_worker()
+    assert started == [130.0]
+    assert arbiter.back_off(failed=False) == 0
+    arbiter.spawn_worker()
+    assert started == [130.0, 130.0]
 
 
 def test_gunicorn_waits_longer_than_a_worker_may_take_to_end(ppca_root, tmp_path):
