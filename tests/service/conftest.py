@@ -1,16 +1,24 @@
-"""Fixtures of tests that send requests: which requests were remembered, and where their jobs run."""
+"""Fixtures of tests that send requests: which were remembered, where their jobs run; models of vectors and signals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from service.api.endpoint import ResolvedRequest, RouteResolver, _key
 from service.inference.batcher import Batcher
+from tests.service import linear_bundles
 from tests.service.requests import Stuck
 
 VERBS = ("/encode", "/decode", "/reconstruct", "/interpolate", "/score", "/sample")
+
+
+@pytest.fixture(scope="session")
+def linear_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository of the linear models of vectors and signals. Read only: tests share it."""
+    return linear_bundles.write_all(tmp_path_factory.mktemp("linear"))
 
 
 @pytest.fixture
