@@ -122,8 +122,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             return  # the parser stops here
         self._set_timer()
-        self._in_headers = False
         super().on_headers_complete()
+        self._in_headers = False
         self.headers = []  # the request keeps its list: trailers come into another
 
     def on_message_complete(self) -> None:
