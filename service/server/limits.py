@@ -122,8 +122,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             return  # the parser stops here
         self._set_timer()
-        self._in_headers = False
         super().on_headers_complete()
+        self._in_headers = False
         self.headers = []  # the request keeps its list: trailers come into another
 
     def on_message_complete(self) -> None:
@@ -134,9 +134,9 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._refusal is not None and not self.pipeline and self.cycle.response_complete:
+        if self._refusal is not None and not self.pipeline:
             self._part()
+        super().on_response_complete()
 
     def _check_headers(self, size: int) -> None:
         lines, most = self.settings.max_headers, self.settings.max_header_bytes

@@ -1,92 +1,139 @@
 """What is refused below ASGI is refused in its turn; an upgrade is never made, and nothing of its request lost."""
 
-import socket
+from __future__ import annotations
+
+import json
+import threading
+import tracemalloc
 
 import pytest
 
-from service.inference.batcher import Batcher
-from service.server.limits import GuardedProtocol
-from service.server.transport import GatheringTransport
-from tests.service.api.test_direct import LEVELS, NPY, ROW, answers, raw
-from tests.service.http import APPS, serving
+from service.server.limits import LimitedProtocol
+from tests.service.http import PROBLEM_KEYS, serving
+from tests.service.requests import (
+    IDLE,
+    LEVELS,
+    NPY,
+    ROW,
+    answers,
+    chunked,
+    connected,
+    metric,
+    raw,
+    received,
+    statuses,
+    turn,
+    under_way,
+    until,
+)
 
 LIVE = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
 NOISE = b"\0noise\r\n\r\n"
 UPGRADE = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQ"}
+CHUNKED = b"POST /v1/encode HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+NOWHERE = b"POST /nowhere HTTP/1.1\r\nhost: x\r\n"
 
 
 @pytest.fixture(scope="module")
 def client(ppca_root):
-    with serving(ppca_root, header_timeout=0.5) as client:
+    with serving(ppca_root, header_timeout=0.3) as client:
         yield client
 
 
-@pytest.fixture(params=["short", "long"])
-def kind(request, monkeypatch):
-    """Whether jobs run on the event loop or on the pool."""
-    monkeypatch.setattr(Batcher, "is_short", lambda self, key, rows: request.param == "short")
+@pytest.fixture
+def protocols(monkeypatch):
+    """The server's side of each connection that is made."""
+    protocols, connection_made = [], LimitedProtocol.connection_made
+
+    def made(self, transport):
+        protocols.append(self)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(LimitedProtocol, "connection_made", made)
+    return protocols
 
 
-def asked(client, *pieces):
-    """All that comes back until the server closes."""
-    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
-        for index, piece in enumerate(pieces):
-            if index:
-                assert client.get("/livez").status_code == 200  # what went before has been read
-            connection.sendall(piece)
-        with connection.makefile("rb") as stream:
-            return stream.read()
+@pytest.fixture
+def hurried(monkeypatch):
+    """Connections are idle for long after 0.2 s."""
+    connection_made = LimitedProtocol.connection_made
 
+    def made(self, transport):
+        self.timeout_keep_alive = 0.2
+        connection_made(self, transport)
 
-def statuses(received):
-    return [part[:3] for part in received.split(b"HTTP/1.1 ")[1:]]
-
-
-def encode(rows=ROW, **headers):
-    return raw(rows, **headers)
-
-
-def by_asgi(rows=ROW):
-    return raw(rows, expect="")
+    monkeypatch.setattr(LimitedProtocol, "connection_made", made)
 
 
 VALID = {
-    "direct": [encode()],
-    "by ASGI": [by_asgi()],
+    "octets": [raw()],
+    "chunks": [chunked(ROW, b"x-trailer: 1\r\n")],
     "live": [LIVE],
-    "direct, direct": [encode(), encode()],
-    "direct, live": [encode(), LIVE],
-    "live, direct": [LIVE, encode()],
-    "by ASGI, direct, live": [by_asgi(), encode(), LIVE],
-    "live, live": [LIVE, LIVE],
+    "octets, octets": [raw(), raw()],
+    "octets, live": [raw(), LIVE],
+    "live, octets": [LIVE, raw()],
+    "chunks, octets, live": [chunked(ROW), raw(), LIVE],
+    "upgrade, live": [raw(**UPGRADE), LIVE],
 }
 LAST = {
     "noise": (NOISE, b"400"),
     "no length": (raw(content_length="x")[: -len(ROW)], b"400"),
+    "no address": (b"GET http://x:99999/ HTTP/1.1\r\nhost: x\r\n\r\n", b"400"),
     "many headers": (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", b"431"),
+    "long headers": (b"GET / HTTP/1.1\r\na: " + b"b" * 2**16 + b"\r\n\r\n", b"431"),
     "half a head": (LIVE[:20], b"408"),
-    "a broken chunk": (b"POST /v1/encode HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nz\r\n", b"400"),
+    "a broken chunk": (CHUNKED + b"z\r\n", b"400"),
 }
 
 
 @pytest.mark.parametrize("last", LAST)
-@pytest.mark.parametrize("valid", VALID)
-def test_what_came_before_is_answered_before_a_refusal(client, kind, valid, last):
-    app = APPS[client]
+@pytest.mark.parametrize("valid", [*VALID, "nothing"])
+@pytest.mark.parametrize("kind", ["all_are_short", "all_are_long"])
+def test_what_came_before_is_answered_before_a_refusal(client, request, kind, valid, last):
+    request.getfixturevalue(kind)
+    before = VALID.get(valid, [])
     noise, status = LAST[last]
-    received = asked(client, b"".join(VALID[valid]) + noise)
-    assert statuses(received) == [b"200"] * len(VALID[valid]) + [status]
-    assert app.state.metrics._under_way == 0
-    assert (app.state.house.pool.pending, app.state.direct.bodies.held) == (0, 0)
+    answered = received(client, b"".join(before) + noise)
+    assert statuses(answered) == [b"200"] * len(before) + [status]
+    assert_refusal(answered)
+    assert under_way(client) == IDLE
+
+
+def assert_refusal(answered):
+    """The last answer is in the one error shape, and says that it is the last."""
+    head, _, body = answered[answered.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
+    fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    assert fields[b"content-type"] == b"application/problem+json"
+    assert fields[b"connection"] == b"close"
+    assert int(fields[b"content-length"]) == len(body)
+    problem = json.loads(body)
+    assert problem.keys() >= PROBLEM_KEYS
+    assert problem["status"] == int(head.split()[1])
+    assert problem["error"] == problem["detail"] != ""
+    assert problem["request_id"].encode() == fields[b"x-request-id"]
+
+
+@pytest.mark.parametrize("last", ["noise", "no address", "many headers", "half a head"])
+def test_a_refusal_waits_for_the_answers_that_are_due(client, all_are_long, stuck, last):
+    with connected(client, raw() + raw() + LAST[last][0]) as (_, stream):
+        until(client, lambda: stuck.rows)
+        received(client, LIVE[:20])  # for as long as headers may take
+        stuck.release()
+        answered = stream.read()
+    assert statuses(answered) == [b"200", b"200", LAST[last][1]]
 
 
 @pytest.mark.parametrize("last", ["noise", "many headers"])
-def test_nothing_is_counted_twice_or_left_under_way(client, kind, last, capsys):
-    before = answered(client)
+def test_nothing_is_counted_twice_or_left_under_way(client, last, capsys):
+    starts = [f'vaeserve_requests_total{{method="{method}",route="{route}",status="200"}}' for method, route in COUNTED]
+    before = [metric(client, start) for start in starts]
     for _ in range(3):
-        asked(client, encode() + encode() + LIVE + LAST[last][0])
-    assert [now - then for now, then in zip(answered(client), before, strict=True)] == [6, 3]
+        received(client, raw() + raw() + b"HEAD" + LIVE[3:] + LAST[last][0])
+    assert [metric(client, start) - then for start, then in zip(starts, before, strict=True)] == [6, 0]
     assert_no_errors(capsys)
+
+
+COUNTED = ("POST", "/v1/models/{model}/encode"), ("HEAD", "/livez")  # HEAD is answered by 405
 
 
 def assert_no_errors(capsys):
@@ -96,135 +143,244 @@ def assert_no_errors(capsys):
     assert "[warning" not in out + err
 
 
-def answered(client):
-    lines = client.get("/metrics").text.splitlines()
-    counts = dict(line.rsplit(" ", 1) for line in lines if line.startswith("vaeserve_requests_total"))
-    return [
-        float(next((count for name, count in counts.items() if f'{route}",status="200"' in name), 0))
-        for route in ("{model}/encode", "/livez")
-    ]
-
-
-def test_answers_arrive_whatever_is_sent_behind_a_refusal(client, kind):
+def test_answers_arrive_whatever_is_sent_behind_a_refusal(client):
     """A connection that is closed on bytes that nobody has read is reset, and its answers with it."""
-    requests = LIVE + by_asgi() + LIVE
-    assert statuses(asked(client, requests + NOISE + bytes(2**22))) == [b"200"] * 3 + [b"400"]
-    chunked = b"POST /v1/encode HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    requests = LIVE + raw() + LIVE
+    assert statuses(received(client, requests + NOISE + bytes(2**22))) == [b"200"] * 3 + [b"400"]
     much = b"%x\r\n%b\r\n" % (2**18, bytes(2**18))  # of which uvicorn reads no more than the route does
-    assert statuses(asked(client, chunked + much + b"z\r\n" + bytes(2**22))) == [b"400"]
+    assert statuses(received(client, CHUNKED + much + b"z\r\n" + bytes(2**22))) == [b"400"]
 
 
 def test_a_request_whose_body_is_refused_is_not_answered_for_another_reason(ppca_root, capsys):
-    with serving(ppca_root, receive_timeout=0.1) as client:
-        head = b"POST /v1/encode HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
-        with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
-            connection.sendall(head)
-            while APPS[client].state.metrics._under_way < 1:
-                assert client.get("/livez").status_code == 200
-            connection.sendall(b"z\r\n")
-            with connection.makefile("rb") as stream:
-                assert statuses(stream.read()) == [b"400"]
-            while APPS[client].state.metrics._under_way:  # this one stays, and so the other might be answered
-                assert client.get("/livez").status_code == 200
+    with serving(ppca_root) as client, connected(client, CHUNKED) as (connection, stream):
+        until(client, lambda: under_way(client)[2] == 2)
+        connection.sendall(b"z\r\n")
+        assert statuses(stream.read()) == [b"400"]
+        until(client, lambda: under_way(client) == IDLE)
     assert_no_errors(capsys)
 
 
 def test_nothing_is_answered_behind_a_refusal(client):
-    assert statuses(asked(client, encode() + NOISE + encode())) == [b"200", b"400"]
+    assert statuses(received(client, raw() + NOISE + raw())) == [b"200", b"400"]
+
+
+def test_a_request_is_answered_once_whatever_becomes_of_its_body(client):
+    with connected(client, NOWHERE + b"transfer-encoding: chunked\r\n\r\n") as (connection, stream):
+        assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
+        connection.sendall(b"z\r\n")
+        assert stream.read() == b""
+
+
+@pytest.mark.parametrize("rest", [b"", b"x", b"x" * 7])
+def test_a_connection_whose_body_comes_late_or_never_ends_after_an_early_answer(ppca_root, hurried, rest):
+    with (
+        serving(ppca_root, receive_timeout=0.3) as client,
+        connected(client, NOWHERE + b"content-length: 10\r\n\r\nabc") as (connection, stream),
+    ):
+        assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
+        connection.sendall(rest)
+        assert stream.read() == b""
+
+
+@pytest.mark.parametrize("request_", [raw(), LIVE])
+def test_an_empty_line_is_no_request_that_is_waited_for(client, hurried, request_):
+    with connected(client, request_) as (connection, stream):
+        answers(stream, 1)
+        connection.sendall(b"\r\n")
+        assert stream.read() == b""
+
+
+def test_a_connection_is_not_idle_while_a_request_is_under_way(ppca_root, hurried, all_are_long, stuck):
+    with serving(ppca_root) as client, connected(client, raw()) as (connection, stream):
+        until(client, lambda: stuck.rows)
+        with connected(client, LIVE) as (_, other):
+            answers(other, 1)
+            assert other.read() == b""  # for as long as a connection may be idle
+        connection.sendall(raw())
+        stuck.release()
+        assert [head[9:12] for head, _ in answers(stream, 2)] == [b"200"] * 2
+        assert stream.read() == b""
+
+
+def test_a_body_that_does_not_arrive_is_refused(ppca_root):
+    with serving(ppca_root, receive_timeout=0.3) as client:
+        for before in (b"", LIVE, raw()):
+            for part in (raw()[:-1], CHUNKED, CHUNKED + b"1\r\na", chunked(ROW, b"x-trailer: 1\r\n")[:-2]):
+                answered = received(client, before + part)
+                assert statuses(answered) == [*[b"200"] * bool(before), b"408"]
+                assert b"receive_timeout" in answered
+                assert_refusal(answered)
+        assert under_way(client) == IDLE
+
+
+def test_a_pipelined_body_that_does_not_arrive_is_refused_in_its_turn(ppca_root, all_are_long, stuck):
+    with serving(ppca_root, receive_timeout=0.3) as client, connected(client, raw() + raw()[:-1]) as (_, stream):
+        until(client, lambda: stuck.rows)
+        assert statuses(received(client, raw()[:-1])) == [b"408"]  # for as long as a body may take
+        stuck.release()
+        answered = stream.read()
+        assert statuses(answered) == [b"200", b"408"]
+        assert_refusal(answered)
+        assert under_way(client) == IDLE
+
+
+@pytest.mark.parametrize("cut", [-1, -len(ROW), 40])
+def test_a_client_is_not_late_while_the_server_does_not_read(ppca_root, all_are_long, stuck, cut):
+    """Pipelined requests wait in the socket: the rest of the third is there, but not asked for."""
+    settings = {"receive_timeout": 0.5, "header_timeout": 0.5}
+    with serving(ppca_root, **settings) as client, connected(client, raw() * 2 + raw()[:cut]) as (connection, stream):
+        until(client, lambda: stuck.rows)
+        connection.sendall(raw()[cut:])
+        assert statuses(received(client, raw()[:-1])) == [b"408"]  # for as long as bodies and headers may take
+        stuck.release()
+        assert [head[9:12] for head, _ in answers(stream, 3)] == [b"200"] * 3
+
+
+@pytest.mark.parametrize("body", [40_000, 200])
+def test_a_body_does_not_count_as_headers_of_the_next_request(client, body):
+    """They may arrive together."""
+    for part in (20, len(LIVE) - 1):
+        with connected(client, raw(bytes(body)) + LIVE[:part]) as (connection, stream):
+            assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 422" if body % 64 else b"HTTP/1.1 200")
+            connection.sendall(LIVE[part:])
+            assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("before", [b"", LIVE, raw()])
+def test_headers_without_an_end_are_refused(client, before):
+    start = b"GET / HTTP/1.1\r\n"
+    for line in (b"GET /" + b"a" * 2**20, start + b"x: " + b"a" * 2**20, start + b"a:b\r\n" * 2**16):
+        answered = received(client, before + line)
+        assert statuses(answered) == [*[b"200"] * bool(before), b"431"]
+        assert_refusal(answered)
+
+
+def test_what_pipelines_waits_in_the_socket(ppca_root, all_are_long, stuck, protocols):
+    """However many requests come behind one that takes long, no more are kept than one read holds."""
+    count, request = 6000, LIVE.replace(b"host: x", b"host: x\r\nx-padding: " + b"x" * 200)
+    with serving(ppca_root) as client, connected(client, raw()) as (connection, stream):
+        until(client, lambda: stuck.rows)
+        (waiting,) = (protocol for protocol in protocols if protocol.cycle and not protocol.cycle.response_complete)
+        most = []
+        sender = threading.Thread(target=connection.sendall, args=[request * count])
+        sender.start()
+        for _ in range(50):
+            turn(client)
+            most.append(len(waiting.pipeline))
+        stuck.release()
+        assert len(answers(stream, count + 1)) == count + 1
+        sender.join()
+        assert 0 < max(most) <= 2**18 / len(request) + 1
+        assert under_way(client) == IDLE
 
 
 @pytest.mark.parametrize("cut", [0, 20, -len(ROW), -1])
 @pytest.mark.parametrize("more", [{}, {"expect": ""}])
 def test_an_upgrade_is_not_made_and_its_body_read(client, cut, more):
-    plain = asked(client, encode(connection="close", accept=NPY, **more))
-    request = encode(**{**UPGRADE, **more})
-    for pieces in ([request[:cut], request[cut:]] if cut else [request], [request + encode(connection="close")]):
-        with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
+    plain = received(client, raw(connection="close", accept=NPY, **more))
+    request = raw(**{**UPGRADE, **more})
+    for pieces in ([request[:cut], request[cut:]] if cut else [request], [request + raw(connection="close")]):
+        with connected(client) as (connection, stream):
             for index, piece in enumerate(pieces):
                 if index:
-                    assert client.get("/livez").status_code == 200
+                    turn(client)
                 connection.sendall(piece)
-            with connection.makefile("rb") as stream:
-                ((head, body),) = answers(stream, 1)
+            ((head, body),) = answers(stream, 1)
         assert head.startswith(b"HTTP/1.1 200")
         assert plain.endswith(body)
 
 
 def test_a_body_behind_an_upgrade_is_no_request(client):
     body = LIVE.ljust(len(ROW), b"x")
-    request = encode(body, **UPGRADE)
-    received = asked(client, request[: -len(body)], body + LIVE.replace(b"host: x", b"connection: close"))
-    assert statuses(received) == [b"200", b"200"]
-    assert received.endswith(b"}")  # of /livez
+    request = raw(body, **UPGRADE)
+    answered = received(client, request[: -len(body)], body + LIVE.replace(b"host: x", b"connection: close"))
+    assert statuses(answered) == [b"200", b"200"]
+    assert answered.endswith(b"}")  # of /livez
 
 
 def test_many_requests_with_upgrades_on_one_connection(client):
-    requests = [encode(LEVELS[i].tobytes(), **UPGRADE) for i in range(4)]
-    plain = [encode(LEVELS[i].tobytes()) for i in range(4)]
-    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
-        stream = connection.makefile("rb")
-        found = []
+    requests = [raw(LEVELS[i].tobytes(), **UPGRADE) for i in range(4)]
+    plain = [raw(LEVELS[i].tobytes()) for i in range(4)]
+    pairs = []
+    with connected(client) as (connection, stream):
         for sent in (requests, plain):
             connection.sendall(b"".join(sent))
-            found.append([body for _, body in answers(stream, 4)])
-        stream.close()
-    assert found[0] == found[1]
-
-
-NOWHERE = b"POST /nowhere HTTP/1.1\r\nhost: x\r\n"
-
-
-def test_a_request_is_answered_once_whatever_becomes_of_its_body(client):
-    chunked = NOWHERE + b"transfer-encoding: chunked\r\n\r\n"
-    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
-        connection.sendall(chunked)
-        stream = connection.makefile("rb")
-        assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
-        connection.sendall(b"z\r\n")
-        assert stream.read() == b""
-        stream.close()
-
-
-@pytest.mark.parametrize("rest", [b"", b"x", b"x" * 7])
-def test_a_connection_whose_body_comes_late_or_never_is_idle_after_an_early_answer(client, monkeypatch, rest):
-    look_later = GuardedProtocol._look_later
-    monkeypatch.setattr(GuardedProtocol, "_look_later", lambda self, seconds: look_later(self, min(seconds, 0.2)))
-    made = GuardedProtocol.connection_made
-
-    def hurried(self, transport):
-        made(self, transport)
-        self.timeout_keep_alive = 0.2
-
-    monkeypatch.setattr(GuardedProtocol, "connection_made", hurried)
-    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
-        connection.sendall(NOWHERE + b"content-length: 10\r\n\r\nabc")
-        stream = connection.makefile("rb")
-        assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
-        connection.sendall(rest)
-        assert stream.read() == b""
-        stream.close()
-
-
-def test_what_is_held_for_a_client_that_ends_its_side_is_looked_after(client, monkeypatch):
-    closed, close = [], GatheringTransport.close
-    monkeypatch.setattr(GatheringTransport, "close", lambda self: closed.append(self.is_closing()) or close(self))
-    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
-        connection.shutdown(socket.SHUT_WR)
-        assert connection.recv(1) == b""
-    assert closed[0] is False  # not by the event loop, past what looks after what is held
+            pairs.append([body for _, body in answers(stream, 4)])
+    assert pairs[0] == pairs[1]
 
 
 def test_very_many_requests_with_upgrades_at_once(client):
     upgrade = LIVE.replace(b"host: x", b"connection: upgrade\r\nupgrade: h2c\r\nhost: x")
-    assert statuses(asked(client, upgrade * 700 + NOISE)) == [b"200"] * 700 + [b"400"]
+    assert statuses(received(client, upgrade * 700 + NOISE)) == [b"200"] * 700 + [b"400"]
 
 
 def test_headers_count_that_ask_for_an_upgrade(client):
     lines = b"".join(b"upgrade: %d\r\n" % i for i in range(200))
     upgrade = b"connection: upgrade\r\n"
-    assert statuses(asked(client, b"GET /livez HTTP/1.1\r\nhost: x\r\n" + upgrade + lines + b"\r\n")) == [b"431"]
+    assert statuses(received(client, b"GET /livez HTTP/1.1\r\nhost: x\r\n" + upgrade + lines + b"\r\n")) == [b"431"]
 
 
+@pytest.mark.parametrize("before", [b"", LIVE])
 @pytest.mark.parametrize("target", [b"a:1", b"/livez"])
-def test_a_tunnel_is_refused(client, target):
-    assert statuses(asked(client, b"CONNECT " + target + b" HTTP/1.1\r\nhost: x\r\n\r\n", b"hello"))[0][:1] == b"4"
+def test_a_tunnel_is_refused(client, before, target):
+    answered = received(client, before + b"CONNECT " + target + b" HTTP/1.1\r\nhost: x\r\n\r\n", b"hello")
+    first, *others = [status[:1] for status in statuses(answered)][bool(before) :]
+    assert first == b"4"
+    assert set(others) <= {b"4"}  # what follows is not read
+
+
+class Seen:
+    """Middleware that keeps the headers of each request, as they stand when it has been answered."""
+
+    def __init__(self):
+        self.headers = []
+
+    def middleware(self, app):
+        async def answer(scope, receive, send):
+            await app(scope, receive, send)
+            if scope["type"] == "http" and scope["method"] == "POST":
+                self.headers.append([name for name, _ in scope["headers"]])
+
+        return answer
+
+
+@pytest.mark.parametrize("cut", [0, -2, -20, 40])
+def test_trailers_are_dropped(ppca_root, cut):
+    seen = Seen()
+    request = chunked(ROW, b"x-trailer: 1\r\naccept: application/json\r\n" * 40)
+    with serving(ppca_root, lambda app: app.add_middleware(seen.middleware)) as client:
+        plain = received(client, raw(connection="close"))
+        with connected(client, request[:cut]) as (connection, stream):
+            turn(client)
+            connection.sendall(request[cut:] + raw())
+            assert [body for _, body in answers(stream, 2)] == [plain[-len(answers_body(plain)) :]] * 2
+        until(client, lambda: len(seen.headers) == 3)
+    assert seen.headers[1] == [b"host", b"content-type", b"accept", b"transfer-encoding"]
+    assert seen.headers[2] == [b"host", b"content-type", b"accept", b"content-length"]
+
+
+def answers_body(answered):
+    return answered.partition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize("line", [b"x: y\r\n" * 1000, b"x" * 6000])
+def test_trailers_do_not_fill_the_memory(ppca_root, protocols, line):
+    """However many of them come, or how long: that is over when the body should have arrived, at the latest."""
+    most, traced = [], []
+    with serving(ppca_root, receive_timeout=3) as client, connected(client, chunked(ROW)[:-2]) as (connection, stream):
+        until(client, lambda: any(protocol.cycle for protocol in protocols))
+        waiting = protocols[-1]
+        tracemalloc.start()
+        try:
+            for _ in range(400):
+                connection.sendall(line * 8)
+                most.append(len(waiting.headers))
+            turn(client)
+            traced.append(tracemalloc.get_traced_memory()[0])
+        except OSError:  # refused
+            pass
+        finally:
+            tracemalloc.stop()
+        assert statuses(stream.read()) in ([b"408"], [b"431"], [b"400"])
+    assert max(most) <= 2**18 / len(b"x: y\r\n")
+    assert not traced or max(traced) < 2**22
