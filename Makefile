@@ -14,6 +14,7 @@ BUILD ?= docker build
 ENGINE ?= docker
 ARGS ?=
 TEST_WORKERS ?= logical
+PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile
 DATA ?= digits
 BASE ?=
 BASE_PYTHON ?= $(BASE)/$(SERVE_VENV)/bin/python
@@ -26,7 +27,8 @@ DEV_READY := $(VENV)/.installed-$(RUNTIME)
 SERVE_READY := $(SERVE_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check format train bench bench-against replay chaos structure lock image image-check clean distclean
+.PHONY: help serve test test-fast test-slow test-engines check format train bench bench-against replay chaos structure \
+  lock image image-check clean distclean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,11 +39,17 @@ help: ## list these commands
 serve: $(SERVE_READY) ## serve the bundles of exported/ on port 8000 (no torch is installed)
 	$(SERVE_VENV)/bin/vaeserve serve $(ARGS)
 
-test: check ## check, then every test but the slow ones, on TEST_WORKERS processes
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(ARGS)
+test: check ## check, then every test but the slow ones and those of test-engines, on TEST_WORKERS processes
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-fast: $(DEV_READY) ## the tests that start no process and no server, and neither export nor train for long
+	$(BIN)/python -m pytest -m 'not (slow or engines or integration)' $(PARALLEL) $(ARGS)
 
 test-slow: $(DEV_READY) ## the long tests only
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-engines: $(DEV_READY) ## the tests that need a Debian package (curl), Ray or a browser; skipped where that is absent
+	$(BIN)/python -m pytest -m engines $(ARGS)
 
 check: $(DEV_READY) ## lint, formatting, types, direction of imports
 	$(BIN)/ruff check .

@@ -150,6 +150,8 @@ class Shell:
         raise AssertionError("the service was not ready within 240 s")
 
 
+@pytest.mark.engines
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the README's commands need curl, a Debian package")
 @pytest.mark.timeout(900)
 def test_every_command_of_the_readme_runs(copy, idx):
     shell = Shell(copy, idx)
