@@ -8,7 +8,7 @@ This is the one file that uses attributes of uvicorn which it does not document;
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import httptools
@@ -32,13 +32,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self.headers = []
         self._timer: asyncio.TimerHandle | None = None  # of headers, a body, or the end of a refused connection
         self._in_headers, self._in_message = True, False  # a new connection owes its first request
-        self._header_bytes = 0
+        self._reading = self._line_bytes = (
+            0  # bytes of this piece; of headers, trailers, chunk extensions without an end
+        )
         self._refusal: bytes | None = None  # the last bytes of the connection, written when no answer is due
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._answers = AnswerTransport(transport, self.budget, self.settings.send_timeout)
         super().connection_made(self._answers)  # type: ignore[arg-type]
-        self.flow = PipelineFlow(transport, lambda: bool(self.pipeline))
+        self.flow = PipelineFlow(transport)
+        self.flow.waiting = self.pipeline
         self._watch_arrival()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -62,11 +65,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         self._unset_keepalive_if_required()
+        self._reading = len(data)
         self._feed(data)
-        if self._in_headers:
-            self._header_bytes += len(data)  # a header line without an end is reported by no callback
-            self._check_headers(self._header_bytes)
-        else:
+        self._line_bytes += len(data)
+        self._check_lines(self._line_bytes if self._in_headers or self._in_message else 0)
+        if not self._in_headers:
             self.headers.clear()  # trailers
         if self._refusal is None and self._timer is None:
             self._watch_arrival()
@@ -75,12 +78,11 @@ class LimitedProtocol(HttpToolsProtocol):
         """Set the timer of what has to come: headers, a body, or another request."""
         if self._in_headers:
             self._set_timer(self.settings.header_timeout, self._time_out, "headers", "header_timeout")
-        elif self._in_message and not self.cycle.response_complete:
+        elif self._in_message:
             self._set_timer(self.settings.receive_timeout, self._time_out, "body", "receive_timeout")
         elif self.cycle.response_complete:
-            self._unset_keepalive_if_required()
-            seconds, close = self.timeout_keep_alive, self.timeout_keep_alive_handler
-            self.timeout_keep_alive_task = self.loop.call_later(seconds, close)
+            close = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, close)
 
     def _time_out(self, part: str, setting: str) -> None:
         self._timer = None
@@ -113,10 +115,15 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_headers, self._in_message, self._header_bytes = True, True, 0
+        self._in_headers, self._in_message = True, True
+        self._line_bytes = -self._reading  # of this piece, the parser does not tell which bytes are whose
+
+    def on_body(self, body: bytes) -> None:
+        self._line_bytes = -self._reading
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
-        self._check_headers(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
+        self._check_lines(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
         if self._refusal is not None:
             raise httptools.HttpParserError("headers refused")
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
@@ -138,7 +145,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._part()
         super().on_response_complete()
 
-    def _check_headers(self, size: int) -> None:
+    def _check_lines(self, size: int) -> None:
         lines, most = self.settings.max_headers, self.settings.max_header_bytes
         if len(self.headers) > lines:
             self._refuse(431, f"more than {lines} header lines (setting max_headers)")
@@ -184,12 +191,10 @@ class LimitedProtocol(HttpToolsProtocol):
 class PipelineFlow(FlowControl):
     """uvicorn's flow control, but for reading on while pipelined requests wait."""
 
-    def __init__(self, transport: asyncio.Transport, has_waiting: Callable[[], bool]) -> None:
-        super().__init__(transport)
-        self._has_waiting = has_waiting
+    waiting: Sized
 
     def resume_reading(self) -> None:
-        if not self._has_waiting():
+        if not self.waiting:
             super().resume_reading()
 
 
