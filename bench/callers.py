@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 RESET_SECONDS = 0.2  # in which a reset must follow the end of a connection to be seen
-MOST_REQUESTS = 300
+MAX_REQUESTS = 300
 PAUSE = 0.02  # seconds before a refused connection is tried again
 CHUNK = 2**18
 ESTABLISHED = "01"
@@ -85,7 +85,7 @@ class Record:
 class Callers:
     """So many connections, each with one request after the other until ``stop``.
 
-    A caller changes its connection after up to MOST_REQUESTS, so that a new worker gets its share, but not while
+    A caller changes its connection after up to MAX_REQUESTS, so that a new worker gets its share, but not while
     ``keep`` is set.
     """
 
@@ -124,7 +124,7 @@ class Callers:
 
     async def _talk(self, connection: socket.socket, choices: random.Random) -> None:
         port, connected = connection.getsockname()[1], time.monotonic()
-        left = choices.randrange(1, MOST_REQUESTS)
+        left = choices.randrange(1, MAX_REQUESTS)
         while not self._stopping and (left > 0 or self.keep):
             left -= 1
             end, goes_on = await self._ask(connection, choices.choices(self._cases, self._weights)[0])

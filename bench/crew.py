@@ -16,10 +16,10 @@ from service.bundle.files import open_bundle
 
 BATCHES = (1, 8, 32, 64, 128, 256)
 """Tried when the best is looked for."""
-MOST_SECONDS_A_CALL = 0.5
+MAX_SECONDS_A_CALL = 0.5
 """Batches whose single call takes longer are left out of the search: so large they win nothing."""
 TRIALS = 3  # half-length blocks of each candidate; the best one counts, for neighbours can only slow it down
-LEAST_CALLS = 2
+MIN_CALLS = 2
 
 
 class Layout(NamedTuple):
@@ -44,7 +44,7 @@ class Block(NamedTuple):
 def measure(work: Work, batch: int, seconds: float) -> tuple[int, float, float]:
     """(images, seconds, CPU seconds) of calling ``work`` for ``seconds``, at least twice."""
     calls, cpu, started = 0, time.process_time(), time.perf_counter()
-    while calls < LEAST_CALLS or time.perf_counter() - started < seconds:
+    while calls < MIN_CALLS or time.perf_counter() - started < seconds:
         work()
         calls += 1
     return calls * batch, time.perf_counter() - started, time.process_time() - cpu
@@ -143,7 +143,7 @@ class RawRuntime:
                 blocks = [self._crews[layout].block(verb, batch, seconds / 2) for _ in range(TRIALS)]
                 fastest = max(blocks, key=lambda block: block.images_per_second)
                 yield fastest
-                if batch * layout.processes / fastest.images_per_second > MOST_SECONDS_A_CALL:
+                if batch * layout.processes / fastest.images_per_second > MAX_SECONDS_A_CALL:
                     break
 
     def stop(self) -> None:

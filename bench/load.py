@@ -17,7 +17,7 @@ import httptools
 import uvloop
 
 PATIENCE = 60.0  # seconds beyond the asked ones after which a block has failed
-LEAST_REQUESTS = 2  # a connection, however long one takes
+MIN_REQUESTS = 2  # a connection, however long one takes
 
 
 class LoadError(RuntimeError):
@@ -156,7 +156,7 @@ class _Busy(Connection):
         self._count += 1
         self._load.requests += 1
         self._load.latencies.append(now - self._started)
-        if now < self._deadline or self._count < LEAST_REQUESTS:
+        if now < self._deadline or self._count < MIN_REQUESTS:
             self._again()
         else:
             self._finished.set_result(None)

@@ -22,7 +22,7 @@ VERBS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "interpolate": ("npy", ("json", "gif")),
     "sample": ("npy", ("json", "png")),
 }
-LEAST_ROWS: Final = {"interpolate": 2}
+MIN_ROWS: Final = {"interpolate": 2}
 """Of an answer, for verbs that do not answer with one."""
 TIMEOUT = 60  # seconds for an answer that is checked
 

@@ -17,7 +17,7 @@ from typing import Any
 from bench.bodies import COMMON, FORMATS
 from bench.compare import OFTEN, Group, Progress, Result, Subject
 from bench.raw import reference_pixels
-from bench.requests import LEAST_ROWS, VERBS, cases, check_answers, images_sent
+from bench.requests import MIN_ROWS, VERBS, cases, check_answers, images_sent
 from bench.servers import ROOT, Installation, vae_server
 from bench.stage import Stage
 
@@ -56,7 +56,7 @@ def cells(stage: Stage, selection: Selection, progress: Progress) -> list[Result
         group(stage, verb, connections, batch, selection.formats)
         for verb in selection.verbs
         for connections, batch in selection.loads
-        if batch >= LEAST_ROWS.get(verb, 1)
+        if batch >= MIN_ROWS.get(verb, 1)
     ]
     return stage.arena.measure(groups, progress)
 

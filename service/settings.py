@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.resources import available_cpus
 
-MOST_WORKERS = 256
+MAX_WORKERS = 256
 
 
 class Settings(BaseModel):
@@ -26,7 +26,7 @@ class Settings(BaseModel):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; no silent fallback")
-    workers: Annotated[int, Field(ge=1, le=MOST_WORKERS)] | Literal["auto"] = Field(
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | Literal["auto"] = Field(
         default=1,
         description="processes behind the port, each with all models; auto: the CPUs allowed, as far as memory reaches",
     )

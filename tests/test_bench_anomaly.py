@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from bench.anomaly import tiled
-from bench.anomaly.defects import DEFECTS, LEAST_CHANGE, VISIBLE, NoRoomForDefect, with_defects
+from bench.anomaly.defects import DEFECTS, MIN_CHANGE, VISIBLE, NoRoomForDefect, with_defects
 from bench.anomaly.figure import dots
 from bench.anomaly.measures import auroc, pixel_auroc, rates, resplit
 from bench.anomaly.ours import BundleMissing, Ours
@@ -124,7 +124,7 @@ def test_masks_are_where_the_image_changed_and_can_be_seen(pictures, kind):
     for image, mask in zip(change, masks, strict=True):
         assert mask.mean() >= 0.01
         assert mask.mean() < 0.4
-        assert image[mask].mean() >= LEAST_CHANGE
+        assert image[mask].mean() >= MIN_CHANGE
     assert len(np.unique(masks.sum((1, 2)))) > 5
 
 

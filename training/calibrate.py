@@ -18,10 +18,10 @@ from service.inference.sessions import Runtime
 from service.inference.tiled import TiledModel, fit_tails
 from service.scores.detectors import to_arrays
 from service.scores.fitting import (
-    LEAST_ROWS,
+    MIN_ROWS,
     fitted_arrays,
     fitted_definitions,
-    most_held_out_rows,
+    max_held_out_rows,
     most_reference_rows,
 )
 from training.batches import pixel_batches
@@ -125,7 +125,7 @@ def fit_scores(run: Run) -> Path:
     """
     bundle = open_staged(run)
     held_out = _held_out(run, bundle)
-    if len(held_out) < LEAST_ROWS:
+    if len(held_out) < MIN_ROWS:
         return bundle.path
     model = Model.load(bundle, Runtime("cpu")).without_backbone()
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
@@ -143,7 +143,7 @@ def fit_scores(run: Run) -> Path:
 
 
 def _held_out(run: Run, bundle: Bundle) -> np.ndarray:
-    return run.dataset.splits[FIT_SPLIT][: most_held_out_rows(bundle.manifest)]
+    return run.dataset.splits[FIT_SPLIT][: max_held_out_rows(bundle.manifest)]
 
 
 def _pixels(dataset: Dataset, indices: np.ndarray) -> np.ndarray:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UNPAINTED = 0.15  # of the images
-LEAST_SHARE, MOST_SHARE = 0.01, 0.3  # of an image's places, of which a share is drawn log-uniformly
-LEAST_OPACITY = 0.4
+MIN_SHARE, MAX_SHARE = 0.01, 0.3  # of an image's places, of which a share is drawn log-uniformly
+MIN_OPACITY = 0.4
 COARSEST = 3 / 7  # of the longer side: the widest spacing of a field's nodes
 GRAIN = 4  # places at most between the nodes of noise that is painted
 GRAIN_DEVIATION = 0.3
@@ -44,11 +44,11 @@ def _coverage(x: Tensor) -> Tensor:
     n, _, height, width = x.shape
     coarsest = max(2, int(COARSEST * max(height, width)))
     field = _field(x, *(_whole(1, coarsest) for _ in range(2)))
-    share = LEAST_SHARE * (MOST_SHARE / LEAST_SHARE) ** _uniform(x, n)
+    share = MIN_SHARE * (MAX_SHARE / MIN_SHARE) ** _uniform(x, n)
     rank = ((1 - share.view(n, 1)) * (height * width - 1)).long()
     threshold = field.flatten(1).sort(dim=1).values.gather(1, rank).view(n, 1, 1, 1)
     softness = (0.1 + _uniform(x, n)) / 6  # from a hard edge to a blurred one
-    opacity = LEAST_OPACITY + (1 - LEAST_OPACITY) * _uniform(x, n)
+    opacity = MIN_OPACITY + (1 - MIN_OPACITY) * _uniform(x, n)
     there = (_uniform(x, n) >= UNPAINTED).to(x.dtype)
     return there * opacity * torch.sigmoid((field - threshold) / softness)
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from service.calibration.conformal import min_calibration_size
-from service.scores.fitting import LEAST_ROWS
+from service.scores.fitting import MIN_ROWS
 from training.backbone import settled
 from training.calibrate import calibrate, images_to_score, suspects
 from training.card import duration
@@ -198,10 +198,10 @@ def _notes_on_splits(run: Run) -> Iterator[str]:
             f"calibration: {n} {rows} are too few for verdicts at a false-positive rate of {DEFAULT_RATE:.0%}, the "
             f"default, which needs {min_size}: raise data.calibration, {data.calibration:g} here"
         )
-    if found < LEAST_ROWS:
+    if found < MIN_ROWS:
         yield (
             f"validation: {found} {'crops' if dataset.wholes else rows} are too few to fit the anomaly scores, which "
-            f"needs {LEAST_ROWS}, and the bound (or the reconstruction error) will be the score: raise "
+            f"needs {MIN_ROWS}, and the bound (or the reconstruction error) will be the score: raise "
             f"data.validation, {data.validation:g} here"
         )
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-LEAST_WEIGHTS = 256  # of a tensor that is worth a Cast
+MIN_WEIGHTS = 256  # of a tensor that is worth a Cast
 
 
 def without_logs_of_exponentials(graph: onnx.GraphProto) -> None:
@@ -56,7 +56,7 @@ def with_weights_in_half(graph: onnx.GraphProto) -> None:
         values = numpy_helper.to_array(weight)
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
-        if values.size < LEAST_WEIGHTS or not np.array_equal(half, values):
+        if values.size < MIN_WEIGHTS or not np.array_equal(half, values):
             continue
         name = weight.name
         weight.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))

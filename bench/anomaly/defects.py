@@ -2,7 +2,7 @@
 
 Every defect is a coverage α in [0, 1] and what shows through it, both [H,W]; the image becomes (1 − α) x + α paint.
 Sizes are in pixels of a 28×28 image. Changes below VISIBLE levels are taken back, so that the mask is exactly where the
-image differs. A defect of fewer than LEAST_SHARE of the pixels, or one that changes them by less than LEAST_CHANGE
+image differs. A defect of fewer than MIN_SHARE of the pixels, or one that changes them by less than MIN_CHANGE
 levels on average, is drawn again: each can be seen.
 """
 
@@ -18,8 +18,8 @@ from scipy.ndimage import gaussian_filter
 from bench.anomaly.transforms import as_levels
 
 VISIBLE = 16  # levels of 255
-LEAST_CHANGE = 40
-LEAST_SHARE = 0.01
+MIN_CHANGE = 40
+MIN_SHARE = 0.01
 TRIES = 200
 OBJECT = 24  # levels above which a pixel is taken for the object's
 ZOOM = 8  # shapes are drawn so much larger and reduced: their edges are anti-aliased
@@ -105,14 +105,14 @@ def with_defects(x: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, np.nd
 
 def _defective(x: np.ndarray, other: np.ndarray, kind: str, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.RandomState([seed, list(DEFECTS).index(kind), index])
-    if (x > OBJECT).sum() < LEAST_SHARE * x.size:
+    if (x > OBJECT).sum() < MIN_SHARE * x.size:
         raise NoRoomForDefect(f"image {index}: hardly a pixel is above {OBJECT} levels, where a defect would lie")
     for _ in range(TRIES):
         alpha, paint = DEFECTS[kind](x, other, random)
         painted = as_levels((1 - alpha) * x + alpha * paint)
         change = np.abs(painted.astype(int) - x)
         mask = change >= VISIBLE
-        if mask.sum() >= LEAST_SHARE * x.size and change[mask].mean() >= LEAST_CHANGE:
+        if mask.sum() >= MIN_SHARE * x.size and change[mask].mean() >= MIN_CHANGE:
             return np.where(mask, painted, x), mask
     raise NoRoomForDefect(f"image {index}: none of {TRIES} drawn defects of kind {kind} can be seen on it")
 

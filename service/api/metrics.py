@@ -1,7 +1,7 @@
-"""Prometheus metrics. One registry an app, so that several apps live in one process without sharing counters.
+"""Prometheus metrics. Each app has a registry of its own, so that several apps in one process share no counters.
 
-Several workers write their numbers to files of one folder, and whichever is asked adds them up: prometheus_client's
-multiprocess mode.
+Several workers write their numbers to files of one folder, and the worker that answers /metrics adds them up:
+prometheus_client's multiprocess mode.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from service.calibration.drift_monitor import Drift, Finding, Name, Seen
 from service.deferred import DeferredWriter
 
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_OF_DRIFT = ("model", "version", "score", "group")
+_ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_P_VALUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_DRIFT_LABELS = ("model", "version", "score", "group")
 _DRIFT_GAUGES = {
     "ks_statistic": "Largest distance between the p-values of the window and uniformity",
     "ks_p_value": "Two-sample Kolmogorov-Smirnov p-value of the window, for one look",
@@ -35,13 +35,13 @@ _DRIFT_GAUGES = {
     "share_up_to_5_percent": "Share of the window's p-values up to 0.05",
     "alarm": "1 while recent inputs are not like the calibration images, at the setting drift_level over the workers",
 }
-"""Each is of the worker that has the largest, the p-value of the one that has the smallest."""
-DRIFT_SECONDS = 1.0  # from one look at the drift tests to the next
+"""Gauges of the drift tests. Of several workers' values the largest is shown, of the p-values the smallest."""
+GAUGE_SECONDS = 1.0  # between two updates of the gauges: judging the drift tests costs too much for every request
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Answered(NamedTuple):
-    """An answered request: its route's template, and the seconds from its headers to the end of the answer."""
+    """An answered request: ``route`` is its template, ``seconds`` run from its headers to the end of the answer."""
 
     method: str
     route: str
@@ -49,38 +49,37 @@ class Answered(NamedTuple):
     seconds: float
 
 
-class Amounts(Histogram):
-    """A histogram that takes many numbers as it takes one, but writes each of its own numbers once."""
+class BulkHistogram(Histogram):
+    """A histogram that observes many amounts together, and so writes its sum and each of its buckets once."""
 
     def observe_all(self, amounts: Sequence[float]) -> None:
-        """As ``observe`` of each."""
+        """Observe amounts; the result is that of ``observe`` for one after the other."""
         self._sum.inc(math.fsum(amounts))
         for bucket, count in Counts(bisect_left(self._upper_bounds, amount) for amount in amounts).items():
             self._buckets[bucket].inc(count)
 
 
 class Observed(NamedTuple):
-    """A number for a histogram."""
+    """An amount that ``histogram`` is to observe."""
 
-    by: Amounts
+    histogram: BulkHistogram
     amount: float
 
 
 class Counted(NamedTuple):
-    """A number for a counter."""
+    """An amount that ``counter`` is to be increased by."""
 
-    by: Counter
+    counter: Counter
     amount: float
 
 
-Gatherable = Answered | Observed | Counted | None
-"""None: a request that was begun."""
+Measurement = Answered | Observed | Counted
 
 
 class Metrics:
-    """All metrics of one app. Labels are route templates, methods and statuses: their number is bounded.
+    """All metrics of one app. Labels are route templates, methods and statuses, so that their number is bounded.
 
-    ``folder`` holds the files of all workers, if there are several.
+    ``folder`` holds the files of all workers; it is None where one process serves alone.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -88,16 +87,16 @@ class Metrics:
         if folder is not None:
             _write_to(folder)
         self.registry = CollectorRegistry()
-        self._of_requests()
-        self._of_rows()
-        self._of_processes()
-        self._of_drift()
+        self._make_request_metrics()
+        self._make_row_metrics()
+        self._make_process_metrics()
+        self._make_drift_metrics()
 
-    def _of_requests(self) -> None:
+    def _make_request_metrics(self) -> None:
         self.requests = Counter(
             "vaeserve_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
         )
-        self.latency = Amounts(
+        self.latency = BulkHistogram(
             "vaeserve_request_seconds", "From the headers to the end of the answer", ["route"], registry=self.registry
         )
         self.in_flight = Gauge(
@@ -107,33 +106,37 @@ class Metrics:
             multiprocess_mode="livesum",
         )
         self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
-        self._under_way = 0
-        self._gathered: DeferredWriter[Gatherable] = DeferredWriter(self._sum_up)
-        # Looking up a child by its labels takes longer than counting.
-        self._answered, self._taken = cache(self.requests.labels), cache(self.latency.labels)
+        self._in_flight = 0
+        self._deferred: DeferredWriter[Measurement] = DeferredWriter(self._write)
+        # Children are remembered by their labels, since prometheus_client takes longer to find one than to count.
+        self._requests_of, self._latency_of = cache(self.requests.labels), cache(self.latency.labels)
 
-    def _of_rows(self) -> None:
+    def _make_row_metrics(self) -> None:
         self.images = Counter("vaeserve_images_scored", "Images scored", ["model"], registry=self.registry)
-        self.batch = Amounts(
-            "vaeserve_batch_size", "Images or latents in a request", ["verb"], buckets=_ROWS, registry=self.registry
-        )
-        self.run = Amounts(
-            "vaeserve_run_rows",
-            "Images or latents computed in one run, those of several requests together",
-            buckets=_ROWS,
+        self.batch = BulkHistogram(
+            "vaeserve_batch_size",
+            "Images or latents in a request",
+            ["verb"],
+            buckets=_ROW_BUCKETS,
             registry=self.registry,
         )
-        self.p_values = Amounts(
+        self.run = BulkHistogram(
+            "vaeserve_run_rows",
+            "Images or latents computed in one run, those of several requests together",
+            buckets=_ROW_BUCKETS,
+            registry=self.registry,
+        )
+        self.p_values = BulkHistogram(
             "vaeserve_p_value",
             "Conformal p-values handed out: uniform as long as the traffic is like the calibration data",
             ["model"],
-            buckets=_P_VALUES,
+            buckets=_P_VALUE_BUCKETS,
             registry=self.registry,
         )
-        self._rows, self._scored = cache(self.batch.labels), cache(self.images.labels)
-        self._judged = cache(self.p_values.labels)
+        self._batch_of, self._images_of = cache(self.batch.labels), cache(self.images.labels)
+        self._p_values_of = cache(self.p_values.labels)
 
-    def _of_processes(self) -> None:
+    def _make_process_metrics(self) -> None:
         self.models = Gauge(
             "vaeserve_model_info",
             "1 for each model served",
@@ -153,16 +156,16 @@ class Metrics:
             registry=self.registry,
         )
 
-    def _of_drift(self) -> None:
-        self._drift_seen: dict[Name, int] = {}  # p-values that are counted already
+    def _make_drift_metrics(self) -> None:
+        self._counted_p_values: dict[Name, int] = {}
         self.drift_p_values = Counter(
-            "vaeserve_drift_p_values", "P-values that the drift tests have seen", _OF_DRIFT, registry=self.registry
+            "vaeserve_drift_p_values", "P-values that the drift tests have seen", _DRIFT_LABELS, registry=self.registry
         )
         self.drift_gauges = {
             name: Gauge(
                 f"vaeserve_drift_{name}",
                 text,
-                _OF_DRIFT,
+                _DRIFT_LABELS,
                 registry=self.registry,
                 multiprocess_mode="livemin" if name == "ks_p_value" else "livemax",
             )
@@ -170,91 +173,92 @@ class Metrics:
         }
 
     def begun(self) -> None:
-        """Count a request as under way, until it is counted as answered."""
-        self._under_way += 1
-        self._gathered.add(None)
+        """Count a request as in flight until ``answered`` counts it as answered."""
+        self._in_flight += 1
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; ``route`` is a template such as /v1/models/{model}/score."""
-        self._under_way -= 1
-        self._gathered.add(Answered(method, route, status, seconds))
+        self._in_flight -= 1
+        self._deferred.add(Answered(method, route, status, seconds))
 
     def rows(self, verb: str, n: int) -> None:
-        """Count a request of ``n`` images or latents."""
-        self._gathered.add(Observed(self._rows(verb), n))
+        """Observe the size of a request to ``verb`` that holds ``n`` images or latents."""
+        self._deferred.add(Observed(self._batch_of(verb), n))
 
     def ran(self, n: int) -> None:
-        """Count a run of ``n`` images or latents."""
-        self._gathered.add(Observed(self.run, n))
+        """Observe the size of a run that has computed ``n`` images or latents."""
+        self._deferred.add(Observed(self.run, n))
 
-    def _sum_up(self, gathered: list[Gatherable]) -> None:
-        self.in_flight.set(self._under_way)
-        many: Counts[tuple[str, str, int]] = Counts()
+    def scored(self, model: str, p_values: Iterable[float], n: int) -> None:
+        """Count ``n`` scored images of a model, and observe their p-values, of which there may be none."""
+        self._deferred.add(Counted(self._images_of(model), n))
+        histogram = self._p_values_of(model)
+        for p_value in p_values:
+            self._deferred.add(Observed(histogram, p_value))
+
+    def _write(self, measurements: list[Measurement]) -> None:
+        """Add up what many requests have left, and write each number once."""
+        answered: Counts[tuple[str, str, int]] = Counts()
         counted: defaultdict[Counter, float] = defaultdict(float)
-        observed: defaultdict[Amounts, list[float]] = defaultdict(list)
-        for each in gathered:
-            if type(each) is Answered:
-                many[each[:3]] += 1
-                observed[self._taken(each.route)].append(each.seconds)
-            elif type(each) is Observed:
-                observed[each.by].append(each.amount)
-            elif type(each) is Counted:
-                counted[each.by] += each.amount
-        for (method, route, status), count in many.items():
-            self._answered(method if method in _METHODS else "other", route, str(status)).inc(count)
+        observed: defaultdict[BulkHistogram, list[float]] = defaultdict(list)
+        for item in measurements:
+            if type(item) is Answered:
+                answered[item[:3]] += 1
+                observed[self._latency_of(item.route)].append(item.seconds)
+            elif type(item) is Observed:
+                observed[item.histogram].append(item.amount)
+            elif type(item) is Counted:
+                counted[item.counter] += item.amount
+        for (method, route, status), count in answered.items():
+            self._requests_of(method if method in _METHODS else "other", route, str(status)).inc(count)
         for counter, amount in counted.items():
             counter.inc(amount)
         for histogram, amounts in observed.items():
             histogram.observe_all(amounts)
 
-    def scored(self, model: str, p_values: Iterable[float], n: int) -> None:
-        """Count ``n`` scored images of a model and their p-values, where there are any."""
-        self._gathered.add(Counted(self._scored(model), n))
-        histogram = self._judged(model)
-        for p in p_values:
-            self._gathered.add(Observed(histogram, p))
-
     async def follow(self, drift: Drift) -> None:
-        """Show what the drift tests say, once a second until cancelled."""
+        """Set the gauges once every GAUGE_SECONDS until cancelled, for workers that answer no /metrics themselves."""
         while True:
-            self.show(drift)
-            await asyncio.sleep(DRIFT_SECONDS)
+            self.set_gauges(drift)
+            await asyncio.sleep(GAUGE_SECONDS)
 
-    def show(self, drift: Drift) -> None:
-        """Set the gauges to what the drift tests of this process say of the scores that have new p-values."""
+    def set_gauges(self, drift: Drift) -> None:
+        """Set the gauges of this process: its requests in flight, and its drift tests that have new p-values."""
+        self.in_flight.set(self._in_flight)
         for name, seen in drift:
-            before = self._drift_seen.get(name, 0)
+            before = self._counted_p_values.get(name, 0)
             if seen.seen == before or (finding := seen.judge(drift.level)) is None:
                 continue
-            self._drift_seen[name] = seen.seen
+            self._counted_p_values[name] = seen.seen
             labels = (name.model, name.version, name.score, name.group)
-            # A bundle that has taken another's place is watched anew: its p-values come on top.
+            # The tests begin anew with a bundle that replaces another: its p-values come on top.
             self.drift_p_values.labels(*labels).inc(seen.seen - before if seen.seen > before else seen.seen)
             for gauge, value in _drift_values(seen, finding).items():
                 self.drift_gauges[gauge].labels(*labels).set(value)
 
     def render(self, drift: Drift) -> bytes:
-        """The exposition format (text, version 0.0.4), in which this process's drift is that of now."""
-        self._gathered.flush()
-        self.show(drift)
-        shown = self.registry
+        """Write all metrics in the exposition format (text, version 0.0.4); this process's are those of this moment."""
+        self._deferred.flush()
+        self.set_gauges(drift)
+        registry = self.registry
         if self.folder is not None:
-            shown = CollectorRegistry()
-            MultiProcessCollector(shown, str(self.folder))
-        return generate_latest(shown)
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, str(self.folder))
+        return generate_latest(registry)
 
 
 def _write_to(folder: Path) -> None:
-    """Have prometheus_client keep the numbers of this process in files there.
+    """Have prometheus_client keep the numbers of this process in files of ``folder``.
 
-    It looks the process's number up with every number that it writes, unless it is told.
+    It would call os.getpid with every number that it writes; here the process id is fixed.
     """
-    own = os.getpid()
+    pid = os.getpid()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    values.ValueClass = values.MultiProcessValue(lambda: own)
+    values.ValueClass = values.MultiProcessValue(lambda: pid)
 
 
 def _drift_values(seen: Seen, finding: Finding) -> dict[str, float]:
+    """Return the values of the drift gauges, by the names of _DRIFT_GAUGES."""
     return {
         "ks_statistic": finding.ks_statistic,
         "ks_p_value": finding.ks_p_value,

@@ -19,10 +19,10 @@ from service.inference.model import Model
 from service.inference.tiled import TiledModel, fit_tails
 from service.pixels import unit_levels
 from service.scores.detectors import Combination
-from service.scores.fitting import LEAST_ROWS, most_held_out_rows
+from service.scores.fitting import MIN_ROWS, max_held_out_rows
 
 BATCH = 64
-LEAST_IMAGES = 5
+MIN_IMAGES = 5
 """Fewest images that scores are fitted to: tiles of fewer would describe these images, not the surface."""
 SEED = 0
 
@@ -71,8 +71,8 @@ class ModelRows:
         return len(self.rows)
 
     def count_to_fit(self, manifest: Manifest, most: int) -> int:
-        n = min(most, most_held_out_rows(manifest))
-        return n if n >= LEAST_ROWS else 0
+        n = min(most, max_held_out_rows(manifest))
+        return n if n >= MIN_ROWS else 0
 
     def sample(self, manifest: Manifest, indices: np.ndarray) -> np.ndarray:
         return self.to_unit(self.rows[indices])
@@ -105,21 +105,21 @@ class WholeImages:
         return self.count
 
     def count_to_fit(self, manifest: Manifest, most: int) -> int:
-        return most if most >= LEAST_IMAGES else 0
+        return most if most >= MIN_IMAGES else 0
 
     def sample(self, manifest: Manifest, indices: np.ndarray) -> np.ndarray:
         """Tiles of the images, float32 [m,C,H,W], the same number of each; a fixed seed draws them from its plan."""
         rule = manifest.preprocessing
-        tiles_of_each = -(-max(most_held_out_rows(manifest), len(indices)) // len(indices))
+        tiles_of_each = -(-max(max_held_out_rows(manifest), len(indices)) // len(indices))
         assert isinstance(rule, Preprocessing)
         random, tiles = np.random.RandomState(SEED), []
         for index in indices.tolist():
             image = self.read(index)
             plan = TilePlan.of(rule, *image.shape[1:])
             tiles += [plan.cut(image, tile, 1) for tile in random.permutation(len(plan))[:tiles_of_each]]
-        if len(tiles) < LEAST_ROWS:
+        if len(tiles) < MIN_ROWS:
             raise InvalidInput(
-                f"{len(indices)} images hold {len(tiles)} tiles to fit the scores on: expected {LEAST_ROWS}; give more "
+                f"{len(indices)} images hold {len(tiles)} tiles to fit the scores on: expected {MIN_ROWS}; give more "
                 "or larger images, or --fit-share 0"
             )
         return unit_levels(np.concatenate(tiles))

@@ -17,7 +17,7 @@ from service.commands.console import ERROR, errors_in_words
 from service.commands.environment import read_settings
 from service.errors import ConfigurationError
 from service.resources import available_cpus, available_memory, fitting_workers, freeze_gc
-from service.settings import MOST_WORKERS, Settings
+from service.settings import MAX_WORKERS, Settings
 
 ADDRESS_TAKEN = 3  # uvicorn's exit code where it cannot listen
 
@@ -45,7 +45,7 @@ def _with_chosen_workers(settings: Settings) -> Settings:
 
     graphs = (file for path in find_bundles(settings.repository) for file in path.glob("*.onnx"))
     fitting = fitting_workers(settings.threads or 1, sum(graph.stat().st_size for graph in graphs))
-    workers = min(fitting, MOST_WORKERS) if sys.platform == "linux" else 1
+    workers = min(fitting, MAX_WORKERS) if sys.platform == "linux" else 1
     get_logger().info("workers chosen", workers=workers, cpus=available_cpus(), memory=available_memory())
     return settings.model_copy(update={"workers": workers})
 

@@ -36,11 +36,11 @@ VECTOR = 4  # float32 numbers that ONNX Runtime's general kernels take at once (
 SIZES = (1, 2, 4, 8, 16, 32)
 DEVICE_SIZES = (*SIZES, 64, 128)  # a device has more to do at once; how far this pays was never measured
 # Trials a size: each puts other rows at every place. Large rows bring more places to one, cost more, and take fewer.
-MOST_TRIALS, LEAST_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
+MAX_TRIALS, MIN_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
 RUN = 2  # rows that take about as long as what every run takes besides; small networks more, large ones less
 HOP = 0.0005  # seconds that another thread costs: it wakes, and the weights are read into its caches, too
 NEWEST = 0.3  # weight of the newest measurement of a row's cost
-MOST_THREADS = 16
+MAX_THREADS = 16
 AT_ONCE = 2  # batches of the largest size whose rows all threads of a run hold together: memory that stays
 MAX_ELEMENTS = 2**21  # of one input or output at one run: bounds memory, and time at start, for large images
 
@@ -150,7 +150,7 @@ class BatchInvariantRunner:
         """How many threads so many rows are best divided over."""
         if self._seconds * (count - 1) <= HOP:
             return 1
-        most = min(count, self._threads.count, MOST_THREADS)
+        most = min(count, self._threads.count, MAX_THREADS)
         return min(range(1, most + 1), key=lambda threads: self._expected(count, threads))
 
     def _expected(self, count: int, threads: int) -> float:
@@ -225,7 +225,7 @@ class BatchInvariantRunner:
     def _agrees(self, size: int, rows: Arrays, alone: list[np.ndarray]) -> bool:
         """Whether rows in batches of ``size``, differently shuffled in each trial, come out as they do alone."""
         random = np.random.RandomState(size)
-        trials = min(MOST_TRIALS, max(LEAST_TRIALS, TRIAL_ELEMENTS // _elements((*rows.values(), *alone))))
+        trials = min(MAX_TRIALS, max(MIN_TRIALS, TRIAL_ELEMENTS // _elements((*rows.values(), *alone))))
         batch = {name: aligned_empty((size, *value.shape[1:]), value.dtype) for name, value in rows.items()}
         for _ in range(trials):
             order = random.permutation(len(next(iter(rows.values()))))[:size]

@@ -33,9 +33,9 @@ MEANS = ("elbo", "log_likelihood", "rate", "distortion", "bits_per_dim")
 """Fields of an image's scores that are means over its tiles."""
 MAIN = ""
 """Name of the main score beside the further ones: no score of a bundle is called so."""
-MOST_SURPRISAL = 600.0
+MAX_SURPRISAL = 600.0
 """Nats beyond which −log(1 − p) is taken for p, which it is to the last bit long before: p itself would underflow."""
-LEAST_SURPRISAL = 1e-9
+MIN_SURPRISAL = 1e-9
 """Nats given to a tile that scores below every held-out one: its p is 1, and log(1 − p) would be infinite."""
 
 Tails = Mapping[str, Combination]
@@ -204,8 +204,8 @@ def surprisal_of_maximum(surprisal: float, m: float) -> float:
     with λ = −m log(1 − p): about the number of tiles that score as high in so large an image. This is −log λ, of m
     independent inliers a draw of the standard Gumbel distribution.
     """
-    bounded = min(max(surprisal, LEAST_SURPRISAL), MOST_SURPRISAL)
-    return float(-np.log(m) - np.log(-np.log1p(-np.exp(-bounded)))) + max(surprisal - MOST_SURPRISAL, 0.0)
+    bounded = min(max(surprisal, MIN_SURPRISAL), MAX_SURPRISAL)
+    return float(-np.log(m) - np.log(-np.log1p(-np.exp(-bounded)))) + max(surprisal - MAX_SURPRISAL, 0.0)
 
 
 def fit_tails(scores: Mapping[str, np.ndarray]) -> dict[str, Combination]:

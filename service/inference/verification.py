@@ -36,12 +36,12 @@ REPLAYED: tuple[Graph, ...] = ("backbone", "encoder", "decoder", "density", "pri
 """Graphs of which reference.npz must hold every output, where the bundle has them."""
 BATCH_SIZES = (1, 2, 5)
 """Rows at once in the replay, beside all of them."""
-MOST_TOLERANCE = 0.01
+MAX_TOLERANCE = 0.01
 """Largest tolerance that may be declared, relative to an output's size: beyond it parity would say nothing.
 
 Two float32 implementations differ by some 1e-6 of the size, a draw that is rounded to 8 bits by one level of 255.
 """
-MOST_SPREAD = 1e-4
+MAX_SPREAD = 1e-4
 """Largest spread of log w over the samples of one row, relative to log p(x|z)'s size, where the evidence is exact."""
 
 
@@ -273,7 +273,7 @@ def _check_claims(manifest: Manifest, reference: Arrays) -> None:
         raise BundleFormatError(f"{REFERENCE}: posterior.moments is 'point', but scale is not 0 or z not loc")
     if manifest.evidence == "exact":
         log_w = reference["density.log_p_x"] + reference["density.log_p_z"] - reference["encoder.log_q"]
-        spread, most = float(np.ptp(log_w, axis=1).max()), MOST_SPREAD * _size("density.log_p_x", reference)
+        spread, most = float(np.ptp(log_w, axis=1).max()), MAX_SPREAD * _size("density.log_p_x", reference)
         if spread > most:
             raise BundleFormatError(
                 f"{REFERENCE}: evidence is 'exact', but log w spreads over {spread:.3g} nats at one row: "
@@ -290,8 +290,8 @@ def _size(name: str, reference: Arrays) -> float:
 
 
 def _check_tolerance(name: str, tolerance: Tolerance, size: float) -> None:
-    """Raise BundleFormatError for a tolerance above MOST_TOLERANCE of the output's size."""
-    allowed, most = tolerance.atol + tolerance.rtol * size, MOST_TOLERANCE * size
+    """Raise BundleFormatError for a tolerance above MAX_TOLERANCE of the output's size."""
+    allowed, most = tolerance.atol + tolerance.rtol * size, MAX_TOLERANCE * size
     if not allowed <= most:
         raise BundleFormatError(
             f"reference.tolerances: {name} may differ by {_allowed(tolerance)}, which is {allowed:.3g} where it is "

@@ -16,7 +16,7 @@ from service.scores.maps.anomaly_map import MapKind
 
 ALL = "all"
 """The name among ``also`` that stands for every score of the bundle."""
-MOST_REMEMBERED = 256
+MAX_REMEMBERED = 256
 """Resolved requests that are kept for each served model."""
 
 
@@ -84,7 +84,7 @@ def resolve_scores(served: Served, parameters: ScoreParameters, default_rate: fl
             "false_positive_rate and false_discovery_rate: a verdict is by one or the other, ask for one"
         )
     resolved = _resolve(served, parameters, default_rate)
-    if len(served.resolved_requests) >= MOST_REMEMBERED:
+    if len(served.resolved_requests) >= MAX_REMEMBERED:
         served.resolved_requests.clear()
     served.resolved_requests[parameters, default_rate] = resolved
     return resolved

@@ -16,7 +16,7 @@ import numpy as np
 from service.scores.chunks import in_chunks
 
 LEVELS = 255.0
-LEAST_ERROR = 0.02
+MIN_ERROR = 0.02
 """Mean error that a context without errors is taken to predict: no pixel is coded for free."""
 ESCAPE = 1 / 256
 """Probability that an error does not follow its context's distribution, but is uniform on the 511 possible ones."""
@@ -59,7 +59,7 @@ def _probabilities(error: np.ndarray, neighbours_sum: np.ndarray) -> np.ndarray:
 @cache
 def _by_sum() -> tuple[np.ndarray, np.ndarray]:
     """Tables of θ and (1 − θ)/(1 + θ), indexed by the sum of four neighbours' errors, 0 … 4·255."""
-    theta = _theta(np.arange(4 * int(LEVELS) + 1) / 4 + LEAST_ERROR)
+    theta = _theta(np.arange(4 * int(LEVELS) + 1) / 4 + MIN_ERROR)
     return theta, (1 - theta) / (1 + theta)
 
 

@@ -24,9 +24,9 @@ They measure how far x lies off the model where it does most, how far its code l
 from the usual ones, by how much its likelihood is below that of images as complex, and how likely parts of it were
 painted over.
 """
-LEAST_ROWS = 20
+MIN_ROWS = 20
 """Fewest held-out rows that anything is fitted to."""
-MOST_ROWS, MOST_NUMBERS = 4096, 2**24
+MAX_ROWS, MAX_NUMBERS = 4096, 2**24
 """Most held-out rows that are used, and most numbers of them together."""
 BATCH = 64
 DESCRIPTIONS: Mapping[str, str] = {
@@ -138,13 +138,13 @@ def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
 
 def most_reference_rows(manifest: Manifest) -> int:
     """Most inliers whose codes ``latent`` compares with."""
-    return max(LEAST_ROWS, REFERENCE_NUMBERS // manifest.signature.latent_dim)
+    return max(MIN_ROWS, REFERENCE_NUMBERS // manifest.signature.latent_dim)
 
 
-def most_held_out_rows(manifest: Manifest) -> int:
+def max_held_out_rows(manifest: Manifest) -> int:
     """Most held-out rows that ``fit_detectors`` is worth giving: a caller takes no more of what there is."""
     shape = manifest.signature.shape
-    return max(LEAST_ROWS, min(MOST_ROWS, MOST_NUMBERS // (shape[0] * shape[1] * shape[2])))
+    return max(MIN_ROWS, min(MAX_ROWS, MAX_NUMBERS // (shape[0] * shape[1] * shape[2])))
 
 
 def fitted_arrays(
@@ -180,10 +180,10 @@ def fit_detectors(
     float32 [m,C,H,W]; training images will do. ``anomaly_map``: fitted to the same rows, for ``peak``.
     ``stored_codes``: more codes to compare with, encoded before, float32 [m',L].
 
-    Raises InvalidInput for fewer than LEAST_ROWS held-out rows, and where there is no code to compare with.
+    Raises InvalidInput for fewer than MIN_ROWS held-out rows, and where there is no code to compare with.
     """
-    if len(held_out) < LEAST_ROWS:
-        raise InvalidInput(f"{len(held_out)} rows to fit scores on, expected at least {LEAST_ROWS}")
+    if len(held_out) < MIN_ROWS:
+        raise InvalidInput(f"{len(held_out)} rows to fit scores on, expected at least {MIN_ROWS}")
     if not len(reference) and (stored_codes is None or not len(stored_codes)):
         raise InvalidInput("no rows to compare codes with, expected at least one")
     half = (len(held_out) + 1) // 2
@@ -227,12 +227,12 @@ def _fit_by_passes(
 def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | None = None) -> AnomalyMap | None:
     """Fit the anomaly map (service.scores.maps.anomaly_map); None for a model without maps.
 
-    ``held_out``: rows as ``fit_detectors`` takes them. Raises InvalidInput for fewer than LEAST_ROWS rows.
+    ``held_out``: rows as ``fit_detectors`` takes them. Raises InvalidInput for fewer than MIN_ROWS rows.
     """
     if "score.map" in model.refused:
         return None
-    if len(held_out) < LEAST_ROWS:
-        raise InvalidInput(f"{len(held_out)} rows to fit a map on, expected at least {LEAST_ROWS}")
+    if len(held_out) < MIN_ROWS:
+        raise InvalidInput(f"{len(held_out)} rows to fit a map on, expected at least {MIN_ROWS}")
     half = (len(held_out) + 1) // 2
     first, second = (_map_inputs(model, rows, progress) for rows in (held_out[:half], held_out[half:]))
     return AnomalyMap.fit(first, second, model.manifest)

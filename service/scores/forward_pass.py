@@ -18,9 +18,9 @@ from service.scores.code_length import code_lengths
 ORDERS = (0.5, 1.0, 2.0, 4.0, np.inf)
 """Orders p of the norms: small ones are sensitive to many small differences, large ones to a few large ones."""
 TINY = 1e-12
-LEAST_GRADIENT = 1e-3
+MIN_GRADIENT = 1e-3
 """A quarter of a grey level, added to a mean gradient before its logarithm: below it images are equally flat."""
-LEAST_CODE = 35.0
+MIN_CODE = 35.0
 """Nats added to a code length before its logarithm."""
 
 
@@ -129,7 +129,7 @@ def statistics(rows: ForwardPass, manifest: Manifest) -> dict[str, np.ndarray]:
         if manifest.likelihood.pixelwise:
             values |= {"steepness_mean": steepness(rows.mean), "steepness_residual": steepness(residual)}
     if manifest.modelled.kind == "image":
-        values["code_length"] = np.log(rows.code_lengths + LEAST_CODE)
+        values["code_length"] = np.log(rows.code_lengths + MIN_CODE)
     return values
 
 
@@ -149,7 +149,7 @@ def statistic_names(kind: StatisticsFunction, manifest: Manifest) -> tuple[str, 
 def steepness(x: np.ndarray) -> np.ndarray:
     """Log of the mean absolute difference of neighbours, down plus across, of rows [N,C,H,W]: float64 [N].
 
-    A row without differences has log LEAST_GRADIENT.
+    A row without differences has log MIN_GRADIENT.
     """
     values = x.astype(np.float64)
     total = np.zeros(len(x))
@@ -157,5 +157,5 @@ def steepness(x: np.ndarray) -> np.ndarray:
         steps = after - before
         if steps.size:
             total += np.abs(steps, out=steps).reshape(len(x), -1).mean(axis=1)
-    logs: np.ndarray = np.log(total + LEAST_GRADIENT)
+    logs: np.ndarray = np.log(total + MIN_GRADIENT)
     return logs

@@ -10,9 +10,9 @@ import numpy as np
 QUANTILES = 257
 CONSTANT = 1e-6
 """Deviation, relative to 1 + |mean|, that rounding alone may cause."""
-LEAST_DEVIATION = 1e-3
+MIN_DEVIATION = 1e-3
 """Deviation, relative to 1 + |mean|, that a statistic which never changes is given."""
-LEAST_KNOT = 1e-4
+MIN_KNOT = 1e-4
 """Least deviation, relative to 1 + |median|, of a statistic that is made Gaussian."""
 FAR = 1e100
 """Distance in deviations at which an infinite statistic is taken to lie."""
@@ -45,7 +45,7 @@ class Gaussian:
         self.loc, self.scale, self.whitening = loc, scale, whitening
 
     @classmethod
-    def fit(cls, rows: np.ndarray, least: float = LEAST_DEVIATION) -> Gaussian:
+    def fit(cls, rows: np.ndarray, least: float = MIN_DEVIATION) -> Gaussian:
         """Fit to rows float64 [n,S].
 
         A statistic that never changes has no deviation to estimate: it is given ``least`` times 1 + |its value|, and is
@@ -72,11 +72,11 @@ class Gaussian:
 def quantiles(rows: np.ndarray) -> np.ndarray:
     """Quantiles [S,Q] of each statistic of rows [n,S], at the levels (i + ½)/Q, Q at most QUANTILES; strictly rising.
 
-    Quantiles that coincide, all of them where a statistic never changes, are drawn apart by LEAST_KNOT a deviation.
+    Quantiles that coincide, all of them where a statistic never changes, are drawn apart by MIN_KNOT a deviation.
     """
     count = min(QUANTILES, len(rows) + 2)
     grid = np.quantile(rows, _levels(count), axis=0).T
-    least = LEAST_KNOT * (1 + np.abs(np.median(grid, axis=1, keepdims=True)))
+    least = MIN_KNOT * (1 + np.abs(np.median(grid, axis=1, keepdims=True)))
     return np.ascontiguousarray(grid + least * _normal_quantiles(count))
 
 

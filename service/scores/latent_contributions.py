@@ -27,7 +27,7 @@ BINS = 1024
 NODES, WEIGHTS = np.polynomial.hermite.hermgauss(24)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 LOG_2PI = float(np.log(2 * np.pi))
-LEAST_SCALE = 1e-6
+MIN_SCALE = 1e-6
 
 
 class PriorMarginals:
@@ -36,7 +36,7 @@ class PriorMarginals:
     def __init__(self, draws: np.ndarray) -> None:
         columns = draws.astype(np.float64).T
         self._share = 1 / columns.shape[1]
-        self._mean, self._scale = columns.mean(axis=1), np.maximum(columns.std(axis=1), LEAST_SCALE)
+        self._mean, self._scale = columns.mean(axis=1), np.maximum(columns.std(axis=1), MIN_SCALE)
         self._kernels = [_kernel_estimate(column) for column in columns]
 
     def log_prob(self, dimension: int, values: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ def divergences(loc: np.ndarray, scale: np.ndarray, marginals: PriorMarginals | 
     Without ``marginals`` p(z_j) is N(0, 1), and the form is closed (Kingma & Welling 2014, appendix B); with them it is
     Gauss–Hermite quadrature over q.
     """
-    loc, scale = loc.astype(np.float64), np.maximum(scale.astype(np.float64), LEAST_SCALE)
+    loc, scale = loc.astype(np.float64), np.maximum(scale.astype(np.float64), MIN_SCALE)
     if marginals is None:
         return 0.5 * (loc**2 + scale**2 - 1) - np.log(scale)
     nats = np.empty(loc.shape)
@@ -84,7 +84,7 @@ def _kernel_estimate(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     upper, lower = np.quantile(draws, (0.75, 0.25))
     spread = min(draws.std(), (upper - lower) / 1.34) or draws.std()
-    width = max(0.9 * spread * len(draws) ** -0.2, LEAST_SCALE)
+    width = max(0.9 * spread * len(draws) ** -0.2, MIN_SCALE)
     edges = np.linspace(draws.min() - 4 * width, draws.max() + 4 * width, BINS + 1)
     step = edges[1] - edges[0]
     counts = np.histogram(draws, edges)[0]

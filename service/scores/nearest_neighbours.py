@@ -7,7 +7,7 @@ import numpy as np
 BLOCK = 64
 SPARE = 5
 """Candidates beyond the nearest ones, which float32 may not be able to tell from them."""
-MOST_DISTANCES = 2**21
+MAX_DISTANCES = 2**21
 """Most distances between rows and points that are in memory at once."""
 AT_ONCE = 2**17
 """Numbers of the points that a row is compared with at once where float32 does not decide."""
@@ -46,7 +46,7 @@ class NearestNeighbours:
 
         ``rows``: finite float32 [N,L]. A row's answer does not depend on the other rows, bitwise.
         """
-        step = max(1, MOST_DISTANCES // self._columns.shape[1])
+        step = max(1, MAX_DISTANCES // self._columns.shape[1])
         parts = [self._distances(rows[i : i + step]) for i in range(0, len(rows), step)]
         return np.sqrt(np.concatenate(parts))
 

@@ -33,7 +33,7 @@ from service.server.address import bind
 from service.server.draining import DrainingServer
 from service.settings import Settings
 
-FIRST_WAIT, MOST_WAIT = 0.1, 30.0  # seconds until what could not start is tried again; doubled each time
+FIRST_WAIT, MAX_WAIT = 0.1, 30.0  # seconds until what could not start is tried again; doubled each time
 LATE_SECONDS = 5  # that the master waits longer for a worker to end than the worker may take
 ORPHAN_SECONDS = 5  # for the requests in progress of a worker whose master was killed
 FAILED, FAILED_FOR_ALL = 1, 3  # exit codes of a worker; by the latter, gunicorn's WORKER_BOOT_ERROR, the master ends
@@ -105,7 +105,7 @@ class PatientArbiter(Arbiter):
 
     def back_off(self, failed: bool) -> float:
         """Let the next worker wait, after a failure twice as long as the last one. Returns the seconds."""
-        self.retry_seconds = min(max(FIRST_WAIT, 2 * self.retry_seconds), MOST_WAIT) if failed else 0.0
+        self.retry_seconds = min(max(FIRST_WAIT, 2 * self.retry_seconds), MAX_WAIT) if failed else 0.0
         self.retry_at = time.monotonic() + self.retry_seconds
         return self.retry_seconds
 

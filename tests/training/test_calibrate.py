@@ -16,7 +16,7 @@ from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.verification import verify_bundle
 from service.pixels import unit_levels
-from service.scores.fitting import LEAST_ROWS, fitted_arrays
+from service.scores.fitting import MIN_ROWS, fitted_arrays
 from tests.training.finished import finished_run
 from tests.training.shared import copied
 from training.batches import to_unit
@@ -58,7 +58,7 @@ def test_scores_are_fitted_to_images_that_neither_training_nor_calibration_see(r
 
 def test_without_enough_validation_images_the_bound_stays_the_score(exported_run, tmp_path):
     few = copied(exported_run, tmp_path)
-    few.dataset.splits["validation"] = few.dataset.splits["validation"][: LEAST_ROWS - 1]
+    few.dataset.splits["validation"] = few.dataset.splits["validation"][: MIN_ROWS - 1]
     manifest = open_bundle(calibrate(few)).manifest
     assert (set(manifest.scores), manifest.default_score) == ({"elbo", "iwae"}, "elbo")
     assert manifest.calibration.fitted_on is None

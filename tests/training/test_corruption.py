@@ -22,7 +22,7 @@ from training.data import load_dataset
 from training.errors import CheckpointError, ConfigError
 from training.fit import make_fabric
 from training.interrupts import Interrupt
-from training.painting import MOST_SHARE, UNPAINTED, VISIBLE, painted
+from training.painting import MAX_SHARE, UNPAINTED, VISIBLE, painted
 from training.staging import export
 
 SMALL = ["corruption.width=8", "corruption.epochs=1", "corruption.batch_size=32", "run.threads=1"]
@@ -69,7 +69,7 @@ def test_some_images_stay_as_they_are_and_no_image_is_mostly_noise():
         UNPAINTED - 0.03 < float((share == 0).float().mean()) < UNPAINTED + 0.15
     )  # and noise that happens not to show
     assert 0.01 < float(share.mean()) < 0.15
-    assert float((share > MOST_SHARE + 0.15).float().mean()) < 0.01  # soft edges reach beyond the threshold
+    assert float((share > MAX_SHARE + 0.15).float().mean()) < 0.01  # soft edges reach beyond the threshold
 
 
 def test_the_noise_lies_in_specks_and_in_areas():

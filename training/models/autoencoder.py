@@ -17,7 +17,7 @@ from training.models.reconstruction import Reconstruction
 from training.networks import Shape, build_decoder, build_encoder
 from training.priors import NoPrior, Prior
 
-MOST_CODES = 100_000  # of the training split, its first ones: a mixture has far fewer numbers to find
+MAX_CODES = 100_000  # of the training split, its first ones: a mixture has far fewer numbers to find
 BATCH = 256
 
 
@@ -59,11 +59,11 @@ class Autoencoder(Reconstruction):
 
     @torch.no_grad()
     def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
-        """Fit the mixture to the codes of the training split, or of its first MOST_CODES."""
+        """Fit the mixture to the codes of the training split, or of its first MAX_CODES."""
         if isinstance(self.prior, MixturePrior):
             say(self.prior.fit(self._codes(dataset), seed))
 
     def _codes(self, dataset: Dataset) -> Tensor:
-        indices = dataset.splits["train"][:MOST_CODES]
+        indices = dataset.splits["train"][:MAX_CODES]
         batches = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
         return torch.cat([self.infer(self.likelihood.target(x, None))[0] for x in pixel_batches(dataset, batches)])

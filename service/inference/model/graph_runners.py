@@ -67,7 +67,7 @@ class GraphRunners:
         self._parameters = bundle.manifest.likelihood.parameters
         self._elements = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._elements <= MAX_ELEMENTS]
-        self._most_rows = max(sizes_in(runtime.memory))
+        self._max_rows = max(sizes_in(runtime.memory))
         self._encoders: dict[int, BatchInvariantRunner] = {}
         self._lock = threading.Lock()
         self._decoder = self._runner("decoder", random_rows({"z": (self._latent_dim,)}))
@@ -113,7 +113,7 @@ class GraphRunners:
 
     def rows_at_once(self, k: int) -> int:
         """Largest number of rows that may go through the graphs of a score at once, at k samples each."""
-        return min(self._most_rows, max(1, MAX_ELEMENTS // (self._chunk(k) * self._elements)))
+        return min(self._max_rows, max(1, MAX_ELEMENTS // (self._chunk(k) * self._elements)))
 
     def encode(self, x: np.ndarray, k: int, seed: int, outputs: Sequence[str] | None = None) -> Iterator[Arrays]:
         """The encoder's ``outputs`` for rows x, all by default, for a chunk of the seed's k samples at a time."""

@@ -13,11 +13,11 @@ from service.errors import BundleFormatError
 from service.scores.detector_arrays import Arrays, ArraySpec, check_arrays
 from service.scores.piecewise_linear import PiecewiseLinear
 
-MOST_KNOTS = 256
+MAX_KNOTS = 256
 """Most of a part's fitted scores that are kept."""
 TAIL = 0.9
 """Quantile from which on a tail is taken for exponential."""
-LEAST_EXCESS = 1e-6
+MIN_EXCESS = 1e-6
 """Mean excess, relative to 1 + the largest |score|, that rounding alone may cause."""
 
 
@@ -30,7 +30,7 @@ class Combination:
 
     def __init__(self, arrays: Arrays, parts: int, file: str = DETECTORS) -> None:
         """Raises BundleFormatError, which names ``file``, for arrays that are not those of so many parts."""
-        table = ArraySpec((parts, range(1, MOST_KNOTS + 1)), order="not falling")
+        table = ArraySpec((parts, range(1, MAX_KNOTS + 1)), order="not falling")
         specs = {"knots": table, "surprisals": table, "scale": ArraySpec((parts,), positive=True)}
         check_arrays("combination", arrays, specs, file)
         if arrays["knots"].shape != arrays["surprisals"].shape:
@@ -47,12 +47,12 @@ class Combination:
         ordered = np.sort(scores, axis=0)
         n = len(ordered)
         below = min(math.ceil(TAIL * n), n - 1)
-        picked = np.unique(np.linspace(0, below - 1, min(below, MOST_KNOTS)).astype(int))
+        picked = np.unique(np.linspace(0, below - 1, min(below, MAX_KNOTS)).astype(int))
         knots = np.ascontiguousarray(ordered[picked].T)
         # The index of the first of equal scores says how many scores are at least as high.
         first = [np.searchsorted(part, at) for part, at in zip(ordered.T, knots, strict=True)]
         excess = (ordered[below:] - ordered[below - 1]).mean(axis=0)
-        scale = np.maximum(excess, LEAST_EXCESS * (1 + np.abs(ordered).max(axis=0)))
+        scale = np.maximum(excess, MIN_EXCESS * (1 + np.abs(ordered).max(axis=0)))
         return cls({"knots": knots, "surprisals": -np.log(1 - np.array(first) / n), "scale": scale}, scores.shape[1])
 
     def score(self, parts: Sequence[np.ndarray]) -> np.ndarray:

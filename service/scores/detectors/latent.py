@@ -15,7 +15,7 @@ from service.scores.nearest_neighbours import NearestNeighbours
 
 REFERENCE_NUMBERS = 2**18
 """Numbers of encoded inliers that a new bundle is given: a megabyte."""
-MOST_REFERENCE_NUMBERS = 2**24
+MAX_REFERENCE_NUMBERS = 2**24
 """Most numbers of encoded inliers that a bundle may bring: every scored row is compared with all of them."""
 NEIGHBOURS = 5
 
@@ -34,7 +34,7 @@ class Latent(Detector):
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
         latent_dim = manifest.signature.latent_dim
-        return {"reference": ArraySpec((range(1, max(2, MOST_REFERENCE_NUMBERS // latent_dim) + 1), latent_dim))}
+        return {"reference": ArraySpec((range(1, max(2, MAX_REFERENCE_NUMBERS // latent_dim) + 1), latent_dim))}
 
     @classmethod
     def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:

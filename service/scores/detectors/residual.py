@@ -12,7 +12,7 @@ from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
 from service.scores.detectors.base import Detector
 from service.scores.forward_pass import ForwardPass
 
-LEAST_RESIDUAL = 1e-3
+MIN_RESIDUAL = 1e-3
 """Least deviation of a residual, relative to the mean |x|, or to 1 where x is 0."""
 SHARED_UNITS: Mapping[str, tuple[int, ...]] = {"image": (0, 1, 2), "signal": (1, 2), "vector": ()}
 """Axes of [C,H,W] along which the numbers share a unit, by kind of input; all features of a backbone share one."""
@@ -63,6 +63,6 @@ def residual_moments(batches: Iterable[tuple[np.ndarray, np.ndarray]], manifest:
     variance = np.maximum(squares / count - mean**2, 0.0)
     shared = SHARED_UNITS[manifest.preprocessing.kind]
     size = size.mean(axis=shared, keepdims=True) / count
-    least = (LEAST_RESIDUAL * np.where(size > 0, size, 1.0)) ** 2
+    least = (MIN_RESIDUAL * np.where(size > 0, size, 1.0)) ** 2
     scale = np.sqrt(variance + np.maximum(variance.mean(axis=shared, keepdims=True), least))
     return {"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)}

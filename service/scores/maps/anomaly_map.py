@@ -40,7 +40,7 @@ SIGMA = 1.5
 SIZE = 64
 PEAK = 0.025
 """Share of the places over which a row's score is the mean."""
-MOST_PLACES = 2**20
+MAX_PLACES = 2**20
 """Most of the inliers' places that a tail is fitted to."""
 LAST_COLOUR = 0.9
 """Quantile of inliers that sets the last colour: a few odd inliers would set it at 0.99, and hide most defects."""
@@ -260,6 +260,6 @@ def _without(prefix: str, arrays: Arrays) -> Arrays:
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:
-    """At most MOST_PLACES of the values, evenly spaced along the first axis; maps [n,H,W] are flattened first."""
+    """At most MAX_PLACES of the values, evenly spaced along the first axis; maps [n,H,W] are flattened first."""
     flat = values.reshape(-1) if values.ndim == 3 else values
-    return flat[:: -(-len(flat) // MOST_PLACES)]
+    return flat[:: -(-len(flat) // MAX_PLACES)]

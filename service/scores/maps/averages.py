@@ -8,7 +8,7 @@ import numpy as np
 
 REACH = 3
 """Deviations at which the kernel ends."""
-MOST_PLACES = 256
+MAX_PLACES = 256
 """Longest axis for which one product with a matrix is faster than a sum of shifted slices."""
 
 
@@ -32,7 +32,7 @@ def channel_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _along(values: np.ndarray, sigma: float, axis: int) -> np.ndarray:
-    if values.shape[axis] > MOST_PLACES:
+    if values.shape[axis] > MAX_PLACES:
         return _by_shifts(values, _kernel(sigma), axis % values.ndim)
     matrix = _matrix(values.shape[axis], sigma)
     averaged: np.ndarray = matrix @ values if axis == -2 else values @ matrix.T

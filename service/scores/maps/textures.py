@@ -16,13 +16,13 @@ from service.scores.maps.averages import channel_mean, smoothed
 
 WIDE, NARROW = 5 / 3, 2 / 3
 TEXTURES = 4
-LEAST_SLOPE, LEAST_DETAIL = 0.1, 0.01
+MIN_SLOPE, MIN_DETAIL = 0.1, 0.01
 """Slope and detail, in units and squared units of the residual, below which all places count as equally plain."""
-LEAST_SPREAD = 0.2
+MIN_SPREAD = 0.2
 """Least spread, relative to the mean spread."""
 COEFFICIENTS = 1 + 2 * TEXTURES
 """Coefficients of a quadratic: of 1, of each texture, and of its square."""
-MOST_PLACES = 2**16
+MAX_PLACES = 2**16
 """Most places that the quadratics are fitted to."""
 
 
@@ -38,10 +38,10 @@ def textures(x: np.ndarray, mean: np.ndarray, unit: float, sigma: float) -> np.n
     detail = channel_mean((u - smoothed(u, NARROW * sigma)) ** 2)
     brightness = channel_mean(np.divide(mean, unit, dtype=np.float64))
     values = np.empty((len(x), TEXTURES, *x.shape[2:]))
-    np.log(smoothed(slope, WIDE * sigma) + LEAST_SLOPE, out=values[:, 0])
-    np.log(smoothed(detail, WIDE * sigma) + LEAST_DETAIL, out=values[:, 1])
+    np.log(smoothed(slope, WIDE * sigma) + MIN_SLOPE, out=values[:, 0])
+    np.log(smoothed(detail, WIDE * sigma) + MIN_DETAIL, out=values[:, 1])
     values[:, 2] = smoothed(brightness, WIDE * sigma)
-    values[:, 3] = np.log(slope.reshape(len(x), -1).mean(axis=1) + LEAST_SLOPE)[:, None, None]
+    values[:, 3] = np.log(slope.reshape(len(x), -1).mean(axis=1) + MIN_SLOPE)[:, None, None]
     return values
 
 
@@ -68,7 +68,7 @@ class ExpectedEnergy:
         """Fit to energies [n,H,W] of inliers' places and their textures [n,TEXTURES,H,W]."""
         y = energies.reshape(-1)
         t = textures.reshape(len(textures), TEXTURES, -1).transpose(0, 2, 1).reshape(-1, TEXTURES)
-        step = -(-len(y) // MOST_PLACES)
+        step = -(-len(y) // MAX_PLACES)
         y, t = y[::step], t[::step]
         arrays: Arrays = {"low": t.min(axis=0), "high": t.max(axis=0)}
         shares = np.stack([_share(t[:, i], arrays["low"][i], arrays["high"][i]) for i in range(TEXTURES)], axis=1)
@@ -76,7 +76,7 @@ class ExpectedEnergy:
         arrays["energy"] = np.linalg.lstsq(columns, y, rcond=1e-9)[0]
         away = np.abs(y - columns @ arrays["energy"])
         arrays["spread"] = np.linalg.lstsq(columns, away, rcond=1e-9)[0]
-        arrays["least"] = np.array(max(LEAST_SPREAD * float(away.mean()), 1e-6))
+        arrays["least"] = np.array(max(MIN_SPREAD * float(away.mean()), 1e-6))
         return cls(arrays)
 
     def excess(self, energies: np.ndarray, textures: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
 from service.api import metrics as of_metrics
-from service.api.metrics import Amounts, Metrics
+from service.api.metrics import BulkHistogram, Metrics
 from service.calibration.drift_monitor import Drift, Name, Place
 
 BOUNDS = (0.1, 1.0, 10.0)
@@ -15,7 +15,7 @@ BOUNDS = (0.1, 1.0, 10.0)
 
 def shown(observe):
     registry = CollectorRegistry()
-    observe(Amounts("rows", "Rows", ["verb"], buckets=BOUNDS, registry=registry).labels("encode"))
+    observe(BulkHistogram("rows", "Rows", ["verb"], buckets=BOUNDS, registry=registry).labels("encode"))
     return [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
 
 
@@ -32,7 +32,9 @@ def test_amounts_together_are_as_amounts_one_by_one():
     sums = [float(line.split()[-1]) for lines in (together, alone) for line in lines if "_sum" in line]
     assert math.isclose(*sums, rel_tol=1e-12)
     assert shown(lambda histogram: histogram.observe_all([])) == shown(lambda histogram: None)
-    assert shown(lambda histogram: histogram.observe_all([math.inf])) == shown(lambda each: each.observe(math.inf))
+    assert shown(lambda histogram: histogram.observe_all([math.inf])) == shown(
+        lambda histogram: histogram.observe(math.inf)
+    )
 
 
 def test_requests_are_counted_by_their_route_method_and_status():
@@ -59,6 +61,22 @@ def test_requests_are_counted_by_their_route_method_and_status():
         assert line in text.splitlines()
 
 
+def test_requests_in_flight_are_shown_each_second_by_workers_that_are_not_asked(monkeypatch):
+    metrics, lines = Metrics(), []
+    monkeypatch.setattr(of_metrics, "GAUGE_SECONDS", 0)
+
+    async def follow():
+        following = asyncio.create_task(metrics.follow(Drift(20, 0.01)))
+        metrics.begun()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        lines.extend(generate_latest(metrics.registry).decode().splitlines())
+        following.cancel()
+
+    asyncio.run(follow())
+    assert "vaeserve_requests_in_flight 1.0" in lines
+
+
 def place(digest="a"):
     return Place(Name("m", "1", "elbo", ""), digest, 99)
 
@@ -71,13 +89,13 @@ def note(drift, ranks, digest="a"):
 def drift_lines(metrics):
     """Values of the drift metrics of the process's own registry, by what follows vaeserve_drift_."""
     lines = generate_latest(metrics.registry).decode().splitlines()
-    found = [line.removeprefix("vaeserve_drift_") for line in lines if line.startswith("vaeserve_drift_")]
-    return {line.split("{")[0]: float(line.split()[-1]) for line in found if "_created" not in line}
+    values = [line.removeprefix("vaeserve_drift_") for line in lines if line.startswith("vaeserve_drift_")]
+    return {line.split("{")[0]: float(line.split()[-1]) for line in values if "_created" not in line}
 
 
 def test_drift_is_shown_each_second_of_what_is_new(monkeypatch):
     metrics, drift, turns = Metrics(), Drift(20, 0.01), []
-    monkeypatch.setattr(of_metrics, "DRIFT_SECONDS", 0)
+    monkeypatch.setattr(of_metrics, "GAUGE_SECONDS", 0)
 
     async def follow():
         following = asyncio.create_task(metrics.follow(drift))
@@ -102,8 +120,8 @@ def test_drift_is_shown_each_second_of_what_is_new(monkeypatch):
 def test_p_values_of_a_bundle_that_takes_anothers_place_come_on_top():
     metrics, drift = Metrics(), Drift(20, 0.01)
     note(drift, [1, 2, 3])
-    metrics.show(drift)
+    metrics.set_gauges(drift)
     note(drift, [1, 2], digest="b")
-    metrics.show(drift)
-    metrics.show(drift)
+    metrics.set_gauges(drift)
+    metrics.set_gauges(drift)
     assert drift_lines(metrics)["p_values_total"] == 5

@@ -188,7 +188,7 @@ def test_rows_are_divided_only_where_that_pays(monkeypatch):
     many = BatchInvariantRunner(session, trial, threads=RowThreads(64))
     many._seconds = 1.0
     monkeypatch.setattr(rows, "HOP", 1e-9)
-    assert [many._threads_for(count) for count in (2, 3, 1000)] == [2, 3, rows.MOST_THREADS]
+    assert [many._threads_for(count) for count in (2, 3, 1000)] == [2, 3, rows.MAX_THREADS]
 
 
 def test_a_session_of_several_threads_is_not_divided():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from service.scores.code_length import ESCAPE, LEAST_ERROR, code_lengths, probability
+from service.scores.code_length import ESCAPE, MIN_ERROR, code_lengths, probability
 from tests.ppca_bundle import images
 
 pictures = hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)))
@@ -38,7 +38,7 @@ def decoder_s_length(levels: np.ndarray) -> float:
             else:
                 predicted = a + b - c
             seen = [at(errors, i, j - 1), at(errors, i - 1, j), at(errors, i - 1, j - 1), at(errors, i - 1, j + 1)]
-            mean = sum(seen) / 4 + LEAST_ERROR
+            mean = sum(seen) / 4 + MIN_ERROR
             theta = (math.sqrt(1 + mean**2) - 1) / mean
             errors[i, j] = abs(plane[i, j] - predicted)
             p = (1 - ESCAPE) * (1 - theta) / (1 + theta) * theta ** errors[i, j] + ESCAPE / 511
@@ -52,7 +52,7 @@ def test_a_decoder_can_follow(levels):
     assert nats(levels) == pytest.approx(decoder_s_length(levels), rel=1e-12)
 
 
-@pytest.mark.parametrize("expected", [LEAST_ERROR, 0.3, 1.0, 20.0, 255.0])
+@pytest.mark.parametrize("expected", [MIN_ERROR, 0.3, 1.0, 20.0, 255.0])
 def test_probabilities_sum_to_one_at_most(expected):
     """Kraft's inequality, and no more than the geometric's tails beyond ±255 is lost."""
     p = probability(np.abs(ERRORS).astype(float), np.full(len(ERRORS), expected))
@@ -123,5 +123,5 @@ def test_rows_below_cost_more_and_change_nothing_above(levels, seed):
 
 
 def test_one_pixel():
-    assert nats(np.zeros((1, 1, 1))) == pytest.approx(-math.log(probability(np.zeros(1), np.full(1, LEAST_ERROR))[0]))
+    assert nats(np.zeros((1, 1, 1))) == pytest.approx(-math.log(probability(np.zeros(1), np.full(1, MIN_ERROR))[0]))
     assert nats(np.full((1, 1, 1), 255)) < 12

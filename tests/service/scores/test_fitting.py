@@ -13,11 +13,11 @@ from service.errors import InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.scores.fitting import (
-    LEAST_ROWS,
+    MIN_ROWS,
     fit_detectors,
     fitted_arrays,
     fitted_definitions,
-    most_held_out_rows,
+    max_held_out_rows,
     most_reference_rows,
 )
 from tests.ppca_bundle import images, write_ppca_bundle
@@ -93,7 +93,7 @@ def degenerate(rows: np.ndarray, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["equal", "two", "flat", "one place"])
 def test_degenerate_rows_fit_and_score_finitely(tmp_path, family, kind):
     write, inliers, _ = FAMILIES[family]
-    rows = degenerate(inliers(LEAST_ROWS, 1), kind)
+    rows = degenerate(inliers(MIN_ROWS, 1), kind)
     model = loaded(fit(write(tmp_path / "plain"), tmp_path, rows, rows[:1]))
     for x in (rows, inliers(9, 3), np.zeros_like(rows[:1])):
         for name, scores in model.score(x, also=model.manifest.scores).also.items():
@@ -104,7 +104,7 @@ def test_degenerate_rows_fit_and_score_finitely(tmp_path, family, kind):
 
 
 def test_black_pictures_fit_and_score_finitely(ppca_path, tmp_path):
-    rows = np.zeros((LEAST_ROWS, 1, 8, 8), np.float32)
+    rows = np.zeros((MIN_ROWS, 1, 8, 8), np.float32)
     model = loaded(fit(ppca_path, tmp_path, rows, rows))
     scores = model.score(np.concatenate([rows[:2], images(3)]), also=model.manifest.scores).also
     assert all(np.isfinite(each).all() for each in scores.values())
@@ -149,15 +149,15 @@ def test_a_dead_latent_dimension_changes_nothing(tmp_path):
 # What is fitted to what.
 
 
-@pytest.mark.parametrize("n", [0, 1, LEAST_ROWS - 1])
+@pytest.mark.parametrize("n", [0, 1, MIN_ROWS - 1])
 def test_too_few_rows_are_refused_in_words(model, n):
-    with pytest.raises(InvalidInput, match=f"{n} rows to fit .* on, expected at least {LEAST_ROWS}"):
+    with pytest.raises(InvalidInput, match=f"{n} rows to fit .* on, expected at least {MIN_ROWS}"):
         fitted(model, images(n) if n else images(1)[:0], images(5))
 
 
 def test_no_reference_is_refused_in_words(model):
     with pytest.raises(InvalidInput, match="no rows to compare codes with"):
-        fitted(model, images(LEAST_ROWS), images(1)[:0])
+        fitted(model, images(MIN_ROWS), images(1)[:0])
 
 
 def test_the_combination_is_fitted_to_rows_that_its_parts_do_not_see(model):
@@ -180,7 +180,7 @@ def test_fitting_twice_is_fitting_once(model):
 
 def test_the_latent_score_compares_with_the_codes_of_the_reference(model):
     reference = images(100, seed=2)
-    arrays = fitted(model, images(LEAST_ROWS), reference)
+    arrays = fitted(model, images(MIN_ROWS), reference)
     assert np.array_equal(arrays["latent/reference"], model.encode(reference).loc)
 
 
@@ -198,8 +198,8 @@ def test_room_is_bounded(model):
         preprocessing={"mode": "RGB", "height": 2048, "width": 2048},
         signature={"shape": [3, 2048, 2048], "latent_dim": 2**20, "noise_dim": 5},
     )
-    for manifest, rows, codes in ((model.manifest, 4096, 2**18 // 5), (large, LEAST_ROWS, LEAST_ROWS)):
-        assert most_held_out_rows(manifest) == rows
+    for manifest, rows, codes in ((model.manifest, 4096, 2**18 // 5), (large, MIN_ROWS, MIN_ROWS)):
+        assert max_held_out_rows(manifest) == rows
         assert most_reference_rows(manifest) == codes
 
 

@@ -77,5 +77,5 @@ def test_a_rows_answer_does_not_depend_on_the_rows_beside_it(monkeypatch):
     found = NearestNeighbours(points, COUNT)
     whole = found.distances(rows)
     assert np.array_equal(whole, np.concatenate([found.distances(rows[i : i + 1]) for i in range(len(rows))]))
-    monkeypatch.setattr(neighbours, "MOST_DISTANCES", 3 * 1024)
+    monkeypatch.setattr(neighbours, "MAX_DISTANCES", 3 * 1024)
     assert np.array_equal(whole, found.distances(rows))

@@ -63,7 +63,7 @@ def test_many_rows_are_held_against_many_codes_a_few_at_a_time(manifest, monkeyp
     detector = Latent.of(random.standard_normal((200, 5)), definition("latent"), manifest)
     rows = coded(random.standard_normal((40, 5)))
     whole, held, kept = detector.score(rows), [], NearestNeighbours._candidates
-    monkeypatch.setattr(neighbours, "MOST_DISTANCES", 3 * 256)
+    monkeypatch.setattr(neighbours, "MAX_DISTANCES", 3 * 256)
     monkeypatch.setattr(
         NearestNeighbours, "_candidates", lambda self, apart: held.append(len(apart)) or kept(self, apart)
     )

@@ -124,7 +124,7 @@ def test_numbers_out_of_order_are_refused(fitted, tmp_path, key, words):
     [("latent/reference", (31, 5)), ("path/quantiles", (15, 258)), ("combined/knots", (3, 257))],
 )
 def test_more_than_is_of_use_is_refused(fitted, tmp_path, monkeypatch, key, shape):
-    monkeypatch.setattr("service.scores.detectors.latent.MOST_REFERENCE_NUMBERS", 30 * 5)
+    monkeypatch.setattr("service.scores.detectors.latent.MAX_REFERENCE_NUMBERS", 30 * 5)
     huge = np.broadcast_to(np.linspace(0, 1, shape[1], dtype=np.float32), shape)
     with pytest.raises(BundleFormatError, match=r"has shape .* expected"):
         load(fitted, tmp_path, npz(arrays_of(fitted) | {key: huge}))
