@@ -1,5 +1,7 @@
 """Noise over parts of images, and the network that finds it: what it learns, how it resumes, how it is served."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +166,22 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(tmp_path):
     assert again.cross_entropy == whole.cross_entropy
     for name, value in whole.average.state_dict().items():
         assert torch.equal(value, again.average.state_dict()[name]), name
+
+
+def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine(tmp_path):
+    """To all of it over 100 steps, times (1 + cos πt)/2 at the share t of all steps that are done."""
+    found = trainer(tmp_path, "corruption.epochs=50", "corruption.learning_rate=0.004")
+    rates = {}
+    for step in (0, 49, 99, 100, found.total_steps // 2, found.total_steps * 3 // 4, found.total_steps - 1):
+        found.step = step
+        found.training_step(images(8, (1, 8, 8)))
+        (rates[step],) = {group["lr"] for group in found.optimiser.param_groups}
+    for step, rate in rates.items():
+        warm, done = min(1, (step + 1) / 100), step / found.total_steps
+        assert rate == pytest.approx(0.004 * warm * (1 + math.cos(math.pi * done)) / 2, rel=1e-12), step
+    assert found.total_steps == 50 * 44, "an epoch of 1437 images ends with 44 whole batches of 32"
+    assert rates[found.total_steps // 2] == pytest.approx(0.002)
+    assert rates[found.total_steps - 1] < 1e-8
 
 
 def test_a_finished_training_is_not_repeated(tmp_path):

@@ -45,6 +45,21 @@ def test_an_outlier_is_skipped_and_moves_the_measure_little():
     assert [i for i, good in enumerate(sane) if not good] == [50]
 
 
+@pytest.mark.parametrize(("norm", "taken"), [(2999.0, True), (3000.0, True), (3001.0, False)])
+def test_thirty_times_the_median_is_taken_and_more_is_skipped(digits, tmp_path, norm, taken):
+    """Of norms 50, 100 and 200 the median is 100; the weights move if, and only if, the step is taken."""
+    config = config_with()
+    trainer = Trainer(config, digits, tmp_path, make_fabric(config))
+    trainer.training_step(digits.pixels(digits.splits["train"][:64]))  # leaves gradients behind
+    trainer.state.recent_norms = [50.0, 100.0, 200.0] * 8
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer._update(norm)
+    moved = [name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])]
+    assert bool(moved) == taken
+    assert trainer.state.skipped == (not taken)
+    assert trainer.state.recent_norms[-1] == norm
+
+
 def test_a_norm_that_stays_at_a_new_level_is_soon_usual():
     sane = judged([1.0] * 200 + [1e6] * 200)
     assert sane.count(False) == RECENT // 2 < MAX_SKIPPED_IN_A_ROW
