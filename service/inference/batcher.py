@@ -133,7 +133,8 @@ class Batcher:
         if pause is not None:
             pause.end.cancel()
         if self._waiting.get(queue) and self._under_way[queue] < self._max_concurrent:
-            asyncio.get_running_loop().call_soon(self._start, queue)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._start, queue)  # requests that are read by now enqueue their jobs first
 
     def _start(self, queue: Queue) -> None:
         if self._under_way[queue] >= self._max_concurrent:

@@ -32,9 +32,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.headers = []
         self._timer: asyncio.TimerHandle | None = None  # of headers, a body, or the end of a refused connection
         self._in_headers, self._in_message = True, False  # a new connection owes its first request
-        self._reading = self._line_bytes = (
-            0  # bytes of this piece; of headers, trailers, chunk extensions without an end
-        )
+        self._reading = self._line_bytes = 0  # bytes of this piece; of headers, trailers and chunk extensions so far
         self._refusal: bytes | None = None  # the last bytes of the connection, written when no answer is due
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -68,7 +66,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._reading = len(data)
         self._feed(data)
         self._line_bytes += len(data)
-        self._check_lines(self._line_bytes if self._in_headers or self._in_message else 0)
+        if self._in_message:
+            self._check_lines(self._line_bytes)
         if not self._in_headers:
             self.headers.clear()  # trailers
         if self._refusal is None and self._timer is None:
@@ -123,7 +122,10 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
-        self._check_lines(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
+        is_small = self._line_bytes < 0 and self._reading <= self.settings.max_header_bytes  # they began in this piece
+        self._check_lines(
+            0 if is_small else len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        )
         if self._refusal is not None:
             raise httptools.HttpParserError("headers refused")
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
@@ -194,7 +196,7 @@ class PipelineFlow(FlowControl):
     waiting: Sized
 
     def resume_reading(self) -> None:
-        if not self.waiting:
+        if self.read_paused and not self.waiting:
             super().resume_reading()
 
 
@@ -207,7 +209,7 @@ class AnswerTransport:
 
     def __init__(self, transport: asyncio.Transport, budget: BodyBudget, timeout: float) -> None:
         self._transport, self._budget, self._timeout = transport, budget, timeout
-        self._loop = asyncio.get_running_loop()
+        self._loop, self.is_closing = asyncio.get_running_loop(), transport.is_closing
         self._timer: asyncio.TimerHandle | None = None
         self._parts: list[bytes] = []
         self._written = self._counted = 0  # bytes handed on so far, and how many of them count in the budget
