@@ -126,6 +126,11 @@ class PatientArbiter(Arbiter):
         """Kill what hangs: SIGABRT, which gunicorn sends first, leaves a core dump and a stopped worker waiting."""
         super().kill_worker(pid, signal.SIGKILL if sig == signal.SIGABRT else sig)
 
+    def stop(self, graceful: bool = True) -> None:
+        """Stop the workers. From now on none that cannot start is a reason to stop."""
+        self.WORKER_BOOT_ERROR = -1  # no process's exit code
+        super().stop(graceful)
+
 
 class RootLogger(Logger):
     """Hands gunicorn's warnings and errors to the root logger, and so to service.logs."""
