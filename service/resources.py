@@ -67,6 +67,7 @@ def freeze_gc() -> None:
     It lives as long as the process, and looking all of it over takes 50 ms with two models, in which no request is
     answered. Requests under way hold more objects than the interpreter expects between two collections.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)

@@ -26,6 +26,7 @@ def serve(context: typer.Context) -> None:
     """Read settings from flags and environment, load every bundle, serve until told to stop."""
     with errors_in_words():
         settings = read_settings(context.args)
+        gc.disable()  # what is imported and loaded from now on stays, and freeze_gc comes next
         from service.logs import configure_logs
 
         configure_logs(settings.log_level, settings.log_format)
@@ -84,7 +85,7 @@ def _serve_with_workers(settings: Settings) -> None:
         try:
             port = held.enter_context(claimed_address(settings.host, settings.port))
         except OSError as error:
-            reason = os.strerror(error.errno or 0).lower()
+            reason = str(error.strerror).lower()
             get_logger().error(f"cannot listen on {settings.host}, port {settings.port}: {reason}")
             raise typer.Exit(ADDRESS_TAKEN) from error
         settings = settings.model_copy(update={"port": port})
@@ -93,8 +94,7 @@ def _serve_with_workers(settings: Settings) -> None:
         repository = load_repository(settings, digests) if shareable else None
         if repository is not None:
             repository.runtime.row_threads.end_threads()
-        gc.collect()
-        gc.freeze()  # a collection in a worker would write to every object, and so copy all pages
+        freeze_gc()  # a collection in a worker would write to every object, and so copy all pages
         folder = held.enter_context(_shared_folder())
         PatientArbiter(Application(settings, folder, digests, repository)).run()  # its SystemExit ends workers, too
 
@@ -103,7 +103,10 @@ def _serve_with_workers(settings: Settings) -> None:
 def _shared_folder() -> Iterator[Path]:
     """A folder in memory, if possible: the numbers change with each request. It goes with the master."""
     memory, master = Path("/dev/shm"), os.getpid()  # noqa: S108 - mkdtemp makes a folder of its own there
-    folder = tempfile.mkdtemp(prefix="vaeserve-", dir=memory if os.access(memory, os.W_OK) else None)
+    try:
+        folder = tempfile.mkdtemp(prefix="vaeserve-", dir=memory if os.access(memory, os.W_OK) else None)
+    except OSError as error:
+        raise ConfigurationError(f"several workers need a folder for files: {error}") from error
     try:
         yield Path(folder)
     finally:

@@ -50,10 +50,11 @@ class Application(BaseApplication):
         self, settings: Settings, folder: Path, digests: dict[str, str], repository: ModelRepository | None
     ) -> None:
         self.settings, self.folder, self.digests, self.repository = settings, folder, digests, repository
+        self.ready = folder / "ready"  # with a file for each worker that listens, named by its process id
+        self.ready.mkdir(exist_ok=True)
         super().__init__()
 
     def load_config(self) -> None:
-        """Set gunicorn's settings."""
         stop_seconds = math.ceil(self.settings.drain_seconds + self.settings.request_timeout) + LATE_SECONDS
         options: dict[str, object] = {
             "bind": [],  # a worker listens itself, once it is ready
@@ -72,16 +73,7 @@ class Application(BaseApplication):
             self.cfg.set(name, value)
 
     def load(self) -> Application:
-        """Return something: all is loaded."""
-        return self
-
-    def ready_file(self, pid: int | str) -> Path:
-        """Return what is there as long as that worker listens."""
-        return self.folder / f"ready-{pid}"
-
-    def listening(self) -> int:
-        """Return how many workers listen."""
-        return len(list(self.folder.glob(self.ready_file("*").name)))
+        return self  # all is loaded
 
     def pre_fork(self, arbiter: Arbiter, worker: UvicornWorker) -> None:
         """Number the worker; give it what is loaded, unless another thread may hold a lock that it would wait for."""
@@ -92,8 +84,9 @@ class Application(BaseApplication):
     def child_exit(self, arbiter: PatientArbiter, worker: UvicornWorker) -> None:
         """Forget an ended worker; have the next one wait if this one could not start."""
         mark_process_dead(worker.pid, str(self.folder))
-        seconds = arbiter.back_off(failed=not self.ready_file(worker.pid).exists())
-        self.ready_file(worker.pid).unlink(missing_ok=True)
+        ready = self.ready / str(worker.pid)
+        seconds = arbiter.back_off(failed=not ready.exists())
+        ready.unlink(missing_ok=True)
         get_logger().info("worker ended", worker=worker.number, pid=worker.pid, hung=worker.aborted, wait=seconds)
 
 
@@ -126,12 +119,15 @@ class PatientArbiter(Arbiter):
         """Kill what hangs: SIGABRT, which gunicorn sends first, leaves a core dump and a stopped worker waiting."""
         super().kill_worker(pid, signal.SIGKILL if sig == signal.SIGABRT else sig)
 
+    def stop(self, graceful: bool = True) -> None:
+        self.WORKER_BOOT_ERROR = -1  # no exit code: a worker that cannot start is no reason to stop once more
+        super().stop(graceful)
+
 
 class RootLogger(Logger):
     """Hands gunicorn's warnings and errors to the root logger, and so to service.logs."""
 
     def setup(self, cfg: object) -> None:
-        """Have no handlers of its own."""
         self.cfg, self.error_log.propagate = cfg, True
         self.error_log.setLevel("WARNING")  # the rest our own lines say
 
@@ -166,7 +162,9 @@ class UvicornWorker(Worker):
 
     def run(self) -> None:
         """Serve until told to stop. A worker that cannot start ends the whole service only if no other listens."""
-        self.booted = self.app.listening() > 0  # by which gunicorn decides in the same way what is not caught here
+        self.booted = bool(
+            os.listdir(self.app.ready)
+        )  # by which gunicorn decides in the same way what is not caught here
         try:
             self._serve()
         except (VaeserveError, OSError, SystemExit) as error:  # the last is uvicorn's
@@ -196,7 +194,6 @@ class UvicornWorker(Worker):
     def _tick(self) -> None:
         self.notify()
         if not self.listens:
-            self.listens = self.booted = True
             self._announce(self.settings)
         if os.getppid() != self.ppid:  # the master is gone, and nobody would stop this process any more
             shutil.rmtree(self.app.folder, ignore_errors=True)
@@ -205,10 +202,11 @@ class UvicornWorker(Worker):
 
     def _announce(self, settings: Settings) -> None:
         """Note that this worker listens; log it if it takes the place of another, and when all do."""
-        self.app.ready_file(self.pid).touch()
+        self.listens = self.booted = True
+        (self.app.ready / str(self.pid)).touch()
         if self.age > settings.workers:
             get_logger().info("worker serves again", pid=self.pid)
-        if self.app.listening() == settings.workers:
+        if len(os.listdir(self.app.ready)) == settings.workers:
             get_logger().info("serving", host=settings.host, port=settings.port, workers=settings.workers)
 
     def _stop(self, *_signal: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 
 from service.api.app import create_app
 from service.commands import serve
+from service.errors import ConfigurationError
 from service.server.address import bind, claimed_address
 from service.server.draining import CLOSE, DrainingServer
 from service.settings import Settings
@@ -27,6 +29,7 @@ from tests.service.processes import NPY, alive, command, environment, until, wor
 
 if sys.platform == "linux":
     from gunicorn.arbiter import Arbiter
+    from gunicorn.errors import HaltServer
     from gunicorn.workers.base import Worker
 
     from service.server.workers import Application, PatientArbiter, UvicornWorker
@@ -400,6 +403,7 @@ def test_a_worker_that_is_told_to_stop_as_soon_as_it_is_there_stops(ppca_root):
 FULL = """
 import sys
 from service.commands import serve
+from service.errors import ConfigurationError
 serve.os.access = lambda path, mode: False
 from service.__main__ import main
 main()
@@ -414,6 +418,21 @@ def test_a_folder_elsewhere_does_where_shared_memory_cannot_be_written_and_the_w
         assert service.folder.parent == tmp_path
         assert service.score(images(1)).status_code == 200
     assert not list(tmp_path.iterdir())
+
+
+def test_several_workers_need_a_folder_for_files(monkeypatch):
+    def refuse(**_):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(serve.tempfile, "mkdtemp", refuse)
+    with pytest.raises(ConfigurationError, match=r"folder for files.*No usable"), serve._shared_folder():
+        pass
+
+
+def test_a_host_that_is_not_known_ends_it(ppca_root):
+    done = run(ppca_root, "--workers", "2", "--host", "no.such.host.invalid")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert "cannot listen on no.such.host.invalid, port 0: " in done.stderr
 
 
 @pytest.fixture
@@ -468,6 +487,22 @@ def test_what_cannot_start_is_tried_again_ever_later_and_at_once_after_it_has_se
     assert started == [130.0, 130.0]
 
 
+def test_the_second_worker_that_cannot_start_does_not_stop_a_master_that_stops(application, monkeypatch):
+    """The workers of one start may fail together, and gunicorn would raise in the midst of its own ending."""
+    ended = iter([(7, 3 << 8), (7, 3 << 8), (8, signal.SIGTERM), (0, 0)])
+    monkeypatch.setattr("gunicorn.arbiter.os.waitpid", lambda pid, options: next(ended))
+    monkeypatch.setattr(Arbiter, "stop", lambda self, graceful: self.reap_workers())
+    arbiter = PatientArbiter(application)
+    arbiter.WORKERS = {7: SimpleNamespace()}
+    with pytest.raises(HaltServer) as halted:
+        arbiter.reap_workers()
+    assert halted.value.exit_status == 3
+    worker = SimpleNamespace(pid=7, number=0, aborted=False, tmp=io.BytesIO())
+    arbiter.WORKERS = {7: worker, 8: SimpleNamespace(pid=8, number=1, aborted=False, tmp=io.BytesIO())}
+    arbiter.stop()
+    assert (arbiter.WORKERS, worker.tmp.closed) == ({}, True)
+
+
 def test_gunicorn_waits_longer_than_a_worker_may_take_to_end(ppca_root, tmp_path):
     settings = Settings(repository=ppca_root, workers=2, drain_seconds=7, request_timeout=11, hang_timeout=2.5)
     cfg = Application(settings, tmp_path, {}, None).cfg
@@ -478,7 +513,7 @@ def test_gunicorn_waits_longer_than_a_worker_may_take_to_end(ppca_root, tmp_path
 
 def test_what_is_used_of_gunicorn_and_uvicorn_beyond_their_documents_is_there(application):
     """By name: none of it is promised to stay. service/server/workers.py and draining.py build on it."""
-    for name in ("spawn_worker", "kill_worker", "run"):
+    for name in ("spawn_worker", "kill_worker", "stop", "run"):
         assert callable(getattr(Arbiter, name))
     assert {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT} == set(PatientArbiter.SIGNALS) < set(Arbiter.SIGNALS)
     assert (Arbiter.WORKERS, Arbiter.WORKER_BOOT_ERROR) == ({}, 3)
@@ -499,6 +534,15 @@ def test_what_is_used_of_gunicorn_and_uvicorn_beyond_their_documents_is_there(ap
         assert name in vars(DrainingServer.__base__)
     assert (server.should_exit, server.started, server.server_state.default_headers) == (False, False, [])
     assert CLOSE == (b"connection", b"close")
+
+
+def test_one_process_knows_nothing_of_gunicorn():
+    program = (
+        "import sys, service.commands.cli, service.api.app, service.server.draining;"
+        "print([name for name in sys.modules if name.partition('.')[0] == 'gunicorn'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("pid", ["master", "worker"])
