@@ -44,8 +44,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._set_timer()
-        self._answers.end()
         super().connection_lost(exc)
+        self._answers.end()
 
     def eof_received(self) -> None:
         self.transport.close()  # after what was joined; the event loop would close the transport below
