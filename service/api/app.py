@@ -1,4 +1,4 @@
-"""create_app: the app with its middleware and routes, and the one table from errors to HTTP statuses."""
+"""Make the ASGI app with its middleware and routes; the one table from errors to HTTP statuses stands here, too."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ STATUS: dict[type[Exception], int] = {
     errors.ClientDisconnected: 400,
     ClientDisconnect: 400,
 }
-"""The nearest class of an error's ancestry counts."""
+"""HTTP statuses of errors; an error has that of its nearest ancestor in this table."""
 
 
 def create_app(
@@ -58,10 +58,12 @@ def create_app(
     drift: Drift | None = None,
     dependencies: Sequence[params.Depends] = (),
 ) -> FastAPI:
-    """The ASGI app. Models are loaded at startup, or before if a loaded ``repository`` is given.
+    """Make the ASGI app. Models are loaded at its startup, unless a loaded ``repository`` is given.
 
-    ``metrics`` and ``drift`` are a worker's, by default those of a process that serves alone. ``dependencies`` are
-    resolved before every route, as FastAPI's: then no request is remembered (service.api.endpoint).
+    Args:
+        metrics, drift: those of a worker among several; by default new ones, for a process that serves alone.
+        dependencies: FastAPI resolves them before every route; with any of them no request is remembered
+            (service.api.endpoint).
 
     Raises (at startup):
         BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
@@ -89,12 +91,14 @@ def create_app(
 
 
 def _telemetry() -> TelemetryConfig:
-    """OpenTelemetry where its environment is set; else FastAPI would look for it with every request."""
-    wanted = any(name.startswith("OTEL_") for name in os.environ)
-    return {"tracing": wanted, "metrics": wanted, "logs": wanted}
+    """Enable OpenTelemetry if its environment is set; otherwise FastAPI would look for it with every request."""
+    enabled = any(name.startswith("OTEL_") for name in os.environ)
+    return {"tracing": enabled, "metrics": enabled, "logs": enabled}
 
 
 def _lifespan(settings: Settings, repository: ModelRepository | None, drift: Drift | None) -> Any:
+    """Return the app's lifespan, which makes its AppContext at startup, and waits for work in progress at the end."""
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loaded = await asyncio.to_thread(load_repository, settings) if repository is None else repository
@@ -104,11 +108,11 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, drift: Dri
             metrics.models.labels(*served.identity.values()).set(1)
         metrics.workers.set(1)
         metrics.worker_starts.inc()
-        watched = drift or Drift(settings.drift_window, settings.drift_level)
+        monitors = drift or Drift(settings.drift_window, settings.drift_level)
         batcher = Batcher(pool, settings.max_concurrent_batches, metrics.ran)
-        app.state.context = AppContext(settings, loaded, pool, batcher, metrics, watched)
+        app.state.context = AppContext(settings, loaded, pool, batcher, metrics, monitors)
         app.state.endpoints.clear()
-        following = asyncio.create_task(metrics.follow(watched))
+        following = asyncio.create_task(metrics.follow(monitors))
         yield
         following.cancel()
         await asyncio.to_thread(pool.close)
@@ -127,7 +131,7 @@ def _include_routes(app: FastAPI) -> None:
 
 
 def _add_verb(app: FastAPI, prefix: str, find_model: Callable[..., Awaitable[None]], route: APIRoute) -> None:
-    """The route under that prefix. include_router would do, but the scope's route would then lack its prefix."""
+    """Add a route under a prefix. With FastAPI's include_router the scope's route would lack its prefix."""
     app.add_api_route(
         prefix + route.path,
         route.endpoint,
@@ -140,13 +144,14 @@ def _add_verb(app: FastAPI, prefix: str, find_model: Callable[..., Awaitable[Non
 
 
 def _handle_errors(app: FastAPI) -> None:
-    app.add_exception_handler(errors.VaeserveError, _known_error)
-    app.add_exception_handler(ClientDisconnect, _known_error)
+    app.add_exception_handler(errors.VaeserveError, _domain_error)
+    app.add_exception_handler(ClientDisconnect, _domain_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
 
 
-async def _known_error(request: Request, error: Exception) -> Response:
+async def _domain_error(request: Request, error: Exception) -> Response:
+    """Answer a request that has ended in an error of the table; a status of 500 is explained in the log alone."""
     status = next(STATUS[ancestor] for ancestor in type(error).__mro__ if ancestor in STATUS)
     headers: dict[str, str] = {}
     if isinstance(error, errors.Overloaded):
@@ -173,11 +178,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return validation_problem(error.errors(), request.state.request_id)
+    return _validation_problem(error.errors(), request.state.request_id)
 
 
-def validation_problem(found: Sequence[Any], request_id: str) -> Response:
-    """422 with each field's place and fault. The input is never echoed: it may be NaN, which JSON cannot say."""
-    fields = [{"where": ".".join(map(str, item["loc"]))[:200], "what": str(item["msg"])[:200]} for item in found[:20]]
+def _validation_problem(faults: Sequence[Any], request_id: str) -> Response:
+    """Make a 422 with the location and the fault of each field, without the input: JSON has no NaN to repeat."""
+    fields = [
+        {"where": ".".join(map(str, fault["loc"]))[:200], "what": str(fault["msg"])[:200]} for fault in faults[:20]
+    ]
     detail = "; ".join(f"{field['where']}: {field['what']}" for field in fields)
     return problem(422, detail, request_id, errors=fields)

@@ -1,4 +1,4 @@
-"""The parts of one app, and one request to a verb of a model."""
+"""What the routes of an app share, and what a request to a verb of a model consists of."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ Content = tuple[bytes, str]
 
 @dataclass
 class AppContext:
-    """What the routes of one app share, from its start to its end."""
+    """The parts of an app that its routes share, from its startup to its end.
+
+    ``draining`` says that the service is about to stop, so that it is not ready any more.
+    """
 
     settings: Settings
     repository: ModelRepository
@@ -44,7 +47,7 @@ class AppContext:
 
     @cached_property
     def image_limits(self) -> Limits:
-        """The limits on the images of one request."""
+        """Limits on the images of one request."""
         settings = self.settings
         return Limits(
             settings.max_batch,
@@ -54,7 +57,7 @@ class AppContext:
         )
 
     def reader(self, served: Served, strict: bool) -> Reader:
-        """The reader of images for ``served``, a model of images; ``strict`` refuses images of another size."""
+        """Return the reader of images for ``served``, a model of images; ``strict`` refuses those of another size."""
         key = served.model, strict
         if key not in self._readers:
             assert isinstance(served.manifest.preprocessing, Preprocessing)
@@ -62,18 +65,18 @@ class AppContext:
         return self._readers[key]
 
     def limit(self, name: str, value: int, setting: str) -> None:
-        """Raise LimitExceeded if ``value`` is above the setting of that name; ``name`` says what the value is of."""
+        """Raise LimitExceeded if ``value``, which the error's text calls ``name``, is above the setting."""
         allowed = getattr(self.settings, setting)
         if value > allowed:
             raise LimitExceeded(f"{name} is {value}: at most {allowed} here (setting {setting})")
 
     def limit_numbers_out(self, rows: int, numbers: int) -> None:
-        """Raise LimitExceeded for an answer of ``rows`` rows of ``numbers`` numbers above setting max_numbers_out."""
+        """Raise LimitExceeded if ``rows`` rows of ``numbers`` numbers each are above the setting max_numbers_out."""
         self.limit(f"the count of numbers in the answer ({rows} rows of {numbers})", rows * numbers, "max_numbers_out")
 
 
 async def get_context(request: Request) -> AppContext:
-    """Dependency: the parts of the app."""
+    """Return the context of the request's app, as a dependency of routes."""
     context: AppContext = request.app.state.context
     return context
 
@@ -82,17 +85,17 @@ ContextDep = Annotated[AppContext, Depends(get_context)]
 
 
 async def latest(request: Request, context: ContextDep, model: str) -> None:
-    """Dependency of /v1/models/{model}/…: puts the latest version of the model into the request's state."""
+    """Put the latest version of a model into the request's state, as the dependency of /v1/models/{model}/…"""
     request.state.served = context.repository.get(model)
 
 
 async def versioned(request: Request, context: ContextDep, model: str, version: str) -> None:
-    """Dependency of /v1/models/{model}/versions/{version}/…: puts that version into the request's state."""
+    """Put one version into the request's state, as the dependency of /v1/models/{model}/versions/{version}/…"""
     request.state.served = context.repository.get(model, version)
 
 
 async def default(request: Request, context: ContextDep) -> None:
-    """Dependency of /v1/…: puts the default model into the request's state."""
+    """Put the default model into the request's state, as the dependency of /v1/…"""
     request.state.served = context.repository.get()
 
 
@@ -101,15 +104,12 @@ PREFIXES: dict[str, Callable[..., Awaitable[None]]] = {
     "/v1/models/{model}/versions/{version}": versioned,
     "/v1": default,
 }
-"""The addresses of a model, and the dependency that looks the model up."""
+"""Path prefixes by which a model is addressed, and the dependency that looks the model up for each."""
 
 
 @dataclass
 class Call:
-    """One request to a verb of a model: its headers and its body.
-
-    ``content_type`` and ``accept`` are the headers of these names, "" if absent.
-    """
+    """A request to a verb of a model: the model, the body, and the headers Content-Type and Accept, "" if absent."""
 
     context: AppContext
     served: Served
@@ -124,12 +124,12 @@ class Call:
 
     @property
     def rule(self) -> InputRule:
-        """How the model's rows come about: shape, kind, resizing."""
+        """The rule by which data become rows of the model: their kind, shape and resizing."""
         return self.served.manifest.preprocessing
 
     @cached_property
     def document(self) -> Any:
-        """The JSON body, parsed once. Raises as arrays.parse_json does."""
+        """The body parsed as JSON, once. Raises as arrays.parse_json does."""
         return parse_json(self.body)
 
     def forget_body(self) -> None:
@@ -138,11 +138,11 @@ class Call:
         self.__dict__.pop("document", None)
 
     def with_body(self, body: bytes) -> Call:
-        """A call with the same headers and another body."""
+        """Return a call with the same headers and another body."""
         return Call(self.context, self.served, self.content_type, self.accept, body)
 
     def negotiate(self, offers: tuple[str, ...]) -> str:
-        """The media type among ``offers`` that Accept prefers; pictures are offered of images only.
+        """Return the media type among ``offers`` that Accept prefers; pictures are offered of images only.
 
         Raises:
             NotAcceptable: Accept names none of them.
@@ -153,5 +153,5 @@ class Call:
 
 
 def dump(content: dict[str, Any]) -> bytes:
-    """JSON with arrays as nested lists; NaN and infinities become null, which is how orjson writes them."""
+    """Write JSON with arrays as nested lists; orjson writes NaN and infinities as null."""
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,10 +1,10 @@
 """The endpoint of every verb: it reads the body, has the job computed, and writes the answer.
 
 A verb is an ordinary route of the FastAPI app. FastAPI looks the model up, validates the query and resolves
-dependencies; its path function then returns the response of a ``ResolvedRequest``, the ASGI application that does the
-rest. The ``RouteResolver``, the innermost middleware, remembers it by method, path and query, so that the next such
-request is not validated again. All other middleware stands before it, and no request of a route with other dependencies
-is remembered, so that none is skipped.
+dependencies; the path function then returns a response that calls a ``ResolvedRequest``, the ASGI application that does
+the rest. ``RouteResolver``, the innermost middleware, remembers that application by method, path and query, so that the
+next such request is not validated again. All other middleware stands before it, and no request is remembered whose
+route depends on anything else, so that neither is ever skipped.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from service.inference.jobs import Job, RequestReader, Work, finish
 from service.repository.model_repository import Served
 from service.repository.score_parameters import Parameters
 
-MAX_ENDPOINTS, MAX_READERS = 512, 32  # requests by method, path and query; readers of each, of some 2 kB
-MAX_KEY_CHARACTERS = 512
+MAX_ENDPOINTS, MAX_READERS = 512, 32  # resolved requests of an app; readers of each, which take some 2 kB
+MAX_KEY_CHARACTERS = 512  # of what a request is remembered by
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What is done for a request: ``work`` of its call and its parameters.
+    """A verb of a model: ``work`` answers a call with its validated parameters.
 
-    ``rows`` gives the number of rows that the parameters ask for, of a verb whose requests need no body: one with a
-    body, which may ask for more, is read on a worker thread. ``several`` says that the work has more than one job.
+    ``rows`` is given for a verb whose requests need no body, and returns how many rows the parameters ask for; a body,
+    which may ask for more, is then read on a worker thread. ``several`` says that the work has more than one job.
     """
 
     work: Callable[[Call, Any], Work[Content]]
@@ -52,7 +52,10 @@ class Verb:
 
 
 class ResolvedRequest:
-    """An ASGI application for requests of one method, path and query: the model, the verb and its parameters."""
+    """An ASGI application that answers requests of one method, path and query, which are resolved already.
+
+    Requests that also share their headers and length are read by the same ``RequestReader``, which is remembered.
+    """
 
     def __init__(self, context: AppContext, served: Served, verb: Verb, query: Parameters, route: APIRoute) -> None:
         self.route = route
@@ -66,7 +69,7 @@ class ResolvedRequest:
         content_type, accept = header(scope, b"content-type"), header(scope, b"accept")
         body = await read_body(receive)
         key = content_type, accept, 0 if content_type == PNG else len(body)  # a PNG says itself how large it is
-        job, answer = self._repeated(key, body)
+        job, answer = self._read_again(key, body)
         disconnected = partial(wait_for_disconnect, receive)
         if job is not None:
             del body
@@ -79,19 +82,19 @@ class ResolvedRequest:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    def _repeated(self, key: Hashable, body: bytes) -> tuple[Job | None, Callable[[Any], Content]]:
-        """The job of a request whose headers and length are those of one before, and what makes its answer."""
+    def _read_again(self, key: Hashable, body: bytes) -> tuple[Job | None, Callable[[Any], Content]]:
+        """Read a request with the headers and the length of one before: its job, None if there is none, and answer."""
         reader = self._readers.get(key)
         if reader is None:
             return None, _no_answer
         try:
             rows = reader.read(body)
-        except InvalidInput:  # told in words where the body is read as any other
+        except InvalidInput:  # raised anew, with the row's name, when the body is read as any other
             return None, _no_answer
         return (None if rows is None else Job(reader.key, rows, reader.run)), reader.answer
 
     async def _answer(self, call: Call, key: Hashable, disconnected: Callable[[], Any]) -> Content:
-        """The answer: on the event loop, the jobs together with those of others, if the request is small."""
+        """Answer a call: on the event loop if it is small, its jobs batched with those of others, else on a thread."""
         work, pool = self._verb.work(call, self._query), self._context.pool
         if self._needs_thread or not fits_event_loop(call, self._numbers, self._rows):
             return await pool.run(lambda: finish(work), disconnected)
@@ -104,6 +107,7 @@ class ResolvedRequest:
             raise pool.deadline_error() from error
 
     async def _compute(self, work: Work[Content], key: Hashable, disconnected: Callable[[], Any]) -> Content:
+        """Run the work on the event loop, its jobs in the batcher, and remember its reader."""
         try:
             job = next(work)
             if job.reader is not None:
@@ -116,11 +120,11 @@ class ResolvedRequest:
 
 
 Endpoints = OrderedDict[Hashable, ResolvedRequest]
-"""Requests that were resolved, by method, path and query; those of an app end with its lifespan."""
+"""Resolved requests of an app by method, path and query; its next lifespan begins without any."""
 
 
 class RouteResolver:
-    """Middleware that answers requests like those that were resolved before, by method, path and query."""
+    """Middleware that answers a request by its ResolvedRequest, if one of its method, path and query is remembered."""
 
     def __init__(self, app: ASGIApp, endpoints: Endpoints) -> None:
         self.app, self._endpoints = app, endpoints
@@ -140,7 +144,7 @@ class RouteResolver:
 
 
 class _ResolvedResponse(Response):
-    """What a path function returns: FastAPI calls it in place of writing a response of its own."""
+    """The response of a path function, which FastAPI calls: it hands the request on to a ResolvedRequest."""
 
     def __init__(self, endpoint: ResolvedRequest) -> None:
         super().__init__()
@@ -151,7 +155,7 @@ class _ResolvedResponse(Response):
 
 
 def respond(request: Request, verb: Verb, query: Parameters) -> Response:
-    """The response of a path function: ``query`` is validated, and the model in the request's state."""
+    """Return the response of a path function, whose ``query`` is validated; the model is in the request's state."""
     endpoint = ResolvedRequest(request.app.state.context, request.state.served, verb, query, request.scope["route"])
     if not request.app.dependency_overrides and _depends_on_address_only(endpoint.route):
         _remember(request.app.state.endpoints, _key(request.scope), endpoint, MAX_ENDPOINTS)
@@ -159,7 +163,7 @@ def respond(request: Request, verb: Verb, query: Parameters) -> Response:
 
 
 def _depends_on_address_only(route: APIRoute) -> bool:
-    """True if FastAPI looks at nothing but path and query for the route: nothing else is skipped the next time."""
+    """True if FastAPI reads nothing but path and query for the route, so that remembering it skips nothing."""
     dependant = route.dependant
     if dependant.header_params or dependant.cookie_params or dependant.body_params:
         return False
@@ -167,7 +171,7 @@ def _depends_on_address_only(route: APIRoute) -> bool:
 
 
 async def read_body(receive: Receive) -> bytes:
-    """The whole body, which the middleware limits. Raises starlette's ClientDisconnect."""
+    """Receive the whole body, which the middleware limits. Raises starlette's ClientDisconnect."""
     chunks: list[bytes] = []
     while True:
         message = await receive()
@@ -185,7 +189,7 @@ async def wait_for_disconnect(receive: Receive) -> None:
 
 
 def _remember(remembered: OrderedDict[Hashable, T], key: Hashable, value: T, max_count: int) -> None:
-    """Add to what is remembered, unless the key is long; forget the oldest of more than ``max_count``."""
+    """Add a value to those that are remembered, unless its key is long; forget the oldest of over ``max_count``."""
     if len(str(key)) <= MAX_KEY_CHARACTERS:
         remembered[key] = value
         if len(remembered) > max_count:
@@ -193,11 +197,15 @@ def _remember(remembered: OrderedDict[Hashable, T], key: Hashable, value: T, max
 
 
 def _key(scope: Scope) -> Hashable:
+    """Return what a resolved request is remembered by."""
     return scope["method"], scope.get("root_path", ""), scope["path"], scope["query_string"]
 
 
 def _asks_for_much(served: Served, verb: Verb, query: Parameters, numbers: int) -> bool:
-    """True if the parameters alone ask for much work: whole images, many numbers, or noise for every row."""
+    """True if the parameters alone ask for work that the event loop must not do.
+
+    That is: whole images, many numbers, maps, or random numbers for every row.
+    """
     names = ("samples", "map", "top_latents") if verb.rows is None else ("draw",)
     if served.tiled is not None or any(getattr(query, name, 0) for name in names):
         return True

@@ -1,6 +1,6 @@
-"""Pure ASGI middleware: context of a request, the access log, caps of the body, security headers.
+"""Pure ASGI middleware: request ids, the access log, limits on bodies, security headers.
 
-``BaseHTTPMiddleware`` is not used: it hides the client's disconnection from the routes.
+Starlette's ``BaseHTTPMiddleware`` is not used, since it hides the client's disconnection from the routes.
 """
 
 from __future__ import annotations
@@ -29,16 +29,14 @@ _SECURITY = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-
 _API_HEADERS = (*_SECURITY, (b"content-security-policy", _API_POLICY.encode()))
 _DOCS_HEADERS = (*_SECURITY, (b"content-security-policy", _DOCS_POLICY.encode()))
 _NO_STORE = (b"cache-control", b"no-store")
-ANSWER_HEADERS = (*_API_HEADERS, _NO_STORE)
-"""What every answer of the API carries beside its request id."""
-LINGER_SECONDS = 0.5
-MAX_LENGTH_DIGITS = 18  # of a Content-Length; more are no length of any body
+LINGER_SECONDS = 0.5  # in which the rest of a refused body is received and dropped
+MAX_LENGTH_DIGITS = 18  # of a Content-Length; no body is as long as a number with more of them
 
 
 class RequestContext:
-    """Gives each request an id (the caller's X-Request-ID if it is harmless), logs and counts its answer.
+    """Middleware that gives each request an id, logs and counts its answer, and adds the security headers.
 
-    Outermost of all, so that answers of other middleware are logged as well. Adds the security headers.
+    It is the outermost of ours, so that answers of other middleware are logged as well.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -88,9 +86,10 @@ class RequestContext:
 
 @dataclass
 class BodyBudget:
-    """Bytes of request bodies: ``max_body`` of one, ``max_held`` of all that an app holds, ``held`` of them now.
+    """The bytes of request bodies that an app holds, ``held``, with their limits.
 
-    Answers that their clients do not read count among those that are held (service.server.limits).
+    ``max_body`` limits one body, ``max_held`` all together. Answers that their clients do not read are counted, too
+    (service.server.limits).
     """
 
     max_body: int
@@ -101,8 +100,8 @@ class BodyBudget:
 class BodyLimits:
     """Middleware that limits the bytes of a body, and of all bodies together.
 
-    The declared length only serves to refuse early; what counts is what arrives. Errors are raised from ``receive``,
-    inside the route, and so are answered by the one table of service.api.app.
+    The declared length only serves to refuse early: the bytes that arrive are counted. Errors are raised from
+    ``receive``, inside the route, so that the one table of service.api.app answers them.
     """
 
     def __init__(self, app: ASGIApp, budget: BodyBudget) -> None:
@@ -121,7 +120,7 @@ class BodyLimits:
 
 
 class _Body:
-    """The receive channel of one request."""
+    """The receive channel of one request, which counts the bytes of its body."""
 
     def __init__(self, budget: BodyBudget, scope: Scope, receive: Receive) -> None:
         self.budget = budget
@@ -131,7 +130,7 @@ class _Body:
         self.started = self.complete = False
 
     async def receive(self) -> Message:
-        """The next message of the request. Raises PayloadTooLarge, UnsupportedMediaType, Overloaded."""
+        """Receive the next message of the request. Raises PayloadTooLarge, UnsupportedMediaType, Overloaded."""
         if self.complete:
             return await self.upstream()
         if not self.started:
@@ -143,6 +142,7 @@ class _Body:
         return message
 
     async def _check_headers(self) -> None:
+        """Refuse an encoded body, and one that is declared to be too long."""
         self.started = True
         if header(self.scope, b"content-encoding").strip().lower() not in ("", "identity"):
             await self._refuse(UnsupportedMediaType("a Content-Encoding is not read: send the body uncompressed"))
@@ -151,6 +151,7 @@ class _Body:
             await self._refuse(self._too_large())
 
     async def _account(self, size: int) -> None:
+        """Count so many bytes more; refuse the body if it, or all bodies together, are too long."""
         budget = self.budget
         self.size += size
         budget.held += size
@@ -163,9 +164,9 @@ class _Body:
         return PayloadTooLarge(f"the body is larger than {self.budget.max_body} bytes (setting max_body_bytes)")
 
     async def _refuse(self, error: Exception) -> None:
-        """Drop what the client is still sending, for a moment, then raise the error.
+        """Drop what the client is still sending, for LINGER_SECONDS at most, then raise the error.
 
-        A connection closed on unread bytes is reset, and the client would never read the answer.
+        A connection that is closed on unread bytes is reset, and the client would never read the answer.
         """
         try:
             async with asyncio.timeout(LINGER_SECONDS):
@@ -179,18 +180,18 @@ class _Body:
 
 
 def route_template(scope: Scope) -> str:
-    """Path template of the matched route; "unmatched" otherwise, so that labels cannot be made up by callers."""
+    """Return the path template of the matched route, else "unmatched": callers must not make up labels of metrics."""
     return getattr(scope.get("route"), "path", "unmatched")
 
 
 def request_id_of(scope: Scope) -> str:
-    """The caller's X-Request-ID if it is harmless, else a new id of 32 hexadecimal digits."""
+    """Return the caller's X-Request-ID if it is harmless, else a new id of 32 hexadecimal digits."""
     given = header(scope, b"x-request-id")
     return given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _add_headers(start: Message, request_id: str, path: str) -> None:
-    """To those of the answer, which sets none of these itself but for a cache-control."""
+    """Add the request id and the security headers to an answer, which may have set a Cache-Control itself."""
     headers = list(start.get("headers", ()))
     headers.append((b"x-request-id", request_id.encode()))
     headers.extend(_DOCS_HEADERS if path.startswith("/docs") else _API_HEADERS)

@@ -1,14 +1,15 @@
 """Running a graph so that a row's answer does not depend on the rows beside it, bitwise.
 
 ONNX Runtime does not promise that by itself. Measured with 1.31 on x86: the kernels of some operators (TWO_PATHS below;
-float64 Exp and Tanh) take a vectorised path and a scalar one, and the two differ in the last bit for up to 60% of
-values. Scalar are the last elements of a tensor, beyond a multiple of the vector, and those where threads share out
-the work. A Gemm may have a kernel of its own for a single row, and a sum starts differently on an odd address.
+float64 Exp and Tanh) have a vectorised path and a scalar one, and the two differ in the last bit for up to 60% of
+values. The scalar path takes the last elements of a tensor, beyond a multiple of the vector's length, and those where
+threads divide the work. A Gemm may have a kernel of its own for a single row, and a sum starts differently on an odd
+address.
 
 So a graph runs at a few batch sizes only. Where it holds an operator of two paths these are multiples of 4 rows, a
-vector's length, on one thread: there is then no scalar path. And every size is first tried on random rows: it is used
-when every row at every place comes out bitwise as it does alone. A graph that does not pass is served a row at a time,
-slower and still right.
+vector's length, on one thread: the scalar path is then never taken. And every size is first tried on random rows: it is
+used if every row at every position comes out bitwise as it does alone. A graph that passes at no size is served a row
+at a time, slower and still right.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ TWO_PATHS = frozenset(
 )
 VECTOR = 4  # float32 numbers that ONNX Runtime's general kernels take at once (SSE, NEON); 2 of float64
 SIZES = (1, 2, 4, 8, 16, 32)
-DEVICE_SIZES = (*SIZES, 64, 128)  # a device has more to do at once; how far this pays was never measured
-# Trials a size: each puts other rows at every place. Large rows bring more places to one, cost more, and take fewer.
+DEVICE_SIZES = (*SIZES, 64, 128)  # a device computes more at once; how far this pays was never measured
+# Trials of a size: each puts other rows at every position. Large rows have more numbers in one trial, and need fewer.
 MAX_TRIALS, MIN_TRIALS, TRIAL_ELEMENTS = 24, 6, 2**16
-RUN = 2  # rows that take about as long as what every run takes besides; small networks more, large ones less
-HOP = 0.0005  # seconds that another thread costs: it wakes, and the weights are read into its caches, too
+RUN_ROWS = 2  # rows that cost as much as the overhead of a run; more for small networks, fewer for large ones
+THREAD_SECONDS = 0.0005  # that another thread costs: it wakes, and the weights are read into its caches, too
 NEWEST = 0.3  # weight of the newest measurement of a row's cost
 MAX_THREADS = 16
-AT_ONCE = 2  # batches of the largest size whose rows all threads of a run hold together: memory that stays
+MAX_BATCHES = 2  # of the largest size, in rows that all threads of a run hold together: memory that stays taken
 MAX_ELEMENTS = 2**21  # of one input or output at one run: bounds memory, and time at start, for large images
 
-KEPT_SAME, KEPT_BYTES = 16, 2**20  # arrays of ``same`` that a runner keeps spread over rows, and bytes of one
+MAX_KEPT, MAX_KEPT_BYTES = 16, 2**20  # arrays of ``same`` that a runner keeps repeated for all rows; bytes of one
 
 Arrays = dict[str, np.ndarray]
 NOTHING: Mapping[str, np.ndarray] = {}
 
 
 class Batch(NamedTuple):
-    """Rows ``start`` to ``end``, run as ``size`` rows."""
+    """The rows from ``start`` up to ``end``, which are padded to ``size`` rows for a run."""
 
     start: int
     end: int
@@ -59,13 +60,14 @@ class Batch(NamedTuple):
 
 
 class BatchInvariantRunner:
-    """Runs a session on any number of rows, all inputs and outputs having the rows as their first axis.
+    """Runs a session on any number of rows, which are the first axis of all inputs and outputs.
 
-    Arguments: ``session``; ``trial_rows`` gives that many typical rows, all different, for the trials (called on first
-    use); ``sizes`` the batch sizes to try, (1,) for one row at a time without a trial, by default those of ``memory``;
-    ``vectors`` whether the graph has operators of two paths, and so wants batches of whole vectors; ``threads`` those
-    that many rows are divided over where the session has one thread itself, None for the caller's alone; ``memory``
-    the device that inputs and outputs are bound to (service.inference.device_binding), None for plain runs.
+    Args:
+        trial_rows: returns so many typical rows, all different, for the trials; it is called on first use.
+        sizes: batch sizes to try, by default those for ``memory``; (1,) is one row at a time, without a trial.
+        vectors: whether the graph has operators of two paths, and so needs batches of whole vectors.
+        threads: those that many rows are divided over if the session itself has one thread; None: the caller's alone.
+        memory: the device that inputs and outputs are bound to (service.inference.device_binding); None: plain runs.
     """
 
     def __init__(
@@ -86,14 +88,14 @@ class BatchInvariantRunner:
         self._vectors = vectors
         divides = memory is None and session.get_session_options().intra_op_num_threads == 1
         self._threads = threads if threads is not None and divides else RowThreads(1)
-        self._seconds = 0.0  # a row takes of one CPU; what each run takes besides are RUN rows
+        self._seconds_per_row = 0.0  # of one CPU, in which a run counts RUN_ROWS rows more than it has
         self._sizes: tuple[int, ...] | None = (1,) if self._candidates == (1,) else None
         self._same: OrderedDict[tuple[str, int, int], tuple[np.ndarray, Value]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Batch sizes in use, ascending; they are found by trial on first use."""
+        """Batch sizes in use, ascending; trials choose them on first use."""
         if self._sizes is not None:
             return self._sizes
         with self._lock:
@@ -104,10 +106,13 @@ class BatchInvariantRunner:
     def run(
         self, feeds: Arrays, same: Mapping[str, np.ndarray] = NOTHING, outputs: Sequence[str] | None = None
     ) -> Arrays:
-        """Outputs for ``feeds`` (float32, equal first axes of length at least 1) and what is the ``same`` for all rows.
+        """Run the graph on the rows of ``feeds``, and return its outputs by name.
 
-        An array of ``same`` has no axis of rows; it may be kept, and must not be written to afterwards. ``outputs``:
-        those that are wanted, all by default.
+        Args:
+            feeds: inputs by name, float32 with equal first axes of length at least 1.
+            same: inputs that are the same for all rows, by name, without an axis of rows. They may be kept, and must
+                not be written to afterwards.
+            outputs: names of the outputs to return, all by default.
         """
         names = self._outputs if outputs is None else list(outputs)
         count = len(next(iter(feeds.values())))
@@ -122,9 +127,9 @@ class BatchInvariantRunner:
     def _run_many(
         self, count: int, feeds: Arrays, same: Mapping[str, np.ndarray], names: Sequence[str]
     ) -> list[list[np.ndarray]]:
-        """Outputs of each batch. The first batch ever comes before all others: it tells what rows cost."""
+        """Return the outputs of each batch. The first batch ever runs before all others: it measures what rows cost."""
         first = batch_sizes(self.sizes, count)[0]
-        if self._seconds or first >= count:
+        if self._seconds_per_row or first >= count:
             return self._run_batches(count, feeds, same, names)
         head, rest = ({name: value[at] for name, value in feeds.items()} for at in (slice(first), slice(first, None)))
         return self._run_batches(first, head, same, names) + self._run_batches(count - first, rest, same, names)
@@ -132,7 +137,7 @@ class BatchInvariantRunner:
     def _run_batches(
         self, count: int, feeds: Arrays, same: Mapping[str, np.ndarray], names: Sequence[str]
     ) -> list[list[np.ndarray]]:
-        """As ``_run_many``, by this thread and those that help."""
+        """Return the outputs of each batch, which are divided over as many threads as is expected to be fastest."""
         threads = self._threads_for(count)
         batches, began = batches_of(self.sizes, count, threads), time.perf_counter()
         if len(batches) == 1:
@@ -147,18 +152,20 @@ class BatchInvariantRunner:
         return outputs
 
     def _threads_for(self, count: int) -> int:
-        """How many threads so many rows are best divided over."""
-        if self._seconds * (count - 1) <= HOP:
+        """Return how many threads ``count`` rows are best divided over."""
+        if self._seconds_per_row * (count - 1) <= THREAD_SECONDS:
             return 1
-        most = min(count, self._threads.count, MAX_THREADS)
-        return min(range(1, most + 1), key=lambda threads: self._expected(count, threads))
+        max_threads = min(count, self._threads.count, MAX_THREADS)
+        return min(range(1, max_threads + 1), key=lambda threads: self._expected_seconds(count, threads))
 
-    def _expected(self, count: int, threads: int) -> float:
-        """Seconds that so many rows take so many threads."""
-        return self._seconds * _cost(batches_of(self.sizes, count, threads)) / threads + HOP * (threads - 1)
+    def _expected_seconds(self, count: int, threads: int) -> float:
+        """Return how long ``count`` rows are expected to take on ``threads`` threads."""
+        cost = _cost(batches_of(self.sizes, count, threads))
+        return self._seconds_per_row * cost / threads + THREAD_SECONDS * (threads - 1)
 
     def _learn(self, seconds: float) -> None:
-        self._seconds += (NEWEST if self._seconds else 1.0) * (seconds - self._seconds)
+        """Average the newest measurement of the seconds per row with those before."""
+        self._seconds_per_row += (NEWEST if self._seconds_per_row else 1.0) * (seconds - self._seconds_per_row)
 
     def _run_at(
         self,
@@ -167,32 +174,32 @@ class BatchInvariantRunner:
         same: Mapping[str, np.ndarray] = NOTHING,
         names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
-        """Outputs for at most ``size`` rows, which the session sees as exactly so many."""
+        """Return the outputs for at most ``size`` rows, which are padded to exactly ``size`` for the session."""
         count = len(next(iter(feeds.values())))
-        whole: dict[str, Value] = {name: _padded(value, size) for name, value in feeds.items()}
+        padded: dict[str, Value] = {name: _padded(value, size) for name, value in feeds.items()}
         for name, value in same.items():
-            whole[name] = self._spread(name, value, size)
-        outputs: list[np.ndarray] = self._run_session(names or self._outputs, whole)
+            padded[name] = self._repeated(name, value, size)
+        outputs: list[np.ndarray] = self._run_session(names or self._outputs, padded)
         return outputs if count == size else [output[:count] for output in outputs]
 
-    def _spread(self, name: str, value: np.ndarray, size: int) -> Value:
-        """``value`` in each of so many rows; small ones are kept there where graphs read, by the array they are of."""
+    def _repeated(self, name: str, value: np.ndarray, size: int) -> Value:
+        """Repeat ``value`` in ``size`` rows; small ones are kept, in the memory that graphs read, by their array."""
         key = (name, size, id(value))
         kept = self._same.get(key)
         if kept is not None and kept[0] is value:
             return kept[1]
         rows = _padded(value[None], size)
-        if rows.nbytes > KEPT_BYTES:
+        if rows.nbytes > MAX_KEPT_BYTES:
             return rows
-        placed = self._keep(rows)
+        repeated = self._keep(rows)
         with self._lock:
-            self._same[key] = value, placed
-            while len(self._same) > KEPT_SAME:
+            self._same[key] = value, repeated
+            while len(self._same) > MAX_KEPT:
                 self._same.popitem(last=False)
-        return placed
+        return repeated
 
     def _find_sizes(self) -> tuple[int, ...]:
-        """The candidates that agree with the smallest size that lets the largest candidate agree."""
+        """Return the candidates that agree with the smallest size with which the largest candidate agrees."""
         rows = self._trial_rows(max(self._candidates))
         best: tuple[int, ...] = (1,)
         for smallest in self._smallest(rows):
@@ -209,21 +216,21 @@ class BatchInvariantRunner:
         return best
 
     def _smallest(self, rows: Arrays) -> tuple[int, ...]:
-        """Sizes that a single row may be padded to, to try in this order.
+        """Return the sizes that a single row may be padded to, in the order in which they are tried.
 
-        A tensor of one number goes other ways yet (Pow), hence the second reason for whole vectors.
+        Whole vectors are needed for operators of two paths, and for rows of one number, for which Pow has a third path.
         """
         whole = self._vectors or any(value[0].size == 1 for value in rows.values())
         return (VECTOR,) if whole else (1, 2, VECTOR)
 
     def _alone(self, size: int, rows: Arrays) -> list[np.ndarray]:
-        """Every row run by itself, at the head of a batch of ``size`` padded with copies of it."""
+        """Run every row by itself, padded with copies of it to ``size`` rows; return all rows of each output."""
         total = len(next(iter(rows.values())))
         runs = [self._run_at(size, {name: value[i : i + 1] for name, value in rows.items()}) for i in range(total)]
         return [np.concatenate([run[output] for run in runs]) for output in range(len(self._outputs))]
 
     def _agrees(self, size: int, rows: Arrays, alone: list[np.ndarray]) -> bool:
-        """Whether rows in batches of ``size``, differently shuffled in each trial, come out as they do alone."""
+        """True if rows in batches of ``size``, shuffled differently in each trial, come out as they do ``alone``."""
         random = np.random.RandomState(size)
         trials = min(MAX_TRIALS, max(MIN_TRIALS, TRIAL_ELEMENTS // _elements((*rows.values(), *alone))))
         batch = {name: aligned_empty((size, *value.shape[1:]), value.dtype) for name, value in rows.items()}
@@ -239,12 +246,12 @@ class BatchInvariantRunner:
 
 
 def sizes_in(memory: str | None) -> tuple[int, ...]:
-    """Batch sizes to try where a graph computes in that memory, None for the host's."""
+    """Return the batch sizes to try for a graph that computes in that device's memory; None is the host's."""
     return SIZES if memory is None else DEVICE_SIZES
 
 
 def random_rows(shapes: dict[str, tuple[int, ...]], uniform: frozenset[str] = frozenset()) -> Callable[[int], Arrays]:
-    """Trial rows of random float32 numbers: in [0, 1) for the inputs named in ``uniform``, else standard normal."""
+    """Return a function that draws so many trial rows, float32: in [0, 1) for inputs in ``uniform``, else N(0, 1)."""
 
     def rows(count: int) -> Arrays:
         random = np.random.RandomState(0)
@@ -255,9 +262,9 @@ def random_rows(shapes: dict[str, tuple[int, ...]], uniform: frozenset[str] = fr
 
 
 def batch_sizes(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    """Which of the ``sizes``, ascending, so many rows run in, the last one filled up: what costs least.
+    """Return the cheapest batch sizes, of the ascending ``sizes``, for so many rows; the last batch may be padded.
 
-    A run is taken to cost as much as its rows, those that fill it up too, and RUN more.
+    A run is taken to cost as much as its rows, those that pad it too, and RUN_ROWS more.
     """
     whole = (rows - 1) // sizes[-1]
     last = _sizes_of_few(sizes, rows - whole * sizes[-1])
@@ -266,38 +273,39 @@ def batch_sizes(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def batches_of(sizes: tuple[int, ...], rows: int, threads: int) -> tuple[Batch, ...]:
-    """So many rows in equal shares for so many threads, each in batches of the ``sizes``, small ones for many threads.
+    """Divide so many rows into equal shares for the threads, and each share into batches of the ``sizes``.
 
-    So all of them together hold no more rows than two batches of the largest size, or one each of the smallest.
+    Many threads have small batches, so that all together hold no more rows at once than MAX_BATCHES batches of the
+    largest size, or one batch each of the smallest.
     """
-    most = max(sizes[0], AT_ONCE * sizes[-1] // threads)
-    small = tuple(size for size in sizes if size <= most)
-    found = []
+    max_size = max(sizes[0], MAX_BATCHES * sizes[-1] // threads)
+    small = tuple(size for size in sizes if size <= max_size)
+    batches = []
     for start, end in pairwise([rows * share // threads for share in range(threads + 1)]):
         for size in batch_sizes(small, end - start):
-            found.append(Batch(start, min(start + size, end), size))
+            batches.append(Batch(start, min(start + size, end), size))
             start += size
-    return tuple(found)
+    return tuple(batches)
 
 
 def _cost(batches: Iterable[Batch]) -> int:
-    """In rows."""
-    return sum(batch.size + RUN for batch in batches)
+    """Return what the batches cost, in rows."""
+    return sum(batch.size + RUN_ROWS for batch in batches)
 
 
 @lru_cache(maxsize=1024)
 def _sizes_of_few(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    """As ``batch_sizes``, of no more rows than the largest size."""
-    filled = (next(size for size in sizes if size >= rows),)
+    """Return what ``batch_sizes`` returns, for no more rows than the largest size."""
+    padded = (next(size for size in sizes if size >= rows),)
     fitting = [size for size in sizes if size < rows]
     if not fitting:
-        return filled
+        return padded
     split = (fitting[-1], *_sizes_of_few(sizes, rows - fitting[-1]))
-    return min(filled, split, key=lambda plan: sum(plan) + RUN * len(plan))
+    return min(padded, split, key=lambda plan: sum(plan) + RUN_ROWS * len(plan))
 
 
 def _padded(value: np.ndarray, size: int) -> np.ndarray:
-    """``value`` in an aligned array, padded with its last row; itself where nothing is to be done."""
+    """Copy ``value`` into an aligned array of ``size`` rows, padded with its last row; itself if it is one already."""
     count = len(value)
     if count == size and is_aligned(value):
         return value
@@ -313,12 +321,12 @@ def _itself(value: np.ndarray) -> np.ndarray:
 
 
 def _elements(values: Iterable[np.ndarray]) -> int:
-    """Numbers in the largest row among several arrays of rows."""
+    """Return how many numbers the largest row among several arrays of rows has."""
     return max(value[0].size for value in values)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:
-    """One after the other, aligned: the next graph's batches then need not be copied."""
+    """Join arrays of rows into one that is aligned, so that the next graph's batches need not be copied."""
     if len(parts) == 1:
         return parts[0]
     joined = aligned_empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)

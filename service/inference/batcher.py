@@ -1,9 +1,9 @@
-"""The batcher: jobs that wait at the same time are computed in one batch, and none waits while nothing runs.
+"""The batcher: jobs that wait at the same time are computed in one batch, and no job waits while nothing runs.
 
 The first job of a key is started as soon as the event loop has read what has arrived with it; jobs that arrive while
-it runs make up the next batch. Where such wait when a batch lands, they wait a little longer, by a small share of what
-that batch took: its callers have their answers, and many ask again at once. Without that two halves of the callers
-take turns for ever, in batches of half the size.
+it runs make up the next batch. Where jobs wait when a batch ends, they wait a little longer, by a small share of the
+batch's time: its callers have their answers now, and many ask again at once. Without that pause two halves of the
+callers would take turns for ever, in batches of half the size.
 
 A batch that is known to be short runs on the event loop itself, since a hop to a thread and back costs more; any other
 runs on the pool. A row's result is bitwise that of the row alone (service.inference.batch_invariance), so that no
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service.errors import Overloaded, VaeserveError, forget_frames
-from service.inference.jobs import Job, parts_of
+from service.inference.jobs import Job, split_result
 from service.inference.thread_pool import WaitForDisconnect, WorkerPool
 
 MAX_ROWS = 32  # in a batch of several jobs: the largest run of service.inference.batch_invariance
@@ -32,7 +32,7 @@ MIN_SHORT_ROWS = 4  # rows that must be short together: what runs on the event l
 INLINE_SECONDS = 0.003  # that a batch may take on the event loop, where every other connection waits for it
 PAUSE = 1 / 8  # share of a batch's time for which the next one waits for its callers, who may ask again
 BATCH_SECONDS = 0.1  # that a batch may take on the pool: nobody waits much longer for others' rows than for its own
-KNOWN_COSTS = 512
+MAX_COSTS = 512  # keys whose seconds per row are remembered
 # Weights of the newest measurement of a cost: a batch that took longer may have waited for the interpreter.
 NEWEST_IF_FASTER, NEWEST_IF_SLOWER = 0.3, 0.05
 
@@ -60,7 +60,7 @@ class Ticket:
 
 
 class Queue(NamedTuple):
-    """What jobs must share to be computed together: the key, the dtype of their rows, and whether they are short."""
+    """What jobs must have in common to be computed together; ``short`` jobs are computed on the event loop."""
 
     key: Hashable
     dtype: str
@@ -68,28 +68,28 @@ class Queue(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """A wait until ``enough`` rows are in a queue, or until the timer ``end``."""
+    """A wait until a queue holds ``enough_rows`` rows, or until ``timer`` ends it."""
 
-    enough: float
-    end: asyncio.TimerHandle
+    enough_rows: float
+    timer: asyncio.TimerHandle
 
 
 class Computed(NamedTuple):
-    """The outcome of a batch: each ticket's result, or the exception that is its result, its rows and its seconds."""
+    """The outcome of a batch of ``rows`` rows; a result is that of one ticket, or the exception that it is to raise."""
 
     results: list[Any]
     rows: int
     seconds: float
 
 
-FAILED = 0, 0.0  # rows and seconds of a batch that tells nothing of the cost of rows
+FAILED = 0, 0.0  # rows and seconds of a batch that failed: it tells nothing of the cost of rows
 
 
 class Batcher:
-    """Runs jobs for the requests of one event loop; only that loop may call it.
+    """Runs jobs for the requests of one event loop, which alone may call it.
 
-    At most ``max_concurrent_batches`` of a key run at once on the pool: as many as find a CPU, since more would only be
-    smaller. ``observe`` is called with the rows of every batch.
+    At most ``max_concurrent_batches`` of a key run at once on the pool: as many as there are CPUs for, since more would
+    only be smaller. ``observe`` is called with the number of rows of every batch.
     """
 
     def __init__(
@@ -100,12 +100,13 @@ class Batcher:
         self._waiting: dict[Queue, deque[Ticket]] = {}
         self._under_way: Counter[Queue] = Counter()
         self._pauses: dict[Queue, Pause] = {}
-        self._seconds: OrderedDict[Hashable, float] = OrderedDict()  # a row, by key
+        self._row_seconds: OrderedDict[Hashable, float] = OrderedDict()  # by key
 
     async def run(self, job: Job, disconnected: WaitForDisconnect) -> Any:
-        """The job's result. ``disconnected()`` returns when the client has closed its connection.
+        """Compute a job, with others of its key, and return its result.
 
-        A job that will be computed on the event loop has no deadline: it is done before one could be noticed.
+        ``disconnected()`` returns when the client has closed its connection. A job that is computed on the event loop
+        has no deadline: it is done before one could be noticed.
 
         Raises:
             Overloaded, DeadlineExceeded, ClientDisconnected: as WorkerPool.run does; and what the job itself raises.
@@ -118,33 +119,35 @@ class Batcher:
 
     def is_short(self, key: Hashable, rows: int) -> bool:
         """True if a batch of ``rows`` rows of that key is known to be short enough for the event loop."""
-        return self._seconds_of(key) * max(rows, MIN_SHORT_ROWS) <= INLINE_SECONDS
+        return self._seconds_per_row(key) * max(rows, MIN_SHORT_ROWS) <= INLINE_SECONDS
 
     def _enqueue(self, queue: Queue, ticket: Ticket) -> None:
+        """Add a ticket to its queue; start a batch if it is the first one there, or ends a pause."""
         waiting = self._waiting.setdefault(queue, deque())
         waiting.append(ticket)
         pause = self._pauses.get(queue)
-        if len(waiting) == 1 or (pause is not None and _rows(waiting) >= pause.enough):
-            self._go_on(queue)
+        if len(waiting) == 1 or (pause is not None and _count_rows(waiting) >= pause.enough_rows):
+            self._schedule(queue)
 
-    def _go_on(self, queue: Queue) -> None:
-        """Start the next batch once the event loop has read what else has arrived."""
+    def _schedule(self, queue: Queue) -> None:
+        """Have the next batch started once the event loop has read what else has arrived."""
         pause = self._pauses.pop(queue, None)
         if pause is not None:
-            pause.end.cancel()
+            pause.timer.cancel()
         if self._waiting.get(queue) and self._under_way[queue] < self._max_concurrent:
             loop = asyncio.get_running_loop()
             loop.call_soon(loop.call_soon, self._start, queue)  # requests that are read by now enqueue their jobs first
 
     def _start(self, queue: Queue) -> None:
+        """Compute the next batch of a queue: here if it is short, else on the pool."""
         if self._under_way[queue] >= self._max_concurrent:
             return
-        tickets = self._next(queue)
+        tickets = self._take(queue)
         if not tickets:
             return
         if queue.short:
             self._settle(tickets, _compute(tickets))
-            self._go_on(queue)
+            self._schedule(queue)
             return
         try:
             future = asyncio.wrap_future(self._pool.start(lambda: _compute(tickets)))
@@ -152,15 +155,15 @@ class Batcher:
             self._settle(tickets, Computed([error] * len(tickets), *FAILED))
             return
         self._under_way[queue] += 1
-        future.add_done_callback(lambda done: self._landed(queue, tickets, done))
-        self._go_on(queue)
+        future.add_done_callback(lambda done: self._end_batch(queue, tickets, done))
+        self._schedule(queue)
 
-    def _next(self, queue: Queue) -> list[Ticket]:
-        """Waiting tickets for one batch, those left out whose callers have gone."""
-        most = self._most_rows(queue)
+    def _take(self, queue: Queue) -> list[Ticket]:
+        """Take the tickets of the next batch out of a queue, and drop those that are abandoned."""
+        max_rows = self._max_rows(queue)
         chosen: list[Ticket] = []
         waiting, rows = self._waiting.get(queue, deque()), 0
-        while waiting and (not chosen or rows + len(waiting[0].job.rows) <= most):
+        while waiting and (not chosen or rows + len(waiting[0].job.rows) <= max_rows):
             ticket = waiting.popleft()
             if ticket.abandoned:
                 self._pool.release()
@@ -171,32 +174,33 @@ class Batcher:
             self._waiting.pop(queue, None)
         return chosen
 
-    def _most_rows(self, queue: Queue) -> float:
-        """In a batch of several jobs."""
+    def _max_rows(self, queue: Queue) -> float:
+        """Return how many rows a batch of several jobs may have; one job alone may have more."""
         allowed = INLINE_SECONDS if queue.short else BATCH_SECONDS
-        return min(MAX_ROWS, allowed / max(self._seconds_of(queue.key), 1e-9))
+        return min(MAX_ROWS, allowed / max(self._seconds_per_row(queue.key), 1e-9))
 
-    def _landed(self, queue: Queue, tickets: list[Ticket], done: asyncio.Future[Computed]) -> None:
+    def _end_batch(self, queue: Queue, tickets: list[Ticket], done: asyncio.Future[Computed]) -> None:
+        """Settle the tickets of a batch that the pool has computed; start the next one, at once or after a pause."""
         self._under_way[queue] -= 1
         if not self._under_way[queue]:
             del self._under_way[queue]
         stopping = Computed([Overloaded("the service is stopping")] * len(tickets), *FAILED)
         computed = stopping if done.cancelled() else done.result()
         self._settle(tickets, computed)
-        waiting, most = _rows(self._waiting.get(queue, ())), self._most_rows(queue)
-        if 0 < waiting < most:
-            self._pause(queue, min(waiting + computed.rows, most), computed.seconds * PAUSE)
+        waiting_rows, max_rows = _count_rows(self._waiting.get(queue, ())), self._max_rows(queue)
+        if 0 < waiting_rows < max_rows:
+            self._pause(queue, min(waiting_rows + computed.rows, max_rows), computed.seconds * PAUSE)
         else:
-            self._go_on(queue)
+            self._schedule(queue)
 
-    def _pause(self, queue: Queue, enough: float, seconds: float) -> None:
-        """Go on when so many rows wait, or after that time."""
+    def _pause(self, queue: Queue, enough_rows: float, seconds: float) -> None:
+        """Have the next batch started when ``enough_rows`` rows wait, or after ``seconds``."""
         if queue not in self._pauses:
-            end = asyncio.get_running_loop().call_later(seconds, self._go_on, queue)
-            self._pauses[queue] = Pause(enough, end)
+            timer = asyncio.get_running_loop().call_later(seconds, self._schedule, queue)
+            self._pauses[queue] = Pause(enough_rows, timer)
 
     def _settle(self, tickets: list[Ticket], computed: Computed) -> None:
-        """Hand each ticket its result, or raise it where it is awaited, and give back the slots."""
+        """Give each ticket its result and each slot back to the pool; learn from the batch what rows cost."""
         self._pool.release(len(tickets))
         key = tickets[0].job.key
         for ticket, result in zip(tickets, computed.results, strict=True):
@@ -205,20 +209,21 @@ class Batcher:
             self._learn(key, computed.seconds / computed.rows)
             self._observe(computed.rows)
 
-    def _seconds_of(self, key: Hashable) -> float:
-        """Measured seconds per row; inf before the first measurement."""
-        return self._seconds.get(key, math.inf)
+    def _seconds_per_row(self, key: Hashable) -> float:
+        """Return the measured seconds per row of that key; inf before the first measurement."""
+        return self._row_seconds.get(key, math.inf)
 
     def _learn(self, key: Hashable, seconds: float) -> None:
-        known = self._seconds.get(key, seconds)
-        weight = NEWEST_IF_FASTER if seconds < known else NEWEST_IF_SLOWER
-        self._seconds[key] = known + weight * (seconds - known)
-        self._seconds.move_to_end(key)
-        while len(self._seconds) > KNOWN_COSTS:
-            self._seconds.popitem(last=False)
+        """Average the newest measurement of a key's seconds per row with those before."""
+        average = self._row_seconds.get(key, seconds)
+        weight = NEWEST_IF_FASTER if seconds < average else NEWEST_IF_SLOWER
+        self._row_seconds[key] = average + weight * (seconds - average)
+        self._row_seconds.move_to_end(key)
+        while len(self._row_seconds) > MAX_COSTS:
+            self._row_seconds.popitem(last=False)
 
 
-def _rows(tickets: Iterable[Ticket]) -> int:
+def _count_rows(tickets: Iterable[Ticket]) -> int:
     return sum(len(ticket.job.rows) for ticket in tickets)
 
 
@@ -230,11 +235,11 @@ def _compute(tickets: list[Ticket]) -> Computed:
         result = job.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
         seconds = time.perf_counter() - started
         ends = list(accumulate(map(len, rows)))
-        parts = [result] if len(rows) == 1 else parts_of(result, list(map(slice, [0, *ends], ends)))
+        parts = [result] if len(rows) == 1 else split_result(result, list(map(slice, [0, *ends], ends)))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is for the callers
         if isinstance(error, VaeserveError):
             forget_frames(error)
-        # Of several one may be at fault, and its text may name a row: each alone.
+        # One of several jobs may be at fault, and the error's text may name a row: so each is computed alone.
         alone = [error] if len(tickets) == 1 else [_compute([ticket]).results[0] for ticket in tickets]
         return Computed(alone, *FAILED)
     return Computed(parts, ends[-1], seconds)

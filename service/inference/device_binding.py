@@ -1,8 +1,8 @@
-"""Runs with inputs and outputs in a device's memory: ONNX Runtime's IOBinding.
+"""Runs of a session with inputs and outputs in a device's memory, by ONNX Runtime's IOBinding.
 
-``InferenceSession.run`` copies every input to the device and every output back. With a binding an array that is kept
-crosses once, and an output stays on the device until it is fetched. The device is a parameter: bound to "cpu" the same
-code computes what ``run`` computes, bitwise, and so it is tested. It never ran on "cuda" (docs/gpu.md).
+``InferenceSession.run`` copies every input to the device and every output back. With a binding an array that is kept is
+copied once, and an output stays on the device until it is fetched. The device is a parameter: bound to "cpu" the same
+code computes what ``run`` computes, bitwise, which the tests check. It never ran on "cuda" (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Value: TypeAlias = np.ndarray | ort.OrtValue
 
 
 class BoundSession:
-    """A session with inputs and outputs in ``memory`` ("cuda": the first device's). Safe to call from several threads.
+    """A session with inputs and outputs in ``memory``; "cuda" is the first device. Several threads may call it.
 
     >>> bound = BoundSession(session, "cuda")  # doctest: +SKIP
     >>> noise = bound.keep(noise)  # doctest: +SKIP
@@ -28,14 +28,14 @@ class BoundSession:
         self._session, self._memory = session, memory
 
     def keep(self, value: np.ndarray) -> ort.OrtValue:
-        """Place an array in the device's memory, as an input for any number of runs.
+        """Put an array into the device's memory, as an input for any number of runs.
 
-        The array must not be written to afterwards: on "cpu" it is not copied.
+        The array must not be written to afterwards, since on "cpu" it is not copied.
         """
         return ort.OrtValue.ortvalue_from_numpy(value, self._memory)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Value]) -> list[np.ndarray]:
-        """Run the session: the outputs of these names as new arrays on the host, as ``InferenceSession.run`` gives."""
+        """Run the session and return the outputs of these names as new arrays on the host."""
         binding = self._session.io_binding()  # one a run: several threads may run the session at the same time
         for name, value in feeds.items():
             if isinstance(value, ort.OrtValue):

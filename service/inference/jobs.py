@@ -1,4 +1,4 @@
-"""Jobs: what a request has computed, apart from how it is read and answered, so that requests share a batch."""
+"""Jobs: the computation of a request, apart from how it is read and answered, so that several share a batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class RequestReader(NamedTuple):
-    """How a request is read whose address, query, Content-Type, Accept and length are those of one before.
+    """Reads a request whose address, query, Content-Type, Accept and length are those of one before.
 
-    ``read`` gives its rows, or None where such a body must be looked at as any other; ``answer`` makes the answer's
-    body and media type of the job's result. ``key`` and ``run`` are the job's.
+    ``read`` returns its rows, or None if this body must be read as any other; ``answer`` makes the answer's body and
+    media type from the job's result. ``key`` and ``run`` are those of the job.
     """
 
     key: Hashable
@@ -25,10 +25,11 @@ class RequestReader(NamedTuple):
 
 
 class Job(NamedTuple):
-    """``run`` of ``rows`` [N,…], N ≥ 1, where a row's results are bitwise the same whatever rows are beside it.
+    """A computation: ``run`` is to be called with ``rows`` [N,…], N ≥ 1.
 
-    Rows of jobs of one ``key`` may be computed in one run; results are arrays along the rows, and tuples and
-    dictionaries of these. ``reader`` reads requests that differ from this one in their rows alone, if there is one.
+    Rows of jobs of one ``key`` may be computed in one run, since a row's results are bitwise the same whatever rows are
+    beside it. Results are arrays along the rows, and tuples and dictionaries of these. ``reader``, if there is one,
+    reads requests that differ from this one in their rows alone.
     """
 
     key: Hashable
@@ -42,7 +43,7 @@ Work = Generator[Job, Any, T]
 
 
 def finish(work: Work[T]) -> T:
-    """Run the work to its answer, each job alone and on this thread."""
+    """Run the work to its answer, each job by itself and on the calling thread."""
     try:
         job = next(work)
         while True:
@@ -52,19 +53,19 @@ def finish(work: Work[T]) -> T:
         return answer
 
 
-def parts_of(result: Any, at: Sequence[slice]) -> list[Any]:
-    """Cut a job's result into the rows of each slice of ``at``; what is no array (a number, None) goes to each part."""
+def split_result(result: Any, slices: Sequence[slice]) -> list[Any]:
+    """Split a job's result into the rows of each slice; what is no array (a number, None) goes to each part."""
     if isinstance(result, np.ndarray):
-        return [result[rows] for rows in at]
+        return [result[rows] for rows in slices]
     if isinstance(result, dict):
-        return [dict(zip(result, part, strict=True)) for part in _zipped(result.values(), at)]
+        return [dict(zip(result, part, strict=True)) for part in _split_each(result.values(), slices)]
     if isinstance(result, tuple):
         make = getattr(result, "_make", tuple)
-        return [make(part) for part in _zipped(result, at)]
-    return [result] * len(at)
+        return [make(part) for part in _split_each(result, slices)]
+    return [result] * len(slices)
 
 
-def _zipped(results: Iterable[Any], at: Sequence[slice]) -> Iterator[tuple[Any, ...]]:
-    """For each slice of ``at``, that slice of every result."""
-    columns = [parts_of(result, at) for result in results]
-    return zip(*columns, strict=True) if columns else repeat((), len(at))
+def _split_each(results: Iterable[Any], slices: Sequence[slice]) -> Iterator[tuple[Any, ...]]:
+    """Return, for each slice, that slice of every result."""
+    columns = [split_result(result, slices) for result in results]
+    return zip(*columns, strict=True) if columns else repeat((), len(slices))

@@ -1,7 +1,7 @@
-"""Plain threads that share the batches of one large run: the kernel gives them what CPUs there are.
+"""Plain threads that share the batches of one large run; which CPUs they compute on is the kernel's business.
 
-A session of one thread computes on one CPU, so a caller whose requests come one after the other would leave all others
-idle. A row's result does not depend on the rows beside it, so no caller can tell whether its rows were divided.
+A session of one thread computes on one CPU, so that a caller whose requests come one after the other would leave all
+other CPUs idle. A row's result does not depend on the rows beside it, so no caller can tell that its rows were divided.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ class RowThreads:
     def run(self, works: Sequence[Callable[[], T]], threads: int) -> list[T]:
         """Return the results of all works in their order, computed by this thread and at most ``threads`` − 1 more.
 
-        Each thread takes the next work as soon as it is free; this one waits for no other that has not begun. What a
-        work raises is raised once no thread computes any more. Where no further thread can be started, those that there
-        are do it all.
+        Each thread takes the next work as soon as it is free, and this one does not wait for threads that have not
+        begun. What a work raises is raised once no thread computes any more. If no further thread can be started, the
+        threads that there are do all works.
         """
         if threads == 1:
             return [work() for work in works]
         results: dict[int, T] = {}
-        left = iter(range(len(works)))  # shared: the interpreter lock gives each number to one thread
+        numbers = iter(range(len(works)))  # shared: the interpreter lock gives each number to one thread
 
         def take_works() -> None:
             try:
-                for number in left:
+                for number in numbers:
                     results[number] = works[number]()
             finally:
-                deque(left, maxlen=0)  # after a fault nothing more is begun
+                deque(numbers, maxlen=0)  # after a fault nothing more is begun
 
-        offered: list[Future[None]] = []
+        helpers: list[Future[None]] = []
         with suppress(RuntimeError):  # no thread can be started
-            offered.extend(self._pool.submit(take_works) for _ in range(threads - 1))
+            helpers.extend(self._pool.submit(take_works) for _ in range(threads - 1))
         try:
             take_works()
         finally:
-            begun = [future for future in offered if not future.cancel()]
+            begun = [future for future in helpers if not future.cancel()]
             wait(begun)
         for future in begun:
             future.result()  # raises what its work has raised
         return [results[number] for number in range(len(works))]
 
     def end_threads(self) -> None:
-        """End the threads, which a process must not have when it is forked; later runs start others."""
+        """End the threads, which a process must not have when it is forked; later runs start new ones."""
         self._pool.shutdown()
         self._pool = self._new_pool()
 

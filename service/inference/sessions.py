@@ -16,7 +16,7 @@ DEVICES = ("cpu", "cuda", "auto")
 # timing, which would let a score differ from one start of the server to the next.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 
-# A serialised ONNX model y = Identity(x): a provider that is compiled in may still fail to start without its driver.
+# A serialised ONNX model y = Identity(x), to try a provider: one that is installed may fail to start without a driver.
 IDENTITY = bytes.fromhex(
     "080812003a370a100a017812017922084964656e746974791201675a0f0a017812"
     "0a0a08080112040a020801620f0a0179120a0a08080112040a02080142040a001011"
@@ -24,15 +24,17 @@ IDENTITY = bytes.fromhex(
 
 
 class Runtime:
-    """Makes sessions for one device.
+    """Starts sessions on one device.
 
-    Arguments: ``device`` is "cpu", "cuda", or "auto" (cuda where its provider loads, else cpu); ``threads`` the size of
-    each session's pool, ``available_cpus()`` by default; ``row_threads`` how many threads a large run is divided over
-    where its session has one thread itself, by default ``threads``. ``provider``, ``threads`` and ``row_threads`` tell
-    what was chosen; ``memory`` is the device in whose memory sessions compute (service.inference.device_binding), None
-    where that is the host's.
+    Args:
+        device: "cpu", "cuda", or "auto", which is cuda if its provider loads and cpu otherwise.
+        threads: size of each session's pool, ``available_cpus()`` by default.
+        row_threads: how many threads a large run is divided over if its session has one thread, by default ``threads``.
 
-    Raises DeviceUnavailable when cuda is asked for and this installation has no such provider.
+    The attributes ``provider``, ``threads`` and ``row_threads`` tell what was chosen.
+
+    Raises:
+        DeviceUnavailable: there is no such device or number of threads, or "cuda" has no provider that loads.
 
     >>> Runtime("cpu", threads=2).provider
     'CPUExecutionProvider'
@@ -52,13 +54,15 @@ class Runtime:
 
     @property
     def memory(self) -> str | None:
-        """ONNX Runtime's name for the memory of this runtime's device, None for the host's."""
+        """ONNX Runtime's name of the device in whose memory sessions compute; None if that is the host's memory."""
         return "cuda" if self.provider == CUDA else None
 
     def session(self, model: bytes, threads: int | None = None) -> ort.InferenceSession:
-        """Start a session of a serialised ONNX model on this runtime's provider, with its number of threads or another.
+        """Start a session of a serialised ONNX model on this runtime's provider, by default with its ``threads``.
 
-        Raises BundleGraphError when ONNX Runtime refuses the model, DeviceUnavailable when the provider fails to start.
+        Raises:
+            BundleGraphError: ONNX Runtime refuses the model.
+            DeviceUnavailable: the provider fails to start.
         """
         options, providers = self._options(threads or self.threads), providers_of(self.provider)
         try:
@@ -72,11 +76,11 @@ class Runtime:
                 f"{self.provider} was asked for, but ONNX Runtime fell back to {active}: {_gpu_instruction()}"
             )
         session.disable_fallback()
-        session._model_bytes = b""  # kept by it only to fall back: as much again as the weights
+        session._model_bytes = b""  # it keeps them only to fall back, and they are as large as the weights
         return session
 
     def _start_cuda(self, required: bool) -> None:
-        """Run a session on CUDA once; where it fails, raise if ``required`` or settle on the CPU."""
+        """Start a session on CUDA once; if that fails, raise if ``required``, else choose the CPU."""
         try:
             if CUDA not in ort.get_available_providers():
                 raise DeviceUnavailable(f"{CUDA} is not in this installation of ONNX Runtime: {_gpu_instruction()}")
@@ -88,6 +92,7 @@ class Runtime:
             self.provider = CPU
 
     def _options(self, threads: int) -> ort.SessionOptions:
+        """Make the options of a session with so many threads."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -95,13 +100,13 @@ class Runtime:
         # A spinning pool burns the quota of a container between requests and slows its neighbours.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # The arena stays on: it grows to the size of one run, which service.inference.batch_invariance bounds.
+        # The arena grows to the size of one run, which service.inference.batch_invariance bounds.
         options.enable_cpu_mem_arena = True
         return options
 
 
 def providers_of(provider: str) -> list[str | tuple[str, dict[str, str]]]:
-    """Providers for a session: ``provider`` with its options, and the CPU for operators that it does not have."""
+    """List the providers of a session: ``provider`` with its options, and the CPU for operators that it lacks."""
     return [(CUDA, CUDA_OPTIONS), CPU] if provider == CUDA else [CPU]
 
 

@@ -1,4 +1,4 @@
-"""Works that may be done in any order and at once, shared with whatever threads of a pool are idle."""
+"""Works that may be done in any order and at the same time, shared with the idle threads of a pool."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ Work = Callable[[], object]
 
 
 def share(works: Sequence[Work], pool: Executor | None) -> None:
-    """Do all of them: on this thread in their order, but for those that a thread of ``pool`` has begun by then.
+    """Do all works: on this thread in their order, but for those that a thread of ``pool`` has begun by then.
 
-    The pool begins with the last. So this thread may be one of the pool's own: it waits for nothing that has not begun.
+    The pool begins with the last work. This thread may be one of the pool's own, since it does not wait for works that
+    have not begun. Raises what a work raises.
     """
     if pool is None:
         for work in works:

@@ -1,4 +1,4 @@
-"""A bounded pool of worker threads: work is refused at once rather than queued for ever."""
+"""A bounded pool of worker threads, which refuses work at once rather than queue it for ever."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, TypeVar
 
 from service.errors import ClientDisconnected, DeadlineExceeded, Overloaded
 
-WATCH_AFTER = 0.05  # seconds: most results are there before a look at the client would be worth its cost
+WATCH_AFTER = 0.05  # seconds: most results come before a look at the client would be worth its cost
 
 T = TypeVar("T")
 WaitForDisconnect = Callable[[], Awaitable[None]]
-"""Returns when the client has closed its connection."""
+"""An async function that returns when the client has closed its connection."""
 
 
 class WorkerPool:
-    """Runs blocking work of requests on ``concurrency`` threads; at most ``queue`` more may wait.
+    """Runs blocking work of requests on ``concurrency`` threads, while at most ``queue`` more requests wait.
 
-    A slot is held until the work has really ended, also when its caller has given up: threads cannot be killed, so an
-    abandoned computation must keep others out rather than pile up.
+    A request has ``timeout`` seconds. Its slot is held until the work has really ended, also when its caller has given
+    up: threads cannot be killed, so an abandoned computation must keep others out rather than pile up.
     """
 
     def __init__(self, concurrency: int, queue: int, timeout: float) -> None:
@@ -30,7 +30,7 @@ class WorkerPool:
         self.pending = 0
 
     async def run(self, work: Callable[[], T], disconnected: WaitForDisconnect) -> T:
-        """The result of ``work()``; ``disconnected()`` returns when the client has closed its connection.
+        """Run ``work`` on a thread and return its result, as long as the client waits for it.
 
         Raises:
             Overloaded: every thread is busy and the queue is full.
@@ -47,12 +47,11 @@ class WorkerPool:
         return await self.wait(asyncio.wrap_future(future), disconnected)
 
     async def wait(self, result: asyncio.Future[T], disconnected: WaitForDisconnect) -> T:
-        """The result, which is cancelled when nobody waits for it any more. The client is watched after
-        WATCH_AFTER seconds.
+        """Wait for a result and return it; it is cancelled if nobody waits for it any more.
 
         Raises:
-            DeadlineExceeded: none within the timeout.
-            ClientDisconnected: the client has left; work that had not begun never runs.
+            DeadlineExceeded: there was no result within the timeout.
+            ClientDisconnected: the client has closed the connection; work that had not begun never runs.
         """
         deadline = asyncio.get_running_loop().time() + self.timeout
         try:
@@ -62,11 +61,12 @@ class WorkerPool:
             result.cancel()
 
     async def _watched(self, result: asyncio.Future[T], disconnected: WaitForDisconnect, deadline: float) -> T:
+        """Wait for a result while watching the client. Raises as ``wait``."""
         watcher = asyncio.ensure_future(disconnected())
         waited: set[asyncio.Future[Any]] = {result, watcher}
         try:
-            left = deadline - asyncio.get_running_loop().time()
-            await asyncio.wait(waited, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
+            remaining = max(0.0, deadline - asyncio.get_running_loop().time())
+            await asyncio.wait(waited, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
             if result.done():
                 return result.result()
             if watcher.done():
@@ -76,11 +76,11 @@ class WorkerPool:
             watcher.cancel()
 
     def deadline_error(self) -> DeadlineExceeded:
-        """The error of a request that has no answer after ``timeout`` seconds."""
+        """Make the error of a request that has no answer after ``timeout`` seconds."""
         return DeadlineExceeded(f"no answer within {self.timeout:g} s (setting request_timeout)")
 
     def start(self, work: Callable[[], T]) -> Future[T]:
-        """Run ``work`` for requests that hold their slots already. Raises Overloaded once the pool is closed."""
+        """Start ``work`` for requests that hold their slots already. Raises Overloaded once the pool is closed."""
         try:
             return self._executor.submit(work)
         except RuntimeError as error:
@@ -93,9 +93,9 @@ class WorkerPool:
         self.pending += 1
 
     def release(self, requests: int = 1) -> None:
-        """Give back the slots of ``requests`` requests."""
+        """Give the slots of ``requests`` requests back."""
         self.pending -= requests
 
     def close(self) -> None:
-        """Wait for work in progress, drop what waits."""
+        """Wait for the work in progress to end, and drop the work that has not begun."""
         self._executor.shutdown(wait=True, cancel_futures=True)

@@ -52,7 +52,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The bodies that were read by a reader of a request before."""
     bodies: list[bytes] = []
-    read = ResolvedRequest._repeated
+    read = ResolvedRequest._read_again
 
     def noted(self, key, body):  # type: ignore[no-untyped-def]
         job, answer = read(self, key, body)
@@ -60,7 +60,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
             bodies.append(body)
         return job, answer
 
-    monkeypatch.setattr(ResolvedRequest, "_repeated", noted)
+    monkeypatch.setattr(ResolvedRequest, "_read_again", noted)
     return bodies
 
 

@@ -9,7 +9,7 @@ import pytest
 from service.errors import ClientDisconnected, DeadlineExceeded, InvalidInput, Overloaded
 from service.inference import batcher as batching
 from service.inference.batcher import MAX_ROWS, Batcher
-from service.inference.jobs import Job, finish, parts_of
+from service.inference.jobs import Job, finish, split_result
 from service.inference.model import Encoding
 from service.inference.thread_pool import WorkerPool
 
@@ -47,7 +47,7 @@ def job(*numbers, key="double", run=doubled):
 async def known(batcher, key="double"):
     """What a row of that key costs is known from here on, and little; of what is not, each job runs alone."""
     await batcher.run(job(0, key=key), never)
-    batcher._seconds[key] = 1e-5
+    batcher._row_seconds[key] = 1e-5
 
 
 async def learnt_as_long(batcher, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_short_job_runs_on_the_event_loop_and_a_long_or_unknown_one_on_the_poo
         threads = []
         here = job(1, run=lambda rows: threads.append(threading.current_thread()) or rows)
         await batcher.run(here, never)
-        batcher._seconds["double"] = 1e-5
+        batcher._row_seconds["double"] = 1e-5
         await batcher.run(here, never)
         monkeypatch.setattr(batching, "INLINE_SECONDS", 0.0)
         await batcher.run(here, never)
@@ -123,7 +123,7 @@ def test_only_what_is_short_as_a_good_batch_runs_on_the_event_loop(seconds, rows
     async def body(batcher, runs, pool):
         await known(batcher)
         threads = []
-        batcher._seconds["double"] = seconds
+        batcher._row_seconds["double"] = seconds
         seen = job(
             *range(rows), run=lambda rows: threads.append(threading.current_thread() is threading.main_thread()) or rows
         )
@@ -140,7 +140,7 @@ def test_what_a_row_takes_is_learnt_slowly_where_it_took_longer(seconds, weight)
     async def body(batcher, runs, pool):
         batcher._learn("double", 2.0)
         batcher._learn("double", seconds)
-        assert batcher._seconds["double"] == pytest.approx(2.0 + weight * (seconds - 2.0))
+        assert batcher._row_seconds["double"] == pytest.approx(2.0 + weight * (seconds - 2.0))
 
     scenario(body)
 
@@ -164,7 +164,7 @@ async def landing(batcher, monkeypatch, waiting, pause, rows=1, seconds=0.0):
         await until(lambda: sum(batcher._under_way.values()))
         others = [asyncio.create_task(batcher.run(job(*[number] * rows), never)) for number in range(waiting)]
         await asyncio.sleep(0)
-        batcher._seconds["double"] = max(seconds, batcher._seconds["double"])
+        batcher._row_seconds["double"] = max(seconds, batcher._row_seconds["double"])
     finally:
         release.set()
     await asyncio.gather(*first)
@@ -262,7 +262,7 @@ def test_a_batch_has_so_many_rows_at_most_but_a_larger_job_runs_whole(monkeypatc
 
     async def body(batcher, runs, pool):
         await known(batcher)
-        batcher._seconds["double"] = 1e-6  # as it stays: all of these are short, whatever this machine is busy with
+        batcher._row_seconds["double"] = 1e-6  # as it stays: all of these are short, whatever this machine is busy with
         sizes = [20, 20, 5, 3 * MAX_ROWS, 1]
         results = await asyncio.gather(*(batcher.run(job(*range(size)), never) for size in sizes))
         for size, result in zip(sizes, results, strict=True):
@@ -383,7 +383,7 @@ def test_finish_computes_one_job_after_the_other():
 
 def test_what_lies_along_the_rows_is_cut_and_all_else_goes_to_every_part():
     result = {"a": (np.arange(4), None), "k": 3, "none": (), "of": Encoding(*np.arange(12).reshape(3, 4))}
-    first, second, nothing = parts_of(result, [slice(0, 1), slice(1, 4), slice(4, 4)])
+    first, second, nothing = split_result(result, [slice(0, 1), slice(1, 4), slice(4, 4)])
     for part, rows in ((first, [0]), (second, [1, 2, 3]), (nothing, [])):
         np.testing.assert_array_equal(part["a"][0], rows)
         assert (part["a"][1], part["k"], part["none"]) == (None, 3, ())
@@ -394,7 +394,7 @@ def test_what_lies_along_the_rows_is_cut_and_all_else_goes_to_every_part():
 def test_a_slow_rows_neighbours_wait_no_longer_than_a_batch_may_take(monkeypatch):
     async def body(batcher, runs, pool):
         await learnt_as_long(batcher, monkeypatch)
-        batcher._seconds["double"] = batching.BATCH_SECONDS / 3.5
+        batcher._row_seconds["double"] = batching.BATCH_SECONDS / 3.5
         costs_stay(monkeypatch)
         await asyncio.gather(*(batcher.run(job(i), never) for i in range(7)))
         assert runs == [1, 3, 3, 1]

@@ -95,14 +95,14 @@ def test_what_is_the_same_for_all_rows_is_placed_once_for_each_batch_size(sessio
     for _ in range(2):
         bound.run({"x": X[:8]}, {"noise": second})
     assert placed == [(8, 6), (1, 6), (8, 6)]
-    monkeypatch.setattr(rows, "KEPT_BYTES", 0)
+    monkeypatch.setattr(rows, "MAX_KEPT_BYTES", 0)
     third = bound.run({"x": X[:8]}, {"noise": noise(2)})
     assert len(placed) == 3
     assert same(third, runner(session, None, sizes=(1, 8)).run({"x": X[:8]}, {"noise": noise(2)}))
 
 
 def test_what_is_kept_of_the_same_is_bounded(session, monkeypatch):
-    monkeypatch.setattr(rows, "KEPT_SAME", 2)
+    monkeypatch.setattr(rows, "MAX_KEPT", 2)
     bound, drawn = runner(session, "cpu", sizes=(1,)), [noise(seed) for seed in range(5)]
     for each in drawn:
         bound.run({"x": X[:1]}, {"noise": each})

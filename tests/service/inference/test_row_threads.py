@@ -129,7 +129,7 @@ def test_a_fault_is_raised_once_all_that_has_begun_has_ended_and_nothing_more_is
 
 @pytest.mark.parametrize("count", [2, 3, 17, 33, 64, 100])
 def test_rows_divided_over_threads_are_bitwise_rows_in_order(graph, monkeypatch, count):
-    monkeypatch.setattr(rows, "HOP", 0.0)
+    monkeypatch.setattr(rows, "THREAD_SECONDS", 0.0)
     model, shape = graph
     session, trial = Runtime("cpu", threads=1).session(model), random_rows({"x": shape}, frozenset({"x"}))
     threads = RowThreads(3)
@@ -143,7 +143,7 @@ def test_rows_divided_over_threads_are_bitwise_rows_in_order(graph, monkeypatch,
 
 
 def test_the_first_run_of_many_rows_is_divided_once_one_batch_has_told_what_rows_cost(graph, monkeypatch):
-    monkeypatch.setattr(rows, "HOP", 0.0)
+    monkeypatch.setattr(rows, "THREAD_SECONDS", 0.0)
     model, shape = graph
     session, trial = Runtime("cpu", threads=1).session(model), random_rows({"x": shape}, frozenset({"x"}))
     threads = RowThreads(2)
@@ -164,7 +164,7 @@ def test_the_trials_of_sizes_are_not_taken_for_the_cost_of_rows(monkeypatch):
 
     monkeypatch.setattr(runner, "_find_sizes", slowly)
     runner.run({"x": np.zeros((2, *shape), np.float32)})
-    assert 0 < runner._seconds < 0.5 / (2 + rows.RUN)
+    assert 0 < runner._seconds_per_row < 0.5 / (2 + rows.RUN_ROWS)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 2, 4, 8, 16, 32), (4, 16)])
@@ -181,13 +181,13 @@ def test_rows_are_divided_only_where_that_pays(monkeypatch):
     model, shape = gated_mlp("Gemm")
     session, trial = Runtime("cpu", threads=1).session(model), random_rows({"x": shape}, frozenset({"x"}))
     runner = BatchInvariantRunner(session, trial, threads=RowThreads(4))
-    monkeypatch.setattr(rows, "HOP", 1.0)
+    monkeypatch.setattr(rows, "THREAD_SECONDS", 1.0)
     for seconds, count, threads in [(0.01, 64, 1), (0.1, 64, 2), (1, 64, 4), (1, 3, 2), (1, 1, 1), (0, 64, 1)]:
-        runner._seconds = seconds
+        runner._seconds_per_row = seconds
         assert runner._threads_for(count) == threads, (seconds, count)
     many = BatchInvariantRunner(session, trial, threads=RowThreads(64))
-    many._seconds = 1.0
-    monkeypatch.setattr(rows, "HOP", 1e-9)
+    many._seconds_per_row = 1.0
+    monkeypatch.setattr(rows, "THREAD_SECONDS", 1e-9)
     assert [many._threads_for(count) for count in (2, 3, 1000)] == [2, 3, rows.MAX_THREADS]
 
 
@@ -195,7 +195,7 @@ def test_a_session_of_several_threads_is_not_divided():
     model, shape = gated_mlp("Gemm")
     session = Runtime("cpu", threads=2).session(model)
     runner = BatchInvariantRunner(session, random_rows({"x": shape}), threads=RowThreads(4))
-    runner._seconds = 10.0
+    runner._seconds_per_row = 10.0
     assert runner._threads_for(64) == 1
 
 
@@ -203,7 +203,7 @@ DIVIDES_EVERY_RUN = """
 import os
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as main does, before numpy is imported
 from service.inference import batch_invariance
-batch_invariance.HOP = -1.0
+batch_invariance.THREAD_SECONDS = -1.0
 from service.__main__ import main
 main()
 """
