@@ -36,7 +36,7 @@ def data_names(rule: InputRule) -> tuple[str, ...]:
     return IMAGES if rule.kind == "image" else ROWS
 
 
-def parameters(call: Call, query: P, *data: str) -> P:
+def read_parameters(call: Call, query: P, *data: str) -> P:
     """Join the query's parameters with those in a JSON body, which are its names other than ``data``.
 
     Raises:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from service.calibration.drift_monitor import Drift, Finding, Name, Seen
+from service.calibration.drift_monitor import Drift, Finding, MonitorName, MonitorState
 from service.deferred import DeferredWriter
 
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -157,7 +157,7 @@ class Metrics:
         )
 
     def _make_drift_metrics(self) -> None:
-        self._counted_p_values: dict[Name, int] = {}
+        self._counted_p_values: dict[MonitorName, int] = {}
         self.drift_p_values = Counter(
             "vaeserve_drift_p_values", "P-values that the drift tests have seen", _DRIFT_LABELS, registry=self.registry
         )
@@ -225,15 +225,15 @@ class Metrics:
     def set_gauges(self, drift: Drift) -> None:
         """Set the gauges of this process: its requests in flight, and its drift tests that have new p-values."""
         self.in_flight.set(self._in_flight)
-        for name, seen in drift:
+        for name, state in drift:
             before = self._counted_p_values.get(name, 0)
-            if seen.seen == before or (finding := seen.judge(drift.level)) is None:
+            if state.count == before or (finding := state.judge(drift.level)) is None:
                 continue
-            self._counted_p_values[name] = seen.seen
+            self._counted_p_values[name] = state.count
             labels = (name.model, name.version, name.score, name.group)
             # The tests begin anew with a bundle that replaces another: its p-values come on top.
-            self.drift_p_values.labels(*labels).inc(seen.seen - before if seen.seen > before else seen.seen)
-            for gauge, value in _drift_values(seen, finding).items():
+            self.drift_p_values.labels(*labels).inc(state.count - before if state.count > before else state.count)
+            for gauge, value in _drift_values(state, finding).items():
                 self.drift_gauges[gauge].labels(*labels).set(value)
 
     def render(self, drift: Drift) -> bytes:
@@ -257,14 +257,14 @@ def _write_to(folder: Path) -> None:
     values.ValueClass = values.MultiProcessValue(lambda: pid)
 
 
-def _drift_values(seen: Seen, finding: Finding) -> dict[str, float]:
+def _drift_values(state: MonitorState, finding: Finding) -> dict[str, float]:
     """Return the values of the drift gauges, by the names of _DRIFT_GAUGES."""
     return {
         "ks_statistic": finding.ks_statistic,
         "ks_p_value": finding.ks_p_value,
-        "martingale_log10": seen.log10_value,
-        "martingale_log10_maximum": seen.log10_maximum,
-        "share_up_to_1_percent": seen.share_up_to(0.01),
-        "share_up_to_5_percent": seen.share_up_to(0.05),
+        "martingale_log10": state.log10_value,
+        "martingale_log10_maximum": state.log10_maximum,
+        "share_up_to_1_percent": state.share_up_to(0.01),
+        "share_up_to_5_percent": state.share_up_to(0.05),
         "alarm": float(finding.drifting),
     }

@@ -22,15 +22,18 @@ import numpy as np
 from service.calibration.exchangeability import Martingale, Urn, ks_two_sample
 
 BINS = 10
-TOGETHER = 32  # rows
+MAX_WAITING = 32  # rows that wait to be evaluated together, since one alone takes as long as ten
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a monitor has seen: ranks of the window (int64 [m], oldest first), and the martingale of all rows."""
+class MonitorState:
+    """What a monitor has recorded: ``count`` rows, ranks of the window, and the martingale of all rows.
+
+    ``ranks``: int64 [m], oldest first, among ``n`` calibration scores.
+    """
 
     n: int
-    seen: int
+    count: int
     ranks: np.ndarray
     log10_value: float
     log10_maximum: float
@@ -54,9 +57,9 @@ class Seen:
     def judge(self, level: float) -> Finding | None:
         """Both tests, each at half the level: P(drifting) ≤ level at any one look, while the traffic is exchangeable.
 
-        None where nothing has been seen.
+        None where no row has been recorded.
         """
-        if not self.seen:
+        if not self.count:
             return None
         statistic, p_value = ks_two_sample(self.ranks, self.n)
         return Finding(statistic, p_value, p_value <= level / 2, self.log10_value >= log10_alarm(level))
@@ -73,12 +76,12 @@ class Finding:
 
     @property
     def drifting(self) -> bool:
-        """One of the tests alarms."""
+        """True if one of the tests alarms."""
         return self.ks_alarm or self.martingale_alarm
 
 
 def log10_alarm(level: float) -> float:
-    """log10 M from which the martingale alarms: by Ville's inequality at half the level."""
+    """Return log10 M from which the martingale alarms, by Ville's inequality at half the level."""
     return -math.log10(level / 2)
 
 
@@ -86,8 +89,7 @@ class DriftMonitor:
     """Ranks of one score of one bundle: the last ``window`` of them, and a martingale over all. Safe between threads.
 
     Memory is O(n + window). Random numbers (for ties, and for the urn) come from a stream of its own: the same rows in
-    the same order give the same state. Rows are taken up TOGETHER at a time, or when somebody looks: one alone costs as
-    much as ten.
+    the same order give the same state. Rows are evaluated MAX_WAITING at a time, or when the state is read.
     """
 
     def __init__(self, n: int, window: int) -> None:
@@ -100,41 +102,42 @@ class DriftMonitor:
         self._urn = Urn(n)
         self._martingale = Martingale()
         self._ring = np.zeros(window, np.int64)
-        self._seen = 0
-        self._noted: list[tuple[np.ndarray, np.ndarray]] = []
+        self._count = 0
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def record(self, above: np.ndarray, at_least: np.ndarray) -> None:
-        """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
+        """Record rows by the number of calibration scores > and ≥ each one's score, int64 [N] twice."""
         with self._lock:
-            self._noted.append((above, at_least))
-            if sum(len(rows) for rows, _ in self._noted) >= TOGETHER:
-                self._take_up()
+            self._waiting.append((above, at_least))
+            if sum(len(rows) for rows, _ in self._waiting) >= MAX_WAITING:
+                self._evaluate()
 
-    def _take_up(self) -> None:
-        """The rows that were noted, into the ring and the martingale."""
-        if not self._noted:
+    def _evaluate(self) -> None:
+        """Put the ranks of the rows that wait into the ring and the martingale."""
+        if not self._waiting:
             return
-        above, at_least = (np.concatenate(part) for part in zip(*self._noted, strict=True))
-        self._noted = []
+        above, at_least = (np.concatenate(part) for part in zip(*self._waiting, strict=True))
+        self._waiting = []
         draws = self._random.random_sample((len(above), 2))
         ranks = self._break_ties(above, at_least, draws[:, 0])
         pairs = zip(ranks.tolist(), (1 - draws[:, 1]).tolist(), strict=True)
-        self._martingale.bet(np.array([self._urn.p_value(rank, each) for rank, each in pairs]))
+        self._martingale.bet(np.array([self._urn.p_value(rank, draw) for rank, draw in pairs]))
         kept = ranks[-self.window :]
-        places = (self._seen + len(ranks) - len(kept) + np.arange(len(kept))) % self.window
-        self._ring[places] = kept
-        self._seen += len(ranks)
+        slots = (self._count + len(ranks) - len(kept) + np.arange(len(kept))) % self.window
+        self._ring[slots] = kept
+        self._count += len(ranks)
 
-    def seen(self) -> Seen:
-        """A copy of the state."""
+    def state(self) -> MonitorState:
+        """Return a copy of the state."""
         with self._lock:
-            self._take_up()
-            start = max(0, self._seen - self.window)
-            ranks = self._ring[np.arange(start, self._seen) % self.window]
+            self._evaluate()
+            start = max(0, self._count - self.window)
+            ranks = self._ring[np.arange(start, self._count) % self.window]
             martingale, nat = self._martingale, math.log(10)
-            return Seen(self.n, self._seen, ranks, martingale.log_value / nat, martingale.log_maximum / nat)
+            return MonitorState(self.n, self._count, ranks, martingale.log_value / nat, martingale.log_maximum / nat)
 
     def _break_ties(self, above: np.ndarray, at_least: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Return the ranks, int64 [N], ties broken by ``own``, a random number of each row."""
         ranks = above.copy()
         for row in np.flatnonzero(at_least > above):
             tied = self._tie_breakers[above[row] : at_least[row]]
@@ -143,8 +146,8 @@ class DriftMonitor:
 
 
 @dataclass(frozen=True)
-class Name:
-    """Which score of which model in which version is watched, and against which group ("": all calibration images)."""
+class MonitorName:
+    """The score of a model that is watched, and the group of the calibration that it is compared with ("": all)."""
 
     model: str
     version: str
@@ -152,21 +155,21 @@ class Name:
     group: str
 
 
-class Place(NamedTuple):
-    """Where rows are noted: under which name, of the bundle with which digest, among how many calibration scores."""
+class MonitorKey(NamedTuple):
+    """The monitor that records rows: its name, its bundle's digest, and its number ``n`` of calibration scores."""
 
-    name: Name
+    name: MonitorName
     digest: str
     n: int
 
 
 class Drift:
-    """The monitors of this process. Each begins with a score's first row, and anew with another bundle in its place.
+    """The monitors of this process. Each begins with a score's first row, and anew when another bundle is in its place.
 
     ``worker`` is the number of this process among ``workers``, None where it serves alone. Each of them tests at
     ``level`` / ``workers``: by the union bound the probability that any of them alarms falsely is then at most the
-    level, at one look at all of them, and for the martingales ever. A worker that takes the place of another has
-    monitors that begin anew, and may alarm falsely with that probability anew.
+    level, at one look at all of them, and for the martingales ever. A worker that replaces another has monitors that
+    begin anew, and may alarm falsely with that probability anew.
     """
 
     def __init__(self, window: int, level: float, workers: int = 1, worker: int | None = None) -> None:
@@ -174,29 +177,30 @@ class Drift:
         self.level = level / workers
         self.worker = worker
         self._lock = threading.Lock()
-        self._monitors: dict[Name, tuple[str, DriftMonitor]] = {}
+        self._monitors: dict[MonitorName, tuple[str, DriftMonitor]] = {}
 
-    def note(self, place: Place, above: np.ndarray, at_least: np.ndarray) -> None:
-        """Take note of rows by the number of calibration scores > and ≥ each one's score: int64 [N] twice."""
-        self._monitor(place).record(above, at_least)
+    def record(self, key: MonitorKey, above: np.ndarray, at_least: np.ndarray) -> None:
+        """Record rows by the number of calibration scores > and ≥ each one's score, int64 [N] twice."""
+        self._monitor(key).record(above, at_least)
 
-    def seen(self, place: Place) -> Seen:
-        """What was seen there: nothing, if it was of another bundle."""
+    def state(self, key: MonitorKey) -> MonitorState:
+        """Return the state of that monitor, which is empty if it is of another bundle or has recorded nothing."""
         with self._lock:
-            digest, monitor = self._monitors.get(place.name, ("", None))
-        if monitor is None or digest != place.digest:
-            return Seen(place.n, 0, np.empty(0, np.int64), 0.0, 0.0)
-        return monitor.seen()
+            digest, monitor = self._monitors.get(key.name, ("", None))
+        if monitor is None or digest != key.digest:
+            return MonitorState(key.n, 0, np.empty(0, np.int64), 0.0, 0.0)
+        return monitor.state()
 
-    def __iter__(self) -> Iterator[tuple[Name, Seen]]:
+    def __iter__(self) -> Iterator[tuple[MonitorName, MonitorState]]:
         with self._lock:
             monitors = [(name, monitor) for name, (_, monitor) in self._monitors.items()]
-        yield from ((name, monitor.seen()) for name, monitor in monitors)
+        yield from ((name, monitor.state()) for name, monitor in monitors)
 
-    def _monitor(self, place: Place) -> DriftMonitor:
+    def _monitor(self, key: MonitorKey) -> DriftMonitor:
+        """Return the monitor of that key, a new one if there is none yet, or only one of another bundle."""
         with self._lock:
-            digest, monitor = self._monitors.get(place.name, ("", None))
-            if monitor is None or digest != place.digest:
-                monitor = DriftMonitor(place.n, self.window)
-                self._monitors[place.name] = place.digest, monitor
+            digest, monitor = self._monitors.get(key.name, ("", None))
+            if monitor is None or digest != key.digest:
+                monitor = DriftMonitor(key.n, self.window)
+                self._monitors[key.name] = key.digest, monitor
             return monitor

@@ -109,11 +109,11 @@ class Martingale:
     Gammerman 2003 (*Testing exchangeability on-line*); mixing over the onset is how Shin, Ramdas & Rinaldo 2023
     (*E-detectors*) look for a change.
 
-    ``seen`` counts the p-values so far; ``log_value`` is log M now and ``log_maximum`` its maximum so far, in nats.
+    ``count`` is the number of p-values so far; ``log_value`` is log M now, ``log_maximum`` its maximum so far, in nats.
     """
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.count = 0
         self.log_value = 0.0
         self.log_maximum = 0.0
         self._log_capital = np.full(len(BETS), -np.inf)
@@ -122,14 +122,14 @@ class Martingale:
         """Bet on the next p-values, float64 [N] in [0, 1], in their order."""
         if not len(p):
             return
-        t = self.seen + 1.0 + np.arange(len(p))
+        t = self.count + 1.0 + np.arange(len(p))
         log_odds, log_inflow = log_bets(p), -np.log(t * (t + 1) * len(BETS))
         log_capital = np.empty_like(log_odds)
         for row in range(len(p)):
             self._log_capital = np.logaddexp(self._log_capital, log_inflow[row]) + log_odds[row]
             log_capital[row] = self._log_capital
         log_values = np.logaddexp(np.logaddexp.reduce(log_capital, axis=1), -np.log(t + 1))
-        self.seen += len(p)
+        self.count += len(p)
         self.log_value = float(log_values[-1])
         self.log_maximum = max(self.log_maximum, float(log_values.max()))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from service.bundle.capabilities import refusals
 from service.bundle.manifest import Manifest, ScoreDefinition
 from service.calibration.conformal import SEPARATOR, calibration_key
-from service.calibration.drift_monitor import Name, Place
+from service.calibration.drift_monitor import MonitorKey, MonitorName
 from service.errors import InvalidInput, UnsupportedVerb
 from service.repository.model_repository import Served
 from service.repository.score_parameters import ScoreParameters
@@ -48,8 +48,8 @@ class ResolvedScoreRequest:
     """Meaning of a request's parameters for one model.
 
     ``chosen``: the score to judge by; ``also``: the further ones, by name. ``basis`` and ``further_bases`` (by name):
-    what the verdicts of these rest on. ``key`` is the same for requests that compute the same. ``drift_places``: by
-    name of a calibrated score, where its rows are noted for the drift tests.
+    what the verdicts of these rest on. ``key`` is the same for requests that compute the same. ``monitor_keys``: by
+    name of a calibrated score, the drift monitor that records its rows.
     """
 
     parameters: ScoreParameters
@@ -58,7 +58,7 @@ class ResolvedScoreRequest:
     basis: VerdictBasis
     further_bases: dict[str, VerdictBasis]
     key: Hashable
-    drift_places: dict[str, Place]
+    monitor_keys: dict[str, MonitorKey]
 
     @property
     def options(self) -> tuple[bool, dict[str, ScoreDefinition], MapKind | None, bool]:
@@ -102,8 +102,8 @@ def _resolve(served: Served, parameters: ScoreParameters, default_rate: float) -
     calibrated = [
         name for name, of_score in ((chosen.name, basis), *further_bases.items()) if name and of_score.n is not None
     ]
-    drift_places = {name: drift_place(served, name, parameters.group) for name in calibrated}
-    return ResolvedScoreRequest(parameters, chosen, also, basis, further_bases, key, drift_places)
+    monitor_keys = {name: monitor_key(served, name, parameters.group) for name in calibrated}
+    return ResolvedScoreRequest(parameters, chosen, also, basis, further_bases, key, monitor_keys)
 
 
 def choose_score(manifest: Manifest, parameters: ScoreParameters) -> ChosenScore:
@@ -147,15 +147,16 @@ def missing_verdicts(served: Served, parameters: ScoreParameters, default_rate: 
     return list(dict.fromkeys(basis.reason for basis in (resolved.basis, *uncalibrated) if basis.reason))
 
 
-def drift_place(served: Served, score: str, group: str | None = None) -> Place:
-    """Name the place where the drift tests note rows of that score of that bundle, compared with that group.
+def monitor_key(served: Served, score: str, group: str | None = None) -> MonitorKey:
+    """Return the key of the drift monitor that records a score of that bundle, compared with that group.
 
     Raises UnsupportedVerb for a score that is not calibrated, InvalidInput for an unknown group.
     """
     n = served.calibrator.n(score, group)
     # The group as calibration.npz spells it: an accent may be typed in two ways.
     written = calibration_key(score, group).removeprefix(score).removeprefix(SEPARATOR)
-    return Place(Name(served.manifest.name, served.manifest.version, score, written), served.model.digest, n)
+    name = MonitorName(served.manifest.name, served.manifest.version, score, written)
+    return MonitorKey(name, served.model.digest, n)
 
 
 def _definition(manifest: Manifest, name: str) -> ScoreDefinition:

@@ -1,4 +1,4 @@
-"""/livez, /readyz and /metrics: they never wait for a worker."""
+"""The routes /livez, /readyz and /metrics, which answer however busy the worker threads are."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ router = APIRouter(tags=["health"])
 
 @router.get("/livez")
 async def livez() -> Health:
-    """200 as long as the process answers at all; a full queue or a missing model does not change it."""
+    """Answer 200 as long as the process answers at all, also with a full queue or without a model."""
     return Health(status="live")
 
 
 @router.get("/readyz", responses={503: {"model": Health}}, response_model=Health)
 async def readyz(context: ContextDep) -> JSONResponse:
-    """200 when at least one model is loaded, verified and warm, and the service is not about to stop."""
+    """Answer 200 if at least one model is loaded, verified and warm, and the service is not about to stop, else 503."""
     ready = context.repository.ready and not context.draining
     health = Health(
         status="ready" if ready else "not ready",
@@ -31,5 +31,5 @@ async def readyz(context: ContextDep) -> JSONResponse:
 
 @router.get("/metrics", response_class=Response)
 async def metrics(context: ContextDep) -> Response:
-    """Prometheus exposition format: of all workers, where several serve."""
+    """Answer with the metrics in Prometheus' exposition format; where several workers serve, those of all of them."""
     return Response(context.metrics.render(context.drift), media_type="text/plain; version=0.0.4; charset=utf-8")

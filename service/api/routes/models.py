@@ -1,4 +1,4 @@
-"""/v1/models: what is served."""
+"""The routes of /v1/models, which describe the models that are served."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("")
 async def list_models(context: ContextDep) -> ModelList:
-    """Every model, in its latest version."""
+    """List every model in its latest version."""
     repository = context.repository
     return ModelList(
         default_model=repository.default_name,
@@ -23,13 +23,13 @@ async def list_models(context: ContextDep) -> ModelList:
 
 @router.get("/{model}")
 async def describe(context: ContextDep, model: str) -> ModelCard:
-    """One model: signature, likelihood, scores, calibration, metrics, provenance, digest."""
+    """Describe the latest version of a model: signature, likelihood, scores, calibration, provenance, digest."""
     return _card(context.repository, context.repository.get(model))
 
 
 @router.get("/{model}/versions/{version}")
 async def describe_version(context: ContextDep, model: str, version: str) -> ModelCard:
-    """One version of one model."""
+    """Describe one version of a model."""
     return _card(context.repository, context.repository.get(model, version))
 
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from service.api import metrics as of_metrics
 from service.api.metrics import BulkHistogram, Metrics
-from service.calibration.drift_monitor import Drift, Name, Place
+from service.calibration.drift_monitor import Drift, MonitorKey, MonitorName
 
 BOUNDS = (0.1, 1.0, 10.0)
 
@@ -77,13 +77,13 @@ def test_requests_in_flight_are_shown_each_second_by_workers_that_are_not_asked(
     assert "vaeserve_requests_in_flight 1.0" in lines
 
 
-def place(digest="a"):
-    return Place(Name("m", "1", "elbo", ""), digest, 99)
+def key(digest="a"):
+    return MonitorKey(MonitorName("m", "1", "elbo", ""), digest, 99)
 
 
 def note(drift, ranks, digest="a"):
     ranks = np.array(ranks)
-    drift.note(place(digest), ranks, ranks)
+    drift.record(key(digest), ranks, ranks)
 
 
 def drift_lines(metrics):
@@ -113,7 +113,7 @@ def test_drift_is_shown_each_second_of_what_is_new(monkeypatch):
     assert (first["p_values_total"], first["alarm"], first["share_up_to_1_percent"]) == (1, 0, 0)
     assert same == first
     assert (more["p_values_total"], more["alarm"], more["share_up_to_1_percent"]) == (21, 1, 1)
-    finding = drift.seen(place()).judge(0.01)
+    finding = drift.state(key()).judge(0.01)
     assert (more["ks_statistic"], more["ks_p_value"]) == (finding.ks_statistic, finding.ks_p_value)
 
 

@@ -11,10 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.bundle.files import open_bundle
 from service.calibration.conformal import Calibrator
-from service.calibration.drift_monitor import Drift, DriftMonitor, Seen
+from service.calibration.drift_monitor import Drift, DriftMonitor, MonitorState
 from service.calibration.exchangeability import ks_two_sample
 from service.errors import InvalidInput, UnsupportedVerb
-from service.repository.resolving import drift_place
+from service.repository.resolving import monitor_key
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.http import assert_problem, npy, serving
 
@@ -30,11 +30,11 @@ def served(calibration: np.ndarray, digest: str = "a"):
 
 def record(drift: Drift, served, score: str, scores: np.ndarray, group: str | None = None) -> None:
     """As the route does it."""
-    drift.note(drift_place(served, score, group), *served.calibrator.counts(score, scores, group))
+    drift.record(monitor_key(served, score, group), *served.calibrator.counts(score, scores, group))
 
 
-def seen_by(drift: Drift, served, score: str, group: str | None = None) -> Seen:
-    return drift.seen(drift_place(served, score, group))
+def state_of(drift: Drift, served, score: str, group: str | None = None) -> MonitorState:
+    return drift.state(monitor_key(served, score, group))
 
 
 def test_ranks_without_ties_are_those_of_the_p_values():
@@ -42,20 +42,20 @@ def test_ranks_without_ties_are_those_of_the_p_values():
     model, scores = served(random.standard_normal(99)), random.standard_normal(30)
     drift = Drift(20, 0.01)
     record(drift, model, "elbo", scores)
-    seen = seen_by(drift, model, "elbo")
-    np.testing.assert_allclose(seen.p_values, model.calibrator.p_values("elbo", scores)[-20:])
-    assert (seen.n, seen.seen, len(seen.ranks)) == (99, 30, 20)
-    assert seen.share_up_to(0.3) == np.mean(seen.p_values <= 0.3)
-    assert sum(seen.histogram) == 20
+    state = state_of(drift, model, "elbo")
+    np.testing.assert_allclose(state.p_values, model.calibrator.p_values("elbo", scores)[-20:])
+    assert (state.n, state.count, len(state.ranks)) == (99, 30, 20)
+    assert state.share_up_to(0.3) == np.mean(state.p_values <= 0.3)
+    assert sum(state.histogram) == 20
 
 
 def test_the_histogram_puts_each_p_value_in_its_tenth_up_to_the_upper_edge():
     monitor = DriftMonitor(19, 100)
     ranks = np.arange(20)
     monitor.record(ranks, ranks)
-    assert monitor.seen().histogram == [2] * 10
+    assert monitor.state().histogram == [2] * 10
     monitor.record(np.array([1]), np.array([1]))  # p = 2/20, which is 0.1
-    assert monitor.seen().histogram == [3] + [2] * 9
+    assert monitor.state().histogram == [3] + [2] * 9
 
 
 @pytest.mark.parametrize("sizes", [[1] * 57, [57], [7, 50], [20, 20, 17]])
@@ -64,8 +64,8 @@ def test_batches_of_any_size_leave_the_window_of_single_rows(sizes):
     monitor = DriftMonitor(50, 20)
     for part in np.split(ranks, np.cumsum(sizes)[:-1]):
         monitor.record(part, part)
-    assert monitor.seen().ranks.tolist() == ranks[-20:].tolist()
-    assert monitor.seen().seen == 57
+    assert monitor.state().ranks.tolist() == ranks[-20:].tolist()
+    assert monitor.state().count == 57
 
 
 def test_ties_are_broken_such_that_inliers_do_not_alarm():
@@ -76,7 +76,7 @@ def test_ties_are_broken_such_that_inliers_do_not_alarm():
         model, drift = served(random.randint(0, 5, 200).astype(float)), Drift(300, 0.02)
         scores = random.randint(0, 5, 300).astype(float)
         record(drift, model, "elbo", scores)
-        alarms += seen_by(drift, model, "elbo").judge(0.02).drifting
+        alarms += state_of(drift, model, "elbo").judge(0.02).drifting
         at_least = np.rint(model.calibrator.p_values("elbo", scores) * 201).astype(int) - 1
         plain += ks_two_sample(at_least, 200)[1] <= 0.01
     assert alarms <= 8  # 2 expected at most; 9 or more have probability 1e-4
@@ -89,9 +89,9 @@ def test_inliers_alarm_no_more_often_than_the_level_and_a_shift_does():
         random = np.random.RandomState(seed)
         model, drift = served(random.standard_normal(300)), Drift(200, level)
         record(drift, model, "elbo", random.standard_normal(500))
-        alarms += seen_by(drift, model, "elbo").judge(level).drifting
+        alarms += state_of(drift, model, "elbo").judge(level).drifting
         record(drift, model, "elbo", random.standard_normal(200) + 0.5)
-        found += seen_by(drift, model, "elbo").judge(level).drifting
+        found += state_of(drift, model, "elbo").judge(level).drifting
     assert alarms <= 20  # 10 expected at most; 21 or more have probability 1e-3
     assert found >= 190
 
@@ -102,16 +102,16 @@ def test_each_of_several_workers_tests_at_its_share_of_the_level():
     assert (shared.level, shared.worker) == (0.005, 3)
     model = served(np.arange(99.0))
     record(shared, model, "elbo", np.full(3, 1000.0))  # p = 0.006
-    seen = seen_by(shared, model, "elbo")
-    assert seen.judge(0.02).ks_alarm
-    assert not seen.judge(shared.level).ks_alarm
+    state = state_of(shared, model, "elbo")
+    assert state.judge(0.02).ks_alarm
+    assert not state.judge(shared.level).ks_alarm
 
 
 def test_nothing_is_found_in_nothing():
     model = served(np.arange(9.0))
-    seen = seen_by(Drift(20, 0.01), model, "elbo")
-    assert seen.judge(0.01) is None
-    assert seen.histogram == [0] * 10
+    state = state_of(Drift(20, 0.01), model, "elbo")
+    assert state.judge(0.01) is None
+    assert state.histogram == [0] * 10
 
 
 def test_scores_that_have_no_rank_leave_no_trace():
@@ -121,7 +121,7 @@ def test_scores_that_have_no_rank_leave_no_trace():
     with pytest.raises(UnsupportedVerb):
         record(drift, model, "iwae", np.array([1.0]))
     record(drift, model, "elbo", np.array([np.inf, -np.inf]))
-    assert seen_by(drift, model, "elbo").ranks.tolist() == [0, 9]
+    assert state_of(drift, model, "elbo").ranks.tolist() == [0, 9]
     assert len(list(drift)) == 1
 
 
@@ -129,9 +129,9 @@ def test_another_bundle_in_the_same_place_starts_anew():
     drift = Drift(20, 0.01)
     record(drift, served(np.arange(9.0)), "elbo", np.zeros(5))
     other = served(np.arange(4.0), digest="b")
-    assert seen_by(drift, other, "elbo").seen == 0
+    assert state_of(drift, other, "elbo").count == 0
     record(drift, other, "elbo", np.zeros(2))
-    assert [(seen.n, seen.seen, seen.log10_maximum >= 0) for _, seen in drift] == [(4, 2, True)]
+    assert [(state.n, state.count, state.log10_maximum >= 0) for _, state in drift] == [(4, 2, True)]
 
 
 def test_groups_are_watched_apart_under_one_spelling():
@@ -140,8 +140,8 @@ def test_groups_are_watched_apart_under_one_spelling():
     record(drift, model, "elbo", np.array([3.5]))
     record(drift, model, "elbo", np.array([2.5]), "été")
     record(drift, model, "elbo", np.array([1.5]), "e\u0301te\u0301")
-    assert seen_by(drift, model, "elbo").ranks.tolist() == [5]
-    assert seen_by(drift, model, "elbo", "été").ranks.tolist() == [1, 2]
+    assert state_of(drift, model, "elbo").ranks.tolist() == [5]
+    assert state_of(drift, model, "elbo", "été").ranks.tolist() == [1, 2]
     assert [name.group for name, _ in drift] == ["", "été"]
     with pytest.raises(InvalidInput):
         record(drift, model, "elbo", np.array([1.5]), "hiver")
@@ -153,16 +153,16 @@ def test_threads_lose_no_row():
     def record_some():
         for _ in range(200):
             record(drift, model, "elbo", np.array([3.5, 90.5]))
-            assert len(seen_by(drift, model, "elbo").ranks) <= 50
+            assert len(state_of(drift, model, "elbo").ranks) <= 50
 
     threads = [threading.Thread(target=record_some) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    seen = seen_by(drift, model, "elbo")
-    assert seen.seen == 1600
-    assert np.bincount(seen.ranks, minlength=97)[[8, 95]].sum() == 50
+    state = state_of(drift, model, "elbo")
+    assert state.count == 1600
+    assert np.bincount(state.ranks, minlength=97)[[8, 95]].sum() == 50
 
 
 @pytest.fixture
@@ -299,9 +299,9 @@ def test_rows_one_by_one_and_many_at_once_give_the_same_state():
     for row in range(200):
         for monitor in (alone, looked_at):
             monitor.record(above[row : row + 1], at_least[row : row + 1])
-        assert looked_at.seen().seen == row + 1
-    first, *others = (monitor.seen() for monitor in (together, alone, looked_at))
-    for each in others:
-        np.testing.assert_array_equal(each.ranks, first.ranks)
-        assert each.log10_value == pytest.approx(first.log10_value, abs=1e-9)
-        assert each.log10_maximum >= first.log10_maximum - 1e-9  # looked at after every batch of bets
+        assert looked_at.state().count == row + 1
+    first, *others = (monitor.state() for monitor in (together, alone, looked_at))
+    for other in others:
+        np.testing.assert_array_equal(other.ranks, first.ranks)
+        assert other.log10_value == pytest.approx(first.log10_value, abs=1e-9)
+        assert other.log10_maximum >= first.log10_maximum - 1e-9  # looked at after every batch of bets

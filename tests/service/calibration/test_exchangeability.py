@@ -109,7 +109,7 @@ def test_the_martingale_is_the_mixture_of_its_definition(values, cut):
     for k in range(1, t + 1):
         expected += np.prod(bets[k - 1 :], axis=0).mean() / (k * (k + 1))
     assert martingale.log_value == pytest.approx(np.log(expected), abs=1e-9)
-    assert martingale.seen == t
+    assert martingale.count == t
     assert martingale.log_maximum >= max(0.0, martingale.log_value) - 1e-12
 
 
