@@ -24,7 +24,7 @@ from training.data import load_dataset
 from training.errors import CheckpointError, ConfigError
 from training.fit import make_fabric
 from training.interrupts import Interrupt
-from training.painting import MAX_SHARE, UNPAINTED, VISIBLE, painted
+from training.painting import MAX_SHARE, UNPAINTED, VISIBLE, _coverage, _paint, painted
 from training.staging import export
 
 SMALL = ["corruption.width=8", "corruption.epochs=1", "corruption.batch_size=32", "run.threads=1"]
@@ -60,6 +60,29 @@ def test_the_mask_is_exactly_where_the_noise_shows(shape):
     assert found.x.isfinite().all()
     assert torch.equal(found.mask, ((found.x - x).abs() > VISIBLE).any(1).float())
     assert found.mask.sum() > 0
+
+
+def test_fifteen_images_in_a_hundred_stay_as_they_are_and_paint_covers_at_least_four_tenths():
+    """A field's place at its threshold has half of an image's opacity, which is uniform from 0.4 to 1."""
+    torch.manual_seed(0)
+    opacity = torch.cat([_coverage(part) for part in images(4000, (1, 16, 16)).split(20)]).amax((1, 2, 3))
+    unpainted = float((opacity == 0).float().mean())
+    assert abs(unpainted - 0.15) < 4 * (0.15 * 0.85 / 4000) ** 0.5
+    painted_over = opacity[opacity > 0]
+    assert 0.2 <= float(painted_over.min()) < 0.35
+    assert 0.99 < float(painted_over.max()) <= 1
+
+
+def test_every_kind_of_paint_is_as_likely_as_the_others():
+    """Told apart on images of one level each: grain alone varies, and the own and the next level are known."""
+    torch.manual_seed(0)
+    x = torch.linspace(0.2, 0.8, 3000).view(-1, 1, 1, 1).expand(-1, 1, 9, 9)
+    paint = _paint(x)
+    grain = paint.std((1, 2, 3)) > 0
+    own, others = (torch.isclose(paint, source, atol=1e-7).all((1, 2, 3)) for source in (x, x.roll(1, 0)))
+    shares = torch.stack([grain, own, others, ~(grain | own | others)]).float().mean(1)
+    expected = torch.tensor([1, 1, 1, 2]) / 5  # the last of the images lighter or darker, and of any level
+    assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / 3000) ** 0.5).all(), shares
 
 
 def test_some_images_stay_as_they_are_and_no_image_is_mostly_noise():

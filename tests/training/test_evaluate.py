@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from tests.training.linear_gaussian import SHAPE, Linear, noise_images
-from training.aggregate import aggregate_posterior
+from training.aggregate import aggregate_posterior, describe
 from training.config import EvaluateConfig, LikelihoodConfig, ModelConfig
-from training.evaluate import batch_bounds, bits_per_dim, bounds, evaluate, log_weights, summary
+from training.evaluate import _evidence, batch_bounds, bits_per_dim, bounds, evaluate, log_weights, summary
 from training.likelihoods import SquaredError
 from training.models.vae import VAE
 from training.posteriors import kl_to_standard_normal
+from training.tightness import inference_gap
 
 
 @pytest.fixture
@@ -112,6 +113,28 @@ def test_half_precision_rounds_the_decoder_and_nothing_else(dataset):
     assert plain.iwae.dtype == rounded.iwae.dtype == np.float64
     assert 0 < np.abs(plain.iwae - rounded.iwae).max() < 0.1
     np.testing.assert_allclose(plain.rate, rounded.rate, atol=1e-9)
+
+
+def test_standard_errors_are_of_means_over_images(dataset):
+    model, indices = Linear(exact=False, offset=0.5), dataset.splits["test"][:20]
+    config = EvaluateConfig(k=50, images=20, gaps=20, gap_steps=20)
+    metrics, _ = evaluate(model, dataset, "test", config)
+    by_image = bounds(model, dataset, indices, 50)
+    expected = np.sqrt(((by_image.iwae - by_image.iwae.mean()) ** 2).sum() / 20 / 20)
+    assert metrics["log_likelihood_standard_error"] == pytest.approx(expected)
+    x = torch.from_numpy(dataset.pixels(indices))
+    gap = inference_gap(model, x, None, by_image.elbo, by_image.iwae, 20, 0)
+    for name, values in (("amortisation_gap", gap.amortisation), ("approximation_gap", gap.approximation)):
+        assert metrics[f"{name}_standard_error"] == pytest.approx(np.sqrt(values.var() / 20), rel=1e-3)
+    without = bounds(Linear(), dataset, indices, 1)
+    error = _evidence(type("Model", (), {"evidence": "none"}), without)["reconstruction_error_standard_error"]
+    assert error == pytest.approx(np.sqrt(without.distortion.var() / 20))
+
+
+def test_a_unit_is_active_where_its_mean_varies_by_more_than_a_hundredth():
+    deviations = torch.tensor([0.099, 0.101, 1.0])
+    loc = deviations * torch.tensor([1.0, -1.0]).repeat(5000)[:, None]
+    assert describe(Linear(), loc, torch.ones_like(loc), loc).active_units == 2
 
 
 def test_active_units_counts_dimensions_that_move(dataset):

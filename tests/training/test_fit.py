@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.training.solved import dataset_of
 from training.batches import epoch_batches, steps_per_epoch
 from training.checkpoint import FILE, load_checkpoint, save_checkpoint
-from training.config import OptimiserConfig, load_config
+from training.config import LikelihoodConfig, ModelConfig, OptimiserConfig, load_config
 from training.data import load_dataset
 from training.errors import CheckpointError, TrainingDiverged
 from training.fit import MAX_SKIPPED_IN_A_ROW, State, Trainer, fit, learning_rate, make_fabric, restored_state
+from training.fit import start as first_values
+from training.models.build import build_model
 
 pytestmark = pytest.mark.integration  # most of them train
 
@@ -240,6 +243,18 @@ def test_an_epoch_shows_every_rank_other_images(world_size):
     assert set(seen) <= set(indices)
     again = epoch_batches(indices, 8, seed=0, epoch=3)
     assert not np.array_equal(again[0], epoch_batches(indices, 8, seed=0, epoch=2)[0])
+
+
+def test_a_model_starts_from_the_mean_and_the_deviation_of_its_training_rows():
+    """Far from 0, and not those of the first rows alone, which lie lower than the others."""
+    rows = 1e4 + np.random.RandomState(0).normal(size=(2000, 3)) * [1, 5, 20] + (np.arange(2000) >= 600)[:, None] * 10
+    dataset = dataset_of(rows)
+    config = ModelConfig(latent_dim=2, likelihood=LikelihoodConfig(family="gaussian", values="reals"))
+    model = build_model(dataset.preprocessing, config)
+    first_values(model, dataset)
+    train = rows[dataset.splits["train"]].astype(np.float32).astype(np.float64)
+    np.testing.assert_allclose(model.likelihood.shift[:, 0].flatten(), train.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(model.likelihood.unit[:, 0].flatten(), train.std(0), rtol=1e-3)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

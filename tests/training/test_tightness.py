@@ -177,6 +177,10 @@ def test_rates_by_group_are_the_models_own():
         ([1e-4], False, "does without z"),
         ([20.0, 0.001, 3.0], True, "layer 2 of 3"),
         ([20.0, 0.1, 3.0], True, None),
+        ([20.0, 0.011, 3.0], True, None),
+        ([20.0, 0.009, 3.0], True, "layer 2 of 3"),
+        ([3.0] + [0.0] * 9, False, None),
+        ([3.0] + [0.0] * 10, False, "only 1 of 11 latent dimensions"),
     ],
 )
 def test_collapse_is_told(rates, layers, text):
