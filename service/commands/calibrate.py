@@ -1,4 +1,4 @@
-"""``vaeserve calibrate``."""
+"""The command ``vaeserve calibrate``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from service.commands.console import RepositoryOption, errors_in_words, progress_bar, say
+from service.commands.console import RepositoryOption, exit_on_error, progress_bar, say
 from service.commands.environment import settings_with
 from service.errors import ConfigurationError
 from service.settings import Settings
@@ -37,7 +37,7 @@ def calibrate(
     repository: RepositoryOption = None,
 ) -> None:
     """Write the model's next version, its verdicts calibrated on your own good images. Nothing is trained."""
-    with errors_in_words():
+    with exit_on_error():
         settings = settings_with(repository=repository)
         _calibrate(settings, model, files, groups, _plan(fit_share, trim, false_positive_rate), to)
 

@@ -1,4 +1,4 @@
-"""``vaeserve check``."""
+"""The command ``vaeserve check``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from service.commands.console import ERROR, errors_in_words
+from service.commands.console import ERROR, exit_on_error
 
 
 def check(path: Annotated[Path, typer.Argument(help="A bundle: the folder that holds manifest.json")]) -> None:
-    """Verify a bundle and say what is wrong with it, in words. Exit code 1 if anything is."""
+    """Verify a bundle and say what is wrong with it, in words. The exit code is 1 if anything is."""
     from service.inference.sessions import Runtime
     from service.inference.verification import verify_bundle
 
-    with errors_in_words():
+    with exit_on_error():
         report = verify_bundle(path, Runtime("cpu"))
         typer.echo(str(report))
         if not report.ok:

@@ -6,7 +6,7 @@ import typer
 
 from service.commands.calibrate import calibrate
 from service.commands.check import check
-from service.commands.console import errors_in_words
+from service.commands.console import exit_on_error
 from service.commands.models import models
 from service.commands.score import score
 from service.commands.serve import serve
@@ -25,8 +25,8 @@ app = typer.Typer(
 
 @app.command(hidden=True, context_settings=ANY_ARGUMENTS)
 def autotune() -> None:
-    """Say what stands in place of this command, which was removed."""
-    with errors_in_words():
+    """Refuse this command, which was removed, and name what replaces it."""
+    with exit_on_error():
         raise ConfigurationError(
             "the command autotune is no more: vaeserve serve --workers auto takes the CPUs allowed, as far as memory "
             "reaches; --workers N takes N"

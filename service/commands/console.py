@@ -1,4 +1,4 @@
-"""What the commands have in common: options, exit codes, errors in one line, bars of progress."""
+"""What the commands have in common: options, exit codes, errors in one line, progress bars."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from service.errors import VaeserveError
 
 ERROR, SOME_BAD_FILES = 1, 3
-UNCUT = 10_000  # columns: a name cut to the terminal's width is no name
+MAX_COLUMNS = 10_000  # of a table: a name that is cut to the terminal's width is no name
 
 RepositoryOption = Annotated[
     Path | None, typer.Option(help="Folder of bundles, NAME/VERSION/ each; default: setting repository (exported)")
@@ -23,8 +23,8 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or auto; defau
 
 
 @contextmanager
-def errors_in_words() -> Iterator[None]:
-    """Print a domain error as one line and exit 1; anything else is a defect and keeps its traceback."""
+def exit_on_error() -> Iterator[None]:
+    """Print an error of the service as one line and exit with code 1; others are defects and keep their traceback."""
     try:
         yield
     except VaeserveError as error:
@@ -34,7 +34,7 @@ def errors_in_words() -> Iterator[None]:
 
 @contextmanager
 def progress_bar(console: Console, total: int | None, verb: str) -> Iterator[Callable[..., None]]:
-    """Show a bar while the body runs; the function that is yielded moves it by so many rows, one by default."""
+    """Show a progress bar, and yield a function that advances it by so many rows, one by default."""
     columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(verb, total=total)
@@ -42,5 +42,5 @@ def progress_bar(console: Console, total: int | None, verb: str) -> Iterator[Cal
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is: paths hold brackets, and are not to be broken."""
+    """Print a line as it is: brackets in paths are no markup, and long paths are not wrapped."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

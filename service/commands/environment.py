@@ -1,4 +1,4 @@
-"""The only reader of the settings' flags and environment. The flags of ``vaeserve serve`` are the settings' fields."""
+"""Read the settings from flags and environment. The flags of ``vaeserve serve`` are the fields of Settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.settings import Settings
 
 PREFIX = "VAESERVE_"
 REMOVED = {"autotune_file": "--workers auto takes the CPUs allowed, as far as memory reaches; --workers N takes N"}
-"""What stands in place of each setting that is no more."""
+"""Settings that were removed, and what is to be used in place of each."""
 
 T = TypeVar("T")
 
@@ -36,7 +36,9 @@ class GivenSettings(BaseSettings, Settings):
 
 
 def read_settings(flags: Sequence[str]) -> Settings:
-    """Settings from flags, else the environment, else the defaults. ``--help`` and unknown flags end the process.
+    """Read the settings from flags, else the environment, else the defaults.
+
+    ``--help`` and unknown flags end the process.
 
     Raises:
         ConfigurationError: an unknown variable, a setting that was removed, or a value out of range; the text names it.
@@ -44,45 +46,45 @@ def read_settings(flags: Sequence[str]) -> Settings:
     check_environment(os.environ)
     for flag in flags:
         _refuse_removed(flag.partition("=")[0].removeprefix("--").replace("-", "_"), flag)
-    return in_words(lambda: CliApp.run(GivenSettings, cli_args=list(flags)))
+    return validated(lambda: CliApp.run(GivenSettings, cli_args=list(flags)))
 
 
 def settings_with(**overrides: object) -> Settings:
-    """Settings from the environment but for ``overrides`` that are not None. Raises as ``read_settings``."""
+    """Read the settings from the environment, but for ``overrides`` that are not None. Raises as ``read_settings``."""
     check_environment(os.environ)
     given = {name: value for name, value in overrides.items() if value is not None}
-    return in_words(lambda: GivenSettings(**given))  # type: ignore[arg-type]
+    return validated(lambda: GivenSettings(**given))  # type: ignore[arg-type]
 
 
-def in_words(make: Callable[[], T]) -> T:
-    """Return what ``make`` returns. Raises ConfigurationError, which names each field and its fault, where one is."""
+def validated(make: Callable[[], T]) -> T:
+    """Return what ``make`` returns. Raises ConfigurationError, with each faulty field, if pydantic refuses it."""
     try:
         return make()
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ConfigurationError("; ".join(faults)) from error
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
-    """Refuse variables with our prefix that are no setting: a typo must not be a silent default.
+    """Refuse variables with our prefix that are no setting, so that a typo never leaves a default in force.
 
     Raises:
-        ConfigurationError: names each unknown variable and the nearest setting, or what stands in place of one that was
-            removed.
+        ConfigurationError: names each unknown variable and the nearest setting, or what replaces a removed one.
     """
     names = {PREFIX + name.upper() for name in Settings.model_fields}
     unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in names)
     for name in unknown:
         _refuse_removed(name.upper().removeprefix(PREFIX).lower(), name)
     if unknown:
-        raise ConfigurationError("; ".join(_unknown(name, names) for name in unknown))
+        raise ConfigurationError("; ".join(_describe_unknown(name, names) for name in unknown))
 
 
 def _refuse_removed(setting: str, written: str) -> None:
+    """Raise ConfigurationError for a setting that was removed; ``written`` is the flag or the variable that sets it."""
     if setting in REMOVED:
         raise ConfigurationError(f"{written}: the setting {setting} is no more: {REMOVED[setting]}")
 
 
-def _unknown(name: str, names: set[str]) -> str:
+def _describe_unknown(name: str, names: set[str]) -> str:
     nearest = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.0)
     return f"unknown setting {name} in the environment: did you mean {nearest[0]}?"

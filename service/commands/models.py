@@ -1,11 +1,11 @@
-"""``vaeserve models``."""
+"""The command ``vaeserve models``."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
-from service.commands.console import UNCUT, RepositoryOption, errors_in_words
+from service.commands.console import MAX_COLUMNS, RepositoryOption, exit_on_error
 from service.commands.environment import settings_with
 from service.errors import ConfigurationError
 
@@ -14,7 +14,7 @@ def models(repository: RepositoryOption = None) -> None:
     """List the bundles of a folder."""
     from service.bundle.files import find_bundles, open_bundle
 
-    with errors_in_words():
+    with exit_on_error():
         root = settings_with(repository=repository).repository
         table = Table("model", "version", "family", "shape", "latents", "score", "calibration", "digest")
         for path in sorted(find_bundles(root)):
@@ -32,4 +32,4 @@ def models(repository: RepositoryOption = None) -> None:
             )
         if not table.row_count:
             raise ConfigurationError(f"no bundle under {root}: expected NAME/VERSION/manifest.json")
-        Console(width=UNCUT).print(table)
+        Console(width=MAX_COLUMNS).print(table)

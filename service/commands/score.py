@@ -1,4 +1,4 @@
-"""``vaeserve score``."""
+"""The command ``vaeserve score``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from service.commands.console import SOME_BAD_FILES, DeviceOption, RepositoryOption, errors_in_words, progress_bar, say
-from service.commands.environment import in_words, settings_with
+from service.commands.console import SOME_BAD_FILES, DeviceOption, RepositoryOption, exit_on_error, progress_bar, say
+from service.commands.environment import settings_with, validated
 from service.errors import ConfigurationError
 from service.settings import Settings
 
@@ -54,15 +54,15 @@ def score(
     """Score images or tables offline, exactly as the service would. Exit code 3 if some files could not be read."""
     from service.repository.score_parameters import ScoreParameters
 
-    parameters = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
-    parameters |= {"also": also, "group": group}
-    parameters |= {"map": maps is not None, "map_kind": map_kind, "map_picture": map_picture}
-    with errors_in_words():
-        asked = in_words(lambda: ScoreParameters(false_positive_rate=false_positive_rate, **parameters))  # type: ignore[arg-type]
+    options: dict[str, object] = {"score": score, "estimator": estimator, "k": k, "seed": seed, "strict": strict}
+    options |= {"also": also, "group": group, "false_positive_rate": false_positive_rate}
+    options |= {"map": maps is not None, "map_kind": map_kind, "map_picture": map_picture}
+    with exit_on_error():
+        parameters = validated(lambda: ScoreParameters.model_validate(options))
         settings = settings_with(repository=repository, device=device)
         if maps is None and (map_kind or map_picture):
             raise ConfigurationError("--map-kind and --map-picture are of --maps FOLDER, which is not given")
-        bad = _score(settings, files, out, model, asked, maps)
+        bad = _score(settings, files, out, model, parameters, maps)
     if bad:
         raise typer.Exit(SOME_BAD_FILES)
 
@@ -72,10 +72,10 @@ def _score(
     paths: list[Path],
     out: Path | None,
     model: str | None,
-    asked: ScoreParameters,
+    parameters: ScoreParameters,
     maps: Path | None,
 ) -> int:
-    """Score, write, show progress on stderr; the number of files that could not be read."""
+    """Score the files and write the results, with progress on stderr; return how many files could not be read."""
     from service.commands.offline_scoring import BadFile, fields_of, find_files, open_sink, plan_pictures, score_files
     from service.formats.images import ImageLimits
     from service.logs import configure_logs
@@ -90,12 +90,12 @@ def _score(
     if maps is not None and rule.kind != "image":
         raise ConfigurationError(f"--maps: {served.manifest.name} is a model of {rule.kind}s, which are no pictures")
     pictures = None if maps is None else plan_pictures(files, paths, maps)
-    reasons = missing_verdicts(served, asked, settings.false_positive_rate)
-    fields = fields_of(rule, further_scores(served.manifest, asked))
+    reasons = missing_verdicts(served, parameters, settings.false_positive_rate)
+    fields = fields_of(rule, further_scores(served.manifest, parameters))
     total = len(files) if rule.kind == "image" else None  # a table's rows are not known before it is read
     with open_sink(out, sys.stdout, fields) as write, progress_bar(console, total, "scoring") as advance:
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        for row in score_files(served, files, asked, settings.false_positive_rate, limits, pictures):
+        for row in score_files(served, files, parameters, settings.false_positive_rate, limits, pictures):
             if isinstance(row, BadFile):
                 bad += 1
                 say(console, f"skipped {row.path}: {row.reason}")

@@ -1,4 +1,4 @@
-"""``vaeserve serve``: one process under uvicorn, or several under gunicorn."""
+"""The command ``vaeserve serve``, which starts one process under uvicorn, or several under gunicorn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from service.commands.console import ERROR, errors_in_words
+from service.commands.console import ERROR, exit_on_error
 from service.commands.environment import read_settings
 from service.errors import ConfigurationError
 from service.resources import available_cpus, available_memory, fitting_workers, freeze_gc
@@ -24,21 +24,21 @@ ADDRESS_TAKEN = 3  # uvicorn's exit code where it cannot listen
 
 def serve(context: typer.Context) -> None:
     """Read settings from flags and environment, load every bundle, serve until told to stop."""
-    with errors_in_words():
+    with exit_on_error():
         settings = read_settings(context.args)
         gc.disable()  # what is imported and loaded from now on stays, and freeze_gc comes next
         from service.logs import configure_logs
 
         configure_logs(settings.log_level, settings.log_format)
-        settings = _with_chosen_workers(settings).for_each_worker()
+        settings = _choose_workers(settings).for_each_worker()
         if settings.workers == 1:
             _serve_alone(settings)
         else:
             _serve_with_workers(settings)
 
 
-def _with_chosen_workers(settings: Settings) -> Settings:
-    """The settings with a number of workers in place of "auto", which the log says, too."""
+def _choose_workers(settings: Settings) -> Settings:
+    """Replace "auto" in the settings by a number of workers, and log it."""
     if settings.workers != "auto":
         return settings
     from service.bundle.files import find_bundles
@@ -52,6 +52,7 @@ def _with_chosen_workers(settings: Settings) -> Settings:
 
 
 def _serve_alone(settings: Settings) -> None:
+    """Serve in this process until told to stop; exit with code 1 if it cannot start."""
     from service.api.app import create_app
     from service.logs import get_logger
     from service.repository.model_repository import load_repository
@@ -69,9 +70,10 @@ def _serve_alone(settings: Settings) -> None:
 
 
 def _serve_with_workers(settings: Settings) -> None:
-    """Become the master of settings.workers processes, which ends this process, and with it all of them.
+    """Serve in settings.workers processes, of which this one becomes the master, until told to stop.
 
-    Bundles are loaded here if their sessions have one thread, the caller's: no other survives a fork.
+    Bundles are loaded here, for all workers, if their sessions have no thread but the caller's: no other survives a
+    fork. This function does not return: the master ends by SystemExit.
     """
     if sys.platform != "linux":
         raise ConfigurationError("setting workers: only Linux spreads connections over several processes; give 1")
@@ -101,7 +103,10 @@ def _serve_with_workers(settings: Settings) -> None:
 
 @contextmanager
 def _shared_folder() -> Iterator[Path]:
-    """A folder in memory, if possible: the numbers change with each request. It goes with the master."""
+    """Make a folder for files of all workers, in memory if possible, since metrics change with each request.
+
+    The master removes it when it ends.
+    """
     memory, master = Path("/dev/shm"), os.getpid()  # noqa: S108 - mkdtemp makes a folder of its own there
     try:
         folder = tempfile.mkdtemp(prefix="vaeserve-", dir=memory if os.access(memory, os.W_OK) else None)
