@@ -24,56 +24,61 @@ class GraphSpec(NamedTuple):
 
 
 def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
-    """Inputs and outputs of the graph ``role`` for the manifest's sizes, as the docstring of service.bundle lists them.
+    """Return the inputs and outputs of a graph for the manifest's sizes, as service.bundle's docstring lists them.
 
     Raises BundleFormatError for the prior of a family that needs no graph, and for a backbone that the manifest does
     not describe.
     """
-    image, latent = manifest.signature.shape, manifest.signature.latent_dim
-    names = manifest.likelihood.parameters
-
-    def floats(name: str, *shape: int | str) -> TensorSpec:
-        return TensorSpec(name, "float32", shape)
-
-    def nats(name: str) -> TensorSpec:
-        return TensorSpec(name, "float64", ("N", "K"))
-
+    image, latent_dim, names = manifest.signature.shape, manifest.signature.latent_dim, manifest.likelihood.parameters
     if role == "encoder":
-        dither = (floats("dither", "N", *image),) if manifest.signature.dither else ()
-        return GraphSpec(
-            (floats("x", "N", *image), floats("noise", "N", "K", manifest.signature.noise_dim), *dither),
-            (
-                floats("target", "N", *image),
-                floats("loc", "N", latent),
-                floats("scale", "N", latent),
-                floats("z", "N", "K", latent),
-                nats("log_q"),
-            ),
-        )
+        return _encoder_spec(manifest)
     if role == "decoder":
-        outputs = tuple(floats(name, "M", *image) for name in ("mean", *names))
-        return GraphSpec((floats("z", "M", latent),), outputs)
+        outputs = tuple(_floats(name, "M", *image) for name in ("mean", *names))
+        return GraphSpec((_floats("z", "M", latent_dim),), outputs)
     if role == "density":
-        inputs = (floats("target", "N", *image), floats("z", "N", "K", latent))
-        parameters = tuple(floats(name, "N", "K", *image) for name in names)
-        return GraphSpec(
-            (*inputs, *parameters), (nats("log_p_x"), floats("log_p_x_map", "N", "K", *image), nats("log_p_z"))
-        )
+        return _density_spec(manifest)
     if role == "observation":
-        parameters = tuple(floats(name, "M", *image) for name in names)
-        return GraphSpec((*parameters, floats("noise", "M", *image)), (floats("sample", "M", *image),))
+        parameters = tuple(_floats(name, "M", *image) for name in names)
+        return GraphSpec((*parameters, _floats("noise", "M", *image)), (_floats("sample", "M", *image),))
     if role == "backbone":
         return _backbone_spec(manifest)
     if role == "corruption":
-        return GraphSpec((floats("x", "N", *image),), (floats("log_odds", "N", *image[1:]),))
+        return GraphSpec((_floats("x", "N", *image),), (_floats("log_odds", "N", *image[1:]),))
     if manifest.prior.noise_dim is None:
         raise BundleFormatError(f"family {manifest.prior.family!r} of the prior is not drawn by a graph")
-    choice = (floats("choice", "M"),) if manifest.prior.choice else ()
-    return GraphSpec((floats("noise", "M", manifest.prior.noise_dim), *choice), (floats("z", "M", latent),))
+    choice = (_floats("choice", "M"),) if manifest.prior.choice else ()
+    return GraphSpec((_floats("noise", "M", manifest.prior.noise_dim), *choice), (_floats("z", "M", latent_dim),))
+
+
+def _floats(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name, "float32", shape)
+
+
+def _nats(name: str) -> TensorSpec:
+    """Describe log densities by row and sample, in nats."""
+    return TensorSpec(name, "float64", ("N", "K"))
+
+
+def _encoder_spec(manifest: Manifest) -> GraphSpec:
+    signature = manifest.signature
+    image, latent_dim = signature.shape, signature.latent_dim
+    dither = (_floats("dither", "N", *image),) if signature.dither else ()
+    inputs = (_floats("x", "N", *image), _floats("noise", "N", "K", signature.noise_dim), *dither)
+    posterior = (_floats("loc", "N", latent_dim), _floats("scale", "N", latent_dim))
+    sample = (_floats("z", "N", "K", latent_dim), _nats("log_q"))
+    return GraphSpec(inputs, (_floats("target", "N", *image), *posterior, *sample))
+
+
+def _density_spec(manifest: Manifest) -> GraphSpec:
+    image, latent_dim = manifest.signature.shape, manifest.signature.latent_dim
+    inputs = (_floats("target", "N", *image), _floats("z", "N", "K", latent_dim))
+    parameters = tuple(_floats(name, "N", "K", *image) for name in manifest.likelihood.parameters)
+    outputs = (_nats("log_p_x"), _floats("log_p_x_map", "N", "K", *image), _nats("log_p_z"))
+    return GraphSpec((*inputs, *parameters), outputs)
 
 
 def _backbone_spec(manifest: Manifest) -> GraphSpec:
-    """Input and output of the graph "backbone". Raises BundleFormatError where the manifest describes none."""
+    """Return the input and output of the graph "backbone". Raises BundleFormatError if the manifest has none."""
     backbone = manifest.backbone
     if backbone is None:
         raise BundleFormatError("the manifest describes no backbone")

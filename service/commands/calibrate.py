@@ -15,6 +15,8 @@ from service.errors import ConfigurationError
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from service.bundle.input_rules import InputRule
+    from service.commands.calibration_data import CalibrationData
     from service.commands.recalibration import RecalibrationOutcome, RecalibrationPlan
 
 
@@ -43,6 +45,7 @@ def calibrate(
 
 
 def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None) -> RecalibrationPlan:
+    """Make a plan of the command's options. Raises ConfigurationError for a share that is no number."""
     from service.commands.recalibration import RecalibrationPlan
 
     try:
@@ -55,57 +58,77 @@ def _plan(fit_share: float, trim: str | None, false_positive_rate: float | None)
 def _calibrate(
     settings: Settings, model: str, paths: list[Path], grouped: bool, plan: RecalibrationPlan, to: Path | None
 ) -> None:
+    """Calibrate the model on the files below ``paths``, with progress on stderr, and say what came of it."""
     from service.bundle.input_rules import ArrayPreprocessing
-    from service.commands.calibration_data import CalibrationData, ModelRows, open_whole_images
-    from service.commands.offline_scoring import find_files, group_of, read_images, read_tables
+    from service.commands.offline_scoring import find_files
     from service.commands.recalibration import recalibrate
-    from service.formats.images import ImageLimits
-    from service.pixels import unit_levels
     from service.repository.model_repository import load_one
 
     console = Console(stderr=True)
     bundle = load_one(settings, model).model.bundle
     rule = bundle.manifest.preprocessing
-    files, names = find_files(paths, rule), None
-    if isinstance(rule, ArrayPreprocessing):
-        if grouped:
-            raise ConfigurationError("--groups: subfolders are groups of images; a table has none")
-        rows: CalibrationData = ModelRows(read_tables(files, rule), lambda x: x)
-        read = files
-    else:
-        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        if rule.tiling is not None:
-            rows, read, bad = open_whole_images(files, rule, limits)
-        else:
-            pixels, read, bad = read_images(files, rule, limits)
-            rows = ModelRows(pixels, unit_levels, "images")
-        for file in bad:
-            say(console, f"skipped {file.path}: {file.reason}")
-        names = [group_of(path, paths) for path in read] if grouped else None
-        if names is not None and not any(names):
-            raise ConfigurationError(
-                f"--groups: no image lies in a subfolder of {', '.join(map(str, paths))}: expected a subfolder for "
-                "each group"
-            )
+    files = find_files(paths, rule)
+    if grouped and isinstance(rule, ArrayPreprocessing):
+        raise ConfigurationError("--groups: subfolders are groups of images; a table has none")
+    rows, read = _read_rows(files, rule, settings, console)
+    groups = _group_names(read, paths) if grouped else None
     with progress_bar(console, None, "calibrating") as advance:
-        done = recalibrate(bundle, rows, names, to or settings.repository, plan, advance)
-    for note in done.notes:
+        outcome = recalibrate(bundle, rows, groups, to or settings.repository, plan, advance)
+    for note in outcome.notes:
         say(console, f"note: {note}")
-    for index in done.suspects if names is not None or not isinstance(rule, ArrayPreprocessing) else []:
+    for index in outcome.suspects if rule.kind == "image" else []:
         say(console, f"look at {read[index]}")
-    for line in _calibrated(done, rows.noun, settings.false_positive_rate):
+    for line in _describe(outcome, rows.noun, settings.false_positive_rate):
         say(console, line)
 
 
-def _calibrated(done: RecalibrationOutcome, noun: str, rate: float) -> Iterator[str]:
-    """What a calibration rests on, all and by group, and which of them cannot answer the default rate."""
+def _read_rows(
+    files: list[Path], rule: InputRule, settings: Settings, console: Console
+) -> tuple[CalibrationData, list[Path]]:
+    """Read the data to calibrate on, and return it with the files that hold it; say which files cannot be read."""
+    from service.bundle.input_rules import ArrayPreprocessing
+    from service.commands.calibration_data import ModelRows, open_whole_images
+    from service.commands.offline_scoring import read_images, read_tables
+    from service.formats.images import ImageLimits
+    from service.pixels import unit_levels
+
+    if isinstance(rule, ArrayPreprocessing):
+        return ModelRows(read_tables(files, rule), lambda x: x), files
+    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    if rule.tiling is not None:
+        rows: CalibrationData
+        rows, read, bad = open_whole_images(files, rule, limits)
+    else:
+        pixels, read, bad = read_images(files, rule, limits)
+        rows = ModelRows(pixels, unit_levels, "images")
+    for file in bad:
+        say(console, f"skipped {file.path}: {file.reason}")
+    return rows, read
+
+
+def _group_names(files: list[Path], roots: list[Path]) -> list[str | None]:
+    """Name the group of each file, its subfolder. Raises ConfigurationError if no file lies in a subfolder."""
+    from service.commands.offline_scoring import group_of
+
+    names = [group_of(path, roots) for path in files]
+    if not any(names):
+        raise ConfigurationError(
+            f"--groups: no image lies in a subfolder of {', '.join(map(str, roots))}: expected a subfolder for each "
+            "group"
+        )
+    return names
+
+
+def _describe(outcome: RecalibrationOutcome, noun: str, rate: float) -> Iterator[str]:
+    """Yield lines that say what a calibration, and that of each group, rests on, and whether it can answer ``rate``."""
     from service.calibration.conformal import min_calibration_size
 
-    def answers(n: int) -> str:
+    def smallest_p_value(n: int) -> str:
         few = f"; too few for the default false-positive rate, {rate:g}, which needs {min_calibration_size(rate)}"
         return f"smallest p-value {1 / (n + 1):.3g}{few if n < min_calibration_size(rate) else ''}"
 
-    yield f"{done.path}: {done.n} {noun} calibrate, {done.n_fit} fitted the scores; {answers(done.n)}"
-    for group, n in done.groups.items():
-        yield f"group {group}: {n} {noun}; {answers(n)}"
+    n = outcome.n
+    yield f"{outcome.path}: {n} {noun} calibrate, {outcome.n_fit} fitted the scores; {smallest_p_value(n)}"
+    for group, n in outcome.groups.items():
+        yield f"group {group}: {n} {noun}; {smallest_p_value(n)}"
     yield "a running server loads new versions when it is started again"

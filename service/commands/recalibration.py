@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,16 +87,7 @@ def recalibrate(
     manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
     notes = _notes_on_groups(bundle.manifest, groups)
     if n_fit:
-        definitions, arrays = _fitted(bundle, rows.sample(bundle.manifest, fit), progress)
-        manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
-        manifest["default_score"] = _default_score(bundle.manifest, definitions)
-        if manifest["default_score"] != bundle.manifest.default_score:
-            notes.append(
-                f"the default score is {manifest['default_score']} now, fitted here for the first time; it was "
-                f"{bundle.manifest.default_score}"
-            )
-        files[DETECTORS] = _npz(arrays)
-        files.pop(TILES, None)
+        notes += _refit(bundle, rows.sample(bundle.manifest, fit), manifest, files, progress)
     elif plan.fit_share:
         notes.append(f"{len(rows)} {rows.noun} are too few to fit the scores anew: those of the bundle are kept")
     manifest |= {"format_version": FORMAT_VERSION, "calibration": None}
@@ -105,19 +97,16 @@ def recalibrate(
         scores = rows.scores(model, tails, held_out, progress)
     if tails is not None:
         files[TILES] = _npz(to_arrays(tails))
-    suspects = contamination(scores[manifest["default_score"]])
+    default = manifest["default_score"]
+    suspects = contamination(scores[default])
     kept, removed = _trimmed(scores, suspects, plan)
     notes += _notes(suspects, removed, len(held_out), plan)
     by_group = _by_group(scores, groups, held_out)
-    stored = {name: np.sort(values) for name, values in kept.items()} | by_group
-    default = manifest["default_score"]
     counts = {group: len(by_group[calibration_key(default, group)]) for group in _names(groups)}
     manifest["calibration"] = _summary(kept, counts, n_fit, removed)
-    files[CALIBRATION] = _npz(stored)
-    path = _written(root, manifest, files)
-    return RecalibrationOutcome(
-        path, len(next(iter(kept.values()))), n_fit, counts, [int(held_out[i]) for i in suspects.indices], notes
-    )
+    files[CALIBRATION] = _npz({name: np.sort(values) for name, values in kept.items()} | by_group)
+    path, indices = _written(root, manifest, files), held_out[suspects.indices].tolist()
+    return RecalibrationOutcome(path, len(kept[default]), n_fit, counts, indices, notes)
 
 
 def _count_to_fit(rows: CalibrationData, bundle: Bundle, plan: RecalibrationPlan) -> int:
@@ -167,6 +156,23 @@ def _written(root: Path, manifest: Mapping[str, object], files: Mapping[str, byt
         except BundleError:
             if not (root / name / version).exists():
                 raise
+
+
+def _refit(
+    bundle: Bundle,
+    x: np.ndarray,
+    manifest: dict[str, Any],
+    files: dict[str, bytes],
+    progress: Progress | None,
+) -> list[str]:
+    """Fit the bundle's scores to x, float32 [m,C,H,W], and write them into ``manifest`` and ``files``; return notes."""
+    definitions, arrays = _fitted(bundle, x, progress)
+    old, new = bundle.manifest.default_score, _default_score(bundle.manifest, definitions)
+    manifest["scores"] = {name: definition.model_dump(mode="json") for name, definition in definitions.items()}
+    manifest["default_score"] = new
+    files[DETECTORS] = _npz(arrays)
+    files.pop(TILES, None)
+    return [] if new == old else [f"the default score is {new} now, fitted here for the first time; it was {old}"]
 
 
 def _fitted(
