@@ -1,4 +1,4 @@
-"""Deferred writing of log lines and metrics: those of many requests are collected and written together."""
+"""Deferred writing of log lines and metrics, so that those of many requests are written together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 from weakref import WeakSet
 
-PAUSE_SECONDS = 0.01  # between two writes, since a write of few items costs as much as one of many
+PAUSE_SECONDS = 0.01  # between two writes, since a write of few items takes as long as one of many
 
 T = TypeVar("T")
 
@@ -33,14 +33,14 @@ class DeferredWriter(Generic[T]):
         """Queue an item for the next write."""
         self._items.append(item)
         waits_for = self._waits_for
-        if waits_for is not None and waits_for.is_running():  # its flush is due, and will write this item, too
+        if waits_for is not None and waits_for.is_running():  # a flush is scheduled, which writes this item, too
             return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self.flush()
             return
-        self._waits_for = loop  # a loop before may have ended without another iteration
+        self._waits_for = loop  # an earlier loop may have ended before its flush
         pause = self._not_before - time.monotonic()
         if pause > 0:
             loop.call_later(pause, self.flush)

@@ -1,4 +1,4 @@
-"""What this process may use: CPUs by affinity and the cgroup's quota, memory by the cgroup's limit, not the host's."""
+"""CPUs and memory that this process may use, by its affinity and its cgroup's limits, not the host's."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ YOUNG_OBJECTS = 5_000  # between collections of the youngest; by default 700
 
 MEMORY_SHARE = 0.75  # of the memory allowed that workers may take: request bodies and the largest batches come on top
 PROCESS_BYTES = 100 * 2**20  # of a worker without bundles
-BYTES_OF_GRAPHS = 4  # a worker holds so much for each byte of its graphs: weights, packed weights, what it computes
+BYTES_PER_GRAPH_BYTE = 4  # that a worker holds: weights, packed weights, intermediate arrays
 
 
 def available_cpus(cgroup: Path = CGROUP) -> int:
-    """CPUs this process may use: the smaller of its affinity and its cgroup's quota (v2 or v1), at least 1.
+    """Count the CPUs this process may use: the smaller of its affinity and its cgroup's quota (v2 or v1), at least 1.
 
-    ONNX Runtime and os.cpu_count() see the host's cores, and a pool of that size is throttled inside a container.
+    ONNX Runtime and os.cpu_count() see the host's CPUs, and a pool of so many threads is throttled inside a container.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_quota(cgroup)
@@ -27,7 +27,7 @@ def available_cpus(cgroup: Path = CGROUP) -> int:
 
 
 def cgroup_quota(cgroup: Path) -> float | None:
-    """CPUs granted by the cgroup mounted there, or None without a limit. v2: cpu.max; v1: cpu/cpu.cfs_*_us."""
+    """Read how many CPUs the cgroup mounted there grants (v2: cpu.max; v1: cpu/cpu.cfs_*_us); None without a limit."""
     modern = _read_words(cgroup / "cpu.max")
     if len(modern) == 2:
         return None if modern[0] == "max" else int(modern[0]) / int(modern[1])
@@ -38,34 +38,34 @@ def cgroup_quota(cgroup: Path) -> float | None:
 
 
 def available_memory(cgroup: Path = CGROUP) -> int:
-    """Bytes this process and its children may hold: the smaller of the machine's and the cgroup's limit (v2 or v1)."""
+    """Return the bytes this process and its children may hold: the machine's, or fewer by the cgroup's limit."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     words = _read_words(cgroup / "memory.max") or _read_words(cgroup / "memory/memory.limit_in_bytes")
     return min(machine, int(words[0])) if words and words[0] != "max" else machine
 
 
 def fitting_workers(threads: int, graph_bytes: int) -> int:
-    """Return how many processes of so many threads the CPUs allowed are enough for, and the memory; at least 1.
+    """Return how many processes of so many threads the allowed CPUs and memory are enough for, at least 1.
 
-    Each of them holds bundles whose graphs have ``graph_bytes`` bytes as files.
+    Each process holds bundles whose graphs have ``graph_bytes`` bytes as files.
     """
-    by_memory = int(MEMORY_SHARE * available_memory()) // (PROCESS_BYTES + BYTES_OF_GRAPHS * graph_bytes)
+    by_memory = int(MEMORY_SHARE * available_memory()) // (PROCESS_BYTES + BYTES_PER_GRAPH_BYTE * graph_bytes)
     return max(1, min(available_cpus() // threads, by_memory))
 
 
-def threads_of_process(most_seconds: float = 1.0) -> int:
-    """Return how many threads the kernel counts in this process, once those that were joined have left it."""
-    deadline = time.monotonic() + most_seconds
+def threads_of_process(max_seconds: float = 1.0) -> int:
+    """Return how many threads the kernel counts in this process; joined ones may take ``max_seconds`` to leave it."""
+    deadline = time.monotonic() + max_seconds
     while (count := len(os.listdir("/proc/self/task"))) > 1 and time.monotonic() < deadline:
         time.sleep(0.001)
     return count
 
 
 def freeze_gc() -> None:
-    """Leave what stands by now out of garbage collections, and have fewer of them.
+    """Exclude all present objects from garbage collections, and have fewer collections.
 
-    It lives as long as the process, and looking all of it over takes 50 ms with two models, in which no request is
-    answered. Requests under way hold more objects than the interpreter expects between two collections.
+    These objects live as long as the process, and a collection of all of them takes 50 ms with two models, in which no
+    request is answered. Requests in progress hold more objects than the interpreter expects between two collections.
     """
     gc.enable()
     gc.collect()

@@ -84,20 +84,20 @@ class Settings(BaseModel):
 
     @property
     def max_concurrent_batches(self) -> int:
-        """Batches that find a CPU at once in one of the processes, each batch on ``threads`` CPUs."""
+        """How many batches a process should compute at once, each on ``threads`` CPUs, so that all find a CPU."""
         cpus = available_cpus()
         return max(1, cpus // (self.workers * (self.threads or cpus))) if isinstance(self.workers, int) else 1
 
     @property
     def row_threads(self) -> int:
-        """Threads that a process divides a large run over: as many CPUs as all processes together compute on."""
+        """How many threads a process divides a large run over: the CPUs that all processes together compute on."""
         cpus = available_cpus()
         return min(self.workers * (self.threads or cpus), max(cpus, self.threads)) if self.workers != "auto" else cpus
 
     def for_each_worker(self) -> Settings:
-        """The same with ``threads`` as each worker's share of the CPUs if it was left open.
+        """Return these settings with ``threads`` set to a worker's share of the CPUs, if it is 0 for several workers.
 
-        One worker's threads stay open: 0 is all of them. ``workers`` is a number by now (service/commands/serve.py).
+        ``workers`` must be a number; service.commands.serve has chosen one in place of "auto".
         """
         assert self.workers != "auto"
         threads = max(1, available_cpus() // self.workers) if self.workers > 1 and not self.threads else self.threads

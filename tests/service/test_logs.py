@@ -42,9 +42,9 @@ REQUEST = """
 import sys
 from service.logs import configure_logs, get_logger, log_request
 configure_logs(*sys.argv[1:3], worker=3)
-about = {"request_id": "a", "path": "/é\\n", "status": 200, "milliseconds": 1.5}
-get_logger().info("request", **about)
-log_request(**about)
+fields = {"request_id": "a", "path": "/é\\n", "status": 200, "milliseconds": 1.5}
+get_logger().info("request", **fields)
+log_request(**fields)
 """
 
 
@@ -53,10 +53,10 @@ log_request(**about)
 )
 def test_the_short_way_of_a_requests_line_writes_what_the_long_one_does(level, form, lines):
     done = subprocess.run([sys.executable, "-c", REQUEST, level, form], capture_output=True, check=True)
-    found = done.stderr.decode().splitlines()
-    assert len(found) == lines
+    written = done.stderr.decode().splitlines()
+    assert len(written) == lines
     if lines:
-        long, short = (re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "now", line) for line in found)
+        long, short = (re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "now", line) for line in written)
         assert "now" in short
         assert (json.loads(short) == json.loads(long)) if form == "json" else (short == long)
 
@@ -70,11 +70,11 @@ def test_the_level_and_the_console_form_are_kept():
 
 
 def test_a_closed_stderr_costs_nothing(monkeypatch):
-    from service.logs import Lines
+    from service.logs import LineWriter
 
     stream = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stderr", stream)
-    Lines().info(b"a line")
+    LineWriter().info(b"a line")
     assert stream.buffer.getvalue() == b"a line\n"
     stream.close()
-    Lines().info("another")
+    LineWriter().info("another")
