@@ -26,7 +26,7 @@ from service.scores.fitting import (
 )
 from training.batches import pixel_batches
 from training.data import Dataset
-from training.data.dataset import Wholes
+from training.data.dataset import WholeImages
 from training.parity import to_npz
 from training.runs import SCORES, Run
 from training.staging import contents, open_staged, replace_bundle
@@ -56,14 +56,14 @@ def score_split(
     return {name: np.concatenate(scores) for name, scores in parts.items()}
 
 
-def score_wholes(
-    model: TiledModel, wholes: Wholes, split: str, names: list[str], progress: Progress | None = None
+def score_whole_images(
+    model: TiledModel, whole_images: WholeImages, split: str, names: list[str], progress: Progress | None = None
 ) -> dict[str, np.ndarray]:
     """As score_split, of the whole images that a split's crops are of: by tiles, as the service scores them."""
     definitions = {name: model.model.manifest.scores[name] for name in names}
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for index in wholes.splits[split]:
-        found = model.score([wholes.read(int(index))], definitions[names[0]], also=definitions).also
+    for index in whole_images.splits[split]:
+        found = model.score([whole_images.read(int(index))], definitions[names[0]], also=definitions).also
         for name in names:
             parts[name].append(found[name])
         if progress:
@@ -73,7 +73,7 @@ def score_wholes(
 
 def images_to_score(run: Run) -> int:
     """How many images ``calibrate`` will score."""
-    splits = (run.dataset.wholes or run.dataset).splits
+    splits = (run.dataset.whole_images or run.dataset).splits
     return len(splits[SPLIT]) + len(splits["test"])
 
 
@@ -85,15 +85,15 @@ def calibrate(run: Run, progress: Progress | None = None) -> Path:
     """
     bundle = open_bundle(fit_scores(run))
     model = Model.load(bundle, Runtime("cpu")).without_backbone()
-    names, wholes = list(bundle.manifest.scores), run.dataset.wholes
+    names, whole_images = list(bundle.manifest.scores), run.dataset.whole_images
     manifest, files = contents(bundle)
-    if wholes is None:
+    if whole_images is None:
         found = [score_split(model, run.dataset, split, names, progress) for split in (SPLIT, "test")]
     else:
         tails = fit_tails(score_split(model, run.dataset, FIT_SPLIT, names))
         files[TILES] = to_npz(to_arrays(tails))
         tiled = TiledModel(Model.load(bundle, Runtime("cpu")), tails)
-        found = [score_wholes(tiled, wholes, split, names, progress) for split in (SPLIT, "test")]
+        found = [score_whole_images(tiled, whole_images, split, names, progress) for split in (SPLIT, "test")]
     held_out, test = {name: np.sort(scores) for name, scores in found[0].items()}, found[1]
     fitted = {"fitted_on": FIT_SPLIT, "n_fit": len(_held_out(run, bundle))} if DETECTORS in files else {}
     manifest["calibration"] = summary(held_out, test) | fitted
@@ -113,9 +113,9 @@ def suspects(run: Run) -> tuple[str | None, list[str]]:
     with np.load(run.folder / SCORES) as archive:
         found = contamination(archive[f"{SPLIT}.{open_staged(run).manifest.default_score}"])
         places = archive[ORDER][found.indices]
-    wholes, names = run.dataset.wholes, run.dataset.names
-    rows = (wholes or run.dataset).splits[SPLIT][places].tolist()
-    return found.message, [names[row] if wholes is None else wholes.name(row) for row in rows]
+    whole_images, names = run.dataset.whole_images, run.dataset.names
+    rows = (whole_images or run.dataset).splits[SPLIT][places].tolist()
+    return found.message, [names[row] if whole_images is None else whole_images.name(row) for row in rows]
 
 
 def fit_scores(run: Run) -> Path:

@@ -161,12 +161,12 @@ def _announce(run: Run, asked: Config, console: Console) -> None:
 
 def _describe(run: Run, console: Console) -> None:
     """What was read: rows, splits, and files that were left out; what is cut off, and which split is too small."""
-    dataset, wholes = run.dataset, run.dataset.wholes
+    dataset, whole_images = run.dataset, run.dataset.whole_images
     sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in dataset.splits.items())
     kind, shape = dataset.preprocessing.kind, dataset.describe()["shape"]
-    what = f"{kind}s" if wholes is None else "crops"
+    what = f"{kind}s" if whole_images is None else "crops"
     of = " of features" if run.backbone else ""
-    among = "" if wholes is None else f" of {len(wholes.kept):,} images"
+    among = "" if whole_images is None else f" of {len(whole_images.kept):,} images"
     say(console, f"{len(dataset):,} {what}{of} {'×'.join(map(str, shape))}{among}: {sizes}")
     for path, reason in dataset.skipped[:10]:
         say(console, f"skipped {path}: {reason}")
@@ -191,18 +191,18 @@ def _note_on_edges(run: Run) -> str | None:
 def _notes_on_splits(run: Run) -> Iterator[str]:
     """Which split is too small for what it is for, with the setting to raise."""
     data, dataset, rows = run.config.data, run.dataset, f"{run.input_rule.kind}s"
-    n, found = len((dataset.wholes or dataset).splits["calibration"]), len(dataset.splits["validation"])
+    n, n_fit = len((dataset.whole_images or dataset).splits["calibration"]), len(dataset.splits["validation"])
     min_size = min_calibration_size(DEFAULT_RATE)
     if n < min_size:
         yield (
             f"calibration: {n} {rows} are too few for verdicts at a false-positive rate of {DEFAULT_RATE:.0%}, the "
             f"default, which needs {min_size}: raise data.calibration, {data.calibration:g} here"
         )
-    if found < MIN_ROWS:
+    if n_fit < MIN_ROWS:
+        noun = "crops" if dataset.whole_images else rows
         yield (
-            f"validation: {found} {'crops' if dataset.wholes else rows} are too few to fit the anomaly scores, which "
-            f"needs {MIN_ROWS}, and the bound (or the reconstruction error) will be the score: raise "
-            f"data.validation, {data.validation:g} here"
+            f"validation: {n_fit} {noun} are too few to fit the anomaly scores, which needs {MIN_ROWS}, and the bound "
+            f"(or the reconstruction error) will be the score: raise data.validation, {data.validation:g} here"
         )
 
 

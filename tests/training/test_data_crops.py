@@ -62,7 +62,7 @@ def test_no_image_has_crops_in_two_splits_and_every_crop_is_in_one(folder):
         "test": 4,
     }
     for name, numbers in of.items():
-        assert {int(dataset.wholes.read(i)[0, 0, 0]) for i in dataset.wholes.splits[name]} == numbers
+        assert {int(dataset.whole_images.read(i)[0, 0, 0]) for i in dataset.whole_images.splits[name]} == numbers
     assert dataset.details["whole_splits"] == {name: len(numbers) for name, numbers in of.items()}
 
 
@@ -78,7 +78,7 @@ def test_equal_images_stay_together(folder):
 
 def test_wholes_are_read_in_their_own_size(folder):
     dataset = load(folder)
-    sizes = {dataset.wholes.read(index).shape for index in range(20)}
+    sizes = {dataset.whole_images.read(index).shape for index in range(20)}
     assert sizes == {(3, 24, 30), (3, 40, 16), (3, 8, 9)}
 
 

@@ -67,10 +67,10 @@ def test_a_backbone_may_stand_before_a_model_of_tiles(published, tmp_path):
 
 def test_the_calibration_is_of_whole_images_and_can_be_counted_again(published, served):
     run, path = published
-    wholes, calibration = run.dataset.wholes, served.manifest.calibration
+    whole_images, calibration = run.dataset.whole_images, served.manifest.calibration
     assert (calibration.n, calibration.n_test) == (24, 12)
     assert images_to_score(run) == 36
-    images = [wholes.read(int(index)) for index in wholes.splits["calibration"]]
+    images = [whole_images.read(int(index)) for index in whole_images.splits["calibration"]]
     scores = served.tiled.score(images, also=served.manifest.scores).also
     stored = open_bundle(path).arrays(CALIBRATION)
     for name in served.manifest.scores:
@@ -84,9 +84,11 @@ def test_suspects_are_the_whole_images_by_their_files(published, served, monkeyp
     run, _ = published
     found = Contamination(24, 1, np.array([23]), 0.001, "look")
     monkeypatch.setattr("training.calibrate.contamination", lambda _: found)
-    wholes = run.dataset.wholes
-    scores = {int(i): served.tiled.score([wholes.read(int(i))]).score[0] for i in wholes.splits["calibration"]}
-    highest = wholes.read(max(scores, key=scores.get))
+    whole_images = run.dataset.whole_images
+    scores = {
+        int(i): served.tiled.score([whole_images.read(int(i))]).score[0] for i in whole_images.splits["calibration"]
+    }
+    highest = whole_images.read(max(scores, key=scores.get))
     _, (name,) = suspects(run)
     folder = Path(run.config.data.source)
     np.testing.assert_array_equal(np.asarray(Image.open(folder / name)), highest[0])

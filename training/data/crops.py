@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from training.data.config import DataConfig
-from training.data.dataset import Dataset, Wholes, digest, fingerprint
+from training.data.dataset import Dataset, WholeImages, digest, fingerprint
 from training.data.parallel import ordered_map
 from training.data.source import Source, check_usable, drawn, pool_labels, split_rows
 from training.data.splits import number_groups
@@ -85,7 +85,7 @@ def _dataset(
             "whole_images": len(kept),
             "whole_splits": {name: len(found) for name, found in images.items()},
         },
-        wholes=Wholes(source.pixels, kept, images),
+        whole_images=WholeImages(source.pixels, kept, images),
     )
 
 

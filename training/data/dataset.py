@@ -51,19 +51,22 @@ class Streamed:
 
 
 @dataclass(frozen=True)
-class Wholes:
-    """The images that a data set's crops are of: ``splits`` of them, by index into ``kept``, those of their crops."""
+class WholeImages:
+    """The images that a data set's crops are cut from, whose crops share their split.
+
+    ``kept``: int64 [n], the images of ``source`` that are used; ``splits``: of each split, indices into ``kept``.
+    """
 
     source: Pixels
     kept: np.ndarray
     splits: Mapping[str, np.ndarray]
 
     def read(self, index: int) -> np.ndarray:
-        """Image ``index`` in its own size, uint8 [C,h,w]. Raises DataError."""
+        """Read image ``index`` in its own size, uint8 [C,h,w]. Raises DataError."""
         return self.source.read(int(self.kept[index]))
 
     def name(self, index: int) -> str:
-        """What to call image ``index`` in a message."""
+        """Return what messages call image ``index``."""
         return self.source.name(int(self.kept[index]))
 
 
@@ -76,8 +79,8 @@ class Dataset:
     (all of them, but those equal to images of a test part that the data set came with);
     ``labels`` int64 [N] are aligned with the pool; ``skipped`` names each image that could not be used, with the
     reason; ``fingerprint`` (SHA-256, hex) changes when any pixel, label or split does. ``names``: what to call the
-    images of the calibration split in a message, by index. ``wholes``: of a data set of crops, the images that these
-    are of.
+    images of the calibration split in a message, by index. ``whole_images``: those that the crops of a data set of
+    crops are cut from.
     """
 
     name: str
@@ -91,7 +94,7 @@ class Dataset:
     store: np.ndarray | Streamed = field(repr=False)
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
     names: Mapping[int, str] = field(default_factory=dict, repr=False)
-    wholes: Wholes | None = field(default=None, repr=False)
+    whole_images: WholeImages | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.store) if isinstance(self.store, np.ndarray) else len(self.store.kept)

@@ -264,7 +264,7 @@ def harsh(image):
 
 
 @pytest.fixture(scope="module")
-def of_wholes(weave, tmp_path_factory):
+def of_whole_images(weave, tmp_path_factory):
     to = tmp_path_factory.mktemp("to")
     root, photos = weave
     done = run("calibrate", "weave", photos, "--repository", root, "--to", to)
@@ -272,9 +272,9 @@ def of_wholes(weave, tmp_path_factory):
     return done, open_bundle(to / "weave" / "1")
 
 
-def test_a_model_of_tiles_is_calibrated_by_whole_images(weave, of_wholes):
+def test_a_model_of_tiles_is_calibrated_by_whole_images(weave, of_whole_images):
     """The stored scores are those of the images outside the fitted share, each scored as the service scores it."""
-    done, bundle = of_wholes
+    done, bundle = of_whole_images
     assert "narrow.png: the image is 90×15: at least 16×16 expected" in done.stderr
     assert "42 images calibrate, 18 fitted the scores" in done.stderr
     files = sorted(weave[1].glob("[0-9]*.png"))
@@ -286,8 +286,8 @@ def test_a_model_of_tiles_is_calibrated_by_whole_images(weave, of_wholes):
         np.testing.assert_array_equal(np.sort(scores), bundle.arrays(CALIBRATION)[name])
 
 
-def test_its_tails_are_those_of_the_tiles_of_the_fitted_share(weave, of_wholes):
-    bundle = of_wholes[1]
+def test_its_tails_are_those_of_the_tiles_of_the_fitted_share(weave, of_whole_images):
+    bundle = of_whole_images[1]
     files = sorted(weave[1].glob("[0-9]*.png"))
     tiled, names = TiledModel(Model.load(bundle, Runtime("cpu"))), bundle.manifest.scores
     images = [np.asarray(Image.open(files[i]))[None] for i in np.random.RandomState(0).permutation(60)[:18]]
@@ -299,11 +299,11 @@ def test_its_tails_are_those_of_the_tiles_of_the_fitted_share(weave, of_wholes):
         np.testing.assert_array_equal(stored[key], array)
 
 
-def test_fresh_images_like_the_users_own_keep_the_rate_and_a_scratch_is_found(weave, of_wholes):
+def test_fresh_images_like_the_users_own_keep_the_rate_and_a_scratch_is_found(weave, of_whole_images):
     fresh = [harsh(surface(40 + 8 * (number % 2), 56, 500 + number)) for number in range(150)]
     scratched = [with_scratch(image, 20, 30)[0] for image in fresh[:20]]
     flagged = {}
-    for place, bundle in (("old", open_bundle(weave[0] / "weave" / "1")), ("new", of_wholes[1])):
+    for place, bundle in (("old", open_bundle(weave[0] / "weave" / "1")), ("new", of_whole_images[1])):
         model, calibrator = TiledModel(Model.load(bundle, Runtime("cpu"))), Calibrator.from_bundle(bundle)
         name = bundle.manifest.default_score
         flagged[place] = np.mean(calibrator.p_values(name, model.score(fresh).score) <= 0.1)
