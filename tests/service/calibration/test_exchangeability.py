@@ -95,6 +95,8 @@ def test_every_bet_is_a_density():
         assert area == pytest.approx(1, abs=1e-6)
     p = np.array([0.01, 0.3, 0.99])
     np.testing.assert_allclose(log_bets(p), np.stack([stats.beta(a, b).logpdf(p) for a, b in BETS], axis=1))
+    extreme = np.array([1e-15, 1e-9, 1 - 2.0**-40])
+    np.testing.assert_allclose(log_bets(extreme), np.stack([stats.beta(a, b).logpdf(extreme) for a, b in BETS], axis=1))
     assert np.isfinite(log_bets(np.array([0.0, 1.0]))).all()
 
 
