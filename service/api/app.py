@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
 from service.api.context import PREFIXES, AppContext
-from service.api.endpoint import Endpoints, RouteResolver
+from service.api.endpoint import ResolvedRequests, RouteResolver
 from service.api.metrics import Metrics
 from service.api.middleware import BodyBudget, BodyLimits, RequestContext
 from service.api.problems import problem
@@ -81,8 +81,9 @@ def create_app(
     )
     app.state.metrics = metrics or Metrics()
     app.state.budget = BodyBudget(settings.max_body_bytes, settings.max_buffered_bytes)
-    app.state.endpoints = Endpoints()
-    app.add_middleware(RouteResolver, endpoints=app.state.endpoints)
+    app.state.remembered = ResolvedRequests()
+    app.state.remembers = not _telemetry()["tracing"]  # whose spans are named by FastAPI's router
+    app.add_middleware(RouteResolver, remembered=app.state.remembered)
     app.add_middleware(BodyLimits, budget=app.state.budget)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
     _include_routes(app)
@@ -111,7 +112,7 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, drift: Dri
         monitors = drift or Drift(settings.drift_window, settings.drift_level)
         batcher = Batcher(pool, settings.max_concurrent_batches, metrics.ran)
         app.state.context = AppContext(settings, loaded, pool, batcher, metrics, monitors)
-        app.state.endpoints.clear()
+        app.state.remembered.clear()
         following = asyncio.create_task(metrics.follow(monitors))
         yield
         following.cancel()

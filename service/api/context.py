@@ -84,25 +84,25 @@ async def get_context(request: Request) -> AppContext:
 ContextDep = Annotated[AppContext, Depends(get_context)]
 
 
-async def latest(request: Request, context: ContextDep, model: str) -> None:
+async def find_latest(request: Request, context: ContextDep, model: str) -> None:
     """Put the latest version of a model into the request's state, as the dependency of /v1/models/{model}/…"""
     request.state.served = context.repository.get(model)
 
 
-async def versioned(request: Request, context: ContextDep, model: str, version: str) -> None:
+async def find_version(request: Request, context: ContextDep, model: str, version: str) -> None:
     """Put one version into the request's state, as the dependency of /v1/models/{model}/versions/{version}/…"""
     request.state.served = context.repository.get(model, version)
 
 
-async def default(request: Request, context: ContextDep) -> None:
+async def find_default(request: Request, context: ContextDep) -> None:
     """Put the default model into the request's state, as the dependency of /v1/…"""
     request.state.served = context.repository.get()
 
 
 PREFIXES: dict[str, Callable[..., Awaitable[None]]] = {
-    "/v1/models/{model}": latest,
-    "/v1/models/{model}/versions/{version}": versioned,
-    "/v1": default,
+    "/v1/models/{model}": find_latest,
+    "/v1/models/{model}/versions/{version}": find_version,
+    "/v1": find_default,
 }
 """Path prefixes by which a model is addressed, and the dependency that looks the model up for each."""
 

@@ -15,24 +15,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
+from inspect import iscoroutinefunction
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.context import PREFIXES, AppContext, Call, Content
 from service.api.headers import header
 from service.api.small_requests import are_few, fits_event_loop
-from service.errors import InvalidInput, VaeserveError
+from service.errors import InvalidInput
 from service.formats.media_types import PNG
 from service.inference.jobs import Job, RequestReader, Work, finish
 from service.repository.model_repository import Served
 from service.repository.score_parameters import Parameters
 
-MAX_ENDPOINTS, MAX_READERS = 512, 32  # resolved requests of an app; readers of each, which take some 2 kB
+MAX_RESOLVED, MAX_READERS = 512, 32  # resolved requests of an app; readers of each, which take some 2 kB
 MAX_KEY_CHARACTERS = 512  # of what a request is remembered by
 
 T = TypeVar("T")
@@ -59,6 +62,7 @@ class ResolvedRequest:
 
     def __init__(self, context: AppContext, served: Served, verb: Verb, query: Parameters, route: APIRoute) -> None:
         self.route = route
+        self.scope: dict[str, Any] = {}  # what FastAPI's router adds to the scope of such requests
         self._context, self._served, self._verb, self._query = context, served, verb, query
         self._numbers = math.prod(served.manifest.preprocessing.shape)
         self._rows = None if verb.rows is None else verb.rows(query)
@@ -69,11 +73,12 @@ class ResolvedRequest:
         content_type, accept = header(scope, b"content-type"), header(scope, b"accept")
         body = await read_body(receive)
         key = content_type, accept, 0 if content_type == PNG else len(body)  # a PNG says itself how large it is
-        job, answer = self._read_again(key, body)
+        reader, rows = self._read_again(key, body)
         disconnected = partial(wait_for_disconnect, receive)
-        if job is not None:
+        if reader is not None and rows is not None:
             del body
-            content, media_type = answer(await self._context.batcher.run(job, disconnected))
+            job = Job(reader.key, rows, reader.run)
+            content, media_type = reader.answer(await self._context.batcher.run(job, disconnected))
         else:
             call = Call(self._context, self._served, content_type, accept, body)
             del body
@@ -82,16 +87,13 @@ class ResolvedRequest:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    def _read_again(self, key: Hashable, body: bytes) -> tuple[Job | None, Callable[[Any], Content]]:
-        """Read a request with the headers and the length of one before: its job, None if there is none, and answer."""
+    def _read_again(self, key: Hashable, body: bytes) -> tuple[RequestReader | None, np.ndarray | None]:
+        """Read the rows of a body by the reader that is remembered for its headers and length, if there is one."""
         reader = self._readers.get(key)
-        if reader is None:
-            return None, _no_answer
         try:
-            rows = reader.read(body)
+            return reader, None if reader is None else reader.read(body)
         except InvalidInput:  # raised anew, with the row's name, when the body is read as any other
-            return None, _no_answer
-        return (None if rows is None else Job(reader.key, rows, reader.run)), reader.answer
+            return None, None
 
     async def _answer(self, call: Call, key: Hashable, disconnected: Callable[[], Any]) -> Content:
         """Answer a call: on the event loop if it is small, its jobs batched with those of others, else on a thread."""
@@ -119,27 +121,34 @@ class ResolvedRequest:
             return content
 
 
-Endpoints = OrderedDict[Hashable, ResolvedRequest]
+ResolvedRequests = OrderedDict[Hashable, ResolvedRequest]
 """Resolved requests of an app by method, path and query; its next lifespan begins without any."""
 
 
 class RouteResolver:
     """Middleware that answers a request by its ResolvedRequest, if one of its method, path and query is remembered."""
 
-    def __init__(self, app: ASGIApp, endpoints: Endpoints) -> None:
-        self.app, self._endpoints = app, endpoints
+    def __init__(self, app: ASGIApp, remembered: ResolvedRequests) -> None:
+        self.app, self._remembered = app, remembered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self._endpoints.get(_key(scope)) if scope["type"] == "http" else None
-        if endpoint is None:
+        key = _key(scope) if scope["type"] == "http" else None
+        resolved = self._remembered.get(key)
+        if resolved is None or scope["app"].dependency_overrides:
             await self.app(scope, receive, send)
             return
-        scope["route"] = endpoint.route
+        self._remembered.move_to_end(key)
+        scope.update(resolved.scope)
         try:
-            await endpoint(scope, receive, send)
-        except (VaeserveError, ClientDisconnect) as error:
-            handler = scope["app"].exception_handlers[VaeserveError]
-            response = await handler(Request(scope, receive), error)
+            await resolved(scope, receive, send)
+        except Exception as error:
+            handlers = scope["app"].exception_handlers
+            handler = next((handlers[kind] for kind in type(error).__mro__[:-2] if kind in handlers), None)
+            if handler is None:
+                raise
+            request = Request(scope, receive)
+            is_async = iscoroutinefunction(handler)
+            response = await (handler(request, error) if is_async else run_in_threadpool(handler, request, error))
             await response(scope, receive, send)
 
 
@@ -156,10 +165,12 @@ class _ResolvedResponse(Response):
 
 def respond(request: Request, verb: Verb, query: Parameters) -> Response:
     """Return the response of a path function, whose ``query`` is validated; the model is in the request's state."""
-    endpoint = ResolvedRequest(request.app.state.context, request.state.served, verb, query, request.scope["route"])
-    if not request.app.dependency_overrides and _depends_on_address_only(endpoint.route):
-        _remember(request.app.state.endpoints, _key(request.scope), endpoint, MAX_ENDPOINTS)
-    return _ResolvedResponse(endpoint)
+    state, scope = request.app.state, request.scope
+    resolved = ResolvedRequest(state.context, request.state.served, verb, query, scope["route"])
+    if state.remembers and _depends_on_address_only(resolved.route):
+        resolved.scope = {name: scope[name] for name in ("route", "endpoint", "path_params")}
+        _remember(state.remembered, _key(scope), resolved, MAX_RESOLVED)
+    return _ResolvedResponse(resolved)
 
 
 def _depends_on_address_only(route: APIRoute) -> bool:
@@ -210,7 +221,3 @@ def _asks_for_much(served: Served, verb: Verb, query: Parameters, numbers: int) 
     if served.tiled is not None or any(getattr(query, name, 0) for name in names):
         return True
     return not are_few(getattr(query, "steps", 0), numbers)
-
-
-def _no_answer(_result: Any) -> Content:
-    raise AssertionError("there is no job to answer")

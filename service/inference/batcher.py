@@ -153,6 +153,7 @@ class Batcher:
             future = asyncio.wrap_future(self._pool.start(lambda: _compute(tickets)))
         except Overloaded as error:
             self._settle(tickets, Computed([error] * len(tickets), *FAILED))
+            self._schedule(queue)
             return
         self._under_way[queue] += 1
         future.add_done_callback(lambda done: self._end_batch(queue, tickets, done))

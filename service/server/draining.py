@@ -19,6 +19,7 @@ from service.settings import Settings
 
 CLOSE = (b"connection", b"close")
 LINGER_SECONDS = 0.2
+TICK_SECONDS = 0.5
 
 
 class DrainingServer(uvicorn.Server):
@@ -71,8 +72,15 @@ class DrainingServer(uvicorn.Server):
         """Accept no more, let requests arrive on what was accepted, end, and write what waits to be written."""
         for server in self.servers:
             server.close()
+        ticking = asyncio.create_task(self._keep_ticking())
         await asyncio.sleep(LINGER_SECONDS)
         try:
             await super().shutdown(sockets)
         finally:
+            ticking.cancel()
             flush_all()
+
+    async def _keep_ticking(self) -> None:
+        while True:
+            self._tick()
+            await asyncio.sleep(TICK_SECONDS)

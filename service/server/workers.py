@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 from gunicorn.app.base import BaseApplication
@@ -80,6 +81,8 @@ class Application(BaseApplication):
         taken = {other.number for other in arbiter.WORKERS.values()}
         worker.number = min(set(range(len(taken) + 1)) - taken)
         worker.repository = self.repository if threads_of_process() == 1 else None
+        if self.repository is not None and worker.repository is None:
+            get_logger().warning("workers share no memory", reason=f"{threads_of_process()} threads in the master")
 
     def child_exit(self, arbiter: PatientArbiter, worker: UvicornWorker) -> None:
         """Forget an ended worker; have the next one wait if this one could not start."""
@@ -146,8 +149,10 @@ class UvicornWorker(Worker):
     def init_process(self) -> None:
         """Say that this process lives before anything else: one that hangs before that is never missed."""
         self.notify()
+        self.booted = bool(os.listdir(self.app.ready))  # else gunicorn takes a failure here for that of all workers
         os.setpgid(0, 0)  # a terminal's Ctrl-C is for the master
-        Path("/proc/self/comm").write_text(f"worker {self.number}")  # what lists of processes call it
+        with suppress(OSError):  # where /proc is read-only
+            Path("/proc/self/comm").write_text(f"worker {self.number}")  # what lists of processes call it
         self.settings = self.app.settings
         configure_logs(self.settings.log_level, self.settings.log_format, worker=self.number)
         get_logger().info("worker started", pid=self.pid)
@@ -162,14 +167,12 @@ class UvicornWorker(Worker):
 
     def run(self) -> None:
         """Serve until told to stop. A worker that cannot start ends the whole service only if no other listens."""
-        self.booted = bool(
-            os.listdir(self.app.ready)
-        )  # by which gunicorn decides in the same way what is not caught here
         try:
             self._serve()
         except (VaeserveError, OSError, SystemExit) as error:  # the last is uvicorn's
-            get_logger().error("worker not started", pid=self.pid, reason=str(error))
-            sys.exit(FAILED if self.booted else FAILED_FOR_ALL)
+            event = "worker failed" if self.listens else "worker not started"
+            get_logger().error(event, pid=self.pid, reason=str(error))
+            sys.exit(FAILED if os.listdir(self.app.ready) else FAILED_FOR_ALL)
 
     def _serve(self) -> None:
         settings, present = self.settings, bundle_digests(self.settings.repository)

@@ -41,7 +41,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     async def noted(self, scope, receive, send):  # type: ignore[no-untyped-def]
         if scope["type"] == "http" and scope["path"].endswith(VERBS):
-            remembered.append(_key(scope) in self._endpoints)
+            remembered.append(_key(scope) in self._remembered)
         await answer(self, scope, receive, send)
 
     monkeypatch.setattr(RouteResolver, "__call__", noted)
@@ -55,10 +55,10 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     read = ResolvedRequest._read_again
 
     def noted(self, key, body):  # type: ignore[no-untyped-def]
-        job, answer = read(self, key, body)
-        if job is not None:
+        reader, rows = read(self, key, body)
+        if rows is not None:
             bodies.append(body)
-        return job, answer
+        return reader, rows
 
     monkeypatch.setattr(ResolvedRequest, "_read_again", noted)
     return bodies

@@ -108,11 +108,12 @@ def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
 
 
 def _encode_job(model: Model, x: np.ndarray, samples: int, seed: int) -> Job:
-    return Job(("encode", model, samples, seed), x, lambda rows: model.encode(rows, samples, seed))
+    drawn_by = seed if samples or model.manifest.signature.dither else 0  # jobs that need no seed share batches
+    return Job(("encode", model, samples, drawn_by), x, lambda rows: model.encode(rows, samples, seed))
 
 
 def _decode_job(model: Model, z: np.ndarray, draw: bool, seed: int) -> Job:
-    return Job(("decode", model, draw, seed), z, lambda rows: _observe(model, rows, draw, seed))
+    return Job(("decode", model, draw, seed if draw else 0), z, lambda rows: _observe(model, rows, draw, seed))
 
 
 def _encode_answer(parameters: EncodeParameters, media_type: str, call: Call, posterior: Encoding) -> Content:
@@ -150,7 +151,8 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
     call.context.limit_numbers_out(len(x), _row_numbers(call))
     model, seed = call.served.model, parameters.seed
     answer = partial(_reconstruct_answer, media_type)
-    job = Job(("reconstruct", model, seed), x, lambda rows: model.reconstruct(rows, seed))
+    drawn_by = seed if model.manifest.signature.dither else 0
+    job = Job(("reconstruct", model, drawn_by), x, lambda rows: model.reconstruct(rows, seed))
     return answer(call, (yield repeatable(call, job, answer, x_reader(call, parameters.strict, x))))
 
 

@@ -55,7 +55,7 @@ def with_lengths(lengths, *more):
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("remembered", [False, True])
 def test_a_length_that_is_none_is_refused_and_nothing_behind_it_read(client, name, remembered):
-    APPS[client].state.endpoints.clear()
+    APPS[client].state.remembered.clear()
     if remembered:
         assert post(client, "encode", "", OCTETS, ROW, at="/v1").status_code == 200
     answered = received(client, with_lengths(WRONG[name]) + ROW + ONE_REQUEST_MORE)

@@ -46,7 +46,7 @@ def server(ppca_root):
 @pytest.fixture
 def client(server):
     """A server that remembers nothing."""
-    APPS[server].state.endpoints.clear()
+    APPS[server].state.remembered.clear()
     return server
 
 

@@ -15,6 +15,7 @@ from service.api.app import create_app
 from service.api.endpoint import respond
 from service.api.routes import latents
 from service.api.schemas import EncodeParameters
+from service.errors import InvalidInput
 from service.repository.model_repository import load_repository
 from service.settings import Settings
 from tests.service.http import APPS, npy, serving
@@ -111,7 +112,7 @@ VERBS = ("encode", "decode", "reconstruct", "interpolate", "score", "sample", "d
 
 def test_middleware_refuses_every_request(ppca_root, gate, resolved):
     with serving(ppca_root, lambda app: app.add_middleware(gate.middleware)) as client:
-        asked, endpoints = every_request(client), APPS[client].state.endpoints
+        asked, endpoints = every_request(client), APPS[client].state.remembered
         for _ in range(2):
             assert {ask(client, *request) for request in asked} == {401}
             assert {client.get(path).status_code for path in ("/docs", "/openapi.json", "/nothing")} == {401}
@@ -129,7 +130,7 @@ def test_middleware_refuses_every_request(ppca_root, gate, resolved):
 
 def test_a_dependency_of_the_app_refuses_every_request(ppca_root, gate):
     with serving(ppca_root, dependencies=[Depends(gate.dependency)]) as client:
-        asked, endpoints = every_request(client), APPS[client].state.endpoints
+        asked, endpoints = every_request(client), APPS[client].state.remembered
         for _ in range(2):
             assert {ask(client, *request) for request in asked} == {401}
         gate.is_closed = False
@@ -219,16 +220,65 @@ def test_what_a_route_reads_beside_its_query_is_looked_at_in_each_request(ppca_r
 
 
 def test_a_dependency_that_is_replaced_is_never_skipped(ppca_root, gate):
-    async def default(request: Request, served: Annotated[None, Depends(context.default)]) -> None:
+    async def default(request: Request, served: Annotated[None, Depends(context.find_default)]) -> None:
         await gate.dependency()
 
     def replace(app):
-        app.dependency_overrides[context.latest] = default
+        app.dependency_overrides[context.find_latest] = default
 
     with serving(ppca_root, replace) as client:
         for is_closed in (True, False, False, True, True):
             gate.is_closed = is_closed
             assert post(client, "encode", "", OCTETS, ROW).status_code == (401 if is_closed else 200)
+
+
+def test_a_dependency_that_is_replaced_later_is_not_skipped(ppca_root, gate):
+    async def replaced(request: Request, served: Annotated[None, Depends(context.find_default)]) -> None:
+        await gate.dependency()
+
+    with serving(ppca_root) as client:
+        assert [post(client, "encode", "", OCTETS, ROW).status_code for _ in range(2)] == [200, 200]
+        APPS[client].dependency_overrides[context.find_latest] = replaced
+        assert post(client, "encode", "", OCTETS, ROW).status_code == 401
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_errors_of_repeated_requests_go_to_the_handlers_of_the_app(ppca_root, is_async):
+    def answer(request, error):
+        return Response(str(error), 418)
+
+    async def answer_soon(request, error):
+        return answer(request, error)
+
+    def handle(app):
+        app.add_exception_handler(InvalidInput, answer_soon if is_async else answer)
+
+    with serving(ppca_root, handle) as client:
+        for body, status in ((ROW, 200), (ROW[1:], 418), (ROW, 200), (ROW[1:], 418)):
+            assert post(client, "encode", "", OCTETS, body).status_code == status
+
+
+def test_middleware_reads_the_same_scope_of_every_request(ppca_root):
+    scopes = []
+
+    def middleware(app):
+        async def answer(scope, receive, send):
+            await app(scope, receive, send)
+            scopes.append({name: scope.get(name) for name in ("route", "endpoint", "path_params")})
+
+        return answer
+
+    with serving(ppca_root, lambda app: app.add_middleware(middleware)) as client:
+        for _ in range(3):
+            assert post(client, "encode", "", OCTETS, ROW).status_code == 200
+    assert scopes[0] == scopes[1] == scopes[2]
+    assert scopes[0]["path_params"] == {"model": "ppca"}
+
+
+def test_where_telemetry_names_routes_every_request_takes_the_router(ppca_root, monkeypatch):
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "vaeserve")
+    app = create_app(Settings(repository=ppca_root))
+    assert not app.state.remembers
 
 
 def test_what_is_remembered_ends_with_the_lifespan_of_the_app(ppca_root):
@@ -243,6 +293,6 @@ def test_what_is_remembered_ends_with_the_lifespan_of_the_app(ppca_root):
         ):
             headers = {"content-type": OCTETS}
             answers = [await client.post("/v1/encode", content=ROW, headers=headers) for _ in range(2)]
-            return [answer.status_code for answer in answers], len(app.state.endpoints)
+            return [answer.status_code for answer in answers], len(app.state.remembered)
 
     assert asyncio.run(twice()) == asyncio.run(twice()) == ([200, 200], 1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from service.api.context import Call
-from service.api.endpoint import MAX_ENDPOINTS, MAX_KEY_CHARACTERS, MAX_READERS
+from service.api.endpoint import MAX_KEY_CHARACTERS, MAX_READERS, MAX_RESOLVED
 from service.inference.jobs import RequestReader
 from tests.ppca_bundle import LATENT_DIM
 from tests.service.http import APPS, assert_problem, npy, serving
@@ -44,12 +44,12 @@ def server(ppca_root):
 @pytest.fixture
 def client(server):
     """A server that remembers nothing."""
-    APPS[server].state.endpoints.clear()
+    APPS[server].state.remembered.clear()
     return server
 
 
 def forget(client):
-    APPS[client].state.endpoints.clear()
+    APPS[client].state.remembered.clear()
 
 
 def said(pair):
@@ -272,14 +272,14 @@ def test_nothing_of_a_body_is_kept_with_what_is_remembered(client, repeated):
 
 
 def test_requests_are_remembered_within_bounds(client, resolved):
-    endpoints = APPS[client].state.endpoints
-    for seed in range(MAX_ENDPOINTS + 5):
+    endpoints = APPS[client].state.remembered
+    for seed in range(MAX_RESOLVED + 5):
         assert post(client, "encode", f"seed={seed}", OCTETS, ROW).status_code == 200
-    assert len(endpoints) == MAX_ENDPOINTS
-    assert post(client, "encode", f"seed={MAX_ENDPOINTS}", OCTETS, ROW).status_code == 200
+    assert len(endpoints) == MAX_RESOLVED
+    assert post(client, "encode", f"seed={MAX_RESOLVED}", OCTETS, ROW).status_code == 200
     assert post(client, "encode", "seed=0", OCTETS, ROW).status_code == 200
     assert resolved[-2:] == [True, False]  # the oldest are forgotten
-    assert len(endpoints) == MAX_ENDPOINTS
+    assert len(endpoints) == MAX_RESOLVED
 
 
 def test_what_is_long_is_not_remembered(client, resolved, repeated):
@@ -296,13 +296,13 @@ def test_readers_are_remembered_within_bounds(client, repeated):
         assert post(client, "encode", "", OCTETS, ROW * length).status_code == 200
     for quality in range(MAX_READERS):
         assert post(client, "encode", "", OCTETS, ROW, f"{JSON};q=0.{quality + 10}").status_code == 200
-    (endpoint,) = APPS[client].state.endpoints.values()
+    (endpoint,) = APPS[client].state.remembered.values()
     assert len(endpoint._readers) == MAX_READERS
     assert repeated == []
     for _ in range(2):
         assert post(client, "encode", "", OCTETS, ROW).status_code == 200
     assert repeated == [ROW]  # the first had been forgotten
-    assert MAX_ENDPOINTS * MAX_READERS * 2 * MAX_KEY_CHARACTERS < 2**25
+    assert MAX_RESOLVED * MAX_READERS * 2 * MAX_KEY_CHARACTERS < 2**25
 
 
 def test_nothing_is_remembered_of_what_is_refused(client, resolved):
@@ -310,7 +310,7 @@ def test_nothing_is_remembered_of_what_is_refused(client, resolved):
         assert_problem(post(client, "encode", "samples=-1", OCTETS, ROW), 422)
         assert_problem(post(client, "encode", "", OCTETS, ROW, at="/v1/models/nobody"), 404)
         assert_problem(client.get("/v1/models/ppca/encode"), 405)
-    assert not APPS[client].state.endpoints
+    assert not APPS[client].state.remembered
     assert resolved == [False] * 6
 
 
