@@ -1,8 +1,7 @@
 """Limits on connections that uvicorn's HTTP protocol lacks, and that no ASGI application can set.
 
-Headers that are too long (431), headers and bodies that are too late (408), unread answers, one write an answer, bodies
-behind an Upgrade that is not made, trailers, and pipelined requests, which wait in the socket while answers are due.
-This is the one file that uses attributes of uvicorn which it does not document; a test names them.
+Refused: headers too long (431), headers and bodies too late (408), unread answers. Mended: bodies behind an Upgrade,
+trailers, pipelining, answers in two writes. A test names the undocumented attributes of uvicorn that this takes.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.api.middleware import BodyBudget
+from service.api.middleware import LINGER_SECONDS, BodyBudget
 from service.api.problems import problem_response
 from service.logs import get_logger
 from service.settings import Settings
-
-LINGER_SECONDS = 0.5
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -28,8 +25,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, settings: Settings, budget: BodyBudget, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.settings, self.budget = settings, budget
-        self.headers = []
+        self.settings, self.budget, self.headers = settings, budget, []
         self._timer: asyncio.TimerHandle | None = None  # of headers, a body, or the end of a refused connection
         self._in_headers, self._in_message = True, False  # a new connection owes its first request
         self._reading = self._line_bytes = 0  # bytes of this piece; of headers, trailers and chunk extensions so far
@@ -87,8 +83,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._timer = None
         if self.flow.read_paused:  # the client waits for us
             self._watch_arrival()
-            return
-        self._refuse(408, f"the {part} did not arrive within {getattr(self.settings, setting):g} s (setting {setting})")
+        else:
+            text = f"the {part} did not arrive within {getattr(self.settings, setting):g} s (setting {setting})"
+            self._refuse(408, text)
 
     def _feed(self, data: bytes) -> None:
         """Parse, as uvicorn does; but a head that asks for an Upgrade, where the parser stops, is read without it."""
@@ -114,11 +111,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_headers, self._in_message = True, True
-        self._line_bytes = -self._reading  # of this piece, the parser does not tell which bytes are whose
+        self._in_headers, self._in_message, self._line_bytes = True, True, -self._reading
 
     def on_body(self, body: bytes) -> None:
-        self._line_bytes = -self._reading
+        self._line_bytes = -self._reading  # which bytes of a piece are whose the parser does not tell
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
@@ -136,11 +132,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self.headers = []  # the request keeps its list: trailers come into another
 
     def on_message_complete(self) -> None:
-        if self._in_headers:  # an upgrade's, which is read again
-            return
-        self._in_message = False
-        self._set_timer()
-        super().on_message_complete()
+        if not self._in_headers:  # else it is an upgrade's, which is read again
+            self._in_message = False
+            self._set_timer()
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         if self._refusal is not None and not self.pipeline:
@@ -148,11 +143,11 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def _check_lines(self, size: int) -> None:
-        lines, most = self.settings.max_headers, self.settings.max_header_bytes
-        if len(self.headers) > lines:
-            self._refuse(431, f"more than {lines} header lines (setting max_headers)")
-        elif size > most:
-            self._refuse(431, f"more than {most} bytes of headers (setting max_header_bytes)")
+        settings = self.settings
+        if len(self.headers) > settings.max_headers:
+            self._refuse(431, f"more than {settings.max_headers} header lines (setting max_headers)")
+        elif size > settings.max_header_bytes:
+            self._refuse(431, f"more than {settings.max_header_bytes} bytes of headers (setting max_header_bytes)")
 
     def _set_timer(self, seconds: float = 0, then: Callable[..., None] | None = None, *arguments: str) -> None:
         """Call ``then`` after ``seconds`` in place of what the timer would have called before."""
@@ -201,10 +196,9 @@ class PipelineFlow(FlowControl):
 
 
 class AnswerTransport:
-    """A transport that joins two writes at a time, and gives up a client that does not read its answer.
+    """A transport that joins two writes at a time (uvicorn writes head and body apart), and watches that they are read.
 
-    uvicorn writes head and body apart, which costs two system calls and wakes the client twice. Bytes that the client
-    has not read count in the budget of bodies; if it reads none in ``timeout`` seconds, the connection is aborted.
+    Unread bytes count in the budget of bodies; if none is read in ``timeout`` seconds, the connection is aborted.
     """
 
     def __init__(self, transport: asyncio.Transport, budget: BodyBudget, timeout: float) -> None:
@@ -251,7 +245,6 @@ class AnswerTransport:
         self._counted = 0
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
