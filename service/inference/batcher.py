@@ -1,4 +1,4 @@
-"""The batcher: jobs that wait at the same time are computed in one batch, and no job waits while nothing runs.
+"""The batcher: jobs that wait at the same time are computed in one batch, and none waits for others to come.
 
 The first job of a key is started as soon as the event loop has read what has arrived with it; jobs that arrive while
 it runs make up the next batch. Where jobs wait when a batch ends, they wait a little longer, by a small share of the
