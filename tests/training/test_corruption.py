@@ -207,6 +207,29 @@ def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine(tmp_path):
     assert rates[found.total_steps - 1] < 1e-8
 
 
+@pytest.mark.parametrize(("most", "decays"), [(0.999, (1 / 6, 3 / 13)), (0.2, (1 / 6, 0.2))])
+def test_the_moving_average_keeps_more_of_itself_from_step_to_step(tmp_path, most, decays):
+    """The weights after the first step, then (t/(10 + t)), but at most ``ema_decay``, of what it was."""
+    found = trainer(tmp_path, f"corruption.ema_decay={most}")
+    x, weights, averages = images(8, (1, 8, 8)), [], []
+    for _ in range(3):
+        found.training_step(x)
+        for vectors, network in ((weights, found.network), (averages, found.average.module)):
+            vectors.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    torch.testing.assert_close(averages[0], weights[0], rtol=0, atol=0)
+    for before, after, now, decay in zip(averages, averages[1:], weights[1:], decays, strict=False):
+        torch.testing.assert_close(after, decay * before + (1 - decay) * now, rtol=1e-5, atol=1e-8)
+
+
+def test_a_gradient_is_no_longer_than_one(tmp_path):
+    found = trainer(tmp_path)
+    with torch.no_grad():
+        found.network.head.weight.mul_(1000)
+    found.training_step(images(8, (1, 8, 8)))
+    norms = [parameter.grad.norm() for parameter in found.network.parameters()]
+    assert float(torch.stack(norms).norm()) == pytest.approx(1, rel=1e-4)
+
+
 def test_a_finished_training_is_not_repeated(tmp_path):
     first = trained(tmp_path / "run")
     before = (tmp_path / "run" / FILE).read_bytes()

@@ -13,7 +13,7 @@ from training.config import load_config
 from training.data import load_dataset
 from training.errors import CheckpointError, TrainingDiverged
 from training.fit import MAX_SKIPPED_IN_A_ROW, Trainer, fit, make_fabric
-from training.guard import OUTLIER, RECENT, WARM_UP, is_sane, remember
+from training.guard import OUTLIER, RECENT, is_sane, remember
 
 
 def config_with(*overrides):
@@ -68,7 +68,15 @@ def test_a_norm_that_stays_at_a_new_level_is_soon_usual():
 
 def test_the_first_norms_are_taken_as_they_come_unless_they_are_not_finite():
     assert judged([1.0, 1e9, 1.0, math.inf, math.nan]) == [True, True, True, False, False]
-    assert judged([1.0] * WARM_UP + [1e9])[-1] is False
+    assert judged([1.0] * 19 + [1e9])[-1] is True
+    assert judged([1.0] * 20 + [1e9])[-1] is False
+
+
+def test_the_newest_64_norms_are_remembered():
+    recent = []
+    for norm in range(100):
+        remember(float(norm), recent)
+    assert recent == [float(norm) for norm in range(36, 100)]
 
 
 def test_what_is_not_finite_is_never_usual():
@@ -130,7 +138,7 @@ def test_photographs_on_white_ground_train_on(tmp_path):
 def test_gradients_that_are_not_finite_end_the_run_with_a_remedy(digits, tmp_path):
     config = config_with()
     trainer = Trainer(config, digits, tmp_path, make_fabric(config))
-    for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
+    for _ in range(99):
         trainer._update(math.nan)
     with pytest.raises(TrainingDiverged, match=r"nan; lower optimiser\.learning_rate$"):
         trainer._update(math.nan)
