@@ -231,7 +231,7 @@ def test_a_dependency_that_is_replaced_is_never_skipped(ppca_root, gate):
             assert post(client, "encode", "", OCTETS, ROW).status_code == (401 if is_closed else 200)
 
 
-def test_what_is_remembered_ends_with_the_lifespan_of_the_app(ppca_root):
+def test_what_is_remembered_ends_with_the_lifespan_of_the_app(ppca_root, all_are_long):
     settings = Settings(repository=ppca_root)
     app = create_app(settings, load_repository(settings))
 
