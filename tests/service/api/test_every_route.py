@@ -281,7 +281,7 @@ def test_where_telemetry_names_routes_every_request_takes_the_router(ppca_root, 
     assert not app.state.remembers
 
 
-def test_what_is_remembered_ends_with_the_lifespan_of_the_app(ppca_root):
+def test_what_is_remembered_ends_with_the_lifespan_of_the_app(ppca_root, all_are_long):
     settings = Settings(repository=ppca_root)
     app = create_app(settings, load_repository(settings))
 

@@ -8,9 +8,12 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from service.api.middleware import BodyBudget
 from service.server.limits import AnswerTransport, LimitedProtocol
+from service.settings import Settings
 from tests.service.http import APPS, serving
 from tests.service.requests import (
     BODIES,
@@ -221,6 +224,39 @@ def test_the_time_of_an_answer_does_not_begin_with_the_one_before():
     slow.transport.watch()
     slow.read(1)
     assert slow.recorded.calls[-1] != "abort"
+
+
+class Closing(Recorded):
+    """As a connection's protocol needs it."""
+
+    def get_extra_info(self, name, default=None):
+        return default
+
+    def can_write_eof(self):
+        return True
+
+
+def test_what_little_is_left_of_a_connection_that_closes_is_given_up_too(ppca_root):
+    """Its client has read most, and then no more."""
+
+    async def body():
+        settings, budget, recorded = Settings(repository=ppca_root, send_timeout=0.01), BodyBudget(0, 0), Closing()
+        config = uvicorn.Config(lambda *given: None, lifespan="off", log_config=None)
+        protocol = LimitedProtocol(settings, budget, config=config, server_state=ServerState(), app_state={})
+        protocol.connection_made(recorded)
+        protocol.transport.write(bytes(1000))
+        protocol._answers.flush()
+        recorded.unread = 1000
+        protocol.pause_writing()
+        protocol.transport.close()
+        recorded.unread = 10
+        protocol.resume_writing()
+        while "abort" not in recorded.calls:
+            await asyncio.sleep(0)
+        protocol.connection_lost(None)
+        assert budget.held == 0
+
+    asyncio.run(asyncio.wait_for(body(), 20))
 
 
 @contextmanager
