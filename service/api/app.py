@@ -79,6 +79,7 @@ def create_app(
         telemetry=_telemetry(),
         dependencies=dependencies,
     )
+    app.state.draining = False  # true once the service is about to stop
     app.state.metrics = metrics or Metrics()
     app.state.budget = BodyBudget(settings.max_body_bytes, settings.max_buffered_bytes)
     app.state.remembered = ResolvedRequests()

@@ -31,10 +31,7 @@ Content = tuple[bytes, str]
 
 @dataclass
 class AppContext:
-    """The parts of an app that its routes share, from its startup to its end.
-
-    ``draining`` says that the service is about to stop, so that it is not ready any more.
-    """
+    """The parts of an app that its routes share, from its startup to its end."""
 
     settings: Settings
     repository: ModelRepository
@@ -42,7 +39,6 @@ class AppContext:
     batcher: Batcher
     metrics: Metrics
     drift: Drift
-    draining: bool = field(default=False)
     _readers: dict[tuple[Model, bool], Reader] = field(default_factory=dict, repr=False)
 
     @cached_property

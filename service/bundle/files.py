@@ -30,6 +30,9 @@ NPZ_ERRORS = (
 )
 """What NumPy and zipfile raise for damaged archives (RuntimeError: encrypted members, unknown compression)."""
 
+Digests = dict[str, str]
+"""Digests of bundles by "NAME/VERSION"."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -76,12 +79,20 @@ def find_bundles(root: Path) -> list[Path]:
     return [manifest.parent for manifest in root.glob("*/*/manifest.json")]
 
 
-def bundle_digests(root: Path) -> dict[str, str]:
-    """Compute the digest of every bundle below ``root``, by "NAME/VERSION", without verifying any file."""
+def bundle_digests(root: Path) -> Digests:
+    """Compute the digest of every bundle below ``root``, without verifying any file."""
     return {
         f"{path.parent.name}/{path.name}": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
         for path in find_bundles(root)
     }
+
+
+def check_digests(root: Path, digests: Digests) -> None:
+    """Raise BundleIntegrityError if a bundle below ``root`` has another digest than in ``digests``, or is gone."""
+    present = bundle_digests(root)
+    for bundle, digest in digests.items():
+        if present.get(bundle) != digest:
+            raise BundleIntegrityError(f"{bundle} has changed since the service was started: start it anew")
 
 
 def open_bundle(path: Path | str) -> Bundle:

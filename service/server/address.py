@@ -9,30 +9,27 @@ from contextlib import ExitStack, contextmanager
 
 @contextmanager
 def claimed_address(host: str, port: int) -> Iterator[int]:
-    """Hold that address for this service and yield its port; 0 stands for one that is free. Nothing listens yet.
+    """Hold an address for this service, without listening, and yield its port; port 0 stands for a free one.
 
-    Of two services that start at one moment neither finds the other listening, and both can bind. So there is a lock: a
-    name in Linux' abstract namespace, which is as wide as that of ports and forgets the names of the dead.
-    Raises OSError where the address cannot be had.
+    Of two services that start at one moment neither finds the other listening, and both can bind. So there is a lock, a
+    name in Linux' abstract namespace, which ends with its process. Raises OSError if the address cannot be had.
     """
-    for each in bind(host, port, shared=False):  # fails where somebody listens
-        each.close()
+    for unshared in bind(host, port, shared=False):  # fails if somebody listens
+        unshared.close()
     with ExitStack() as held:
-        sockets = [held.enter_context(each) for each in bind(host, port, shared=True)]
-        for each in sockets:
-            address, port, *_ = each.getsockname()
+        for claim in [held.enter_context(claim) for claim in bind(host, port, shared=True)]:
+            address, port, *_ = claim.getsockname()
             held.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0vaeserve {address} {port}")
         yield port
 
 
 def bind(host: str, port: int, shared: bool) -> list[socket.socket]:
     """Return bound sockets, not listening, one for each address of ``host``; port 0 is one for all. Raises OSError."""
-    resolved = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family = socket.AF_UNSPEC if socket.has_dualstack_ipv6() else socket.AF_INET
+    resolved = socket.getaddrinfo(host or None, port, family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets = []
     with ExitStack() as opened:
-        sockets = []
         for family, address in dict.fromkeys((family, address) for family, *_, address in resolved):
-            if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
-                continue
             sockets.append(opened.enter_context(socket.socket(family)))
             sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ended connections are no obstacle
             sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)

@@ -1,7 +1,7 @@
 """Limits on connections that uvicorn's HTTP protocol lacks, and that no ASGI application can set.
 
-Refused: headers too long (431), headers and bodies too late (408), unread answers. Mended: bodies behind an Upgrade,
-trailers, pipelining, answers in two writes. A test names the undocumented attributes of uvicorn that this takes.
+Long (431) or late (408) headers, late bodies and unread answers end a connection. Mended are bodies behind an Upgrade,
+trailers, pipelining, and answers in two writes. A test names the undocumented attributes of uvicorn that this takes.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         is_small = self._line_bytes < 0 and self._reading <= self.settings.max_header_bytes  # they began in this piece
-        self._check_lines(
-            0 if is_small else len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        )
+        self._check_lines(0 if is_small else len(self.url) + sum(len(name + value) for name, value in self.headers))
         if self._refusal is not None:
             raise httptools.HttpParserError("headers refused")
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
@@ -143,11 +141,10 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def _check_lines(self, size: int) -> None:
-        settings = self.settings
-        if len(self.headers) > settings.max_headers:
-            self._refuse(431, f"more than {settings.max_headers} header lines (setting max_headers)")
-        elif size > settings.max_header_bytes:
-            self._refuse(431, f"more than {settings.max_header_bytes} bytes of headers (setting max_header_bytes)")
+        if len(self.headers) > self.settings.max_headers:
+            self._refuse(431, f"more than {self.settings.max_headers} header lines (setting max_headers)")
+        elif size > self.settings.max_header_bytes:
+            self._refuse(431, f"more than {self.settings.max_header_bytes} bytes of headers (setting max_header_bytes)")
 
     def _set_timer(self, seconds: float = 0, then: Callable[..., None] | None = None, *arguments: str) -> None:
         """Call ``then`` after ``seconds`` in place of what the timer would have called before."""

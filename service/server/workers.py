@@ -1,7 +1,7 @@
 """Several processes that serve the same bundles on the same port: gunicorn starts, watches, restarts and stops them.
 
-The master holds the address and, if a fork can share them, the loaded bundles; it does not listen. Workers leave their
-metrics, and word that they listen, in files of one folder. They never talk to each other.
+The master holds the address and, if a fork can share them, the loaded bundles; it does not listen. Workers listen
+themselves, and leave their metrics and a file that says so in one folder. They never talk to each other.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from service.api.app import create_app
 from service.api.metrics import Metrics
-from service.bundle.files import bundle_digests
+from service.bundle.files import Digests, check_digests
 from service.calibration.drift_monitor import Drift
-from service.errors import BundleIntegrityError, VaeserveError
+from service.errors import VaeserveError
 from service.logs import configure_logs, get_logger
 from service.repository.model_repository import ModelRepository, load_repository
 from service.resources import freeze_gc, threads_of_process
@@ -34,50 +34,42 @@ from service.server.address import bind
 from service.server.draining import DrainingServer
 from service.settings import Settings
 
-FIRST_WAIT, MAX_WAIT = 0.1, 30.0  # seconds until what could not start is tried again; doubled each time
+FIRST_WAIT, MAX_WAIT = 0.1, 30.0  # seconds until what could not start is tried again; doubled with each failure
 LATE_SECONDS = 5  # that the master waits longer for a worker to end than the worker may take
 ORPHAN_SECONDS = 5  # for the requests in progress of a worker whose master was killed
 FAILED, FAILED_FOR_ALL = 1, 3  # exit codes of a worker; by the latter, gunicorn's WORKER_BOOT_ERROR, the master ends
 
 
 class Application(BaseApplication):
-    """What gunicorn asks for, and what each worker needs.
+    """The application that gunicorn runs, and what its workers share.
 
-    Arguments: ``folder``, for files of all workers; ``digests`` of the bundles to serve, by NAME/VERSION;
-    ``repository``, which has them loaded, None if each worker is to load them itself.
+    ``folder`` is for files of all workers, ``digests`` are those of the bundles to serve; ``repository`` has these
+    bundles loaded, or is None if each worker is to load them itself.
     """
 
-    def __init__(
-        self, settings: Settings, folder: Path, digests: dict[str, str], repository: ModelRepository | None
-    ) -> None:
+    def __init__(self, settings: Settings, folder: Path, digests: Digests, repository: ModelRepository | None) -> None:
         self.settings, self.folder, self.digests, self.repository = settings, folder, digests, repository
         self.ready = folder / "ready"  # with a file for each worker that listens, named by its process id
         self.ready.mkdir(exist_ok=True)
         super().__init__()
+        self.callable = self  # what gunicorn would load; the bundles are loaded already
 
     def load_config(self) -> None:
-        stop_seconds = math.ceil(self.settings.drain_seconds + self.settings.request_timeout) + LATE_SECONDS
-        options: dict[str, object] = {
-            "bind": [],  # a worker listens itself, once it is ready
-            "workers": self.settings.workers,
-            "worker_class": UvicornWorker,
-            "worker_tmp_dir": str(self.folder),
-            "preload_app": True,
-            "timeout": math.ceil(self.settings.hang_timeout),
-            "graceful_timeout": stop_seconds,
-            "control_socket_disable": True,
-            "logger_class": RootLogger,
-            "pre_fork": self.pre_fork,
-            "child_exit": self.child_exit,
-        }
-        for name, value in options.items():
-            self.cfg.set(name, value)
-
-    def load(self) -> Application:
-        return self  # all is loaded
+        settings, cfg = self.settings, self.cfg
+        cfg.set("bind", [])  # a worker listens itself, once it is ready
+        cfg.set("workers", settings.workers)
+        cfg.set("worker_class", UvicornWorker)
+        cfg.set("worker_tmp_dir", str(self.folder))
+        cfg.set("preload_app", True)
+        cfg.set("timeout", math.ceil(settings.hang_timeout))
+        cfg.set("graceful_timeout", math.ceil(settings.drain_seconds + settings.request_timeout) + LATE_SECONDS)
+        cfg.set("control_socket_disable", True)
+        cfg.set("logger_class", RootLogger)
+        cfg.set("pre_fork", self.pre_fork)
+        cfg.set("child_exit", self.child_exit)
 
     def pre_fork(self, arbiter: Arbiter, worker: UvicornWorker) -> None:
-        """Number the worker; give it what is loaded, unless another thread may hold a lock that it would wait for."""
+        """Number the worker; give it the loaded bundles unless another thread may hold a lock as the process forks."""
         taken = {other.number for other in arbiter.WORKERS.values()}
         worker.number = min(set(range(len(taken) + 1)) - taken)
         worker.repository = self.repository if threads_of_process() == 1 else None
@@ -85,7 +77,7 @@ class Application(BaseApplication):
             get_logger().warning("workers share no memory", reason=f"{threads_of_process()} threads in the master")
 
     def child_exit(self, arbiter: PatientArbiter, worker: UvicornWorker) -> None:
-        """Forget an ended worker; have the next one wait if this one could not start."""
+        """Take an ended worker out of the metrics; have the next one wait if this one has never listened."""
         mark_process_dead(worker.pid, str(self.folder))
         ready = self.ready / str(worker.pid)
         seconds = arbiter.back_off(failed=not ready.exists())
@@ -94,32 +86,31 @@ class Application(BaseApplication):
 
 
 class PatientArbiter(Arbiter):
-    """gunicorn's master, but what cannot start is tried again ever later, while the workers that serve go on."""
+    """gunicorn's master; it tries again ever later to start what cannot start, while the workers that serve go on."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)  # others end it, as they end any process
     retry_seconds = retry_at = 0.0
 
     def back_off(self, failed: bool) -> float:
-        """Let the next worker wait, after a failure twice as long as the last one. Returns the seconds."""
+        """Set, and return, the seconds that the next worker waits: twice the last ones after a failure, else 0."""
         self.retry_seconds = min(max(FIRST_WAIT, 2 * self.retry_seconds), MAX_WAIT) if failed else 0.0
         self.retry_at = time.monotonic() + self.retry_seconds
         return self.retry_seconds
 
-    def spawn_worker(self) -> int | None:
-        """Start a worker unless that is to wait: gunicorn asks again every second."""
+    def spawn_worker(self) -> None:
+        """Start a worker unless it has to wait; gunicorn calls this again every second."""
         if time.monotonic() < self.retry_at:
-            return None
+            return
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # or the worker would take them as this process does
         try:
-            return super().spawn_worker()
+            super().spawn_worker()
         except OSError as error:  # no process, memory or file is to be had
             get_logger().error("worker not started", reason=str(error), wait=self.back_off(failed=True))
-            return None
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
 
     def kill_worker(self, pid: int, sig: int) -> None:
-        """Kill what hangs: SIGABRT, which gunicorn sends first, leaves a core dump and a stopped worker waiting."""
+        """Kill a worker that hangs: gunicorn's SIGABRT would dump core, and a stopped process would not heed it."""
         super().kill_worker(pid, signal.SIGKILL if sig == signal.SIGABRT else sig)
 
     def stop(self, graceful: bool = True) -> None:
@@ -128,7 +119,7 @@ class PatientArbiter(Arbiter):
 
 
 class RootLogger(Logger):
-    """Hands gunicorn's warnings and errors to the root logger, and so to service.logs."""
+    """Hands gunicorn's warnings and errors to the root logger, which service.logs has configured."""
 
     def setup(self, cfg: object) -> None:
         self.cfg, self.error_log.propagate = cfg, True
@@ -136,18 +127,12 @@ class RootLogger(Logger):
 
 
 class UvicornWorker(Worker):
-    """Serves by uvicorn, and listens itself once the app has started.
+    """A process that serves by uvicorn, and listens itself once its app has started; no other has its ``number``."""
 
-    Of the living workers it alone has its ``number``. ``repository`` is what the master has loaded, or None.
-    """
-
-    number: int
-    repository: ModelRepository | None
-    server: DrainingServer
     listens = False
 
     def init_process(self) -> None:
-        """Say that this process lives before anything else: one that hangs before that is never missed."""
+        """Notify the master before anything else, since it never misses a worker that has never done so."""
         self.notify()
         self.booted = bool(os.listdir(self.app.ready))  # else gunicorn takes a failure here for that of all workers
         os.setpgid(0, 0)  # a terminal's Ctrl-C is for the master
@@ -159,7 +144,7 @@ class UvicornWorker(Worker):
         super().init_process()
 
     def init_signals(self) -> None:
-        """End at once on a signal, until uvicorn takes over those that it knows."""
+        """End at once on a signal, until uvicorn handles those that it knows."""
         for signum in self.SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGQUIT, lambda *_: os._exit(0))  # the default leaves a core dump
@@ -167,27 +152,23 @@ class UvicornWorker(Worker):
 
     def run(self) -> None:
         """Serve until told to stop. A worker that cannot start ends the whole service only if no other listens."""
+        settings = self.settings
         try:
-            self._serve()
+            check_digests(settings.repository, self.app.digests)  # all workers serve the same bundles
+            drift = Drift(settings.drift_window, settings.drift_level, settings.workers, self.number)
+            app = create_app(settings, self.repository or self._load(), Metrics(self.app.folder), drift)
+            self.server = DrainingServer(app, settings, self._tick)
+            freeze_gc()
+            signal.signal(signal.SIGQUIT, self.server.handle_exit)
+            self.server.run(bind(settings.host, settings.port, shared=True))
         except (VaeserveError, OSError, SystemExit) as error:  # the last is uvicorn's
-            event = "worker failed" if self.listens else "worker not started"
-            get_logger().error(event, pid=self.pid, reason=str(error))
+            get_logger().error(
+                "worker failed" if self.listens else "worker not started", pid=self.pid, reason=str(error)
+            )
             sys.exit(FAILED if os.listdir(self.app.ready) else FAILED_FOR_ALL)
 
-    def _serve(self) -> None:
-        settings, present = self.settings, bundle_digests(self.settings.repository)
-        for bundle, digest in self.app.digests.items():  # all workers serve the same
-            if present.get(bundle) != digest:
-                raise BundleIntegrityError(f"{bundle} has changed since the service was started: start it anew")
-        drift = Drift(settings.drift_window, settings.drift_level, settings.workers, self.number)
-        app = create_app(settings, self.repository or self._load(), Metrics(self.app.folder), drift)
-        self.server = DrainingServer(app, settings, self._tick)
-        freeze_gc()
-        signal.signal(signal.SIGQUIT, self._stop)
-        self.server.run(bind(settings.host, settings.port, shared=True))
-
     def _load(self) -> ModelRepository:
-        """Load the bundles, which may take longer than a worker may hang."""
+        """Load the bundles on a thread, since that may take longer than a worker may hang."""
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(load_repository, self.settings, self.app.digests)
             while wait([loading], timeout=0.5).not_done:
@@ -195,22 +176,17 @@ class UvicornWorker(Worker):
         return loading.result()
 
     def _tick(self) -> None:
+        """Notify the master; at first announce that this worker listens; end if the master is gone."""
+        settings = self.settings
         self.notify()
         if not self.listens:
-            self._announce(self.settings)
-        if os.getppid() != self.ppid:  # the master is gone, and nobody would stop this process any more
+            self.listens = self.booted = True
+            (self.app.ready / str(self.pid)).touch()
+            if self.age > settings.workers:
+                get_logger().info("worker serves again", pid=self.pid)
+            if len(os.listdir(self.app.ready)) == settings.workers:
+                get_logger().info("serving", host=settings.host, port=settings.port, workers=settings.workers)
+        if os.getppid() != self.ppid:  # nobody would stop this process any more
             shutil.rmtree(self.app.folder, ignore_errors=True)
-            self._stop()
+            self.server.should_exit = True
             signal.alarm(ORPHAN_SECONDS)  # ends the process, whatever it is at
-
-    def _announce(self, settings: Settings) -> None:
-        """Note that this worker listens; log it if it takes the place of another, and when all do."""
-        self.listens = self.booted = True
-        (self.app.ready / str(self.pid)).touch()
-        if self.age > settings.workers:
-            get_logger().info("worker serves again", pid=self.pid)
-        if len(os.listdir(self.app.ready)) == settings.workers:
-            get_logger().info("serving", host=settings.host, port=settings.port, workers=settings.workers)
-
-    def _stop(self, *_signal: object) -> None:
-        self.server.should_exit = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from service.api.context import ContextDep
@@ -18,9 +18,9 @@ async def livez() -> Health:
 
 
 @router.get("/readyz", responses={503: {"model": Health}}, response_model=Health)
-async def readyz(context: ContextDep) -> JSONResponse:
+async def readyz(request: Request, context: ContextDep) -> JSONResponse:
     """Answer 200 if at least one model is loaded, verified and warm, and the service is not about to stop, else 503."""
-    ready = context.repository.ready and not context.draining
+    ready = context.repository.ready and not request.app.state.draining
     health = Health(
         status="ready" if ready else "not ready",
         models=[f"{served.manifest.name}/{served.manifest.version}" for served in context.repository],
