@@ -33,8 +33,8 @@ INLINE_SECONDS = 0.003  # that a batch may take on the event loop, where every o
 PAUSE = 1 / 8  # share of a batch's time for which the next one waits for its callers, who may ask again
 BATCH_SECONDS = 0.1  # that a batch may take on the pool: nobody waits much longer for others' rows than for its own
 MAX_COSTS = 512  # keys whose seconds per row are remembered
-# Weights of the newest measurement of a cost: a batch that took longer may have waited for the interpreter.
-NEWEST_IF_FASTER, NEWEST_IF_SLOWER = 0.3, 0.05
+FEW_ROWS = 8  # of which each takes longer than one of many
+NEWEST = 0.3  # weight of the newest measurement
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +100,7 @@ class Batcher:
         self._waiting: dict[Queue, deque[Ticket]] = {}
         self._under_way: Counter[Queue] = Counter()
         self._pauses: dict[Queue, Pause] = {}
-        self._row_seconds: OrderedDict[Hashable, float] = OrderedDict()  # by key
+        self._row_seconds: OrderedDict[Hashable, float] = OrderedDict()  # by key, and whether of few rows
 
     async def run(self, job: Job, disconnected: WaitForDisconnect) -> Any:
         """Compute a job, with others of its key, and return its result.
@@ -119,7 +119,7 @@ class Batcher:
 
     def is_short(self, key: Hashable, rows: int) -> bool:
         """True if a batch of ``rows`` rows of that key is known to be short enough for the event loop."""
-        return self._seconds_per_row(key) * max(rows, MIN_SHORT_ROWS) <= INLINE_SECONDS
+        return self._seconds_per_row(key, rows) * max(rows, MIN_SHORT_ROWS) <= INLINE_SECONDS
 
     def _enqueue(self, queue: Queue, ticket: Ticket) -> None:
         """Add a ticket to its queue; start a batch if it is the first one there, or ends a pause."""
@@ -135,8 +135,7 @@ class Batcher:
         if pause is not None:
             pause.timer.cancel()
         if self._waiting.get(queue) and self._under_way[queue] < self._max_concurrent:
-            loop = asyncio.get_running_loop()
-            loop.call_soon(loop.call_soon, self._start, queue)  # requests that are read by now enqueue their jobs first
+            _call_behind_tasks(self._start, queue)  # requests that are read by now enqueue their jobs first
 
     def _start(self, queue: Queue) -> None:
         """Compute the next batch of a queue: here if it is short, else on the pool."""
@@ -178,16 +177,20 @@ class Batcher:
     def _max_rows(self, queue: Queue) -> float:
         """Return how many rows a batch of several jobs may have; one job alone may have more."""
         allowed = INLINE_SECONDS if queue.short else BATCH_SECONDS
-        return min(MAX_ROWS, allowed / max(self._seconds_per_row(queue.key), 1e-9))
+        return min(MAX_ROWS, allowed / max(self._seconds_per_row(queue.key, MAX_ROWS), 1e-9))
 
     def _end_batch(self, queue: Queue, tickets: list[Ticket], done: asyncio.Future[Computed]) -> None:
-        """Settle the tickets of a batch that the pool has computed; start the next one, at once or after a pause."""
+        """Settle the tickets of a batch that the pool has computed, then go on with what waits."""
         self._under_way[queue] -= 1
         if not self._under_way[queue]:
             del self._under_way[queue]
         stopping = Computed([Overloaded("the service is stopping")] * len(tickets), *FAILED)
         computed = stopping if done.cancelled() else done.result()
         self._settle(tickets, computed)
+        _call_behind_tasks(self._continue, queue, computed)  # when the callers have their answers, and may ask again
+
+    def _continue(self, queue: Queue, computed: Computed) -> None:
+        """Start the next batch of a queue of which one was computed: after a pause if there is room for its callers."""
         waiting_rows, max_rows = _count_rows(self._waiting.get(queue, ())), self._max_rows(queue)
         if 0 < waiting_rows < max_rows:
             self._pause(queue, min(waiting_rows + computed.rows, max_rows), computed.seconds * PAUSE)
@@ -207,21 +210,33 @@ class Batcher:
         for ticket, result in zip(tickets, computed.results, strict=True):
             ticket.settle(result)
         if computed.rows:
-            self._learn(key, computed.seconds / computed.rows)
+            self._learn(key, computed.rows, computed.seconds)
             self._observe(computed.rows)
 
-    def _seconds_per_row(self, key: Hashable) -> float:
-        """Return the measured seconds per row of that key; inf before the first measurement."""
-        return self._row_seconds.get(key, math.inf)
+    def _seconds_per_row(self, key: Hashable, rows: int) -> float:
+        """Measured seconds of a row among about ``rows`` rows; inf before the first measurement.
 
-    def _learn(self, key: Hashable, seconds: float) -> None:
-        """Average the newest measurement of a key's seconds per row with those before."""
-        average = self._row_seconds.get(key, seconds)
-        weight = NEWEST_IF_FASTER if seconds < average else NEWEST_IF_SLOWER
-        self._row_seconds[key] = average + weight * (seconds - average)
-        self._row_seconds.move_to_end(key)
+        Few rows cost more each than many do. Known by one number alone, jobs would go to and fro between the event
+        loop, which takes few, and the pool, which takes many.
+        """
+        is_few = rows <= FEW_ROWS
+        seconds = self._row_seconds.get((key, is_few))
+        return self._row_seconds.get((key, not is_few), math.inf) if seconds is None else seconds
+
+    def _learn(self, key: Hashable, rows: int, seconds: float) -> None:
+        """Take in what a batch of ``rows`` rows took."""
+        about = key, rows <= FEW_ROWS
+        before = self._row_seconds.get(about, seconds / rows)
+        self._row_seconds[about] = before + NEWEST * (seconds / rows - before)
+        self._row_seconds.move_to_end(about)
         while len(self._row_seconds) > MAX_COSTS:
             self._row_seconds.popitem(last=False)
+
+
+def _call_behind_tasks(function: Callable[..., None], *arguments: Any) -> None:
+    """Call the function when all tasks that are ready by now, or wait for a result that is set, have taken a step."""
+    loop = asyncio.get_running_loop()
+    loop.call_soon(loop.call_soon, function, *arguments)
 
 
 def _count_rows(tickets: Iterable[Ticket]) -> int:
