@@ -129,8 +129,6 @@ class RootLogger(Logger):
 class UvicornWorker(Worker):
     """A process that serves by uvicorn, and listens itself once its app has started; no other has its ``number``."""
 
-    listens = False
-
     def init_process(self) -> None:
         """Notify the master before anything else, since it never misses a worker that has never done so."""
         self.notify()
@@ -138,7 +136,7 @@ class UvicornWorker(Worker):
         os.setpgid(0, 0)  # a terminal's Ctrl-C is for the master
         with suppress(OSError):  # where /proc is read-only
             Path("/proc/self/comm").write_text(f"worker {self.number}")  # what lists of processes call it
-        self.settings = self.app.settings
+        self.settings, self.listens = self.app.settings, False
         configure_logs(self.settings.log_level, self.settings.log_format, worker=self.number)
         get_logger().info("worker started", pid=self.pid)
         super().init_process()

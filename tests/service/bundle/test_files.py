@@ -220,3 +220,17 @@ def test_the_digest_names_the_content(tmp_path):
     same, _ = write_ppca_bundle(tmp_path / "b")
     other, _ = write_ppca_bundle(tmp_path / "c", change=lambda _, files: files.update({"README.md": b"other"}))
     assert open_bundle(first).digest == open_bundle(same).digest != open_bundle(other).digest
+
+
+def test_a_bundle_that_has_changed_or_is_gone_is_named(tmp_path):
+    path, _ = write_ppca_bundle(tmp_path)
+    digests = bundle_files.bundle_digests(tmp_path)
+    assert digests == {"ppca/1": open_bundle(path).digest}
+    write_ppca_bundle(tmp_path, version="2")  # one more is no change
+    bundle_files.check_digests(tmp_path, digests)
+    (path / MANIFEST).write_bytes((path / MANIFEST).read_bytes() + b"\n")
+    with pytest.raises(BundleIntegrityError, match="^ppca/1 has changed since the service was started"):
+        bundle_files.check_digests(tmp_path, digests)
+    shutil.rmtree(path)
+    with pytest.raises(BundleIntegrityError, match="^ppca/1 has changed"):
+        bundle_files.check_digests(tmp_path, digests)
