@@ -187,19 +187,18 @@ class Batcher:
         stopping = Computed([Overloaded("the service is stopping")] * len(tickets), *FAILED)
         computed = stopping if done.cancelled() else done.result()
         self._settle(tickets, computed)
-        _call_behind_tasks(self._continue, queue, computed)  # when the callers have their answers, and may ask again
-
-    def _continue(self, queue: Queue, computed: Computed) -> None:
-        """Start the next batch of a queue of which one was computed: after a pause if there is room for its callers."""
         waiting_rows, max_rows = _count_rows(self._waiting.get(queue, ())), self._max_rows(queue)
         if 0 < waiting_rows < max_rows:
-            self._pause(queue, min(waiting_rows + computed.rows, max_rows), computed.seconds * PAUSE)
+            enough_rows = min(waiting_rows + computed.rows, max_rows)
+            _call_behind_tasks(self._pause, queue, enough_rows, computed.seconds * PAUSE)  # when these have answers
         else:
             self._schedule(queue)
 
     def _pause(self, queue: Queue, enough_rows: float, seconds: float) -> None:
         """Have the next batch started when ``enough_rows`` rows wait, or after ``seconds``."""
-        if queue not in self._pauses:
+        if _count_rows(self._waiting.get(queue, ())) >= enough_rows:
+            self._schedule(queue)
+        elif queue not in self._pauses:
             timer = asyncio.get_running_loop().call_later(seconds, self._schedule, queue)
             self._pauses[queue] = Pause(enough_rows, timer)
 

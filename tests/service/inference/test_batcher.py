@@ -1,6 +1,7 @@
 """Jobs of several requests in one run: what waits together runs together, and nobody gets another's result."""
 
 import asyncio
+import math
 import threading
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from service.errors import ClientDisconnected, DeadlineExceeded, InvalidInput, Overloaded
 from service.inference import batcher as batching
-from service.inference.batcher import MAX_ROWS, Batcher
+from service.inference.batcher import INLINE_SECONDS, MAX_ROWS, Batcher
 from service.inference.jobs import Job, finish, split_result
 from service.inference.model import Encoding
 from service.inference.thread_pool import WorkerPool
@@ -44,10 +45,16 @@ def job(*numbers, key="double", run=doubled):
     return Job(key, np.array(numbers, np.float32)[:, None], run)
 
 
+def costs(batcher, seconds, key="double"):
+    """A row of that key takes so many seconds, among few rows or many."""
+    for is_few in (True, False):
+        batcher._row_seconds[key, is_few] = seconds
+
+
 async def known(batcher, key="double"):
     """What a row of that key costs is known from here on, and little; of what is not, each job runs alone."""
     await batcher.run(job(0, key=key), never)
-    batcher._row_seconds[key] = 1e-5
+    costs(batcher, 1e-5, key)
 
 
 async def learnt_as_long(batcher, monkeypatch):
@@ -58,8 +65,7 @@ async def learnt_as_long(batcher, monkeypatch):
 
 def costs_stay(monkeypatch):
     """Nothing is learnt of what a row takes."""
-    monkeypatch.setattr(batching, "NEWEST_IF_FASTER", 0.0)
-    monkeypatch.setattr(batching, "NEWEST_IF_SLOWER", 0.0)
+    monkeypatch.setattr(batching, "NEWEST", 0.0)
 
 
 def assert_doubled(result, *numbers):
@@ -83,7 +89,7 @@ def test_a_short_job_runs_on_the_event_loop_and_a_long_or_unknown_one_on_the_poo
         threads = []
         here = job(1, run=lambda rows: threads.append(threading.current_thread()) or rows)
         await batcher.run(here, never)
-        batcher._row_seconds["double"] = 1e-5
+        costs(batcher, 1e-5)
         await batcher.run(here, never)
         monkeypatch.setattr(batching, "INLINE_SECONDS", 0.0)
         await batcher.run(here, never)
@@ -123,7 +129,7 @@ def test_only_what_is_short_as_a_good_batch_runs_on_the_event_loop(seconds, rows
     async def body(batcher, runs, pool):
         await known(batcher)
         threads = []
-        batcher._row_seconds["double"] = seconds
+        costs(batcher, max(seconds, 1e-5))
         seen = job(
             *range(rows), run=lambda rows: threads.append(threading.current_thread() is threading.main_thread()) or rows
         )
@@ -133,14 +139,27 @@ def test_only_what_is_short_as_a_good_batch_runs_on_the_event_loop(seconds, rows
     scenario(body)
 
 
-@pytest.mark.parametrize(("seconds", "weight"), [(1.0, 0.3), (3.0, 0.05)])
-def test_what_a_row_takes_is_learnt_slowly_where_it_took_longer(seconds, weight):
-    """A batch that took longer may have waited for the interpreter."""
+def test_what_a_row_takes_is_learnt_of_few_rows_and_of_many():
+    async def body(batcher, runs, pool):
+        assert batcher._seconds_per_row("double", 1) == math.inf
+        batcher._learn("double", 32, 3.2)
+        assert batcher._seconds_per_row("double", 1) == batcher._seconds_per_row("double", 32) == pytest.approx(0.1)
+        batcher._learn("double", 2, 2.0)
+        batcher._learn("double", 2, 4.0)
+        assert batcher._seconds_per_row("double", 8) == pytest.approx(1.3)
+        assert batcher._seconds_per_row("double", 9) == pytest.approx(0.1)
+
+    scenario(body)
+
+
+def test_rows_that_are_short_in_large_batches_alone_stay_on_the_pool():
+    """Else they would go to the event loop, be found to be long there, come back, be found to be short, and so on."""
 
     async def body(batcher, runs, pool):
-        batcher._learn("double", 2.0)
-        batcher._learn("double", seconds)
-        assert batcher._row_seconds["double"] == pytest.approx(2.0 + weight * (seconds - 2.0))
+        batcher._learn("double", 4, 4 * 1.01 * INLINE_SECONDS / 4)
+        for _ in range(50):
+            batcher._learn("double", 32, 32 * 0.4 * INLINE_SECONDS / 4)
+        assert not batcher.is_short("double", 1)
 
     scenario(body)
 
@@ -164,7 +183,7 @@ async def landing(batcher, monkeypatch, waiting, pause, rows=1, seconds=0.0):
         await until(lambda: sum(batcher._under_way.values()))
         others = [asyncio.create_task(batcher.run(job(*[number] * rows), never)) for number in range(waiting)]
         await asyncio.sleep(0)
-        batcher._row_seconds["double"] = max(seconds, batcher._row_seconds["double"])
+        costs(batcher, max(seconds, 1e-5))
     finally:
         release.set()
     await asyncio.gather(*first)
@@ -262,7 +281,7 @@ def test_a_batch_has_so_many_rows_at_most_but_a_larger_job_runs_whole(monkeypatc
 
     async def body(batcher, runs, pool):
         await known(batcher)
-        batcher._row_seconds["double"] = 1e-6  # as it stays: all of these are short, whatever this machine is busy with
+        costs(batcher, 1e-6)  # as it stays: all of these are short, whatever this machine is busy with
         sizes = [20, 20, 5, 3 * MAX_ROWS, 1]
         results = await asyncio.gather(*(batcher.run(job(*range(size)), never) for size in sizes))
         for size, result in zip(sizes, results, strict=True):
@@ -394,7 +413,7 @@ def test_what_lies_along_the_rows_is_cut_and_all_else_goes_to_every_part():
 def test_a_slow_rows_neighbours_wait_no_longer_than_a_batch_may_take(monkeypatch):
     async def body(batcher, runs, pool):
         await learnt_as_long(batcher, monkeypatch)
-        batcher._row_seconds["double"] = batching.BATCH_SECONDS / 3.5
+        costs(batcher, batching.BATCH_SECONDS / 3.5)
         costs_stay(monkeypatch)
         await asyncio.gather(*(batcher.run(job(i), never) for i in range(7)))
         assert runs == [1, 3, 3, 1]
