@@ -229,8 +229,8 @@ def test_a_bundle_that_has_changed_or_is_gone_is_named(tmp_path):
     write_ppca_bundle(tmp_path, version="2")  # one more is no change
     bundle_files.check_digests(tmp_path, digests)
     (path / MANIFEST).write_bytes((path / MANIFEST).read_bytes() + b"\n")
-    with pytest.raises(BundleIntegrityError, match="^ppca/1 has changed since the service was started"):
+    with pytest.raises(BundleIntegrityError, match=r"^ppca/1 has changed since the service was started"):
         bundle_files.check_digests(tmp_path, digests)
     shutil.rmtree(path)
-    with pytest.raises(BundleIntegrityError, match="^ppca/1 has changed"):
+    with pytest.raises(BundleIntegrityError, match=r"^ppca/1 has changed"):
         bundle_files.check_digests(tmp_path, digests)
