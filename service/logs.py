@@ -57,7 +57,7 @@ def _shared_processors(fields: dict[str, Any]) -> list[Any]:
 
 
 def _library_formatter(shared: list[Any], renderer: Any) -> logging.Formatter:
-    """Return a formatter that gives lines of the standard library's loggers the shape of own_renderer."""
+    """Return a formatter that gives lines of the standard library's loggers the shape of ours."""
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
         processors=[

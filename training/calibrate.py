@@ -22,7 +22,7 @@ from service.scores.fitting import (
     fitted_arrays,
     fitted_definitions,
     max_held_out_rows,
-    most_reference_rows,
+    max_reference_rows,
 )
 from training.batches import pixel_batches
 from training.data import Dataset
@@ -129,7 +129,7 @@ def fit_scores(run: Run) -> Path:
         return bundle.path
     model = Model.load(bundle, Runtime("cpu")).without_backbone()
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
-    reference = run.dataset.splits["train"][: most_reference_rows(bundle.manifest)]
+    reference = run.dataset.splits["train"][: max_reference_rows(bundle.manifest)]
     x = _pixels(run.dataset, held_out)
     arrays = fitted_arrays(model, definitions, x, _pixels(run.dataset, reference))
     manifest, files = contents(bundle)

@@ -213,7 +213,7 @@ class Batcher:
             self._observe(computed.rows)
 
     def _seconds_per_row(self, key: Hashable, rows: int) -> float:
-        """Measured seconds of a row among about ``rows`` rows; inf before the first measurement.
+        """Return the measured seconds of a row among some ``rows`` rows; inf before the first measurement.
 
         Few rows cost more each than many do. Known by one number alone, jobs would go to and fro between the event
         loop, which takes few, and the pool, which takes many.
@@ -223,11 +223,11 @@ class Batcher:
         return self._row_seconds.get((key, not is_few), math.inf) if seconds is None else seconds
 
     def _learn(self, key: Hashable, rows: int, seconds: float) -> None:
-        """Take in what a batch of ``rows`` rows took."""
-        about = key, rows <= FEW_ROWS
-        before = self._row_seconds.get(about, seconds / rows)
-        self._row_seconds[about] = before + NEWEST * (seconds / rows - before)
-        self._row_seconds.move_to_end(about)
+        """Average the seconds per row of a batch of ``rows`` rows with those measured before."""
+        cost_key = key, rows <= FEW_ROWS
+        before = self._row_seconds.get(cost_key, seconds / rows)
+        self._row_seconds[cost_key] = before + NEWEST * (seconds / rows - before)
+        self._row_seconds.move_to_end(cost_key)
         while len(self._row_seconds) > MAX_COSTS:
             self._row_seconds.popitem(last=False)
 

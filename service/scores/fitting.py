@@ -136,7 +136,7 @@ def fitted_definitions(manifest: Manifest) -> dict[str, ScoreDefinition]:
     }
 
 
-def most_reference_rows(manifest: Manifest) -> int:
+def max_reference_rows(manifest: Manifest) -> int:
     """Most inliers whose codes ``latent`` compares with."""
     return max(MIN_ROWS, REFERENCE_NUMBERS // manifest.signature.latent_dim)
 
@@ -283,10 +283,10 @@ def _names_by_pass(definitions: Mapping[str, ScoreDefinition]) -> dict[tuple[int
 
 
 def _codes(model: FittableModel, x: np.ndarray, stored_codes: np.ndarray | None, seed: int) -> np.ndarray:
-    """Codes, loc of each row, float32 [m,L], and the stored ones after them, up to ``most_reference_rows``."""
+    """Codes, loc of each row, float32 [m,L], and the stored ones after them, up to ``max_reference_rows``."""
     codes = [model.encode(x[start : start + BATCH], seed=seed).loc for start in range(0, len(x), BATCH)]
     stored = [] if stored_codes is None else [stored_codes]
-    return np.concatenate([*codes, *stored])[: most_reference_rows(model.manifest)]
+    return np.concatenate([*codes, *stored])[: max_reference_rows(model.manifest)]
 
 
 def _report(progress: Progress | None, rows: int) -> None:

@@ -130,7 +130,7 @@ class UvicornWorker(Worker):
     """A process that serves by uvicorn, and listens itself once its app has started; no other has its ``number``."""
 
     def init_process(self) -> None:
-        """Notify the master before anything else, since it never misses a worker that has never done so."""
+        """Notify the master before anything else: a worker that has never done so may hang for ever."""
         self.notify()
         self.booted = bool(os.listdir(self.app.ready))  # else gunicorn takes a failure here for that of all workers
         os.setpgid(0, 0)  # a terminal's Ctrl-C is for the master

@@ -18,7 +18,7 @@ from service.scores.fitting import (
     fitted_arrays,
     fitted_definitions,
     max_held_out_rows,
-    most_reference_rows,
+    max_reference_rows,
 )
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.fitted_bundles import FAMILIES, fit
@@ -200,7 +200,7 @@ def test_room_is_bounded(model):
     )
     for manifest, rows, codes in ((model.manifest, 4096, 2**18 // 5), (large, MIN_ROWS, MIN_ROWS)):
         assert max_held_out_rows(manifest) == rows
-        assert most_reference_rows(manifest) == codes
+        assert max_reference_rows(manifest) == codes
 
 
 @pytest.mark.parametrize("name", ["residual", "statistics", "combined"])
