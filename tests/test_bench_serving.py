@@ -43,6 +43,7 @@ from service.bundle.files import open_bundle
 from service.formats.codecs import Limits, Reader
 from service.formats.images import ImageLimits
 from tests.service.corruption_bundles import log_odds, write_corruption
+from tests.service.processes import until
 from training.config import load_config
 from training.models.build import build_model
 
@@ -369,10 +370,10 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
 
 def test_a_stopped_server_leaves_no_process(ppca_root):
     server = vae_server(ppca_root, workers=2)
-    found = server.processes()
-    assert len(found) >= 3
+    until(lambda: len(server.processes()) == 3)  # it answers as soon as one worker listens
+    started = server.processes()
     server.stop()
-    assert not [pid for pid in found if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
 
 
 def cell(**labels):
