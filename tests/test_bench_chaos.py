@@ -96,8 +96,12 @@ def test_a_caller_that_is_not_let_in_has_finished_once_the_service_is_to_end():
             await asyncio.sleep(0)
         callers.let_go()
         await asyncio.wait_for(callers.wait(), 30)
+        return callers.record
 
-    asyncio.run(run())
+    record = asyncio.run(run())
+    assert record.refused_connections >= 8  # each caller once before it may go, and once as it goes
+    assert not record.ends
+    assert not record.losses
 
 
 def test_an_answer_that_closes_is_followed_by_another_connection():

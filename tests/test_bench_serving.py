@@ -369,10 +369,9 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
 
 
 def test_a_stopped_server_leaves_no_process(ppca_root):
-    server = vae_server(ppca_root, workers=2)
-    until(lambda: len(server.processes()) == 3)  # it answers as soon as one worker listens
-    started = server.processes()
-    server.stop()
+    with vae_server(ppca_root, workers=2) as server:
+        until(lambda: len(server.processes()) == 3)  # it answers as soon as one worker listens
+        started = server.processes()
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
 
 

@@ -321,8 +321,10 @@ def test_what_is_not_read_fills_the_memory_of_all(ppca_root):
 def test_nothing_is_counted_for_a_client_that_has_left(ppca_root):
     with serving(ppca_root, send_timeout=1e6, max_batch=2000) as client:
         with asking_for_much(client):
-            pass
+            assert APPS[client].state.budget.held > 2**20
         until(client, lambda: under_way(client) == IDLE)
+        assert APPS[client].state.budget.held == 0
+        assert post(client, "encode", "", "application/octet-stream", ROW).status_code == 200
 
 
 def test_a_client_that_ends_its_side_gets_what_was_written_before(ppca_root, monkeypatch):
