@@ -8,7 +8,7 @@ import pytest
 
 from service.api import middleware
 from service.server.limits import LimitedProtocol
-from tests.service.http import APPS, assert_problem, npy, send_raw, serving
+from tests.service.http import assert_problem, npy, send_raw
 from tests.service.requests import (
     BODIES,
     JSON,
@@ -35,19 +35,6 @@ from tests.service.requests import (
 
 TWICE = "seed=0&seed=0"  # a parameter that is said twice: the last one counts
 HEADERS = ("content-type", "content-length", "cache-control", "x-content-type-options", "content-security-policy")
-
-
-@pytest.fixture(scope="module")
-def server(ppca_root):
-    with serving(ppca_root, max_batch=8) as client:
-        yield client
-
-
-@pytest.fixture
-def client(server):
-    """A server that remembers nothing."""
-    APPS[server].state.remembered.clear()
-    return server
 
 
 def fields(answer):

@@ -41,13 +41,6 @@ def server(ppca_root):
         yield client
 
 
-@pytest.fixture
-def client(server):
-    """A server that remembers nothing."""
-    APPS[server].state.remembered.clear()
-    return server
-
-
 def forget(client):
     APPS[client].state.remembered.clear()
 

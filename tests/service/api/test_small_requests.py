@@ -43,19 +43,6 @@ from tests.service.requests import (
 )
 
 
-@pytest.fixture(scope="module")
-def server(ppca_root):
-    with serving(ppca_root, max_batch=8) as client:
-        yield client
-
-
-@pytest.fixture
-def client(server):
-    """A server that remembers nothing."""
-    APPS[server].state.remembered.clear()
-    return server
-
-
 def noting_threads(monkeypatch, owner, name):
     """A list to which each call of that function adds whether it ran on a thread of the pool."""
     threads, function = [], getattr(owner, name)
