@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from service.bundle.input_rules import Preprocessing
-from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
+from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge
 from service.formats.arrays import (
     DType,
     as_images,
@@ -35,7 +35,7 @@ from service.formats.arrays import (
 )
 from service.formats.image_bodies import Limits, decode_base64, form_files, json_images, open_files, prefix_errors
 from service.formats.images import open_image, read_image, resize_array
-from service.formats.media_types import IMAGE_INPUTS, INPUTS, JSON, NPY, OCTETS, media_type
+from service.formats.media_types import IMAGE_INPUTS, INPUTS, JSON, NPY, OCTETS, accepted_media_type
 from service.formats.rendering import encode_gif, encode_png, encode_webp
 from service.pixels import unit_levels
 
@@ -89,9 +89,7 @@ class Reader:
 
     def read_levels(self, content_type: str, body: bytes, document: Callable[[], Any]) -> np.ndarray:
         """Read a body into uint8 levels [N,C,H,W] if all its pixels have 8 bits, else as ``read`` does."""
-        kind = media_type(content_type)
-        if kind not in INPUTS:
-            raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(INPUTS)} expected")
+        kind = accepted_media_type(content_type, INPUTS)
         if not body:
             raise InvalidInput("the body is empty: images expected")
         if kind in IMAGE_INPUTS:
@@ -189,11 +187,8 @@ def read_latents(
         LimitExceeded: there are more than ``max_rows`` latents.
         InvalidInput: the shape is another, or a number is not finite in float32.
     """
-    kind = media_type(content_type)
-    if kind == NPY:
+    if accepted_media_type(content_type, (NPY, JSON)) == NPY:
         return as_latents(read_npy(body), latent_dim, max_rows)
-    if kind != JSON:
-        raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {NPY}, {JSON} expected")
     content = document()
     if not isinstance(content, dict) or "latents" not in content:
         raise InvalidInput('a JSON object with "latents" expected')

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from service.errors import UnsupportedMediaType
+
 JSON, NPY, OCTETS, MULTIPART, CSV = (
     "application/json",
     "application/x-npy",
@@ -26,3 +30,15 @@ PICTURES = (PNG, GIF, WEBP)
 def media_type(content_type: str) -> str:
     """Return the media type of a Content-Type header in lower case, without its parameters."""
     return content_type.partition(";")[0].strip().lower()
+
+
+def accepted_media_type(content_type: str, accepted: Sequence[str]) -> str:
+    """Return the media type of a Content-Type header, one of those ``accepted``.
+
+    Raises:
+        UnsupportedMediaType: it is none of them; the text lists them.
+    """
+    kind = media_type(content_type)
+    if kind not in accepted:
+        raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(accepted)} expected")
+    return kind

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from service.bundle.input_rules import Preprocessing
-from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
+from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge
 from service.formats.arrays import DType, as_images, from_json, read_npy, to_unit
 from service.formats.image_bodies import (
     Limits,
@@ -26,7 +26,7 @@ from service.formats.image_bodies import (
     prefix_errors,
 )
 from service.formats.images import read_whole_image
-from service.formats.media_types import IMAGE_INPUTS, JSON, NPY, WHOLE_IMAGE_INPUTS, media_type
+from service.formats.media_types import IMAGE_INPUTS, JSON, NPY, WHOLE_IMAGE_INPUTS, accepted_media_type
 from service.formats.tiling import check_size
 
 
@@ -45,9 +45,7 @@ class WholeImageReader:
 
     def read(self, content_type: str, body: bytes, document: Callable[[], Any]) -> list[np.ndarray]:
         """Read a body into images [C,h,w], uint8 or float32 in [0,1]; ``document`` parses it as JSON, if needed."""
-        kind = media_type(content_type)
-        if kind not in WHOLE_IMAGE_INPUTS:
-            raise UnsupportedMediaType(f"Content-Type {kind[:80]!r}: one of {', '.join(WHOLE_IMAGE_INPUTS)} expected")
+        kind = accepted_media_type(content_type, WHOLE_IMAGE_INPUTS)
         if not body:
             raise InvalidInput("the body is empty: images expected")
         if kind in IMAGE_INPUTS:
