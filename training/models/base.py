@@ -13,9 +13,9 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from training.data.dataset import Dataset
-from training.likelihoods import Likelihood, Parameters
-from training.networks import Shape
-from training.priors import Prior
+from training.models.likelihoods import Likelihood, Parameters
+from training.models.priors import Prior
+from training.nn.networks import Shape
 
 Statistics = tuple[Tensor, ...]
 """What the encoder makes of a target, before any noise: the parameters of q(z|x), each [N,…]."""

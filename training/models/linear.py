@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from training.config import ModelConfig
 from training.data.dataset import Dataset
 from training.errors import ConfigError
-from training.likelihoods import Parameters
-from training.linear_algebra import moments_of, target_axes, target_batches
 from training.models.base import Statistics
+from training.models.likelihoods import Parameters
+from training.models.linear_algebra import moments_of, target_axes, target_batches
+from training.models.priors import NoPrior, Prior, log_standard_normal
 from training.models.reconstruction import Reconstruction
-from training.networks import Shape
-from training.priors import NoPrior, Prior, log_standard_normal
+from training.nn.networks import Shape
 
 
 class GaussianPrior(Prior):

@@ -24,12 +24,12 @@ from service.scores.fitting import (
     max_held_out_rows,
     max_reference_rows,
 )
-from training.batches import pixel_batches
 from training.data import Dataset
+from training.data.batches import pixel_batches
 from training.data.dataset import WholeImages
-from training.parity import to_npz
+from training.export.parity import to_npz
+from training.export.staging import contents, open_staged, replace_bundle
 from training.runs import SCORES, Run
-from training.staging import contents, open_staged, replace_bundle
 
 SPLIT, FIT_SPLIT = "calibration", "validation"
 RATES = (0.001, 0.01, 0.05, 0.1)

@@ -17,13 +17,13 @@ from service.bundle.manifest import Manifest
 from service.calibration.conformal import Calibrator
 from service.errors import InvalidInput
 from service.inference import noise
-from training import curves, figures
-from training.aggregate import moments, prior_moments
-from training.batches import pixel_batches, to_unit
+from training.data.batches import pixel_batches, to_unit
+from training.evaluation.aggregate import moments, prior_moments
+from training.export.staging import open_staged
 from training.models.base import LatentVariableModel
-from training.posteriors import kl_to_standard_normal
+from training.models.posteriors import kl_to_standard_normal
+from training.reporting import curves, figures
 from training.runs import SCORES, Run, write_text
-from training.staging import open_staged
 
 SHOWN = 10  # rows whose reconstructions are shown
 PRIOR_SAMPLES, PRIOR_CURVES = 60, 20

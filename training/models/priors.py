@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from training.config import PriorConfig
 from training.errors import ConfigError
-from training.flows import CouplingStack
-from training.posteriors import HALF_LOG_2PI
+from training.models.posteriors import HALF_LOG_2PI
+from training.nn.flows import CouplingStack
 
 
 def log_standard_normal(z: Tensor) -> Tensor:

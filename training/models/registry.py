@@ -15,7 +15,7 @@ from training.models.ica import ICA
 from training.models.ladder import Ladder
 from training.models.linear import PCA, LinearAutoencoder
 from training.models.vae import VAE
-from training.networks import Shape
+from training.nn.networks import Shape
 
 
 class Family(Protocol):

@@ -3,7 +3,7 @@
     log odds   t(x)_i = log p(painted at i | x) / p(not painted at i | x)
 
 It is fitted by classification: cross-entropy, at every place, of training images that were painted over by
-training.painting. With enough of everything t is the log ratio of two densities, of images painted at i and of images
+fitting.painting. With enough of everything t is the log ratio of two densities, of images painted at i and of images
 that are not, up to the log of how often there is paint (noise-contrastive estimation, Gutmann & Hyvärinen 2010,
 AISTATS; Sugiyama et al. 2012, "Density ratio estimation"). As a detector of anomalies and their places: Zavrtanik et
 al. 2021 (DRAEM, arXiv:2108.07610). It sees inliers and noise, no outlier and no label.
@@ -26,14 +26,14 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from training.batches import derived_seed, epoch_batches, pixel_batches, steps_per_epoch, to_unit
-from training.checkpoint import digest_of, read_content, write_content
 from training.config import Config, CorruptionConfig
+from training.data.batches import derived_seed, epoch_batches, pixel_batches, steps_per_epoch, to_unit
 from training.data.dataset import Dataset
 from training.errors import CheckpointError, ConfigError
-from training.interrupts import Interrupt
-from training.networks import Shape
-from training.painting import Painted, painted
+from training.fitting.checkpoint import digest_of, read_content, write_content
+from training.fitting.interrupts import Interrupt
+from training.fitting.painting import Painted, painted
+from training.nn.networks import Shape
 
 FILE = "corruption.pt"
 PATCH = 2  # places in each direction that are one at the network's finest level

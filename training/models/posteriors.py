@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import PosteriorConfig
-from training.masked import AutoregressiveNetwork
+from training.nn.masked import AutoregressiveNetwork
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 MIN_SLOPE = 1e-3

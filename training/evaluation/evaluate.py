@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.aggregate import aggregate_posterior
-from training.batches import derived_seed, image_dither, pixel_batches
 from training.config import EvaluateConfig
+from training.data.batches import derived_seed, image_dither, pixel_batches
 from training.data.dataset import Dataset
+from training.evaluation.aggregate import aggregate_posterior
+from training.evaluation.tightness import effective_samples, inference_gap
 from training.models.base import LatentVariableModel
-from training.tightness import effective_samples, inference_gap
 
 Progress = Callable[[int], None]
 IMAGES = 64
@@ -43,7 +43,7 @@ class Bounds:
 
 
 class Evaluation(NamedTuple):
-    """``metrics`` of a split by name, and by latent dimension the arrays of training.aggregate, where z is drawn."""
+    """``metrics`` of a split by name, and by latent dimension the arrays of evaluation.aggregate, where z is drawn."""
 
     metrics: dict[str, float]
     latents: dict[str, list[float]] | None
@@ -163,8 +163,8 @@ def evaluate(
 
     Always ``images`` and ``k``. With a likelihood: ``log_likelihood`` (IWAE-k, or log p(x) itself, then k = 1), its
     standard error, ``elbo`` and ``bits_per_dim``; of a bound also how tight it is, its gap split if ``config.gaps``
-    asks for it (training.tightness). Without one: ``reconstruction_error`` in the likelihood's unit. Where z is drawn:
-    ``rate``, ``distortion``, and what the latents carry (training.aggregate).
+    asks for it (evaluation.tightness). Without one: ``reconstruction_error`` in the likelihood's unit. Where z is
+    drawn: ``rate``, ``distortion``, and what the latents carry (evaluation.aggregate).
     """
     indices = dataset.splits[split][: config.images]
     model.eval()

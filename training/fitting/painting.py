@@ -1,4 +1,4 @@
-"""Images with noise painted over parts of them, and where: what training.corruption learns to tell apart.
+"""Images with noise painted over parts of them, and where: what training.fitting.corruption learns to tell apart.
 
 No defect of any kind is drawn. Where the noise lies is a Gaussian random field above a threshold, smooth on a scale
 that is drawn anew with every call in both directions: specks, streaks, large areas. What it is comes from uniform

@@ -24,7 +24,7 @@ from service.errors import BundleGraphError
 from service.inference.sessions import Runtime
 from training.config import BackboneConfig, Config
 from training.errors import BackboneError
-from training.export import MAX_GRAPH_BYTES, strip
+from training.onnx_messages import MAX_GRAPH_BYTES, strip
 
 Dim = int | str
 Shape = tuple[int, int, int]

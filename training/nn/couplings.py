@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.flows import MAX_LOG_SCALE
-from training.networks import GatedConv, gate
+from training.nn.flows import MAX_LOG_SCALE
+from training.nn.networks import GatedConv, gate
 
 NARROWEST = 1e-3
 """Floor of a channel's standard deviation when activations are normalised: a constant channel is not blown up."""

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.batches import derived_seed, image_dither, pixel_batches
+from training.data.batches import derived_seed, image_dither, pixel_batches
 from training.data.dataset import Dataset
 from training.models.base import LatentVariableModel
-from training.posteriors import HALF_LOG_2PI, kl_to_standard_normal
-from training.priors import Prior
+from training.models.posteriors import HALF_LOG_2PI, kl_to_standard_normal
+from training.models.priors import Prior
 
 ACTIVE_VARIANCE = 0.01
 """A latent dimension is active if Var_x E_q[z|x] exceeds this (Burda et al. 2016, sec. 5.2); of flow posteriors and

@@ -7,13 +7,13 @@ from pathlib import Path
 from service.bundle.files import next_version, write_bundle
 from service.bundle.manifest import Manifest
 from service.inference.verification import open_verified
-from training import figures
-from training.card import FIGURES, card
 from training.errors import ExportError
-from training.provenance import provenance
-from training.report import draw
+from training.export.provenance import provenance
+from training.export.staging import contents, open_staged
+from training.reporting import figures
+from training.reporting.card import FIGURES, card
+from training.reporting.report import draw
 from training.runs import Run
-from training.staging import contents, open_staged
 
 CARD = "README.md"
 

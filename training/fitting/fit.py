@@ -20,21 +20,21 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from training.aggregate import collapsed
-from training.batches import StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
-from training.checkpoint import FILE, load_checkpoint, save_checkpoint
 from training.config import Config, OptimiserConfig
+from training.data.batches import StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
 from training.data.dataset import Dataset
-from training.dimensions import check_dimension
 from training.errors import CheckpointError, TrainingDiverged
-from training.evaluate import bounds
-from training.guard import is_sane, remember
-from training.interrupts import Interrupt
-from training.journal import Journal, Row
+from training.evaluation.aggregate import collapsed
+from training.evaluation.evaluate import bounds
+from training.fitting.checkpoint import FILE, load_checkpoint, save_checkpoint
+from training.fitting.dimensions import check_dimension
+from training.fitting.guard import is_sane, remember
+from training.fitting.interrupts import Interrupt
+from training.fitting.journal import Journal, Row
+from training.fitting.objectives import annealed_beta, objective
+from training.fitting.threads import set_threads
 from training.models.base import LatentVariableModel, Terms
-from training.models.build import FAMILIES, build_model
-from training.objectives import annealed_beta, objective
-from training.threads import set_threads
+from training.models.registry import FAMILIES, build_model
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 REFERENCE_PIXELS = 784

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.batches import derived_seed
+from training.data.batches import derived_seed
 from training.models.base import LatentVariableModel
-from training.posteriors import HALF_LOG_2PI, reparameterise
+from training.models.posteriors import HALF_LOG_2PI, reparameterise
 
 LEARNING_RATE = 0.03
 """Of Adam on loc/scale and log scale: it falls to 0 by a cosine, so that the last steps average the noise."""

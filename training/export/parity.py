@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from service.bundle.input_rules import Backbone
 from service.bundle.manifest import Tolerance
-from training.batches import derived_seed, to_unit
 from training.data import Dataset
-from training.export import roles
-from training.likelihoods import Likelihood
+from training.data.batches import derived_seed, to_unit
+from training.export.graphs import roles
 from training.models.base import LatentVariableModel
+from training.models.likelihoods import Likelihood
 
 Arrays = dict[str, np.ndarray]
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.batches import pixel_batches
+from training.data.batches import pixel_batches
 from training.data.dataset import Dataset
 from training.errors import DataError
-from training.likelihoods import Likelihood
+from training.models.likelihoods import Likelihood
 
 DITHER_VARIANCE = 1 / (12 * 256**2)
 """Of u/256 for the uniform u that dequantises 8-bit pixels."""

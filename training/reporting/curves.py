@@ -1,4 +1,4 @@
-"""Figures of vectors and signals, where training.figures has pictures: values [N,C,H,W] are 1×1×D or C×1×T.
+"""Figures of vectors and signals, where training.reporting.figures has pictures: values [N,C,H,W] are 1×1×D or C×1×T.
 
 Signals are drawn as lines over the step, one colour a channel; vectors as points over their features.
 """
@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from training.figures import BLUE, GREY, PALETTE
+from training.reporting.figures import BLUE, GREY, PALETTE
 
 NAMED = 16  # features whose names fit below an axis
 CHANNELS = 4  # of a signal that are drawn

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import continuous_bernoulli, logistic
 from training.config import LikelihoodConfig
+from training.distributions import continuous_bernoulli, logistic
 from training.errors import ConfigError
-from training.networks import Shape
+from training.nn.networks import Shape
 
 Parameters = tuple[Tensor, ...]
 

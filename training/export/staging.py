@@ -17,10 +17,10 @@ from service.inference.sessions import Runtime
 from service.inference.verification import open_verified, replay
 from training.config import ScoreConfig
 from training.errors import ExportError
-from training.export import export_corruption, export_graphs, likelihood, posterior, prior, signature
+from training.export.graphs import export_corruption, export_graphs, likelihood, posterior, prior, signature
+from training.export.parity import backbone_arrays, corruption_arrays, reference_arrays, rounds, to_npz, tolerances
+from training.export.provenance import provenance
 from training.models.base import LatentVariableModel
-from training.parity import backbone_arrays, corruption_arrays, reference_arrays, rounds, to_npz, tolerances
-from training.provenance import provenance
 from training.runs import Run
 
 VERSION = "1"

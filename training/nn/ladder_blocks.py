@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.config import LadderConfig
 from training.errors import ConfigError
-from training.networks import GatedConv, Shape, Upsample, gate, pyramid
+from training.nn.networks import GatedConv, Shape, Upsample, gate, pyramid
 
 BOUND = 5.0
 """Log scales lie in (−5, 5), softly: NVAE (Vahdat & Kautz 2020) bounds them so, and calls it vital for stability."""

@@ -22,9 +22,9 @@ from service.bundle.input_rules import Backbone, InputRule
 from service.errors import InvalidInput
 from service.inference.backbone import FeatureExtractor
 from service.inference.sessions import Runtime
-from training.backbone import Imported, import_backbone
-from training.batches import to_unit
 from training.config import BackboneConfig
+from training.data.backbone import Imported, import_backbone
+from training.data.batches import to_unit
 from training.data.dataset import Dataset
 from training.errors import BackboneError
 

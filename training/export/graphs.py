@@ -23,14 +23,14 @@ from service.bundle.manifest import Graph, Likelihood, Manifest, Posterior, Prio
 from service.bundle.operators import check_operators
 from service.errors import BundleGraphError
 from training.errors import ExportError
+from training.export.rewrites import with_weights_in_half, without_logs_of_exponentials
 from training.models.base import LatentVariableModel
-from training.rewrites import with_weights_in_half, without_logs_of_exponentials
+from training.onnx_messages import MAX_GRAPH_BYTES, strip
 
 OPSET: Final = 18
 """The opset that torch's exporter writes natively: every later one is a conversion, which can only add faults."""
 
 EXAMPLE_SIZES = {"N": 2, "K": 3, "M": 4}  # sizes to trace with; 0 and 1 would be taken for constants
-MAX_GRAPH_BYTES = 2**31 - 1  # of one protobuf message: beyond it weights would have to lie in other files
 
 
 class GraphModule(nn.Module):
@@ -194,15 +194,6 @@ def _exported(module: nn.Module, positional: int, manifest: Manifest, role: Grap
     without_logs_of_exponentials(proto.graph)
     with_weights_in_half(proto.graph)
     return _checked(proto, role)
-
-
-def strip(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter noted for debugging: stack traces with the paths of this machine among it."""
-    graph = proto.graph
-    for message in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        message.ClearField("metadata_props")
-        message.ClearField("doc_string")
-    graph.ClearField("value_info")  # shapes of intermediate tensors: the runtime infers them itself
 
 
 def _checked(proto: onnx.ModelProto, role: Graph) -> bytes:

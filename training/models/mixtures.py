@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.config import MixtureConfig
 from training.errors import ConfigError
-from training.priors import Prior, chosen, log_standard_normal
+from training.models.priors import Prior, chosen, log_standard_normal
 
 BATCH = 1000  # codes at a time
 ITERATIONS = 200  # of EM; it stops earlier once the mean log density gains less than 1e-3
