@@ -32,7 +32,6 @@ from training.export.staging import export
 from training.fitting.checkpoint import FILE as CHECKPOINT
 from training.fitting.checkpoint import load_checkpoint
 from training.fitting.corruption import CorruptionTrainer, check_corruption
-from training.fitting.dimensions import FAMILIES as TRUNCATED
 from training.fitting.dimensions import adapted, with_latent_dim
 from training.fitting.fit import Fitted, fit, make_fabric
 from training.fitting.interrupts import Interrupt
@@ -125,13 +124,13 @@ def _adapted(run: Run, launch: Launch) -> Run:
     """The run with a dimension that its data can have, or a batch that suits so few of them, where that was nobody's
     choice: see training.fitting.dimensions and training.fitting.steps."""
     chosen = [parse_override(text)[0] for text in launch.overrides]
-    stored, is_closed = load_checkpoint(run.folder), FAMILIES[run.config.model.family].closed_form
+    stored, family = load_checkpoint(run.folder), FAMILIES[run.config.model.family]
     # Another run's features are not replaced before it is refused.
-    if run.config.model.family in TRUNCATED and ["model", "latent_dim"] not in chosen:
+    if family.leaves_axes_out and ["model", "latent_dim"] not in chosen:
         if stored:
             load_checkpoint(run.folder, with_latent_dim(run.config, stored["identity"]["model"]["latent_dim"]))
         return run.configured(adapted(run.config, run.dataset))
-    if not is_closed and ["optimiser", "batch_size"] not in chosen:
+    if not family.closed_form and ["optimiser", "batch_size"] not in chosen:
         if stored:
             load_checkpoint(run.folder, with_batch_size(run.config, stored["identity"]["optimiser"]["batch_size"]))
         return run.configured(in_steps(run.config, len(run.dataset.splits["train"])))

@@ -31,17 +31,6 @@ BOUNDS = {
     "elbo": "negative ELBO in nats: mean of −log w over k posterior samples",
     "iwae": "negative IWAE-k bound in nats: −log of the mean of w over k posterior samples",
 }
-FAMILIES = {
-    "vae": "variational autoencoder",
-    "ladder": "hierarchical variational autoencoder",
-    "autoencoder": "deterministic autoencoder",
-    "linear_autoencoder": "linear autoencoder",
-    "pca": "principal component analysis",
-    "ppca": "probabilistic principal component analysis",
-    "fa": "factor analysis",
-    "ica": "independent component analysis",
-    "flow": "normalising flow",
-}
 
 
 def score_definitions(model: LatentVariableModel, config: ScoreConfig) -> dict[str, ScoreDefinition]:
@@ -82,10 +71,10 @@ def describe(run: Run) -> str:
         size = f"{preprocessing.kind}s of {'×'.join(map(str, preprocessing.natural))}"
     else:
         size = f"{'×'.join(map(str, model.shape))} pixels"
-    family = FAMILIES[model.family]
+    family = model.title
     priors = {"standard_normal": "", "none": ", no prior"}
     prior = priors.get(model.prior.family, f", {model.prior.family.replace('_', ' ')} prior")
-    plain = model.posterior_family == "diagonal_gaussian" or model.evidence != "bound" or model.family == "ladder"
+    plain = model.posterior_family == "diagonal_gaussian" or model.evidence != "bound" or model.kl_groups == "layer"
     posterior = "" if plain else f", {model.posterior_family.replace('_', ' ')} posterior"
     fit = model.likelihood.family.replace("_", " ")
     explained = {"none": fit, "delta": "exact density"}.get(

@@ -11,8 +11,8 @@ import numpy as np
 from training.config import Config
 from training.data.dataset import Dataset
 from training.errors import ConfigError, DataError
+from training.models.registry import FAMILIES
 
-FAMILIES = ("pca", "ppca", "fa")
 ROWS = 1000  # read at a time
 
 
@@ -41,7 +41,7 @@ def check_dimension(config: Config, dataset: Dataset) -> None:
 
     Raises DataError: none could.
     """
-    if config.model.family not in FAMILIES:
+    if not FAMILIES[config.model.family].leaves_axes_out:
         return
     axes, asked = most_axes(dataset), config.model.latent_dim
     if asked >= axes:

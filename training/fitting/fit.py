@@ -362,7 +362,7 @@ class Trainer:
         """Say once in a run that the posterior has fallen onto the prior, by the last epoch's KL of each group."""
         if self.warned or self.kl is None or self._bare.evidence != "bound":
             return
-        text = collapsed(self.kl, layers=self._bare.family == "ladder")
+        text = collapsed(self.kl, layers=self._bare.kl_groups == "layer")
         if text:
             journal.warn(text)
             self.warned = True

@@ -12,11 +12,7 @@ import torch
 
 from service.resources import available_cpus
 from training.config import Config
-
-CONVOLUTIONAL = ("ladder", "flow")
-"""Families whose networks are convolutions whatever ``model.network.kind`` says."""
-ITERATED = ("vae", "autoencoder", "linear_autoencoder", "ladder", "flow")
-"""Families that take many small steps; the others are few operations on large matrices."""
+from training.models.registry import FAMILIES
 
 
 def set_threads(config: Config) -> None:
@@ -27,8 +23,8 @@ def set_threads(config: Config) -> None:
 
 def chosen(config: Config, cpus: int) -> int:
     """One thread for fully connected networks; else half of the cores (at least one), shared by the processes."""
-    model = config.model
-    convolutions = model.family in CONVOLUTIONAL or model.network.kind == "conv"
-    if model.family in ITERATED and not convolutions:
+    model = FAMILIES[config.model.family]
+    convolutions = model.convolutional or config.model.network.kind == "conv"
+    if not (model.closed_form or convolutions):
         return 1
     return max(1, cpus // 2 // config.run.devices)

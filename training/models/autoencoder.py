@@ -35,6 +35,7 @@ class Autoencoder(Reconstruction):
     """
 
     family = "autoencoder"
+    title = "deterministic autoencoder"
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__(shape, config)

@@ -152,6 +152,8 @@ class PPCA(LinearGaussian):
     """
 
     family = "ppca"
+    title = "probabilistic principal component analysis"
+    leaves_axes_out = True
     scale = "shared"
 
     @torch.no_grad()
@@ -199,6 +201,8 @@ class FactorAnalysis(LinearGaussian):
     """
 
     family = "fa"
+    title = "factor analysis"
+    leaves_axes_out = True
     scale = "diagonal"
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:

@@ -144,6 +144,8 @@ class Flow(BijectiveModel):
     """
 
     family = "flow"
+    title = "normalising flow"
+    convolutional = True
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__(shape, config)

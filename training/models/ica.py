@@ -194,6 +194,7 @@ class ICA(BijectiveModel):
     """
 
     family = "ica"
+    title = "independent component analysis"
     closed_form = True
     prior: LogisticSources
 

@@ -96,6 +96,10 @@ class Ladder(LatentVariableModel):
     """
 
     family = "ladder"
+    title = "hierarchical variational autoencoder"
+    convolutional = True
+    weighs_samples = True
+    kl_groups = "layer"
     posterior_family = "ladder"
     moments = "base"
 

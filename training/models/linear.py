@@ -101,6 +101,8 @@ class PCA(LinearReconstruction):
     """
 
     family = "pca"
+    title = "principal component analysis"
+    leaves_axes_out = True
     closed_form = True
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
@@ -136,6 +138,7 @@ class LinearAutoencoder(LinearReconstruction):
     """
 
     family = "linear_autoencoder"
+    title = "linear autoencoder"
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__(shape, config)

@@ -1,8 +1,6 @@
-"""The one table from ``model.family`` to the class that it means."""
+"""The one table from ``model.family`` to the class that it names, and models built from it."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 from service.bundle.input_rules import Backbone, InputRule
 from training.config import ModelConfig
@@ -15,31 +13,11 @@ from training.models.ica import ICA
 from training.models.ladder import Ladder
 from training.models.linear import PCA, LinearAutoencoder
 from training.models.vae import VAE
-from training.nn.networks import Shape
 
-
-class Family(Protocol):
-    """A class of models, as the table needs it."""
-
-    @property
-    def closed_form(self) -> bool:
-        """Whether ``finish`` alone fits it."""
-
-    def __call__(self, shape: Shape, config: ModelConfig) -> LatentVariableModel:
-        """An untrained model for rows [C,H,W]; ``config.likelihood.values`` says what they hold."""
-
-
-FAMILIES: dict[str, Family] = {
-    "vae": VAE,
-    "flow": Flow,
-    "ladder": Ladder,
-    "autoencoder": Autoencoder,
-    "pca": PCA,
-    "linear_autoencoder": LinearAutoencoder,
-    "ppca": PPCA,
-    "fa": FactorAnalysis,
-    "ica": ICA,
+FAMILIES: dict[str, type[LatentVariableModel]] = {
+    cls.family: cls for cls in (VAE, Flow, Ladder, Autoencoder, PCA, LinearAutoencoder, PPCA, FactorAnalysis, ICA)
 }
+"""From ``model.family`` to the class that it names."""
 
 
 def build_model(rule: InputRule | Backbone, config: ModelConfig) -> LatentVariableModel:

@@ -26,6 +26,8 @@ class VAE(LatentVariableModel):
     """
 
     family = "vae"
+    title = "variational autoencoder"
+    weighs_samples = True
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__()
