@@ -49,7 +49,8 @@ class EncoderGraph(GraphModule):
     positional = 3
 
     def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None) -> tuple[Tensor, ...]:
-        return tuple(self.model.encode(x, noise, dither))
+        target = self.model.likelihood.target(x, dither)
+        return (target, *self.model.encode(target).with_moments(noise))
 
 
 class DecoderGraph(GraphModule):
@@ -58,8 +59,8 @@ class DecoderGraph(GraphModule):
     positional = 1
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
-        decoded = self.model.decode(z)
-        return (decoded.mean, *decoded.parameters)
+        likelihood, p = self.model.likelihood, self.model.decode(z)
+        return (likelihood.mean(p), *likelihood.parameters_of(p))
 
 
 class DensityGraph(GraphModule):
@@ -68,7 +69,7 @@ class DensityGraph(GraphModule):
     positional = 2
 
     def forward(self, target: Tensor, z: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.density(target, z, parameters))
+        return tuple(self.model.joint(target, z, self.model.likelihood.of_parameters(parameters)))
 
 
 class ObservationGraph(GraphModule):
@@ -78,7 +79,8 @@ class ObservationGraph(GraphModule):
 
     def forward(self, *parameters_and_noise: Tensor) -> tuple[Tensor]:
         *parameters, noise = parameters_and_noise
-        return (self.model.observe(tuple(parameters), noise),)
+        likelihood = self.model.likelihood
+        return (likelihood.sample(likelihood.of_parameters(tuple(parameters)), noise),)
 
 
 class PriorGraph(GraphModule):
@@ -125,7 +127,7 @@ def likelihood(model: LatentVariableModel) -> Likelihood:
     binarisation = "dynamic" if part.binarisation == "static" else part.binarisation
     return Likelihood(
         family=part.family,
-        parameters=list(part.parameters_of),
+        parameters=list(part.parameter_names),
         measure=part.measure,
         pixelwise=part.pixelwise,
         observation_noise=part.observation_noise,

@@ -13,6 +13,7 @@ from service.bundle.input_rules import Backbone
 from service.bundle.manifest import Tolerance
 from training.data import Dataset
 from training.data.batches import derived_seed, to_unit
+from training.distributions import unflattened
 from training.export.graphs import roles
 from training.models.base import LatentVariableModel
 from training.models.likelihoods import Likelihood
@@ -49,22 +50,24 @@ def reference_arrays(model: LatentVariableModel, dataset: Dataset, seed: int = 0
     generator = torch.Generator().manual_seed(derived_seed(seed, "reference"))
     noise = torch.randn(len(x), samples, model.noise_dim, generator=generator)
     dither = torch.rand(x.shape, generator=generator) if model.likelihood.dither else None
-    encoded = model.encode(x, noise, dither)
-    decoded = model.decode(encoded.z.flatten(0, 1))
-    unflat = tuple(p.unflatten(0, encoded.z.shape[:2]) for p in decoded.parameters)
-    density = model.density(encoded.target, encoded.z, unflat)
-    observation_noise = _observation_noise(model, decoded.mean, generator)
-    parameters = dict(zip(model.likelihood.parameters_of, decoded.parameters, strict=True))
+    likelihood, target = model.likelihood, model.likelihood.target(x, dither)
+    loc, scale, z, log_q_z = model.encode(target).with_moments(noise)
+    p = model.decode(z.flatten(0, 1))
+    joint = model.joint(target, z, unflattened(p, z.shape[:2]))
+    mean = likelihood.mean(p)
+    observation_noise = _observation_noise(model, mean, generator)
+    encoded = {"target": target, "loc": loc, "scale": scale, "z": z, "log_q": log_q_z}
+    parameters = dict(zip(likelihood.parameter_names, likelihood.parameters_of(p), strict=True))
     tensors: dict[str, Tensor] = {
         "x": x,
         "noise": noise,
         **({} if dither is None else {"dither": dither}),
-        **{f"encoder.{name}": value for name, value in encoded._asdict().items()},
-        "decoder.mean": decoded.mean,
+        **{f"encoder.{name}": value for name, value in encoded.items()},
+        "decoder.mean": mean,
         **{f"decoder.{name}": value for name, value in parameters.items()},
-        **{f"density.{name}": value for name, value in density._asdict().items()},
+        **{f"density.{name}": value for name, value in joint._asdict().items()},
         "observation_noise": observation_noise,
-        "observation.sample": model.observe(decoded.parameters, observation_noise),
+        "observation.sample": likelihood.sample(p, observation_noise),
         **_prior_arrays(model, generator),
     }
     return {name: value.contiguous().numpy() for name, value in tensors.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from training.config import Config, OptimiserConfig
-from training.data.batches import StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
+from training.data.batches import SplitRows, StaticallyBinarised, derived_seed, epoch_batches, steps_per_epoch, to_unit
 from training.data.dataset import Dataset
 from training.errors import CheckpointError, TrainingDiverged
 from training.evaluation.aggregate import collapsed
@@ -83,10 +83,10 @@ class Sums:
     def add(self, terms: Terms) -> None:
         """Add a batch's ELBO, rate and distortion (sampled), and its KL by latent dimension or layer."""
         with torch.no_grad():
-            rate = (terms.log_q - terms.log_p_z).mean()
-            fit = terms.log_p_x.mean()
+            rate = (terms.log_q_z - terms.log_p_z).mean()
+            fit = terms.log_p_x_given_z.mean()
             self.values += torch.stack([fit - rate, rate, -fit])
-            kl = terms.kl.mean(0)
+            kl = terms.kl.per_group.mean(0)
             self.kl = kl if self.kl is None else self.kl + kl
         self.steps += 1
 
@@ -456,7 +456,9 @@ def finished_weights(
         start(model, dataset)
     else:
         model.load_state_dict(weights)
-    model.eval().finish(dataset, derived_seed(config.seed, "finish"), journal.say)
+    train, validation = (SplitRows(dataset, dataset.splits[name]) for name in ("train", "validation"))
+    for found in model.eval().finish(train, validation, derived_seed(config.seed, "finish")):
+        journal.say(found)
     return _copy(model.state_dict())
 
 
