@@ -57,21 +57,28 @@ class Bundle:
         return self.read(self.manifest.graphs[role])
 
     def arrays(self, filename: str) -> dict[str, np.ndarray]:
-        """Read the arrays of one .npz file by name; nothing is unpickled.
+        """Read the arrays of one .npz file by name.
 
-        Raises BundleIntegrityError for a changed file, BundleFormatError for one that is no .npz of plain arrays or
-        unpacks to more than MAX_ARRAYS_BYTES.
+        Raises BundleIntegrityError for a changed file, BundleFormatError as ``npz_arrays``.
         """
-        data = self.read(filename)
-        try:
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-            if size > MAX_ARRAYS_BYTES:
-                raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except NPZ_ERRORS as error:
-            raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
+        return npz_arrays(filename, self.read(filename))
+
+
+def npz_arrays(filename: str, data: bytes) -> dict[str, np.ndarray]:
+    """Read the arrays of the .npz file ``data`` by name; nothing is unpickled.
+
+    Raises BundleFormatError, which names ``filename``, for one that is no .npz of plain arrays or unpacks to more than
+    MAX_ARRAYS_BYTES.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_ARRAYS_BYTES:
+            raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except NPZ_ERRORS as error:
+        raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
 
 
 def find_bundles(root: Path) -> list[Path]:
