@@ -36,13 +36,13 @@ import torch
 from rich.console import Console
 
 from service.bundle.input_rules import Preprocessing
-from training import fit
-from training.batches import to_unit
 from training.config import Config, load_config
+from training.data.batches import to_unit
 from training.data.dataset import Dataset
-from training.journal import Journal
+from training.fitting import fit
+from training.fitting.journal import Journal
+from training.fitting.objectives import objective
 from training.models.vae import VAE
-from training.objectives import objective
 
 SHAPE = (1, 28, 28)
 POOL = 60_000

@@ -23,12 +23,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from training.batches import to_unit
-from training.config import LikelihoodConfig, ModelConfig, NetworkConfig
-from training.data import DataConfig, Dataset, load_dataset
+from training.config import DataConfig, LikelihoodConfig, ModelConfig, NetworkConfig
+from training.data import Dataset, load_dataset
+from training.data.batches import to_unit
+from training.fitting.objectives import elbo
 from training.models.base import Statistics
 from training.models.vae import VAE
-from training.objectives import elbo
 
 Estimator = Callable[[VAE, Tensor, Tensor], Tensor]
 """A model, targets [N,C,H,W] and noise [N,K,L] -> a scalar whose gradient with respect to φ is the estimate."""

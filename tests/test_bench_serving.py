@@ -45,7 +45,7 @@ from service.formats.images import ImageLimits
 from tests.service.corruption_bundles import log_odds, write_corruption
 from tests.service.processes import until
 from training.config import load_config
-from training.models.build import build_model
+from training.models.registry import build_model
 
 ROOT = Path(__file__).parents[1]
 

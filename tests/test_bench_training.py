@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from bench.training_loop import BareLoop, Clock, WholeLoop, in_turn, measure, random_images, ratios, variants
-from training import fit
 from training.config import load_config
+from training.fitting import fit
 
 
 @pytest.fixture

@@ -251,9 +251,12 @@ def test_a_cold_import_of_the_service_loads_neither_torch_nor_training() -> None
         ("service/calibration/extra.py", "from service.repository import resolving\n", False),
         ("service/scores/extra.py", "import service.formats.images\n", False),
         ("service/bundle/protobuf.py", "import service.bundle.operators\n", False),
-        ("training/extra.py", "import service.api.app\n", False),
-        ("training/extra.py", "import service.repository.resolving\n", False),
-        ("training/extra.py", "from service.inference import model\n", True),
+        ("training/runs.py", "import service.api.app\n", False),
+        ("training/runs.py", "import service.repository.resolving\n", False),
+        ("training/runs.py", "from service.inference import model\n", True),
+        ("training/runs.py", "import training.pipeline\n", False),
+        ("training/models/base.py", "import training.fitting.objectives\n", False),
+        ("training/extra.py", "import json\n", False),
     ],
 )
 def test_the_import_contracts_hold_and_can_fail(tmp_path: Path, file: str, line: str, holds: bool) -> None:

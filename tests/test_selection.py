@@ -8,7 +8,7 @@ import pytest
 from tests.selection import is_integration
 from tests.service.http import serving
 from tests.training.shared import small_run
-from training.export import roles
+from training.export.graphs import roles
 
 
 def starts_a_process():

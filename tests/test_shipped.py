@@ -12,7 +12,8 @@ from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.inference.verification import verify_bundle
 from service.pixels import unit_levels
-from training.data import DataConfig, load_dataset
+from training.config import DataConfig
+from training.data import load_dataset
 
 EXPORTED = Path(__file__).parents[1] / "exported"
 SHIPPED = {"mnist/5": "bernoulli", "fashion-mnist/6": "discretised_logistic", "ppca/3": "gaussian"}

@@ -129,8 +129,7 @@ def _configure(
     backbone: Mapping[str, Any] | None = None,
 ) -> tuple[Launch, Config]:
     """What was asked for, and the configuration that it means. Raises ConfigError."""
-    from training.config import load_config
-    from training.data import DataConfig
+    from training.config import DataConfig, load_config
     from training.runs import Launch
 
     source = data or DataConfig().source

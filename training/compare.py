@@ -20,15 +20,15 @@ from rich.console import Console
 
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from training import figures
-from training.batches import to_unit
-from training.card import duration
 from training.config import load_config, presets
+from training.data.batches import to_unit
 from training.errors import ConfigError, ExportError
+from training.export.staging import open_staged
 from training.models.base import LatentVariableModel
 from training.pipeline import evaluate_stage, export_stage, fit_stage, say
+from training.reporting import figures
+from training.reporting.card import duration
 from training.runs import CONFIG, Launch, Run, default_name, write_text
-from training.staging import open_staged
 
 TABLE, SHEET, FIGURE = "compare.md", "compare.csv", "rate-distortion.png"
 TIMED = 30  # single images, after a warm-up: the median is told

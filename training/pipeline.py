@@ -20,30 +20,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.calibration.conformal import min_calibration_size
 from service.scores.fitting import MIN_ROWS
-from training.backbone import settled
-from training.calibrate import calibrate, images_to_score, suspects
-from training.card import duration
-from training.checkpoint import FILE as CHECKPOINT
-from training.checkpoint import load_checkpoint
 from training.config import Config, parse_override
-from training.corruption import CorruptionTrainer, check_corruption
+from training.data.backbone import settled
 from training.data.folders import cut_off
 from training.data.load import NAMED
-from training.dimensions import FAMILIES as TRUNCATED
-from training.dimensions import adapted, with_latent_dim
 from training.errors import TrainingError
-from training.evaluate import evaluate, summary
-from training.fit import Fitted, fit, make_fabric
-from training.interrupts import Interrupt
-from training.models.build import FAMILIES
-from training.provenance import commit, machine, versions
-from training.publish import publish
-from training.report import report
+from training.evaluation.evaluate import evaluate, summary
+from training.export.calibrate import calibrate, images_to_score, suspects
+from training.export.provenance import commit, machine, versions
+from training.export.staging import export
+from training.fitting.checkpoint import FILE as CHECKPOINT
+from training.fitting.checkpoint import load_checkpoint
+from training.fitting.corruption import CorruptionTrainer, check_corruption
+from training.fitting.dimensions import adapted, with_latent_dim
+from training.fitting.fit import Fitted, fit, make_fabric
+from training.fitting.interrupts import Interrupt
+from training.fitting.steps import adapted as in_steps
+from training.fitting.steps import with_batch_size
+from training.fitting.threads import set_threads
+from training.models.registry import FAMILIES
+from training.publishing import publish
+from training.reporting.card import duration
+from training.reporting.report import report
 from training.runs import FIT, METRICS, FitRecord, Launch, Run, write_text
-from training.staging import export
-from training.steps import adapted as in_steps
-from training.steps import with_batch_size
-from training.threads import set_threads
 
 SPLIT = "test"
 DEFAULT_RATE = 0.05
@@ -123,15 +122,15 @@ def _leaving_no_trace(folder: Path, first: bool) -> Iterator[None]:
 
 def _adapted(run: Run, launch: Launch) -> Run:
     """The run with a dimension that its data can have, or a batch that suits so few of them, where that was nobody's
-    choice: see training.dimensions and training.steps."""
+    choice: see training.fitting.dimensions and training.fitting.steps."""
     chosen = [parse_override(text)[0] for text in launch.overrides]
-    stored, is_closed = load_checkpoint(run.folder), FAMILIES[run.config.model.family].closed_form
+    stored, family = load_checkpoint(run.folder), FAMILIES[run.config.model.family]
     # Another run's features are not replaced before it is refused.
-    if run.config.model.family in TRUNCATED and ["model", "latent_dim"] not in chosen:
+    if family.leaves_axes_out and ["model", "latent_dim"] not in chosen:
         if stored:
             load_checkpoint(run.folder, with_latent_dim(run.config, stored["identity"]["model"]["latent_dim"]))
         return run.configured(adapted(run.config, run.dataset))
-    if not is_closed and ["optimiser", "batch_size"] not in chosen:
+    if not family.closed_form and ["optimiser", "batch_size"] not in chosen:
         if stored:
             load_checkpoint(run.folder, with_batch_size(run.config, stored["identity"]["optimiser"]["batch_size"]))
         return run.configured(in_steps(run.config, len(run.dataset.splits["train"])))

@@ -4,7 +4,7 @@ runs/NAME/config.json      the whole configuration
           fit.json         what was asked for, on which machine, how long it took
           checkpoint.pt    weights and optimiser; content["best"] are the averaged weights
           history.csv      one row a validation
-          backbone/        the frozen backbone, if there is one, and the images' features (training.features)
+          backbone/        the frozen backbone, if there is one, and the images' features (training.data.features)
           metrics.json     evaluate
           bundle/          export and calibrate: NAME/1, a bundle that is not published yet
           scores.npz       calibrate: scores of the calibration split, sorted, and whose; of the test split
@@ -24,20 +24,20 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.bundle.input_rules import Backbone, InputRule
-from training.backbone import Imported
-from training.checkpoint import FILE as CHECKPOINT
-from training.checkpoint import digest_of, load_checkpoint
 from training.config import Config
-from training.corruption import FILE as CORRUPTION
-from training.corruption import CorruptionNetwork, describe_corruption, fitted_corruption
 from training.data import Dataset, load_dataset
+from training.data.backbone import Imported
+from training.data.features import FOLDER as BACKBONE
+from training.data.features import feature_dataset, stored_backbone
 from training.data.load import ARRAY_SUFFIXES
 from training.data.source import slug
 from training.errors import CheckpointError, ConfigError, DataError
-from training.features import FOLDER as BACKBONE
-from training.features import feature_dataset, stored_backbone
+from training.fitting.checkpoint import FILE as CHECKPOINT
+from training.fitting.checkpoint import digest_of, load_checkpoint
+from training.fitting.corruption import FILE as CORRUPTION
+from training.fitting.corruption import CorruptionNetwork, describe_corruption, fitted_corruption
 from training.models.base import LatentVariableModel
-from training.models.build import build_model
+from training.models.registry import build_model
 
 CONFIG, FIT, METRICS, HISTORY, SCORES = "config.json", "fit.json", "metrics.json", "history.csv", "scores.npz"
 LEFTOVERS = (CHECKPOINT, CORRUPTION, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard", BACKBONE)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bench.anomaly.report import DETECTORS, detectors, mean_over_seeds
 from bench.anomaly.results import Record
-from training.figures import GREY, MARKERS, PALETTE
+from training.reporting.figures import GREY, MARKERS, PALETTE
 
 SMALLEST = 1e-4
 

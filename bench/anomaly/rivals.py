@@ -20,8 +20,8 @@ from sklearn.svm import OneClassSVM
 from bench.anomaly.task import Inliers
 from service.bundle.input_rules import Preprocessing
 from service.inference.noise import dither
-from training.batches import to_unit
 from training.config import LikelihoodConfig, ModelConfig
+from training.data.batches import to_unit
 from training.data.dataset import Dataset
 from training.models.factor import PPCA
 

@@ -33,7 +33,7 @@ from bench.anomaly.task import Inliers, Task
 from bench.anomaly.tasks import GROUPS, Suite, load_sources
 from service.errors import VaeserveError
 from training.errors import TrainingError
-from training.figures import png
+from training.reporting.figures import png
 from training.runs import write_text
 
 OURS = "ours"

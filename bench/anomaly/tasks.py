@@ -20,7 +20,8 @@ from bench.anomaly.elsewhere import GROUP as ELSEWHERE
 from bench.anomaly.elsewhere import elsewhere
 from bench.anomaly.task import Inliers, Outliers, Task
 from bench.anomaly.transforms import TRANSFORMS
-from training.data import DataConfig, load_dataset
+from training.config import DataConfig
+from training.data import load_dataset
 
 NAMES = ("mnist", "fashion-mnist")
 DEFECTIVE = "fashion-mnist"

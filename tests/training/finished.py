@@ -5,11 +5,11 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from training.checkpoint import save_checkpoint
 from training.config import load_config
-from training.fit import State
-from training.models.build import build_model
-from training.provenance import machine, versions
+from training.export.provenance import machine, versions
+from training.fitting.checkpoint import save_checkpoint
+from training.fitting.fit import State
+from training.models.registry import build_model
 from training.runs import FIT, FitRecord, Launch, Run
 
 HISTORY = ("train_elbo", "train_rate", "train_distortion", "bound", "elbo", "rate", "distortion")

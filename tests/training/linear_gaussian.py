@@ -6,7 +6,7 @@ import torch
 from service.bundle.input_rules import Preprocessing
 from training.config import LikelihoodConfig, ModelConfig
 from training.data.dataset import Dataset
-from training.likelihoods import Gaussian
+from training.models.likelihoods import Gaussian
 from training.models.vae import VAE
 
 SHAPE = (1, 4, 5)

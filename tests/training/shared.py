@@ -18,11 +18,11 @@ from service.bundle.files import open_bundle
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from tests.training.finished import finished_run
-from training.calibrate import calibrate
 from training.config import load_config
+from training.export.calibrate import calibrate
+from training.export.staging import export
 from training.pipeline import fit_stage
 from training.runs import Launch, Run
-from training.staging import export
 
 MLP = {"hidden": [12]}
 CONV = {"kind": "conv", "channels": [3, 4], "blocks": 1, "hidden": [10]}

@@ -6,8 +6,8 @@ import torch
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from training.config import ModelConfig
 from training.data.dataset import Dataset
-from training.fit import start
-from training.models.build import build_model
+from training.fitting.fit import start
+from training.models.registry import build_model
 
 
 def dataset_of(rows, held_out=0.2):

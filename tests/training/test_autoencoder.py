@@ -10,10 +10,10 @@ from tests.training.finished import finished_run
 from training.config import LikelihoodConfig, MixtureConfig, ModelConfig, NetworkConfig, load_config
 from training.data import load_dataset
 from training.errors import ConfigError
-from training.fit import fit, make_fabric
-from training.mixtures import MixturePrior
+from training.export.staging import export
+from training.fitting.fit import fit, make_fabric
 from training.models.autoencoder import Autoencoder
-from training.staging import export
+from training.models.mixtures import MixturePrior
 
 ERRORS = ["squared_error", "cross_entropy"]
 

@@ -8,7 +8,7 @@ import torch
 from tests.training.test_fit import SMALL
 from training.config import OptimiserConfig, load_config
 from training.data import load_dataset
-from training.fit import Trainer, average_decay, fit, make_fabric
+from training.fitting.fit import Trainer, average_decay, fit, make_fabric
 
 
 def config_with(*overrides):

@@ -10,8 +10,8 @@ from service.bundle.operators import check_operators
 from service.errors import InvalidInput
 from service.inference.backbone import FeatureExtractor
 from service.inference.sessions import Runtime
-from training.backbone import import_backbone, settled
 from training.config import IMAGENET, BackboneConfig, load_config
+from training.data.backbone import import_backbone, settled
 from training.errors import BackboneError
 
 RGB = Preprocessing(mode="RGB", height=8, width=8)

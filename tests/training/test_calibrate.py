@@ -19,9 +19,9 @@ from service.pixels import unit_levels
 from service.scores.fitting import MIN_ROWS, fitted_arrays
 from tests.training.finished import finished_run
 from tests.training.shared import copied
-from training.batches import to_unit
-from training.calibrate import ORDER, calibrate, images_to_score, realised, score_split, summary, suspects
+from training.data.batches import to_unit
 from training.errors import ExportError
+from training.export.calibrate import ORDER, calibrate, images_to_score, realised, score_split, summary, suspects
 from training.runs import SCORES
 
 EVERY = {
@@ -108,7 +108,7 @@ def test_suspects_are_named_as_their_source_calls_them(run, calibrated, monkeypa
     scores = calibrated.score(unit_levels(run.dataset.pixels(rows))).score
     np.testing.assert_array_equal(scores, archive["calibration.combined"])
     found = Contamination(len(rows), 2, np.array([len(rows) - 1, len(rows) - 2]), 0.001, "look")
-    monkeypatch.setattr("training.calibrate.contamination", lambda _: found)
+    monkeypatch.setattr("training.export.calibrate.contamination", lambda _: found)
     message, names = suspects(run)
     assert (message, names) == ("look", [f"tiny.npy[{row}]" for row in rows[::-1][:2]])
 

@@ -7,7 +7,7 @@ import pytest
 from service.bundle.files import open_bundle
 from service.bundle.manifest import Calibration, Manifest, Provenance
 from tests.service.linear_bundles import FEATURES, write_all
-from training.card import card
+from training.reporting.card import card
 
 METRICS = {
     "table": {"log_likelihood": -12.5, "log_likelihood_standard_error": 0.5, "elbo": -12.5, "rate": 3.0, "k": 1},

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from service.bundle.files import open_bundle
 from service.inference.verification import verify_bundle
 from tests.training.finished import finished_run
-from training.batches import steps_per_epoch
 from training.cli import _configure, _vaeserve, app, main
 from training.config import presets, summary_of
+from training.data.batches import steps_per_epoch
 from training.errors import ConfigError
 from training.runs import Run, default_name
 

@@ -9,7 +9,7 @@ from service.bundle.manifest import ScoreDefinition
 from service.scores.fitting import DESCRIPTIONS
 from training.config import Config, ScoreName, known_keys, load_config, parse_override, presets
 from training.errors import ConfigError
-from training.models.build import build_model
+from training.models.registry import build_model
 
 
 def test_layers_are_defaults_then_preset_then_flags_then_overrides(tmp_path):

@@ -9,9 +9,12 @@ import torch
 from service.bundle.manifest import REFERENCE
 from tests.training.finished import finished_run
 from tests.training.shared import CORRUPTED
-from training.batches import to_unit
 from training.config import load_config
-from training.corruption import (
+from training.data import load_dataset
+from training.data.batches import to_unit
+from training.errors import CheckpointError, ConfigError
+from training.export.staging import export
+from training.fitting.corruption import (
     FILE,
     CorruptionNetwork,
     CorruptionTrainer,
@@ -20,12 +23,9 @@ from training.corruption import (
     load_corruption,
     painted_batch,
 )
-from training.data import load_dataset
-from training.errors import CheckpointError, ConfigError
-from training.fit import make_fabric
-from training.interrupts import Interrupt
-from training.painting import MAX_SHARE, UNPAINTED, VISIBLE, _coverage, _paint, painted
-from training.staging import export
+from training.fitting.fit import make_fabric
+from training.fitting.interrupts import Interrupt
+from training.fitting.painting import MAX_SHARE, UNPAINTED, VISIBLE, _coverage, _paint, painted
 
 SMALL = ["corruption.width=8", "corruption.epochs=1", "corruption.batch_size=32", "run.threads=1"]
 
@@ -268,7 +268,7 @@ def test_the_graph_gives_what_the_network_gives(fitted_family):
 
 
 def test_an_unfinished_network_is_not_exported(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.staging.export_graphs", lambda model, rule: {})  # the model's own take seconds
+    monkeypatch.setattr("training.export.staging.export_graphs", lambda model, rule: {})  # the model's own take seconds
     run = finished_run(tmp_path, (12, 12), {"latent_dim": 3}, corruption={"width": 8, "epochs": 1})
     with pytest.raises(CheckpointError, match="vaetrain fit"):
         export(run)

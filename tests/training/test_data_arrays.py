@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data import DataConfig, load_dataset
+from training.config import DataConfig
+from training.data import load_dataset
 from training.data.idx import read_idx
 from training.errors import BadImages, DataError, DataFormatError, DataNotFound, SplitError
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from service.bundle.input_rules import Tiling
-from training.config import load_config
-from training.data import DataConfig, load_dataset
+from training.config import DataConfig, load_config
+from training.data import load_dataset
 from training.data.crops import corners
 from training.errors import BadImages, ConfigError, DataFormatError, SplitError
 

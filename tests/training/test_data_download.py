@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.download import Archive, fetch_all, sha256_file
 from training.data.mnist import FASHION_MNIST, MNIST, IdxSet, open_idx_set
 from training.data.source import load_source

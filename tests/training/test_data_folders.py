@@ -15,7 +15,8 @@ from PIL import Image
 
 from service.bundle.input_rules import Preprocessing
 from service.formats.images import ImageLimits, decode_image
-from training.data import DataConfig, load_dataset
+from training.config import DataConfig
+from training.data import load_dataset
 from training.errors import BadImages, DataError, DataNotFound, SplitError
 
 RANDOM = np.random.RandomState(0)

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from tests.training.solved import dataset_of
 from training.config import Config, load_config
-from training.dimensions import adapted, check_dimension, most_axes, varying
 from training.errors import ConfigError, DataError
+from training.fitting.dimensions import adapted, check_dimension, most_axes, varying
 from training.pipeline import fit_stage
 from training.runs import Launch, Run
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.training.linear_gaussian import SHAPE, Linear, noise_images
-from training.aggregate import aggregate_posterior, describe
 from training.config import EvaluateConfig, LikelihoodConfig, ModelConfig
-from training.evaluate import _evidence, batch_bounds, bits_per_dim, bounds, evaluate, log_weights, summary
-from training.likelihoods import SquaredError
+from training.evaluation.aggregate import aggregate_posterior, describe
+from training.evaluation.evaluate import _evidence, batch_bounds, bits_per_dim, bounds, evaluate, log_weights, summary
+from training.evaluation.tightness import inference_gap
+from training.models.likelihoods import SquaredError
+from training.models.posteriors import kl_to_standard_normal
 from training.models.vae import VAE
-from training.posteriors import kl_to_standard_normal
-from training.tightness import inference_gap
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ from service.inference.batch_invariance import TWO_PATHS
 from service.inference.sessions import Runtime
 from tests.training.finished import finished_run
 from tests.training.shared import CASES, MLP, copied
-from training.batches import to_unit
+from training.data.batches import to_unit
 from training.errors import DataError, ExportError
-from training.evaluate import batch_bounds
-from training.export import OPSET, export_graph, export_graphs, likelihood, roles, signature
-from training.parity import EDGE, reference_arrays, tolerances
-from training.rewrites import with_weights_in_half, without_logs_of_exponentials
+from training.evaluation.evaluate import batch_bounds
+from training.export.graphs import OPSET, export_graph, export_graphs, likelihood, roles, signature
+from training.export.parity import EDGE, reference_arrays, tolerances
+from training.export.rewrites import with_weights_in_half, without_logs_of_exponentials
+from training.export.staging import contents, open_staged, replace_bundle
 from training.runs import Run
-from training.staging import contents, open_staged, replace_bundle
 
 BOUNDS = [case for case in CASES if case.startswith(("vae", "ladder"))]
 

@@ -7,11 +7,11 @@ from sklearn import decomposition
 
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from tests.training.solved import digits, factor_rows, log_weights, solved, targets
-from training import linear_algebra
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.linear_algebra import moments_of
-from training.models.build import build_model
+from training.models import linear_algebra
+from training.models.linear_algebra import moments_of
+from training.models.registry import build_model
 
 PPCA = {"latent_dim": 2, "likelihood": {"family": "gaussian", "scale": "shared"}}
 FA = {"latent_dim": 2, "likelihood": {"family": "gaussian", "scale": "diagonal"}}

@@ -9,10 +9,10 @@ import torch
 from service.inference import noise
 from tests.service.http import serving
 from tests.training.shared import CASES
-from training.batches import to_unit
 from training.config import LikelihoodConfig, PosteriorConfig, PriorConfig
-from training.evaluate import evaluate
-from training.models.build import FAMILIES
+from training.data.batches import to_unit
+from training.evaluation.evaluate import evaluate
+from training.models.registry import FAMILIES
 
 EVIDENCE = {"ica": "exact", "flow": "exact", "ppca": "exact", "fa": "exact"} | dict.fromkeys(
     ("pca", "linear_autoencoder", "autoencoder"), "none"

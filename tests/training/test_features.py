@@ -28,11 +28,11 @@ from service.pixels import unit_levels
 from tests.service.http import assert_problem, npy, serving
 from tests.service.inference.test_device_binding import Bound
 from training.cli import app
+from training.data.features import FEATURES, FOLDER
 from training.errors import BackboneError
-from training.export import _quiet_exporter
-from training.features import FEATURES, FOLDER
+from training.export.graphs import _quiet_exporter
+from training.export.staging import contents
 from training.runs import Run
-from training.staging import contents
 
 pytestmark = pytest.mark.integration  # each is of a run from its fit to its bundle
 

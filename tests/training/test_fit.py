@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from tests.training.solved import dataset_of
-from training.batches import epoch_batches, steps_per_epoch
-from training.checkpoint import FILE, load_checkpoint, save_checkpoint
 from training.config import LikelihoodConfig, ModelConfig, OptimiserConfig, load_config
 from training.data import load_dataset
+from training.data.batches import epoch_batches, steps_per_epoch
 from training.errors import CheckpointError, TrainingDiverged
-from training.fit import MAX_SKIPPED_IN_A_ROW, State, Trainer, fit, learning_rate, make_fabric, restored_state
-from training.fit import start as first_values
-from training.models.build import build_model
+from training.fitting.checkpoint import FILE, load_checkpoint, save_checkpoint
+from training.fitting.fit import MAX_SKIPPED_IN_A_ROW, State, Trainer, fit, learning_rate, make_fabric, restored_state
+from training.fitting.fit import start as first_values
+from training.models.registry import build_model
 
 pytestmark = pytest.mark.integration  # most of them train
 
@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from training.config import load_config
 from training.data import load_dataset
-from training.fit import fit
+from training.fitting.fit import fit
 config = load_config("digits", sys.argv[2:])
 print("started", flush=True)
 fit(config, load_dataset(config.data), Path(sys.argv[1]))

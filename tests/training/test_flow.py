@@ -12,9 +12,9 @@ from sklearn.datasets import make_circles, make_moons
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from training.config import FlowConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
 from training.errors import ConfigError
-from training.export import export_graphs
+from training.export.graphs import export_graphs
+from training.fitting.objectives import objective
 from training.models.flow import Flow, squeezings
-from training.objectives import objective
 from training.pipeline import fit_stage
 from training.runs import Launch
 

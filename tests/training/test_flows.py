@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.couplings import (
+from training.nn.couplings import (
     ActNorm,
     Chain,
     ChannelCoupling,
@@ -14,7 +14,7 @@ from training.couplings import (
     Logit,
     Squeeze,
 )
-from training.flows import CouplingStack
+from training.nn.flows import CouplingStack
 
 SHAPE = (4, 3, 2)
 BIJECTIONS = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.training.test_fit import SMALL, Killed, assert_same_weights, weights
-from training.checkpoint import FILE, load_checkpoint, save_checkpoint
 from training.config import load_config
 from training.data import load_dataset
 from training.errors import CheckpointError, TrainingDiverged
-from training.fit import MAX_SKIPPED_IN_A_ROW, Trainer, fit, make_fabric
-from training.guard import OUTLIER, RECENT, is_sane, remember
+from training.fitting.checkpoint import FILE, load_checkpoint, save_checkpoint
+from training.fitting.fit import MAX_SKIPPED_IN_A_ROW, Trainer, fit, make_fabric
+from training.fitting.guard import OUTLIER, RECENT, is_sane, remember
 
 
 def config_with(*overrides):

@@ -10,8 +10,8 @@ from service.bundle.input_rules import ArrayPreprocessing
 from tests.training.solved import digits, log_weights, solved, targets
 from training.config import ModelConfig
 from training.errors import ConfigError, DataError
-from training.models.build import build_model
 from training.models.ica import ExtendedSources, LogisticSources, log_tail, logistic_from_normal
+from training.models.registry import build_model
 
 ICA = {"likelihood": {"family": "delta"}}
 EXTENDED = ICA | {"ica": {"source": "extended"}}

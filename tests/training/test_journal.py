@@ -6,8 +6,8 @@ import io
 import pytest
 from rich.console import Console
 
-import training.journal
-from training.journal import Journal
+import training.fitting.journal
+from training.fitting.journal import Journal
 
 ROW = {"train_elbo": -64521.87, "bound": -64262.998, "rate": 0.11, "distortion": 64262.89, "images_per_second": 3.0}
 
@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     stub = Clock()
-    monkeypatch.setattr(training.journal, "time", stub)
+    monkeypatch.setattr(training.fitting.journal, "time", stub)
     return stub
 
 

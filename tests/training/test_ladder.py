@@ -11,12 +11,12 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from service.bundle.input_rules import Preprocessing
 from training.config import LadderConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
 from training.errors import ConfigError
-from training.evaluate import batch_bounds
-from training.export import export_graphs
-from training.ladder_blocks import layer_shapes
-from training.models.build import build_model
+from training.evaluation.evaluate import batch_bounds
+from training.export.graphs import export_graphs
+from training.fitting.objectives import elbo, objective
 from training.models.ladder import Ladder
-from training.objectives import elbo, objective
+from training.models.registry import build_model
+from training.nn.ladder_blocks import layer_shapes
 
 SMALL = LadderConfig(channels=[4, 6], latents=[1, 2], layers=[1, 2], blocks=1)
 

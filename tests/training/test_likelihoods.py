@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from training import continuous_bernoulli
 from training.config import LikelihoodConfig
+from training.distributions import continuous_bernoulli
 from training.errors import ConfigError
-from training.likelihoods import FAMILIES, build_likelihood
+from training.models.likelihoods import FAMILIES, build_likelihood
 
 DRAWN = ["bernoulli", "continuous_bernoulli", "gaussian", "discretised_logistic", "logistic_mixture"]
 REALS = [name for name, family in FAMILIES.items() if family.takes_reals]

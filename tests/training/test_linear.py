@@ -10,8 +10,8 @@ from service.bundle.input_rules import ArrayPreprocessing
 from tests.training.solved import dataset_of, digits, factor_rows, solved, targets
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.fit import start
-from training.models.build import build_model
+from training.fitting.fit import start
+from training.models.registry import build_model
 
 ERROR = {"family": "squared_error"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.networks import GatedUpsample, gate
+from training.nn.networks import GatedUpsample, gate
 
 
 @pytest.mark.parametrize("size", [(14, 14), (13, 14), (13, 13)])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from training.config import ModelConfig, NetworkConfig, ObjectiveConfig
+from training.fitting.objectives import annealed_beta, dreg, elbo, iwae, objective
 from training.models.vae import VAE, Terms
-from training.objectives import annealed_beta, dreg, elbo, iwae, objective
 
 
 @pytest.fixture

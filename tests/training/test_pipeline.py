@@ -14,8 +14,8 @@ from service.bundle.files import open_bundle
 from service.settings import Settings
 from tests.training.finished import finished_run
 from tests.training.shared import copied
-from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import load_config
+from training.fitting.checkpoint import load_checkpoint, save_checkpoint
 from training.pipeline import DEFAULT_RATE, all_stages, evaluate_stage, fit_stage
 from training.runs import METRICS, Launch, Run
 

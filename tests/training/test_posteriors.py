@@ -13,11 +13,11 @@ from torch.func import jacrev, vmap
 from service.bundle.manifest import Manifest
 from training.config import ModelConfig, ObjectiveConfig, PosteriorConfig, load_config
 from training.errors import ConfigError
-from training.export import export_graph, likelihood, signature
-from training.masked import AutoregressiveNetwork, MaskedLinear
+from training.export.graphs import export_graph, likelihood, signature
+from training.fitting.objectives import objective
+from training.models.posteriors import Posterior, build_posterior, reflect
 from training.models.vae import VAE
-from training.objectives import objective
-from training.posteriors import Posterior, build_posterior, reflect
+from training.nn.masked import AutoregressiveNetwork, MaskedLinear
 
 FEATURES = 5
 EVALUABLE = ["diagonal_gaussian", "householder"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import training.report
+import training.reporting.report
 from service.bundle.files import open_bundle
 from service.bundle.manifest import Manifest
 from service.errors import BundleError
@@ -21,20 +21,20 @@ from service.inference.sessions import Runtime
 from service.inference.verification import verify_bundle
 from tests.training.finished import finished_run
 from tests.training.shared import copied
-from training.batches import to_unit
-from training.card import FIGURES, card, duration
 from training.config import ModelConfig, PriorConfig
+from training.data.batches import to_unit
 from training.errors import ExportError
-from training.export import likelihood
-from training.export import posterior as posterior_of
-from training.figures import CELL, FRAME, GAP, latent_scatter, png, score_histogram, tile
+from training.export.graphs import likelihood
+from training.export.graphs import posterior as posterior_of
+from training.export.provenance import cpu_model, evaluate_command, fit_command, public_config
+from training.export.staging import score_definitions
 from training.models.vae import VAE
 from training.pipeline import evaluate_stage
-from training.provenance import cpu_model, evaluate_command, fit_command, public_config
-from training.publish import publish
-from training.report import caption, draw, information, plane_values, posterior, report, rounded, thresholds
+from training.publishing import publish
+from training.reporting.card import FIGURES, card, duration
+from training.reporting.figures import CELL, FRAME, GAP, latent_scatter, png, score_histogram, tile
+from training.reporting.report import caption, draw, information, plane_values, posterior, report, rounded, thresholds
 from training.runs import SCORES, Launch
-from training.staging import score_definitions
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_numbers_have_the_digits_that_they_are_good_for(value, text):
 
 def test_tables_have_headers_and_one_row_a_score(published):
     manifest = open_bundle(published).manifest
-    text = training.report.page(manifest, {})
+    text = training.reporting.report.page(manifest, {})
     for header in ("metric", "value", "score", "asked 1%", "asked 5%", "output", "largest |Δ|"):
         assert re.search(rf"<th[^>]*>{re.escape(header)}</th>", text), header
     tables = re.findall(r"<table>.*?</table>", text)

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from training.config import load_config
+from training.fitting.steps import LEAST, STEPS, adapted
 from training.pipeline import fit_stage
 from training.runs import Launch, Run
-from training.steps import LEAST, STEPS, adapted
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(60_000, 64), (64 * STEPS, 64), (640, 32), (100, LEAST), (3, LEAST)])

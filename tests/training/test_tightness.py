@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.training.linear_gaussian import SHAPE, Linear, noise_images
-from training.aggregate import aggregate_log_prob, collapsed, describe, marginal_kl, rate_by_group
 from training.config import ModelConfig, PriorConfig
+from training.evaluation.aggregate import aggregate_log_prob, collapsed, describe, marginal_kl, rate_by_group
+from training.evaluation.tightness import effective_samples, gaussian_elbo, inference_gap, optimise_posterior
 from training.models.vae import VAE
-from training.tightness import effective_samples, gaussian_elbo, inference_gap, optimise_posterior
 
 MIXED = torch.tensor([[1.0, 0.9, 0.8], [0.0, 0.8, 0.5], [0.0, 0.0, 1.0]])
 

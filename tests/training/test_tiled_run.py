@@ -17,8 +17,8 @@ from service.inference.sessions import Runtime
 from service.inference.tiled import fit_tails
 from service.repository.model_repository import load_bundle
 from tests.tiled_bundle import surface, with_scratch
-from training.calibrate import images_to_score, score_split, suspects
 from training.config import Config, load_config
+from training.export.calibrate import images_to_score, score_split, suspects
 from training.pipeline import all_stages, fit_stage
 from training.runs import SCORES, Launch
 
@@ -83,7 +83,7 @@ def test_the_calibration_is_of_whole_images_and_can_be_counted_again(published, 
 def test_suspects_are_the_whole_images_by_their_files(published, served, monkeypatch):
     run, _ = published
     found = Contamination(24, 1, np.array([23]), 0.001, "look")
-    monkeypatch.setattr("training.calibrate.contamination", lambda _: found)
+    monkeypatch.setattr("training.export.calibrate.contamination", lambda _: found)
     whole_images = run.dataset.whole_images
     scores = {
         int(i): served.tiled.score([whole_images.read(int(i))]).score[0] for i in whole_images.splits["calibration"]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from training.cli import _configure
-from training.data import DataConfig, load_dataset
+from training.config import DataConfig
+from training.data import load_dataset
 from training.data.load import kind_of
 from training.data.tables import number_labels
 from training.errors import BadImages, DataFormatError, DataNotFound, SplitError

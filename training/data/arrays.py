@@ -14,7 +14,7 @@ from service.bundle.files import NPZ_ERRORS as UNREADABLE_NPZ
 from service.bundle.input_rules import Preprocessing
 from service.errors import VaeserveError
 from service.formats.images import apply, resize_array
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.download import sha256_file
 from training.data.rows import Kind, array_rows, rows_source
 from training.data.source import Source, slug

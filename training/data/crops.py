@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.dataset import Dataset, WholeImages, digest, fingerprint
 from training.data.parallel import ordered_map
 from training.data.source import Source, check_usable, drawn, pool_labels, split_rows

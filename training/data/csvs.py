@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from service.bundle.input_rules import reads_as_number
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.tables import Columns, Table, choose
 from training.errors import DataFormatError, DataNotFound
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from training.config import DataConfig
 from training.data.arrays import ArrayPixels, native_preprocessing
-from training.data.config import DataConfig
 from training.data.source import Source
 
 LEVELS = 16  # pixel values are counts 0 … 16

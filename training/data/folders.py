@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from service.bundle.input_rules import Preprocessing
 from service.errors import VaeserveError
 from service.formats.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, decode_whole_image
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.source import Source, slug
 from training.errors import DataError, DataFormatError, DataNotFound
 

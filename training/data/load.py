@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from training.config import DataConfig
 from training.data.arrays import array_kind, open_array
-from training.data.config import DataConfig
 from training.data.crops import load_crops
 from training.data.csvs import read_csv
 from training.data.dataset import Dataset

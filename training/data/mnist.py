@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from training.config import DataConfig
 from training.data.arrays import ArrayPixels, native_preprocessing
-from training.data.config import DataConfig
 from training.data.download import Archive, fetch_all, sha256_file
 from training.data.idx import read_idx
 from training.data.source import Source

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.tables import ADVICE, Table, choose
 from training.errors import DataFormatError, DataNotFound
 

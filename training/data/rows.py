@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from service.bundle.input_rules import ArrayPreprocessing
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.download import sha256_file
 from training.data.source import Source, slug
 from training.errors import DataFormatError

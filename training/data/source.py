@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from service.bundle.input_rules import InputRule
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint
 from training.data.parallel import ordered_map
 from training.data.splits import number_groups, split, split_with_test

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.data.config import DataConfig
+from training.config import DataConfig
 from training.data.rows import Kind, Rows, array_preprocessing, refuse_options, rows_source
 from training.data.source import Source
 from training.errors import DataFormatError

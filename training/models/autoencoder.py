@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from training.batches import pixel_batches
 from training.config import ModelConfig
+from training.data.batches import pixel_batches
 from training.data.dataset import Dataset
-from training.likelihoods import Parameters, initialise_head
-from training.mixtures import MixturePrior
 from training.models.base import Statistics
+from training.models.likelihoods import Parameters, initialise_head
+from training.models.mixtures import MixturePrior
+from training.models.priors import NoPrior, Prior
 from training.models.reconstruction import Reconstruction
-from training.networks import Shape, build_decoder, build_encoder
-from training.priors import NoPrior, Prior
+from training.nn.networks import Shape, build_decoder, build_encoder
 
 MAX_CODES = 100_000  # of the training split, its first ones: a mixture has far fewer numbers to find
 BATCH = 256
@@ -35,6 +35,7 @@ class Autoencoder(Reconstruction):
     """
 
     family = "autoencoder"
+    title = "deterministic autoencoder"
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__(shape, config)

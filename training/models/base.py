@@ -13,9 +13,9 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from training.data.dataset import Dataset
-from training.likelihoods import Likelihood, Parameters
-from training.networks import Shape
-from training.priors import Prior
+from training.models.likelihoods import Likelihood, Parameters
+from training.models.priors import Prior
+from training.nn.networks import Shape
 
 Statistics = tuple[Tensor, ...]
 """What the encoder makes of a target, before any noise: the parameters of q(z|x), each [N,…]."""
@@ -63,15 +63,25 @@ class Terms(NamedTuple):
 class LatentVariableModel(nn.Module, ABC):
     """Base of all families; ``evidence``, ``posterior_family`` and ``moments`` are the manifest's words.
 
+    ``title``: the family in words. ``convolutional``: its networks are convolutions whatever ``model.network.kind``
+    says. ``leaves_axes_out``: it keeps fewer axes than the data have, or its residual is rounding.
+    ``weighs_samples``: its objective may be a bound of several weighted posterior samples. ``kl_groups``: what the
+    groups of Terms.kl are.
+
     ``closed_form`` models are solved by ``finish`` alone; the others are trained by gradient on ``forward``'s terms,
     and may add in ``finish`` what is fitted once the weights stand.
     """
 
     family: ClassVar[str]
+    title: ClassVar[str]
     evidence: Literal["bound", "exact", "none"] = "bound"
     posterior_family: str = "diagonal_gaussian"
     moments: Literal["exact", "base", "point"] = "exact"
     closed_form: ClassVar[bool] = False
+    convolutional: ClassVar[bool] = False
+    leaves_axes_out: ClassVar[bool] = False
+    weighs_samples: ClassVar[bool] = False
+    kl_groups: ClassVar[Literal["dimension", "layer"]] = "dimension"
 
     shape: Shape
     latent_dim: int

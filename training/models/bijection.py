@@ -9,9 +9,9 @@ from torch import Tensor
 
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.likelihoods import build_likelihood
 from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
-from training.networks import Shape
+from training.models.likelihoods import build_likelihood
+from training.nn.networks import Shape
 
 
 class BijectiveModel(LatentVariableModel):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from training.config import ModelConfig
 from training.data.dataset import Dataset
 from training.errors import ConfigError
-from training.likelihoods import Gaussian, Parameters
-from training.linear_algebra import Axes, principal_axes, target_axes, target_moments
 from training.models.base import Density, Encoded, LatentVariableModel, Statistics, Terms
-from training.networks import Shape
-from training.posteriors import HALF_LOG_2PI
-from training.priors import StandardNormal, log_standard_normal
+from training.models.likelihoods import Gaussian, Parameters
+from training.models.linear_algebra import Axes, principal_axes, target_axes, target_moments
+from training.models.posteriors import HALF_LOG_2PI
+from training.models.priors import StandardNormal, log_standard_normal
+from training.nn.networks import Shape
 
 
 class LinearGaussian(LatentVariableModel):
@@ -152,6 +152,8 @@ class PPCA(LinearGaussian):
     """
 
     family = "ppca"
+    title = "probabilistic principal component analysis"
+    leaves_axes_out = True
     scale = "shared"
 
     @torch.no_grad()
@@ -199,6 +201,8 @@ class FactorAnalysis(LinearGaussian):
     """
 
     family = "fa"
+    title = "factor analysis"
+    leaves_axes_out = True
     scale = "diagonal"
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:

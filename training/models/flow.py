@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from training.config import FlowConfig, ModelConfig
-from training.couplings import (
+from training.errors import ConfigError
+from training.models.base import Statistics
+from training.models.bijection import BijectiveModel
+from training.models.likelihoods import Parameters
+from training.models.priors import StandardNormal
+from training.nn.couplings import (
     ActNorm,
     Bijection,
     Chain,
@@ -22,13 +27,8 @@ from training.couplings import (
     Logit,
     Squeeze,
 )
-from training.errors import ConfigError
-from training.flows import CouplingStack
-from training.likelihoods import Parameters
-from training.models.base import Statistics
-from training.models.bijection import BijectiveModel
-from training.networks import Shape
-from training.priors import StandardNormal
+from training.nn.flows import CouplingStack
+from training.nn.networks import Shape
 
 
 def squeezings(shape: Shape, levels: int) -> list[tuple[int, int]]:
@@ -144,6 +144,8 @@ class Flow(BijectiveModel):
     """
 
     family = "flow"
+    title = "normalising flow"
+    convolutional = True
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__(shape, config)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from training.config import IcaConfig, ModelConfig
 from training.data.dataset import Dataset
 from training.errors import DataError
-from training.likelihoods import Parameters
-from training.linear_algebra import principal_axes, target_batches, target_moments
 from training.models.base import Statistics
 from training.models.bijection import BijectiveModel
-from training.networks import Shape
-from training.posteriors import HALF_LOG_2PI
-from training.priors import Prior
+from training.models.likelihoods import Parameters
+from training.models.linear_algebra import principal_axes, target_batches, target_moments
+from training.models.posteriors import HALF_LOG_2PI
+from training.models.priors import Prior
+from training.nn.networks import Shape
 
 LOGISTIC_SCALE = math.pi / math.sqrt(3)
 """Standard deviation of the logistic distribution."""
@@ -194,6 +194,7 @@ class ICA(BijectiveModel):
     """
 
     family = "ica"
+    title = "independent component analysis"
     closed_form = True
     prior: LogisticSources
 

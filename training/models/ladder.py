@@ -1,4 +1,4 @@
-"""The hierarchical VAE: several stochastic layers at several resolutions; see training.ladder_blocks for its parts."""
+"""The hierarchical VAE: several stochastic layers at several resolutions; its parts are in nn.ladder_blocks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.ladder_blocks import BottomUp, Normal, PosteriorLayer, TopDown
-from training.likelihoods import Parameters, build_likelihood
 from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
-from training.networks import Shape, Upsample
-from training.posteriors import HALF_LOG_2PI, kl_to_standard_normal, log_normal
-from training.priors import Prior
+from training.models.likelihoods import Parameters, build_likelihood
+from training.models.posteriors import HALF_LOG_2PI, kl_to_standard_normal, log_normal
+from training.models.priors import Prior
+from training.nn.ladder_blocks import BottomUp, Normal, PosteriorLayer, TopDown
+from training.nn.networks import Shape, Upsample
 
 
 def flattened(parts: list[Tensor]) -> Tensor:
@@ -96,6 +96,10 @@ class Ladder(LatentVariableModel):
     """
 
     family = "ladder"
+    title = "hierarchical variational autoencoder"
+    convolutional = True
+    weighs_samples = True
+    kl_groups = "layer"
     posterior_family = "ladder"
     moments = "base"
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from training.config import ModelConfig
 from training.data.dataset import Dataset
 from training.errors import ConfigError
-from training.likelihoods import Parameters
-from training.linear_algebra import moments_of, target_axes, target_batches
 from training.models.base import Statistics
+from training.models.likelihoods import Parameters
+from training.models.linear_algebra import moments_of, target_axes, target_batches
+from training.models.priors import NoPrior, Prior, log_standard_normal
 from training.models.reconstruction import Reconstruction
-from training.networks import Shape
-from training.priors import NoPrior, Prior, log_standard_normal
+from training.nn.networks import Shape
 
 
 class GaussianPrior(Prior):
@@ -101,6 +101,8 @@ class PCA(LinearReconstruction):
     """
 
     family = "pca"
+    title = "principal component analysis"
+    leaves_axes_out = True
     closed_form = True
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
@@ -136,6 +138,7 @@ class LinearAutoencoder(LinearReconstruction):
     """
 
     family = "linear_autoencoder"
+    title = "linear autoencoder"
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__(shape, config)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.likelihoods import Parameters, build_likelihood, initialise_head
 from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
-from training.networks import Shape, build_decoder, build_encoder
-from training.posteriors import DiagonalGaussian, build_posterior, kl_to_standard_normal
-from training.priors import StandardNormal, VampPrior, build_prior
+from training.models.likelihoods import Parameters, build_likelihood, initialise_head
+from training.models.posteriors import DiagonalGaussian, build_posterior, kl_to_standard_normal
+from training.models.priors import StandardNormal, VampPrior, build_prior
+from training.nn.networks import Shape, build_decoder, build_encoder
 
 
 class VAE(LatentVariableModel):
@@ -26,6 +26,8 @@ class VAE(LatentVariableModel):
     """
 
     family = "vae"
+    title = "variational autoencoder"
+    weighs_samples = True
 
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__()

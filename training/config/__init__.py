@@ -1,0 +1,63 @@
+"""The typed configuration of a training run: its sections, the presets, and how both become one ``Config``."""
+
+from training.config.data import DataConfig
+from training.config.loading import known_keys, load_config, merge, parse_override, presets, read_preset, summary_of
+from training.config.model import (
+    IMAGENET,
+    AutoencoderConfig,
+    BackboneConfig,
+    FactorConfig,
+    FlowConfig,
+    IcaConfig,
+    LadderConfig,
+    LikelihoodConfig,
+    LinearConfig,
+    MixtureConfig,
+    ModelConfig,
+    NetworkConfig,
+    PosteriorConfig,
+    PriorConfig,
+)
+from training.config.run import (
+    Config,
+    CorruptionConfig,
+    EvaluateConfig,
+    ObjectiveConfig,
+    OptimiserConfig,
+    RunConfig,
+    ScoreConfig,
+    ScoreName,
+)
+
+__all__ = [
+    "IMAGENET",
+    "AutoencoderConfig",
+    "BackboneConfig",
+    "Config",
+    "CorruptionConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "FactorConfig",
+    "FlowConfig",
+    "IcaConfig",
+    "LadderConfig",
+    "LikelihoodConfig",
+    "LinearConfig",
+    "MixtureConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "ObjectiveConfig",
+    "OptimiserConfig",
+    "PosteriorConfig",
+    "PriorConfig",
+    "RunConfig",
+    "ScoreConfig",
+    "ScoreName",
+    "known_keys",
+    "load_config",
+    "merge",
+    "parse_override",
+    "presets",
+    "read_preset",
+    "summary_of",
+]

@@ -1,0 +1,1 @@
+"""Evaluation of a fitted model: bounds on log p(x), how tight they are, and what the latents carry."""

@@ -1,0 +1,1 @@
+"""Fitting a model: objectives, the training loop and its parts, the corruption network."""

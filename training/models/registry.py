@@ -1,0 +1,46 @@
+"""The one table from ``model.family`` to the class that it names, and models built from it."""
+
+from __future__ import annotations
+
+from service.bundle.input_rules import Backbone, InputRule
+from training.config import ModelConfig
+from training.errors import ConfigError
+from training.models.autoencoder import Autoencoder
+from training.models.base import LatentVariableModel
+from training.models.factor import PPCA, FactorAnalysis
+from training.models.flow import Flow
+from training.models.ica import ICA
+from training.models.ladder import Ladder
+from training.models.linear import PCA, LinearAutoencoder
+from training.models.vae import VAE
+
+FAMILIES: dict[str, type[LatentVariableModel]] = {
+    cls.family: cls for cls in (VAE, Flow, Ladder, Autoencoder, PCA, LinearAutoencoder, PPCA, FactorAnalysis, ICA)
+}
+"""From ``model.family`` to the class that it names."""
+
+
+def build_model(rule: InputRule | Backbone, config: ModelConfig) -> LatentVariableModel:
+    """An untrained model of the configured family for rows of that rule: pixels of images, or numbers as they are.
+
+    Numbers are a vector's, a signal's, or a backbone's features.
+
+    Raises ConfigError: the family or its likelihood is not for such rows.
+    """
+    values = "pixels" if rule.kind == "image" else "reals"
+    likelihood = config.likelihood.model_copy(update={"values": values})
+    model = FAMILIES[config.family](rule.shape, config.model_copy(update={"likelihood": likelihood}))
+    _check_likelihood(model, config)
+    if rule.kind == "vector" and config.family == "ladder":
+        raise ConfigError("model.family: a ladder's latents have places, features have none; take 'vae'")
+    return model
+
+
+def _check_likelihood(model: LatentVariableModel, config: ModelConfig) -> None:
+    """A reconstruction error is no likelihood, and only a bijection's density is all in its Jacobian."""
+    name, measure = config.likelihood.family, model.likelihood.measure
+    if (measure == "none") != (model.evidence == "none"):
+        wanted = "squared_error or cross_entropy" if model.evidence == "none" else "a likelihood, not an error"
+        raise ConfigError(f"model.likelihood.family: {config.family!r} wants {wanted}, got {name!r}")
+    if (name == "delta") != (config.family in ("flow", "ica")):
+        raise ConfigError(f"model.likelihood.family: 'delta' is of flow and ica, which take no other; got {name!r}")

@@ -1,0 +1,1 @@
+"""Networks: trunks, masked layers, bijections, the blocks of a ladder."""

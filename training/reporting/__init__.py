@@ -1,0 +1,1 @@
+"""What a run looks like: figures, the report, the model card."""
