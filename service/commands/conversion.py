@@ -130,7 +130,7 @@ def _document_of_today(document: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         without_likelihood = document["likelihood"]["measure"] == "none"
-        is_point = document["posterior"]["moments"] == "point"
+        is_point = document.get("posterior", {}).get("moments") == "point"
         names = {} if JOINT_FILE in document["files"] else {OLD_JOINT_FILE: JOINT_FILE}
         files = {names.get(name, name): record for name, record in document["files"].items()}
         graphs = {
