@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from service.bundle.files import Bundle, next_version, open_bundle, write_bundle
-from service.bundle.manifest import CALIBRATION, DETECTORS, FORMAT_VERSION, TILES, Manifest, ScoreDefinition
+from service.bundle.manifest import CALIBRATION, DETECTORS, TILES, Manifest, ScoreDefinition
 from service.calibration.conformal import Calibrator, calibration_key
 from service.calibration.contamination import Contamination, contamination, rate_after_trimming, trimmed
 from service.commands.calibration_data import CalibrationData, Progress
@@ -90,7 +90,7 @@ def recalibrate(
         notes += _refit(bundle, rows.sample(bundle.manifest, fit), manifest, files, progress)
     elif plan.fit_share:
         notes.append(f"{len(rows)} {rows.noun} are too few to fit the scores anew: those of the bundle are kept")
-    manifest |= {"format_version": FORMAT_VERSION, "calibration": None}
+    manifest["calibration"] = None
     files.pop(CALIBRATION, None)
     with _loaded(manifest, files, root) as model:
         tails = rows.tails(model, fit, progress) if n_fit else None

@@ -98,23 +98,29 @@ class Scorer:
         )
 
     def forward_pass(self, x: np.ndarray, k: int, seed: int, mean: bool, by_place: bool) -> ForwardPass:
-        """Run one pass of x, float32 [N,C,H,W], through encoder, decoder and density at the seed's k samples.
+        """Run one pass of x, float32 [N,C,H,W], through encoder, decoder and joint at the seed's k samples.
 
-        ``mean``: also what is at loc. ``by_place``: also the distortion by place. What is not wanted is empty.
+        ``mean``: also what is at loc. ``by_place``: also the distortion by place. What is not wanted is empty. Where
+        the encoder takes no noise, all samples are copies of the one that runs.
         """
+        distinct = self._runners.distinct_samples(k)
         distortion = np.zeros(x.shape if by_place else (len(x), 0))
         chunks: list[tuple[np.ndarray, ...]] = []
         loc = scale = target = np.empty(0)
-        for encoded in self._runners.encode(x, k, seed):
-            densities = self._runners.densities(encoded["target"], encoded["z"], by_place=by_place)
-            chunks.append((densities.log_p_x, densities.log_p_z, encoded["log_q"]))
+        for encoded in self._runners.encode(x, distinct, seed):
+            joint = self._runners.joint(encoded["target"], encoded["z"], by_place=by_place)
+            chunks.append((joint.log_p_x_given_z, joint.log_p_z, encoded["log_q_z"]))
             loc, scale, target = encoded["loc"], encoded["scale"], encoded["target"]
             if by_place:
-                distortion -= np.stack([row.sum(axis=0, dtype=np.float64) for row in densities.log_p_x_map])
-        log_p_x, log_p_z, log_q = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+                distortion -= np.stack([row.sum(axis=0, dtype=np.float64) for row in joint.log_p_x_given_z_map])
+        terms = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+        log_p_x_given_z, log_p_z, log_q_z = (np.repeat(term, k // distinct, axis=1) for term in terms)
         nothing = np.empty((len(x), 0), np.float32)
         mean_at_loc, distortion_at_loc = at_loc(self._runners, target, loc) if mean else (nothing, nothing)
-        return ForwardPass(x, mean_at_loc, loc, scale, log_p_x, log_p_z, log_q, distortion / k, distortion_at_loc)
+        return ForwardPass(
+            *(x, mean_at_loc, loc, scale, log_p_x_given_z, log_p_z, log_q_z),
+            *(distortion / distinct, distortion_at_loc),
+        )
 
     def _score_part(
         self, x: np.ndarray, definitions: Sequence[ScoreDefinition], map_kind: MapKind | None, latents: bool
@@ -137,8 +143,8 @@ class Scorer:
             score=scores[0],
             elbo=estimators.mean(forward_pass.log_w) if has_bound else unknown,
             log_likelihood=estimators.log_mean_exp(forward_pass.log_w) if has_bound else unknown,
-            rate=(forward_pass.log_q - forward_pass.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
-            distortion=-forward_pass.log_p_x.mean(axis=1) if manifest.has_distortion else unknown,
+            rate=(forward_pass.log_q_z - forward_pass.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
+            distortion=-forward_pass.log_p_x_given_z.mean(axis=1) if manifest.has_distortion else unknown,
             bits_per_dim=self._bits_per_dim(-scores[0], main),
             standard_error=estimates.standard_error(main),
             k=main.k,

@@ -231,16 +231,6 @@ def test_calibrating_keeps_the_graph_and_fits_the_combination_anew(root, fitted,
     assert {COMBINED, "corruption"} <= set(again.manifest.calibration.quantiles)
 
 
-def test_a_bundle_of_format_3_is_written_anew_in_today_s(tmp_path, ppca_path):
-    bundle = open_bundle(write_fitted(tmp_path, ppca_path))
-    earlier = bundle.manifest.model_copy(update={"format_version": 3})
-    old = type(bundle)(bundle.path, earlier, bundle.digest)
-    outcome = recalibrate(
-        old, ModelRows(np.rint(X[[0] * 60] * 255).astype(np.uint8), unit_levels), None, tmp_path, RecalibrationPlan(0)
-    )
-    assert open_bundle(outcome.path).manifest.format_version == 4
-
-
 # Tiles.
 
 
