@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal, norm
+from training.models.mixtures import MixturePrior
 
 from service.bundle.files import open_bundle
 from tests.training.finished import finished_run
@@ -13,7 +14,6 @@ from training.errors import ConfigError
 from training.export.staging import export
 from training.fitting.fit import fit, make_fabric
 from training.models.autoencoder import Autoencoder
-from training.models.mixtures import MixturePrior
 
 ERRORS = ["squared_error", "cross_entropy"]
 

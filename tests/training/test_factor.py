@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn import decomposition
+from training.models.linear_algebra import moments_of
 
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from tests.training.solved import digits, factor_rows, log_weights, solved, targets
 from training.config import ModelConfig
 from training.errors import ConfigError
 from training.models import linear_algebra
-from training.models.linear_algebra import moments_of
 from training.models.registry import build_model
 
 PPCA = {"latent_dim": 2, "likelihood": {"family": "gaussian", "scale": "shared"}}

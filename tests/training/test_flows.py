@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from training.nn.flows import CouplingStack
 
 from training.nn.couplings import (
     ActNorm,
@@ -14,7 +15,6 @@ from training.nn.couplings import (
     Logit,
     Squeeze,
 )
-from training.nn.flows import CouplingStack
 
 SHAPE = (4, 3, 2)
 BIJECTIONS = {

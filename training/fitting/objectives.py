@@ -46,8 +46,9 @@ def iwae(terms: Terms, beta: float = 1.0) -> Tensor:
 def dreg(terms: Terms, beta: float = 1.0) -> Tensor:
     """The IWAE bound with doubly reparameterised gradients (Tucker et al. 2019, eq. 7).
 
-    The terms are those of ``stop_gradient_q``. The decoder sees Σ w̃ ∂log w, the encoder Σ w̃ (1 − β + β w̃) ∂log w/∂z ∂z/∂φ, which is the paper's Σ w̃² at β = 1:
-    log q enters log w β-fold, and so does its score term. What is beyond w̃ enters as a hook on z.
+    The terms are those of ``stop_gradient_q``. The decoder sees Σ w̃ ∂log w, and the encoder Σ w̃ (1 − β + β w̃)
+    ∂log w/∂z ∂z/∂φ, which is the paper's Σ w̃² at β = 1: log q enters log w β-fold, and so does its score term.
+    What is beyond w̃ enters as a hook on z.
     """
     log_w = terms.log_p_x_given_z + beta * (terms.log_p_z - terms.log_q_z)
     weights = torch.softmax(log_w.detach(), 1)
