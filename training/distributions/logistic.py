@@ -107,9 +107,9 @@ class LogisticMixture(NamedTuple):
         weights, noise = torch.exp(self.log_weights), noise.unsqueeze(-4)
         upper = torch.cumsum(weights, -4)
         lower = upper - weights
-        first = torch.zeros_like(weights.narrow(-4, 0, 1))
         # Rounding must leave neither the first nor the last component out.
         above = (noise >= lower.narrow(-4, 1, lower.shape[-4] - 1)).to(noise.dtype)
-        picked = torch.cat([first + 1, above], -4) - torch.cat([above, first], -4)
+        edge = torch.zeros_like(above.narrow(-4, 0, 1))
+        picked = torch.cat([edge + 1, above], -4) - torch.cat([above, edge], -4)
         rest = (picked * (noise - lower) / weights.clamp(min=1e-12)).sum(-4).clamp(0, 1)
         return DiscretisedLogistic((picked * self.loc).sum(-4), (picked * self.scale).sum(-4)).sample(rest)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from service.bundle.graph_specs import TensorSpec, graph_spec
-from service.bundle.input_rules import InputRule
 from service.bundle.manifest import Graph, Likelihood, Manifest, Posterior, Prior, Signature
 from service.bundle.operators import check_operators
 from service.errors import BundleGraphError
@@ -140,27 +139,25 @@ def posterior(model: LatentVariableModel) -> Posterior:
     return Posterior(family=model.posterior_family, moments=model.moments)
 
 
-def export_graphs(model: LatentVariableModel, preprocessing: InputRule) -> dict[Graph, bytes]:
+def export_graphs(model: LatentVariableModel) -> dict[Graph, bytes]:
     """The model's graphs as serialised ONNX, weights inside. Raises ExportError.
 
     ``model`` is exported in eval mode, in float32, on the CPU.
     """
     if model.training:
         raise ExportError("the model is in training mode: dropout would become part of the graphs")
-    draft = _draft(model, preprocessing)
+    draft = _draft(model)
     return {role: export_graph(model, draft, role) for role in roles(model)}
 
 
-def export_corruption(network: nn.Module, model: LatentVariableModel, preprocessing: InputRule) -> bytes:
+def export_corruption(network: nn.Module, model: LatentVariableModel) -> bytes:
     """The graph ``corruption`` of a network beside ``model``, in eval mode. Raises ExportError."""
-    return _exported(network, _draft(model, preprocessing), "corruption")
+    return _exported(network, _draft(model), "corruption")
 
 
-def _draft(model: LatentVariableModel, preprocessing: InputRule) -> Manifest:
+def _draft(model: LatentVariableModel) -> Manifest:
     """What graph_spec reads of a manifest; the rest does not exist yet."""
-    return Manifest.model_construct(
-        preprocessing=preprocessing, signature=signature(model), likelihood=likelihood(model), prior=prior(model)
-    )
+    return Manifest.model_construct(signature=signature(model), likelihood=likelihood(model), prior=prior(model))
 
 
 def export_graph(model: LatentVariableModel, manifest: Manifest, role: Graph) -> bytes:

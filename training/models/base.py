@@ -142,24 +142,31 @@ class LatentVariableModel(nn.Module, ABC):
     def log_prob(self, x: Tensor, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """log p(x) [N] float64 of values x [N,C,H,W], in nats: exact, or a lower bound by ``samples`` draws of z.
 
-        The bound is IWAE's, log (1/K) Σ_k p(x|z_k) p(z_k) / q(z_k|x) (Burda et al. 2016, eq. 8). Dither and noise come
-        from ``generator``. Raises ConfigError: a model without a likelihood.
+        The bound is IWAE's, log (1/K) Σ_k p(x|z_k) p(z_k) / q(z_k|x) (Burda et al. 2016, eq. 8), and decodes N·K rows
+        at once. Dither and noise come from ``generator``, of x's device. The model is in eval mode, as a run's is.
+        Raises ConfigError: a model without a likelihood.
         """
         if self.evidence == "none":
             raise ConfigError(f"a model of family {self.family!r} has no likelihood, and so no log p(x)")
-        dither = torch.rand(x.shape, generator=generator) if self.likelihood.dither else None
+        dither = torch.rand(x.shape, generator=generator, device=x.device) if self.likelihood.dither else None
         target = self.likelihood.target(x, dither)
-        z, log_q_z = self.encode(target).rsample(torch.randn(len(x), samples, self.noise_dim, generator=generator))
+        noise = torch.randn(len(x), samples, self.noise_dim, generator=generator, device=x.device)
+        z, log_q_z = self.encode(target).rsample(noise)
         log_p_x_given_z, _, log_p_z = self.joint(target, z, self.decode_samples(z))
         return torch.logsumexp(log_p_x_given_z + log_p_z - log_q_z, 1) - math.log(samples)
 
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws x [count,C,H,W]: z from the prior, x from p(x|z). Raises NotImplementedError without a prior."""
-        choice = torch.rand(count, generator=generator) if self.prior.choice else None
-        p = self.decode(self.prior.sample(torch.randn(count, self.prior.noise_dim, generator=generator), choice))
+        """Draws x [count,C,H,W]: z from the prior, x from p(x|z), by ``generator``, of the model's device.
+
+        The model is in eval mode, as a run's is. Raises NotImplementedError without a prior.
+        """
+        device = next(self.parameters()).device
+        choice = torch.rand(count, generator=generator, device=device) if self.prior.choice else None
+        noise = torch.randn(count, self.prior.noise_dim, generator=generator, device=device)
+        p = self.decode(self.prior.sample(noise, choice))
         draw = torch.randn if self.likelihood.observation_noise == "standard_normal" else torch.rand
-        return self.likelihood.sample(p, draw((count, *self.shape), generator=generator))
+        return self.likelihood.sample(p, draw((count, *self.shape), generator=generator, device=device))
 
     def initialise(self, mean: Tensor, examples: Tensor) -> None:
         """Start from the training mean [C,H,W] and some training images [B,C,H,W]."""
@@ -205,10 +212,11 @@ class Reconstruction(LatentVariableModel):
 
     def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, stop_gradient_q: bool = False) -> Terms:
         """Minus the error of each row; the other terms are 0."""
-        target = self.likelihood.target(x, dither)
-        z = self.code(target).unsqueeze(1).expand(-1, noise.shape[1], -1)
-        errors = self.likelihood.log_prob(target.unsqueeze(1), self.decode_samples(z)).sum((-3, -2, -1))
+        target, copies = self.likelihood.target(x, dither), noise.shape[1]
+        z = self.code(target)
+        errors = self.likelihood.log_prob(target, self.decode(z)).sum((-3, -2, -1)).unsqueeze(1).expand(-1, copies)
         nothing = torch.zeros_like(errors)
+        z = z.unsqueeze(1).expand(-1, copies, -1)
         return Terms(errors, nothing, nothing, KL(nothing[:, :1], analytic=False), z)
 
 
