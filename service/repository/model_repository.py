@@ -27,14 +27,14 @@ class Served:
     """A loaded, verified and warm model beside its calibration, which is empty if the bundle has none.
 
     ``tiled`` is the same model for whole images of any size, or None for a model that is not one of tiles.
-    ``resolved_requests`` keeps what a request's parameters mean, for the next request with the same ones
+    ``resolved_scores`` keeps which scores a request's parameters mean, for the next request with the same ones
     (service.repository.resolving).
     """
 
     model: Model
     calibrator: Calibrator
     tiled: TiledModel | None = None
-    resolved_requests: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    resolved_scores: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def manifest(self) -> Manifest:
