@@ -221,4 +221,4 @@ def _record_drift(call: Call, verdicts: Verdicts, resolved: ResolvedScoreRequest
         call.context.drift.record(key, *counts)
 
 
-SCORE = Verb(_score)
+SCORE = Verb(_score, asks_for_much=lambda parameters, _: parameters.map or parameters.top_latents > 0)
