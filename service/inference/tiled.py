@@ -24,8 +24,9 @@ from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.formats.tiling import Stitcher, TilePlan
 from service.inference.model import Model, Scores
 from service.pixels import unit_levels
-from service.scores.detectors import Combination
+from service.scores.detector_arrays import Arrays
 from service.scores.maps.anomaly_map import MapKind
+from service.scores.tail import Tail, fit_tails, tail_arrays, tails_from_arrays
 
 AT_ONCE = 64
 """Tiles that are cut out and given to the model together."""
@@ -38,8 +39,8 @@ MAX_SURPRISAL = 600.0
 MIN_SURPRISAL = 1e-9
 """Nats given to a tile that scores below every held-out one: its p is 1, and log(1 − p) would be infinite."""
 
-Tails = Mapping[str, Combination]
-"""Tail probabilities of one tile's score, by score name: each is a combination of that score alone."""
+Tails = Mapping[str, Tail]
+"""Tails of one tile's scores, by score name."""
 
 
 class TileSummary(NamedTuple):
@@ -148,7 +149,7 @@ class TiledModel:
         main: ScoreDefinition,
         also: Mapping[str, ScoreDefinition],
         options: _Options,
-        tails: Mapping[str, Combination | None],
+        tails: Mapping[str, Tail | None],
     ) -> _ImageScores:
         """The scores of one image [C,h,w], a batch of tiles at a time."""
         plan = self.plan(image)
@@ -172,7 +173,7 @@ class TiledModel:
             TileSummary(len(plan), *plan.corner(worst), float(scores[MAIN][worst])),
         )
 
-    def _tail(self, definition: ScoreDefinition) -> Combination | None:
+    def _tail(self, definition: ScoreDefinition) -> Tail | None:
         """The tail of the definition's tile scores, or None where the aggregate needs none. Raises as ``score``."""
         if self.tiling.aggregate != "maximum":
             return None
@@ -188,13 +189,13 @@ class TiledModel:
         return self._tails[name]
 
 
-def aggregate(scores: np.ndarray, plan: TilePlan, tiling: Tiling, tail: Combination | None) -> float:
+def aggregate(scores: np.ndarray, plan: TilePlan, tiling: Tiling, tail: Tail | None) -> float:
     """The image's score from its tiles' scores, float64 [tiles] in any order (service.bundle.input_rules.Tiling)."""
     ordered = np.sort(scores)[::-1]
     if tiling.aggregate == "top":
         return float(ordered[: max(1, round(tiling.share * len(ordered)))].mean())
     assert tail is not None
-    return surprisal_of_maximum(float(tail.score([ordered[:1]])[0]), plan.area_in_tiles)
+    return surprisal_of_maximum(float(tail.surprisal(ordered[:1])[0]), plan.area_in_tiles)
 
 
 def surprisal_of_maximum(surprisal: float, m: float) -> float:
@@ -208,19 +209,24 @@ def surprisal_of_maximum(surprisal: float, m: float) -> float:
     return float(-np.log(m) - np.log(-np.log1p(-np.exp(-bounded)))) + max(surprisal - MAX_SURPRISAL, 0.0)
 
 
-def fit_tails(scores: Mapping[str, np.ndarray]) -> dict[str, Combination]:
+def fit_tile_tails(scores: Mapping[str, np.ndarray]) -> dict[str, Tail]:
     """Fit the tails of tiles' scores to those of held-out inliers, float64 [n] by name."""
-    return {name: Combination.fit(values[:, None]) for name, values in scores.items()}
+    return {name: fit_tails(values[:, None])[0] for name, values in scores.items()}
 
 
-def load_tails(bundle: Bundle) -> dict[str, Combination]:
+def tile_tail_arrays(tails: Tails) -> Arrays:
+    """Arrays of the tails as tiles.npz holds them, by the key "SCORE/PARAMETER"."""
+    return {f"{name}/{key}": array for name, tail in tails.items() for key, array in tail_arrays([tail]).items()}
+
+
+def load_tails(bundle: Bundle) -> dict[str, Tail]:
     """Read the tails from the bundle's tiles.npz, by score name; none where the file is missing.
 
     Raises BundleFormatError for arrays that are not those of the manifest's scores.
     """
     if TILES not in bundle.manifest.files:
         return {}
-    by_score: dict[str, dict[str, np.ndarray]] = {}
+    by_score: dict[str, Arrays] = {}
     for key, array in bundle.arrays(TILES).items():
         name, _, parameter = key.rpartition("/")
         if array.dtype != np.float64 or not np.isfinite(array).all():
@@ -228,7 +234,7 @@ def load_tails(bundle: Bundle) -> dict[str, Combination]:
         by_score.setdefault(name, {})[parameter] = array
     if unknown := sorted(set(by_score) - set(bundle.manifest.scores)):
         raise BundleFormatError(f"{TILES} holds tails of scores that the manifest does not define: {unknown}")
-    return {name: Combination(arrays, 1, TILES) for name, arrays in by_score.items()}
+    return {name: tails_from_arrays(arrays, 1, TILES)[0] for name, arrays in by_score.items()}
 
 
 def is_tiled(manifest: Manifest) -> bool:

@@ -14,7 +14,7 @@ from service.scores.detector_arrays import Arrays
 from service.scores.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent, to_arrays
 from service.scores.evaluation import ForwardPasses, ScoreEvaluator
 from service.scores.forward_pass import ForwardPass
-from service.scores.maps.anomaly_map import UNIT, AnomalyMap, MapInputs, map_arrays
+from service.scores.maps.anomaly_map import UNIT, AnomalyMap, MapInputs, MapParameters, map_arrays
 
 COMBINED = "combined"
 PARTS = ("peak", "latent", "statistics", "complexity", "corruption")
@@ -159,9 +159,10 @@ def fitted_arrays(
 
     The arguments are those of ``fit_map`` and ``fit_detectors``. Raises InvalidInput as they do.
     """
-    anomaly_map = fit_map(model, held_out, progress)
+    parameters = fit_map(model, held_out, progress)
+    anomaly_map = None if parameters is None else AnomalyMap(parameters)
     detectors = fit_detectors(model, definitions, held_out, reference, anomaly_map, stored_codes, progress)
-    return to_arrays(detectors) | map_arrays(anomaly_map)
+    return to_arrays(detectors) | map_arrays(parameters)
 
 
 def fit_detectors(
@@ -224,7 +225,7 @@ def _fit_by_passes(
     return detectors
 
 
-def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | None = None) -> AnomalyMap | None:
+def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | None = None) -> MapParameters | None:
     """Fit the anomaly map (service.scores.maps.anomaly_map); None for a model without maps.
 
     ``held_out``: rows as ``fit_detectors`` takes them. Raises InvalidInput for fewer than MIN_ROWS rows.
@@ -235,7 +236,7 @@ def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | Non
         raise InvalidInput(f"{len(held_out)} rows to fit a map on, expected at least {MIN_ROWS}")
     half = (len(held_out) + 1) // 2
     first, second = (_map_inputs(model, rows, progress) for rows in (held_out[:half], held_out[half:]))
-    return AnomalyMap.fit(first, second, model.manifest)
+    return MapParameters.fit(first, second, model.manifest)
 
 
 def _map_inputs(model: FittableModel, x: np.ndarray, progress: Progress | None) -> Iterable[MapInputs]:

@@ -59,9 +59,9 @@ def load_detectors(manifest: Manifest, arrays: Arrays) -> dict[str, Detector | C
             raise BundleFormatError(f"{DETECTORS} holds {key}, of no fitted score of the manifest")
         by_score[name][parameter] = array
     return {
-        name: Combination(by_score[name], len(score.of))
+        name: Combination.from_arrays(by_score[name], len(score.of))
         if score.estimator == "combination"
-        else CLASSES[score.estimator](by_score[name], score, manifest)
+        else CLASSES[score.estimator].from_arrays(by_score[name], score, manifest)
         for name, score in fitted.items()
     }
 
