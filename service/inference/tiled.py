@@ -12,8 +12,8 @@ allows for the number of tiles as if they were independent, ``top`` looks at a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from service.bundle.input_rules import Preprocessing, Tiling
 from service.bundle.manifest import TILES, Manifest, ScoreDefinition
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.formats.tiling import Stitcher, TilePlan
-from service.inference.model import Model, Scores
+from service.inference.model import Model, Scores, TileSummary, join_scores
 from service.pixels import unit_levels
 from service.scores.detector_arrays import Arrays
 from service.scores.maps.anomaly_map import MapKind
@@ -43,60 +43,11 @@ Tails = Mapping[str, Tail]
 """Tails of one tile's scores, by score name."""
 
 
-class TileSummary(NamedTuple):
-    """The number of an image's tiles, and the upper left corner in pixels and the score of the highest-scoring one."""
-
-    n: int
-    worst_y: int
-    worst_x: int
-    worst_score: float
-
-
-class TiledScores(NamedTuple):
-    """Scores of N images of any sizes: the fields of service.inference.model.Scores, and each image's ``tiles``.
-
-    ``score`` and those of ``also`` are aggregates; elbo, log_likelihood, rate, distortion and bits_per_dim are means
-    over the tiles, and so are ``latents``; standard_error is NaN. ``map``: one of each image, float32 [h,w], blended
-    where tiles overlap.
-    """
-
-    score: np.ndarray
-    elbo: np.ndarray
-    log_likelihood: np.ndarray
-    rate: np.ndarray
-    distortion: np.ndarray
-    bits_per_dim: np.ndarray
-    standard_error: np.ndarray
-    k: int
-    map: list[np.ndarray] | None
-    latents: np.ndarray | None
-    also: dict[str, np.ndarray]
-    tiles: list[TileSummary]
-
-
-class _Options(NamedTuple):
-    """Arguments of Model.score that ask for more than scores."""
-
-    maps: bool
-    map_kind: MapKind | None
-    latents: bool
-
-
-class _ImageScores(NamedTuple):
-    """One image's aggregated scores and its means, by name, its map, its latents and its tiles."""
-
-    scores: dict[str, float]
-    means: dict[str, float]
-    map: np.ndarray | None
-    latents: np.ndarray | None
-    tiles: TileSummary
-
-
 class TiledModel:
     """A model whose manifest says ``tiling``. Safe to call from several threads."""
 
     def __init__(self, model: Model, tails: Tails | None = None) -> None:
-        """``tails``: in place of the bundle's own, while these are being fitted."""
+        """``tails``: instead of the bundle's own, while these are being fitted."""
         rule = model.manifest.preprocessing
         assert isinstance(rule, Preprocessing)
         assert rule.tiling is not None
@@ -115,27 +66,20 @@ class TiledModel:
         also: Mapping[str, ScoreDefinition] | None = None,
         map_kind: MapKind | None = None,
         latents: bool = False,
-    ) -> TiledScores:
+    ) -> Scores:
         """Scores of whole images [C,h,w], uint8 or float32 in [0, 1], by one of the bundle's definitions.
 
         The other arguments are those of Model.score. Raises as Model.score; also InvalidInput for an image smaller than
         a tile, and for a definition that is not the bundle's own where the aggregate needs the tail of its tiles'
         scores, and UnsupportedVerb where that tail was never fitted.
         """
-        main, further = definition or self.model.manifest.scores[self.model.manifest.default_score], also or {}
-        tails = {name: self._tail(scored_by) for name, scored_by in {MAIN: main, **further}.items()}
-        options = _Options(maps, map_kind, latents)
-        scored = [self._score(image, main, further, options, tails) for image in images]
-        return TiledScores(
-            score=np.array([image.scores[MAIN] for image in scored]),
-            **{name: np.array([image.means[name] for image in scored]) for name in MEANS},
-            standard_error=np.full(len(scored), np.nan),
-            k=main.k,
-            map=[cast(np.ndarray, image.map) for image in scored] if maps else None,
-            latents=np.stack([cast(np.ndarray, image.latents) for image in scored]) if latents else None,
-            also={name: np.array([image.scores[name] for image in scored]) for name in further},
-            tiles=[image.tiles for image in scored],
-        )
+        main = definition or self.model.manifest.scores[self.model.manifest.default_score]
+        tails = {name: self._tail(scored_by) for name, scored_by in {MAIN: main, **(also or {})}.items()}
+
+        def score_tiles(tiles: np.ndarray) -> Scores:
+            return self.model.score(tiles, main, maps, also, map_kind, latents)
+
+        return join_scores([self._score(image, score_tiles, tails, maps) for image in images])
 
     def tile_scores(self, image: np.ndarray, definitions: Mapping[str, ScoreDefinition]) -> dict[str, np.ndarray]:
         """Scores of an image's tiles, float64 [tiles] by name, in the plan's order. Raises InvalidInput."""
@@ -146,31 +90,38 @@ class TiledModel:
     def _score(
         self,
         image: np.ndarray,
-        main: ScoreDefinition,
-        also: Mapping[str, ScoreDefinition],
-        options: _Options,
+        score_tiles: Callable[[np.ndarray], Scores],
         tails: Mapping[str, Tail | None],
-    ) -> _ImageScores:
-        """The scores of one image [C,h,w], a batch of tiles at a time."""
+        maps: bool,
+    ) -> Scores:
+        """The scores of one image [C,h,w], a batch of tiles at a time; ``tails``: of the main score and of the others.
+
+        Maps are stitched as they come: those of all tiles are not in memory at once.
+        """
         plan = self.plan(image)
-        stitcher = Stitcher(plan) if options.maps else None
+        stitcher = Stitcher(plan) if maps else None
         parts: list[Scores] = []
         for tiles in _batches(plan, image):
-            scored = self.model.score(tiles, main, options.maps, also, options.map_kind, options.latents)
+            scored = score_tiles(tiles)
             if stitcher is not None:
                 stitcher.add(cast(np.ndarray, scored.map))
             parts.append(scored._replace(map=None))
-        scores = {MAIN: np.concatenate([part.score for part in parts])}
-        scores |= {name: np.concatenate([part.also[name] for part in parts]) for name in also}
-        worst = int(np.argmax(scores[MAIN]))
-        return _ImageScores(
-            {name: aggregate(of_tiles, plan, self.tiling, tails[name]) for name, of_tiles in scores.items()},
-            {name: float(np.concatenate([getattr(part, name) for part in parts]).mean()) for name in MEANS},
-            stitcher.stitched() if stitcher else None,
-            np.concatenate([cast(np.ndarray, part.latents) for part in parts]).mean(axis=0)
-            if options.latents
-            else None,
-            TileSummary(len(plan), *plan.corner(worst), float(scores[MAIN][worst])),
+        return self._of_image(join_scores(parts), plan, tails)._replace(map=[stitcher.stitched()] if stitcher else None)
+
+    def _of_image(self, of_tiles: Scores, plan: TilePlan, tails: Mapping[str, Tail | None]) -> Scores:
+        """Make the scores of all tiles of an image, without maps, those of the image: one row."""
+        worst = int(np.argmax(of_tiles.score))
+        aggregates = {
+            name: np.array([aggregate(scores, plan, self.tiling, tails[name])])
+            for name, scores in {MAIN: of_tiles.score, **of_tiles.also}.items()
+        }
+        return of_tiles._replace(
+            score=aggregates.pop(MAIN),
+            **{name: getattr(of_tiles, name).mean(keepdims=True) for name in MEANS},
+            standard_error=np.full(1, np.nan),
+            latents=None if of_tiles.latents is None else of_tiles.latents.mean(axis=0, keepdims=True),
+            also=aggregates,
+            tiles=[TileSummary(len(plan), *plan.corner(worst), float(of_tiles.score[worst]))],
         )
 
     def _tail(self, definition: ScoreDefinition) -> Tail | None:
