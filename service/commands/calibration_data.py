@@ -53,7 +53,7 @@ class CalibrationData(Protocol):
         ...
 
     def scores(self, model: Model, tails: Tails | None, indices: np.ndarray, progress: Progress | None) -> ScoresByName:
-        """Scores by name, float64 [n], of the items at ``indices``; ``tails`` in place of the bundle's own."""
+        """Scores by name, float64 [n], of the items at ``indices``; ``tails`` instead of the bundle's own."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Detector of large residuals x − x̂, in deviations of inliers' residuals at each place."""
+"""Detector of large residuals x − x̂, in deviations of inliers' residuals, for each number of x."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SHARED_UNITS: Mapping[str, tuple[int, ...]] = {"image": (0, 1, 2), "signal": (1,
 
 @dataclass(frozen=True, eq=False)
 class Residual(Detector):
-    """Log of the mean of ((x − x̂ − m)/s)² over places, m and s the inliers' mean and deviation at each place.
+    """Log of the mean of ((x − x̂ − m)/s)² over the numbers of x, m and s the inliers' mean and deviation of each.
 
-    The variance of a place is raised by the mean variance of the places that share its unit, lest places that never
-    change decide alone. All places of an image, or of a backbone's features, share a unit, and so do those of a
+    The variance of a number is raised by the mean variance of the numbers that share its unit, lest numbers that never
+    change decide alone. All numbers of an image, or of a backbone's features, share a unit, and so do those of a
     signal's channel; each number of a vector has a unit of its own. ``mean``, ``scale``: m and s, float32 [C,H,W].
     """
 
@@ -43,19 +43,15 @@ class Residual(Detector):
         return cls(definition, manifest, *residual_moments(((batch.x, batch.mean) for batch in passes), manifest))
 
     def score(self, rows: ForwardPass) -> np.ndarray:
-        squares = self.deviations(rows.x, rows.mean) ** 2
+        squares = ((rows.x.astype(np.float64) - rows.mean - self.mean) / self.scale) ** 2
         logs: np.ndarray = np.log(squares.reshape(len(squares), -1).mean(axis=1) + 1e-12)
         return logs
-
-    def deviations(self, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """(x − x̂ − m)/s of one row [C,H,W], or of many, float64 of the same shape."""
-        return (x.astype(np.float64) - mean - self.mean) / self.scale
 
 
 def residual_moments(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], manifest: Manifest
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of x − x̂ by place, float32 [C,H,W], from batches of x and x̂, [n,C,H,W] each.
+    """Mean and deviation of each number of x − x̂, float32 [C,H,W], from batches of x and x̂, [n,C,H,W] each.
 
     The deviation is raised as ``Residual`` says.
     """

@@ -33,7 +33,7 @@ from service.scores.maps.anomaly_map import (
     load_map,
     map_arrays,
 )
-from service.scores.maps.averages import MAX_PLACES, smoothed
+from service.scores.maps.averages import LONGEST_PRODUCT, smoothed
 from service.scores.maps.textures import NARROW, WIDE, ExpectedEnergy
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.fitted import N_FIT, write_fitted
@@ -94,7 +94,7 @@ def with_spot(x, y, column):
 
 
 @pytest.mark.parametrize("sigma", [0.8, SIGMA, 4.0])
-@pytest.mark.parametrize("shape", [(8, 8), (3, 40, 33), (12, 1), (1, MAX_PLACES + 1)])
+@pytest.mark.parametrize("shape", [(8, 8), (3, 40, 33), (12, 1), (1, LONGEST_PRODUCT + 1)])
 def test_averages_are_scipys(sigma, shape):
     values = np.random.RandomState(0).standard_normal(shape)
     radius = int(np.ceil(3 * sigma))
