@@ -24,7 +24,7 @@ from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.formats.tiling import Stitcher, TilePlan
 from service.inference.model import Model, Scores, TileSummary, join_scores
 from service.pixels import unit_levels
-from service.scores.detector_arrays import Arrays
+from service.scores.detector_arrays import Arrays, by_score, keyed
 from service.scores.maps.anomaly_map import MapKind
 from service.scores.tail import Tail, fit_tails, tail_arrays, tails_from_arrays
 
@@ -167,7 +167,7 @@ def fit_tile_tails(scores: Mapping[str, np.ndarray]) -> dict[str, Tail]:
 
 def tile_tail_arrays(tails: Tails) -> Arrays:
     """Arrays of the tails as tiles.npz holds them, by the key "SCORE/PARAMETER"."""
-    return {f"{name}/{key}": array for name, tail in tails.items() for key, array in tail_arrays([tail]).items()}
+    return keyed({name: tail_arrays([tail]) for name, tail in tails.items()})
 
 
 def load_tails(bundle: Bundle) -> dict[str, Tail]:
@@ -177,15 +177,10 @@ def load_tails(bundle: Bundle) -> dict[str, Tail]:
     """
     if TILES not in bundle.manifest.files:
         return {}
-    by_score: dict[str, Arrays] = {}
-    for key, array in bundle.arrays(TILES).items():
-        name, _, parameter = key.rpartition("/")
-        if array.dtype != np.float64 or not np.isfinite(array).all():
-            raise BundleFormatError(f"{TILES}: {key} is not finite float64")
-        by_score.setdefault(name, {})[parameter] = array
-    if unknown := sorted(set(by_score) - set(bundle.manifest.scores)):
+    stored = by_score(bundle.arrays(TILES))
+    if unknown := sorted(stored.keys() - bundle.manifest.scores.keys()):
         raise BundleFormatError(f"{TILES} holds tails of scores that the manifest does not define: {unknown}")
-    return {name: tails_from_arrays(arrays, 1, TILES)[0] for name, arrays in by_score.items()}
+    return {name: tails_from_arrays(arrays, 1, TILES)[0] for name, arrays in stored.items()}
 
 
 def is_tiled(manifest: Manifest) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
 from service.scores.detector_arrays import Arrays
-from service.scores.tail import Tail, fit_tails, tail_arrays, tails_from_arrays
+from service.scores.tail import Tail, tail_arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,20 +17,10 @@ class Combination:
 
     tails: tuple[Tail, ...]
 
-    @classmethod
-    def from_arrays(cls, arrays: Arrays, parts: int) -> Self:
-        """Make it of what detectors.npz holds of so many parts. Raises BundleFormatError."""
-        return cls(tails_from_arrays(arrays, parts))
-
     @property
     def arrays(self) -> Arrays:
         """What detectors.npz holds of it, by PARAMETER."""
         return tail_arrays(self.tails)
-
-    @classmethod
-    def fit(cls, scores: np.ndarray) -> Self:
-        """Fit to finite scores of P parts, float64 [n,P] with n ≥ 2, of inliers that no part was fitted to."""
-        return cls(fit_tails(scores))
 
     def score(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Σ −log tail probability over the parts, nats, float64 [N], from the parts' scores, [N] each."""
