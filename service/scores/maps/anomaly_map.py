@@ -117,8 +117,7 @@ class PlaceMoments:
 
     def textures(self, inputs: MapInputs) -> np.ndarray:
         """Textures t: float64 [N,TEXTURES,H,W]."""
-        unit = float(np.sqrt((self._float64[1] ** 2).mean()))
-        return textures(inputs.x, inputs.mean, unit, self.sigma)
+        return textures(inputs.x, inputs.mean, self._unit, self.sigma)
 
     def distortion(self, inputs: MapInputs) -> np.ndarray:
         """Distortion B: float64 [N,H,W]."""
@@ -129,6 +128,11 @@ class PlaceMoments:
     def _float64(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and scale as float64."""
         return self.mean.astype(np.float64), self.scale.astype(np.float64)
+
+    @cached_property
+    def _unit(self) -> float:
+        """Root mean square of the scale."""
+        return float(np.sqrt((self._float64[1] ** 2).mean()))
 
 
 @dataclass(frozen=True, eq=False)
