@@ -164,7 +164,7 @@ class MonitorKey(NamedTuple):
 
 
 class Drift:
-    """The monitors of this process. Each begins with a score's first row, and anew when another bundle is served.
+    """The monitors of this process. Each begins with a score's first row, and anew when another bundle is in its place.
 
     ``worker`` is the number of this process among ``workers``, None where it serves alone. Each of them tests at
     ``level`` / ``workers``: by the union bound the probability that any of them alarms falsely is then at most the
