@@ -43,7 +43,7 @@ FIELDS = [
     "is_anomaly",
 ]
 TILE_FIELDS = {"tiles": "n", "worst_y": "worst_y", "worst_x": "worst_x"}
-"""Columns of a model of tiles -> fields of service.inference.tiled.TileSummary."""
+"""Columns of a model of tiles -> fields of service.inference.model.TileSummary."""
 
 FURTHER = ("score", "p_value")
 """Fields of each further score, written as columns NAME_score and NAME_p_value."""

@@ -99,7 +99,7 @@ class ModelRepository:
         """Look up a model by its name (None: the default one) and its version (None: the latest).
 
         Raises:
-            ModelNotFound: no such model or version; never another one in its place.
+            ModelNotFound: no such model or version; another one is never taken instead.
         """
         name = self._default() if name is None else name
         versions = self._served.get(name)
