@@ -8,6 +8,7 @@ from service.commands.calibrate import calibrate
 from service.commands.check import check
 from service.commands.console import exit_on_error
 from service.commands.convert import convert
+from service.commands.environment import REMOVED
 from service.commands.models import models
 from service.commands.score import score
 from service.commands.serve import serve
@@ -28,10 +29,7 @@ app = typer.Typer(
 def autotune() -> None:
     """Refuse this command, which was removed, and name what replaces it."""
     with exit_on_error():
-        raise ConfigurationError(
-            "the command autotune is no more: vaeserve serve --workers auto takes the CPUs allowed, as far as memory "
-            "reaches; --workers N takes N"
-        )
+        raise ConfigurationError(f"the command autotune is no more: vaeserve serve {REMOVED['autotune_file']}")
 
 
 app.command(

@@ -25,8 +25,9 @@ from service.commands.calibration_data import CalibrationData, Progress
 from service.errors import BundleError, InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime
+from service.inference.tiled import tile_tail_arrays
 from service.inference.verification import open_verified
-from service.scores.detectors import Latent, to_arrays
+from service.scores.detectors import Latent
 from service.scores.fitting import COMBINED, fitted_arrays, fitted_definitions
 
 SPLIT = "own rows"
@@ -96,7 +97,7 @@ def recalibrate(
         tails = rows.tails(model, fit, progress) if n_fit else None
         scores = rows.scores(model, tails, held_out, progress)
     if tails is not None:
-        files[TILES] = _npz(to_arrays(tails))
+        files[TILES] = _npz(tile_tail_arrays(tails))
     default = manifest["default_score"]
     suspects = contamination(scores[default])
     kept, removed = _trimmed(scores, suspects, plan)
@@ -184,9 +185,7 @@ def _fitted(
     """
     model = Model.load(bundle, Runtime("cpu"))
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
-    stored_codes = [
-        detector.arrays["reference"] for detector in model.detectors.values() if isinstance(detector, Latent)
-    ]
+    stored_codes = [detector.reference for detector in model.detectors.values() if isinstance(detector, Latent)]
     # The combination is fitted to the second half of x, whose codes must not find themselves as neighbours.
     first = x[: (len(x) + 1) // 2]
     return definitions, fitted_arrays(model, definitions, x, first, stored_codes[0] if stored_codes else None, progress)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,15 @@ from service.scores.latent_contributions import DRAWS, PriorMarginals, divergenc
 from service.scores.maps.anomaly_map import AnomalyMap, MapKind
 
 
+class TileSummary(NamedTuple):
+    """The number of an image's tiles, and the upper left corner in pixels and the score of the highest-scoring one."""
+
+    n: int
+    worst_y: int
+    worst_x: int
+    worst_score: float
+
+
 class Scores(NamedTuple):
     """Scores of N rows, float64 [N], in nats but for ``bits_per_dim``; log w as in service.scores.bounds.
 
@@ -35,7 +44,9 @@ class Scores(NamedTuple):
     summed over channels, or the log odds in nats that the place was painted over (service.scores.corruption).
     ``latents``: KL divergences by latent dimension that make up the rate (service.scores.latent_contributions), [N,L],
     or None.
-    ``also``: further scores by name.
+    ``also``: further scores by name. ``tiles``: of a model of tiles, whose rows are images of any sizes, one summary a
+    row. There ``score`` and those of ``also`` are aggregates of the tiles' scores, ``standard_error`` is NaN, the other
+    numbers are means over the tiles, and ``map`` is a list of float32 [h,w], blended where tiles overlap.
 
     What a model does not have is NaN: of these elbo, log_likelihood and rate without a likelihood (score and distortion
     are then in the definition's unit); rate where the encoder is deterministic, distortion where it is a bijection
@@ -50,9 +61,25 @@ class Scores(NamedTuple):
     bits_per_dim: np.ndarray
     standard_error: np.ndarray
     k: int
-    map: np.ndarray | None
+    map: np.ndarray | list[np.ndarray] | None
     latents: np.ndarray | None
     also: dict[str, np.ndarray]
+    tiles: list[TileSummary] | None = None
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Join the scores of parts of the rows, N ≥ 1 each, that were asked for in the same way."""
+    return Scores._make(map(_joined, zip(*parts, strict=True)))
+
+
+def _joined(values: tuple[Any, ...]) -> Any:
+    """One field of several Scores, joined; what is no sequence of rows (k, None) is the same in all."""
+    first = values[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate(values)
+    if isinstance(first, dict):
+        return {name: np.concatenate([value[name] for value in values]) for name in first}
+    return [row for value in values for row in value] if isinstance(first, list) else first
 
 
 class Scorer:
@@ -81,21 +108,9 @@ class Scorer:
         ``latents``: also the divergences by latent dimension. Raises InvalidInput for a fitted definition that is not
         the manifest's own, BundleGraphError where the model itself yields NaN.
         """
-        definitions = [definition, *also.values()]
-        size = self._runners.rows_at_once(max(needed.k for needed in definitions))
-        parts = [
-            self._score_part(x[start : start + size], definitions, map_kind, latents)
-            for start in range(0, len(x), size)
-        ]
-        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-4]}
-        further = zip(*(part.also.values() for part in parts), strict=True)
-        return Scores(
-            **joined,
-            k=definition.k,
-            map=np.concatenate([cast(np.ndarray, part.map) for part in parts]) if map_kind else None,
-            latents=np.concatenate([cast(np.ndarray, part.latents) for part in parts]) if latents else None,
-            also=dict(zip(also, map(np.concatenate, further), strict=True)),
-        )
+        size = self._runners.rows_at_once(max(needed.k for needed in (definition, *also.values())))
+        parts = (x[start : start + size] for start in range(0, len(x), size))
+        return join_scores([self._score_part(part, definition, also, map_kind, latents) for part in parts])
 
     def forward_pass(self, x: np.ndarray, k: int, seed: int, mean: bool, by_place: bool) -> ForwardPass:
         """Run one pass of x, float32 [N,C,H,W], through encoder, decoder and joint at the seed's k samples.
@@ -123,10 +138,15 @@ class Scorer:
         )
 
     def _score_part(
-        self, x: np.ndarray, definitions: Sequence[ScoreDefinition], map_kind: MapKind | None, latents: bool
+        self,
+        x: np.ndarray,
+        main: ScoreDefinition,
+        also: Mapping[str, ScoreDefinition],
+        map_kind: MapKind | None,
+        latents: bool,
     ) -> Scores:
-        """The scores of a few rows by the first definition; ``also``: by the others, named by their index."""
-        main, manifest = definitions[0], self._manifest
+        """``score`` of a few rows."""
+        definitions, manifest = [main, *also.values()], self._manifest
         fitted = any(definition.estimator in FITTED for definition in definitions)
         passes = ForwardPasses(
             lambda x, k, seed, by_place: self.forward_pass(x, k, seed, fitted, by_place),
@@ -150,7 +170,7 @@ class Scorer:
             k=main.k,
             map=map_values(map_kind, self._runners, self._anomaly_map, passes, forward_pass) if map_kind else None,
             latents=divergences(forward_pass.loc, forward_pass.scale, self._marginals) if latents else None,
-            also={str(index): values for index, values in enumerate(scores[1:])},
+            also=dict(zip(also, scores[1:], strict=True)),
         )
 
     def _bits_per_dim(self, bound: np.ndarray, definition: ScoreDefinition) -> np.ndarray:

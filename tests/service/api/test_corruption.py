@@ -18,7 +18,7 @@ from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.formats.tiling import Stitcher
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.tiled import TiledModel, fit_tails
+from service.inference.tiled import TiledModel, fit_tile_tails
 from service.inference.verification import replay, verify_bundle
 from service.pixels import unit_levels
 from service.repository.presenting import MapDescription, describe_map
@@ -248,7 +248,7 @@ def test_tiles_are_scored_by_it_under_both_aggregates(tmp_path):
 
         path = write_corruption(tmp_path / aggregate, tiled, name="weave", shape=(1, TILE, TILE), training=crops(5, 1))
         model = load(path)
-        tails = fit_tails({"corruption": model.corruption(crops(5, 2))}) if aggregate == "maximum" else {}
+        tails = fit_tile_tails({"corruption": model.corruption(crops(5, 2))}) if aggregate == "maximum" else {}
         definition = model.manifest.scores["corruption"]
         flawed = surface(64, 48, 7)
         flawed[:, 20:30, 20:30] = np.random.RandomState(0).randint(0, 256, (1, 10, 10))

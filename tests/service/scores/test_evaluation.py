@@ -243,6 +243,6 @@ def test_a_combination_is_of_the_scores_it_names(served):
     definition = model.manifest.scores["combined"]
     parts = [scores[part] for part in definition.of]
     assert np.array_equal(combined.score(parts), scores["combined"])
-    alone = [combined._surprisal(index, part) for index, part in enumerate(parts)]
+    alone = [tail.surprisal(part) for tail, part in zip(combined.tails, parts, strict=True)]
     np.testing.assert_allclose(np.sum(alone, axis=0), scores["combined"])
     assert (scores["combined"] >= 0).all()
