@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from sklearn.datasets import make_circles, make_moons
 
-from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from training.config import FlowConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
 from training.errors import ConfigError
 from training.export.graphs import export_graphs
@@ -204,27 +203,24 @@ def test_a_trained_density_sums_to_one_and_beats_a_gaussian(toy):
     assert gain > 0.2
 
 
-RULES = {
-    "images": (image_flow, Preprocessing(mode="L", height=5, width=7)),
-    "vectors": (vector_flow, ArrayPreprocessing(kind="vector", natural=(5,))),
-}
+FLOWS = {"images": (image_flow, (1, 5, 7)), "vectors": (vector_flow, (1, 1, 5))}
 
 
 @pytest.mark.parametrize("kind", ["vectors", pytest.param("images", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_the_graphs_give_torchs_numbers(kind):
-    build_one, rule = RULES[kind]
-    flow = build_one(rule.shape)
-    graphs = {role: ort.InferenceSession(data) for role, data in export_graphs(flow, rule).items()}
-    x, noise, z = torch.rand(3, *rule.shape), torch.randn(3, 2, 1), torch.randn(4, flow.latent_dim)
-    inputs = {"x": x, "noise": noise} | ({"dither": torch.rand_like(x)} if flow.likelihood.dither else {})
-    encoded, decoded = flow.encode(**inputs), flow.decode(z)
+    build_one, shape = FLOWS[kind]
+    flow = build_one(shape)
+    graphs = {role: ort.InferenceSession(data) for role, data in export_graphs(flow).items()}
+    x, z = torch.rand(3, *shape), torch.randn(4, flow.latent_dim)
+    inputs = {"x": x} | ({"dither": torch.rand_like(x)} if flow.likelihood.dither else {})
+    encoded, decoded = flow.encode(noise=torch.zeros(3, 1, 1), **inputs), flow.decode(z)
     rows = encoded._replace(z=encoded.z.contiguous())
-    locs = flow.decode(rows.z.flatten(0, 1)).parameters[0].unflatten(0, (3, 2))
+    locs = flow.decode(rows.z.flatten(0, 1)).parameters[0].unflatten(0, (3, 1))
     cases = {
         "encoder": (inputs, encoded),
         "decoder": ({"z": z}, (decoded.mean, *decoded.parameters)),
-        "density": ({"target": rows.target, "z": rows.z, "loc": locs}, flow.density(rows.target, rows.z, (locs,))),
+        "joint": ({"target": rows.target, "z": rows.z, "loc": locs}, flow.density(rows.target, rows.z, (locs,))),
     }
     for role, (fed, expected) in cases.items():
         found = graphs[role].run(None, {name: value.numpy() for name, value in fed.items()})

@@ -275,8 +275,8 @@ def test_initialise_starts_near_the_training_mean(family):
 def test_the_graphs_give_torchs_numbers():
     two = LadderConfig(channels=[3, 4], latents=[1, 2], layers=[1, 1], dropout=0.2)
     model = build((3, 9, 8), two, spread=0.1)
-    graphs = export_graphs(model, Preprocessing(mode="RGB", height=9, width=8))
-    assert set(graphs) == {"encoder", "decoder", "density", "observation", "prior"}
+    graphs = export_graphs(model)
+    assert set(graphs) == {"encoder", "decoder", "joint", "observation", "prior"}
     x, noise, dither = inputs(model, n=5, k=4)
     encoded = model.encode(x, noise, dither)
     decoded = model.decode(encoded.z.flatten(0, 1))
@@ -286,7 +286,7 @@ def test_the_graphs_give_torchs_numbers():
     wanted = {
         "encoder": ({"x": x, "noise": noise} | ({} if dither is None else {"dither": dither}), encoded),
         "decoder": ({"z": encoded.z.flatten(0, 1)}, (decoded.mean, *decoded.parameters)),
-        "density": (
+        "joint": (
             {"target": encoded.target, "z": encoded.z, **dict(zip(fields, unflat, strict=True))},
             model.density(encoded.target, encoded.z, unflat),
         ),

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from service.bundle.graph_specs import TensorSpec, graph_spec
-from service.bundle.input_rules import InputRule
 from service.bundle.manifest import Graph, Likelihood, Manifest, Posterior, Prior, Signature
 from service.bundle.operators import check_operators
 from service.errors import BundleGraphError
@@ -44,12 +43,21 @@ class GraphModule(nn.Module):
 
 
 class EncoderGraph(GraphModule):
-    """x, noise[, dither] -> target, loc, scale, z, log_q."""
+    """x, noise[, dither] -> target, loc, scale, z, log_q_z."""
 
     positional = 3
 
     def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None) -> tuple[Tensor, ...]:
         return tuple(self.model.encode(x, noise, dither))
+
+
+class PointEncoderGraph(GraphModule):
+    """x[, dither] -> target, loc, scale, z, log_q_z, of an encoder that is a function: one sample, without noise."""
+
+    positional = 2
+
+    def forward(self, x: Tensor, dither: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(self.model.encode(x, still(x), dither))
 
 
 class DecoderGraph(GraphModule):
@@ -62,8 +70,8 @@ class DecoderGraph(GraphModule):
         return (decoded.mean, *decoded.parameters)
 
 
-class DensityGraph(GraphModule):
-    """target, z, parameters… -> log_p_x, log_p_x_map, log_p_z."""
+class JointGraph(GraphModule):
+    """target, z, parameters… -> log_p_x_given_z, log_p_x_given_z_map, log_p_z, or errors in place of the first two."""
 
     positional = 2
 
@@ -72,13 +80,14 @@ class DensityGraph(GraphModule):
 
 
 class ObservationGraph(GraphModule):
-    """parameters…, noise -> sample."""
+    """parameters…[, noise] -> sample."""
 
     positional = 0
 
     def forward(self, *parameters_and_noise: Tensor) -> tuple[Tensor]:
-        *parameters, noise = parameters_and_noise
-        return (self.model.observe(tuple(parameters), noise),)
+        count = len(self.model.likelihood.parameters_of)
+        parameters, noise = parameters_and_noise[:count], parameters_and_noise[count:]
+        return (self.model.observe(parameters, *(noise or [torch.zeros_like(parameters[0])])),)
 
 
 class PriorGraph(GraphModule):
@@ -93,12 +102,17 @@ class PriorGraph(GraphModule):
 MODULES: dict[Graph, type[GraphModule]] = {
     "encoder": EncoderGraph,
     "decoder": DecoderGraph,
-    "density": DensityGraph,
+    "joint": JointGraph,
     "observation": ObservationGraph,
     "prior": PriorGraph,
 }
 WITHOUT_GRAPH = ("standard_normal", "none")
 """Families of priors that the service draws itself, or that have no draws."""
+
+
+def still(x: Tensor) -> Tensor:
+    """The noise [N,1,1] of an encoder that takes none, for N rows x. (``len(x)`` would be traced as a constant.)"""
+    return x.new_zeros(x.shape[0], 1, 1)
 
 
 def roles(model: LatentVariableModel) -> tuple[Graph, ...]:
@@ -111,7 +125,10 @@ def roles(model: LatentVariableModel) -> tuple[Graph, ...]:
 def signature(model: LatentVariableModel) -> Signature:
     """Sizes of the model's graphs."""
     return Signature(
-        shape=model.shape, latent_dim=model.latent_dim, noise_dim=model.noise_dim, dither=model.likelihood.dither
+        shape=model.shape,
+        latent_dim=model.latent_dim,
+        noise_dim=0 if model.moments == "point" else model.noise_dim,
+        dither=model.likelihood.dither,
     )
 
 
@@ -128,7 +145,7 @@ def likelihood(model: LatentVariableModel) -> Likelihood:
         parameters=list(part.parameters_of),
         measure=part.measure,
         pixelwise=part.pixelwise,
-        observation_noise=part.observation_noise,
+        observation_noise="none" if part.family == "delta" or part.measure == "none" else part.observation_noise,
         binarisation=cast(Any, binarisation),
     )
 
@@ -146,32 +163,37 @@ def posterior(model: LatentVariableModel) -> Posterior:
     return Posterior(family=model.posterior_family, moments=model.moments)
 
 
-def export_graphs(model: LatentVariableModel, preprocessing: InputRule) -> dict[Graph, bytes]:
+def output_names(model: LatentVariableModel, role: Graph) -> list[str]:
+    """Names of the outputs of one of the model's graphs, in the order in which the model gives them."""
+    return [tensor.name for tensor in graph_spec(_draft(model), role).outputs]
+
+
+def export_graphs(model: LatentVariableModel) -> dict[Graph, bytes]:
     """The model's graphs as serialised ONNX, weights inside. Raises ExportError.
 
     ``model`` is exported in eval mode, in float32, on the CPU.
     """
     if model.training:
         raise ExportError("the model is in training mode: dropout would become part of the graphs")
-    draft = _draft(model, preprocessing)
+    draft = _draft(model)
     return {role: export_graph(model, draft, role) for role in roles(model)}
 
 
-def export_corruption(network: nn.Module, model: LatentVariableModel, preprocessing: InputRule) -> bytes:
+def export_corruption(network: nn.Module, model: LatentVariableModel) -> bytes:
     """The graph ``corruption`` of a network beside ``model``, in eval mode. Raises ExportError."""
-    return _exported(network, 1, _draft(model, preprocessing), "corruption")
+    return _exported(network, 1, _draft(model), "corruption")
 
 
-def _draft(model: LatentVariableModel, preprocessing: InputRule) -> Manifest:
-    """What graph_spec reads of a manifest; the rest does not exist yet."""
-    return Manifest.model_construct(
-        preprocessing=preprocessing, signature=signature(model), likelihood=likelihood(model), prior=prior(model)
-    )
+def _draft(model: LatentVariableModel) -> Manifest:
+    """What graph_spec reads of a manifest for the model's graphs; the rest does not exist yet."""
+    return Manifest.model_construct(signature=signature(model), likelihood=likelihood(model), prior=prior(model))
 
 
 def export_graph(model: LatentVariableModel, manifest: Manifest, role: Graph) -> bytes:
     """One graph, checked by onnx.checker and against the contract's operators. Raises ExportError."""
-    return _exported(MODULES[role](model).eval(), MODULES[role].positional, manifest, role)
+    takes_no_noise = role == "encoder" and manifest.signature.noise_dim == 0
+    module = PointEncoderGraph(model) if takes_no_noise else MODULES[role](model)
+    return _exported(module.eval(), module.positional, manifest, role)
 
 
 def _exported(module: nn.Module, positional: int, manifest: Manifest, role: Graph) -> bytes:

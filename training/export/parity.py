@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from service.bundle.input_rules import Backbone
-from service.bundle.manifest import Tolerance
+from service.bundle.manifest import Graph, Tolerance
 from training.data import Dataset
 from training.data.batches import derived_seed, to_unit
-from training.export.graphs import roles
+from training.export.graphs import likelihood, output_names, roles, signature, still
 from training.models.base import LatentVariableModel
 from training.models.likelihoods import Likelihood
 
@@ -43,30 +43,29 @@ def reference_arrays(model: LatentVariableModel, dataset: Dataset, seed: int = 0
 
     ``x`` are the first images of the test split; ``model`` is in eval mode, in float32, on the CPU.
     """
-    count = math.prod(model.shape)
-    samples = max(1, min(SAMPLES, MAX_PIXELS // (IMAGES * count)))
     x = to_unit(dataset.pixels(dataset.splits["test"][:IMAGES]))
     generator = torch.Generator().manual_seed(derived_seed(seed, "reference"))
-    noise = torch.randn(len(x), samples, model.noise_dim, generator=generator)
+    noise = _posterior_noise(model, len(x), generator)
     dither = torch.rand(x.shape, generator=generator) if model.likelihood.dither else None
-    encoded = model.encode(x, noise, dither)
+    encoded = model.encode(x, still(x) if noise is None else noise, dither)
     decoded = model.decode(encoded.z.flatten(0, 1))
     unflat = tuple(p.unflatten(0, encoded.z.shape[:2]) for p in decoded.parameters)
     density = model.density(encoded.target, encoded.z, unflat)
     observation_noise = _observation_noise(model, decoded.mean, generator)
-    parameters = dict(zip(model.likelihood.parameters_of, decoded.parameters, strict=True))
-    tensors: dict[str, Tensor] = {
-        "x": x,
-        "noise": noise,
-        **({} if dither is None else {"dither": dither}),
-        **{f"encoder.{name}": value for name, value in encoded._asdict().items()},
-        "decoder.mean": decoded.mean,
-        **{f"decoder.{name}": value for name, value in parameters.items()},
-        **{f"density.{name}": value for name, value in density._asdict().items()},
-        "observation_noise": observation_noise,
-        "observation.sample": model.observe(decoded.parameters, observation_noise),
-        **_prior_arrays(model, generator),
+    drawn = torch.zeros_like(decoded.mean) if observation_noise is None else observation_noise
+    inputs = {"x": x, "noise": noise, "dither": dither, "observation_noise": observation_noise}
+    outputs: dict[Graph, tuple[Tensor, ...]] = {
+        "encoder": encoded,
+        "decoder": (decoded.mean, *decoded.parameters),
+        "joint": density,
+        "observation": (model.observe(decoded.parameters, drawn),),
     }
+    tensors = {name: value for name, value in inputs.items() if value is not None} | {
+        f"{role}.{name}": value
+        for role, values in outputs.items()
+        for name, value in zip(output_names(model, role), values, strict=True)
+    }
+    tensors |= _prior_arrays(model, generator)
     return {name: value.contiguous().numpy() for name, value in tensors.items()}
 
 
@@ -96,9 +95,19 @@ def _prior_arrays(model: LatentVariableModel, generator: torch.Generator) -> dic
     return named | {"prior.z": prior.sample(noise, choice)}
 
 
-def _observation_noise(model: LatentVariableModel, mean: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise [M,C,H,W] of the likelihood's distribution."""
-    if model.likelihood.observation_noise == "standard_normal":
+def _posterior_noise(model: LatentVariableModel, n: int, generator: torch.Generator) -> Tensor | None:
+    """Noise [n,K,E] of K posterior samples; None where the encoder takes none."""
+    if not (noise_dim := signature(model).noise_dim):
+        return None
+    samples = max(1, min(SAMPLES, MAX_PIXELS // (IMAGES * math.prod(model.shape))))
+    return torch.randn(n, samples, noise_dim, generator=generator)
+
+
+def _observation_noise(model: LatentVariableModel, mean: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Noise [M,C,H,W] of the likelihood's distribution; None where draws take none."""
+    if (distribution := likelihood(model).observation_noise) == "none":
+        return None
+    if distribution == "standard_normal":
         return torch.randn(mean.shape, generator=generator)
     noise = torch.rand(mean.shape, generator=generator)
     if model.likelihood.family != "bernoulli":
@@ -113,8 +122,9 @@ def tolerances(arrays: Arrays, rounded: bool) -> dict[str, Tolerance]:
         if "." in name:
             atol = ATOL_BY_SCALE * max(1.0, float(np.abs(value).max()))
             result[name] = Tolerance(atol=atol, rtol=RTOL)
-    terms = float(np.abs(arrays["density.log_p_x_map"]).sum(axis=(-3, -2, -1), dtype=np.float64).max())
-    result["density.log_p_x"] = Tolerance(atol=max(1e-4, NAT_BY_TERM * terms), rtol=RTOL / 100)
+    (fit,) = [name.removesuffix("_map") for name in arrays if name.startswith("joint.") and name.endswith("_map")]
+    terms = float(np.abs(arrays[f"{fit}_map"]).sum(axis=(-3, -2, -1), dtype=np.float64).max())
+    result[fit] = Tolerance(atol=max(1e-4, NAT_BY_TERM * terms), rtol=RTOL / 100)
     result["encoder.target"] = Tolerance(atol=1e-6, rtol=0.0)  # compared and rounded, never computed at length
     if rounded:
         result["observation.sample"] = Tolerance(atol=ONE_LEVEL, rtol=0.0)
