@@ -31,13 +31,13 @@ from training.export.provenance import commit, machine, versions
 from training.export.staging import export
 from training.fitting.checkpoint import FILE as CHECKPOINT
 from training.fitting.checkpoint import load_checkpoint
-from training.fitting.corruption import CorruptionTrainer, check_corruption
+from training.fitting.corruption import CorruptionTraining, check_corruption
+from training.fitting.devices import make_fabric, set_threads
 from training.fitting.dimensions import adapted, with_latent_dim
-from training.fitting.fit import Fitted, fit, make_fabric
-from training.fitting.interrupts import Interrupt
+from training.fitting.fit import Fitted, fit
+from training.fitting.loop import standing
 from training.fitting.steps import adapted as in_steps
 from training.fitting.steps import with_batch_size
-from training.fitting.threads import set_threads
 from training.models.registry import FAMILIES
 from training.publishing import publish
 from training.reporting.card import duration
@@ -86,16 +86,13 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
 
 def corruption_stage(run: Run, fabric: Fabric, console: Console) -> None:
     """Train, or go on with, the network of the section ``corruption``. Raises CheckpointError."""
-    trainer = CorruptionTrainer(run.config, run.dataset, run.folder, fabric, commit())
-    if trainer.resume():
-        say(console, f"corruption: {trainer.standing}")
-    with progress_bar(console, "corruption", trainer.total_steps) as advance, Interrupt() as interrupt:
-        trainer.run(interrupt, advance)
-    say(
-        console,
-        f"corruption: cross-entropy {trainer.cross_entropy:.4f} nats a pixel on validation, "
-        f"{duration(trainer.seconds)}",
-    )
+    training = CorruptionTraining(run.config, run.dataset, run.folder, fabric, commit())
+    if training.resumed:
+        say(console, f"corruption: {standing(training)}")
+    with progress_bar(console, "corruption", training.total_steps) as advance:
+        training.run(advance)
+    found = f"cross-entropy {training.state.cross_entropy:.4f} nats a pixel on validation"
+    say(console, f"corruption: {found}, {duration(training.state.seconds)}")
 
 
 def _kept(fitted: Fitted) -> str:

@@ -7,7 +7,7 @@ from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from training.config import ModelConfig
 from training.data.batches import SplitRows
 from training.data.dataset import Dataset
-from training.fitting.fit import start
+from training.fitting.trainer import start
 from training.models.registry import build_model
 
 

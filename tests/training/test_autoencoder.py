@@ -13,7 +13,8 @@ from training.data import load_dataset
 from training.distributions import unflattened
 from training.errors import ConfigError
 from training.export.staging import export
-from training.fitting.fit import fit, make_fabric
+from training.fitting.devices import make_fabric
+from training.fitting.fit import fit
 from training.models.autoencoder import Autoencoder
 from training.models.priors import FittedMixture
 

@@ -10,7 +10,7 @@ from service.bundle.input_rules import ArrayPreprocessing
 from tests.training.solved import dataset_of, digits, factor_rows, finish, solved, targets
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.fitting.fit import start
+from training.fitting.trainer import start
 from training.models.registry import build_model
 
 ERROR = {"family": "squared_error"}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from training.config import ModelConfig, NetworkConfig, ObjectiveConfig
-from training.fitting.objectives import annealed_beta, dreg, elbo, iwae, objective
+from training.fitting.objectives import dreg, elbo, iwae, objective
+from training.fitting.schedule import annealed_beta
 from training.models.base import KL
 from training.models.vae import VAE
 

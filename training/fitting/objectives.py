@@ -11,20 +11,6 @@ from training.config import ObjectiveConfig
 from training.models.base import Terms
 
 
-def annealed_beta(config: ObjectiveConfig, epoch: float) -> float:
-    """β at ``epoch`` (may be fractional): from 0 to ``beta`` in the course of ``warmup_epochs``, then ``beta``.
-
-    ``linear``: in proportion (Bowman et al. 2016). ``cyclic``: in each of ``cycles`` equal parts anew, linearly over
-    the first ``ramp`` of the part and constant over the rest (Fu et al. 2019, eq. 6–7).
-    """
-    if epoch >= config.warmup_epochs:
-        return config.beta
-    progress = epoch / config.warmup_epochs
-    if config.annealing == "cyclic":
-        progress = min(1.0, progress * config.cycles % 1 / config.ramp)
-    return config.beta * progress
-
-
 def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
     """E_q[log p(x|z)] − β Σ_j max(λ, KL_j), averaged over the batch; KL as terms.kl has it.
 
