@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.distributions.multivariate_normal import MultivariateNormal
-from training.distributions.normal import Normal
+from training.distributions.normal import Normal, standard_normal_log_prob
 from training.distributions.transform import Transform
 
 
@@ -57,8 +57,7 @@ class DiagonalGaussianPosterior(Posterior):
         return Normal(self.loc.unsqueeze(1), self.scale.unsqueeze(1))
 
     def rsample(self, noise: Tensor) -> Draw:
-        q = self.normal
-        return Draw(q.sample(noise), q.log_prob_of_draw(noise).double().sum(-1))
+        return Draw(self.normal.sample(noise), _log_prob_of_draw(self.scale, noise))
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self.normal.log_prob(z).double().sum(-1)
@@ -86,7 +85,7 @@ class HouseholderPosterior(Posterior):
         return Normal(torch.zeros_like(self.loc).unsqueeze(1), self.base_scale.unsqueeze(1))
 
     def rsample(self, noise: Tensor) -> Draw:
-        log_q_z = self._base.log_prob_of_draw(noise).double().sum(-1)  # |det Q| = 1
+        log_q_z = _log_prob_of_draw(self.base_scale, noise)  # |det Q| = 1
         return Draw(self.loc.unsqueeze(1) + reflect(self.base_scale.unsqueeze(1) * noise, self.vectors), log_q_z)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -184,3 +183,11 @@ def reflect(rows: Tensor, vectors: Tensor) -> Tensor:
     for v in vectors.unsqueeze(-2).unbind(-3):
         rows = torch.addcmul(rows, (rows * v).sum(-1, keepdim=True), v, value=-2)
     return rows
+
+
+def _log_prob_of_draw(scale: Tensor, noise: Tensor) -> Tensor:
+    """log N(loc + s ε; loc, diag(s²)) of scale s [N,L] and noise ε [N,K,L] -> [N,K] float64.
+
+    The logarithm stands before the axis of samples: a scale is an exponential, and the export folds log(exp(a)) to a.
+    """
+    return (standard_normal_log_prob(noise) - torch.log(scale).unsqueeze(1)).double().sum(-1)
