@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.calibration.conformal import min_calibration_size
 from service.scores.fitting import MIN_ROWS
-from training.config import Config, parse_override
+from training.config import Config
 from training.data.backbone import settled
 from training.data.folders import cut_off
 from training.data.load import NAMED
@@ -32,13 +32,10 @@ from training.export.staging import export
 from training.fitting.checkpoint import FILE as CHECKPOINT
 from training.fitting.checkpoint import load_checkpoint
 from training.fitting.corruption import CorruptionTrainer, check_corruption
-from training.fitting.dimensions import adapted, with_latent_dim
+from training.fitting.data_defaults import DATA_DEFAULTS, adapted, as_before
 from training.fitting.fit import Fitted, fit, make_fabric
 from training.fitting.interrupts import Interrupt
-from training.fitting.steps import adapted as in_steps
-from training.fitting.steps import with_batch_size
 from training.fitting.threads import set_threads
-from training.models.registry import FAMILIES
 from training.publishing import publish
 from training.reporting.card import duration
 from training.reporting.report import report
@@ -60,7 +57,7 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
         with fabric.rank_zero_first():
             if first and restart:
                 run.discard()
-            run = _adapted(run, launch)
+            run = _with_data_defaults(run, launch)
             if first:
                 _prepare(run)
                 _announce(run, config, console)
@@ -120,21 +117,17 @@ def _leaving_no_trace(folder: Path, first: bool) -> Iterator[None]:
         raise
 
 
-def _adapted(run: Run, launch: Launch) -> Run:
-    """The run with a dimension that its data can have, or a batch that suits so few of them, where that was nobody's
-    choice: see training.fitting.dimensions and training.fitting.steps."""
-    chosen = [parse_override(text)[0] for text in launch.overrides]
-    stored, family = load_checkpoint(run.folder), FAMILIES[run.config.model.family]
-    # Another run's features are not replaced before it is refused.
-    if family.leaves_axes_out and ["model", "latent_dim"] not in chosen:
-        if stored:
-            load_checkpoint(run.folder, with_latent_dim(run.config, stored["identity"]["model"]["latent_dim"]))
-        return run.configured(adapted(run.config, run.dataset))
-    if not family.closed_form and ["optimiser", "batch_size"] not in chosen:
-        if stored:
-            load_checkpoint(run.folder, with_batch_size(run.config, stored["identity"]["optimiser"]["batch_size"]))
-        return run.configured(in_steps(run.config, len(run.dataset.splits["train"])))
-    return run
+def _with_data_defaults(run: Run, launch: Launch) -> Run:
+    """The run with the defaults of its data, or of its checkpoint where it goes on: see fitting.data_defaults.
+
+    Raises CheckpointError: the checkpoint is of another configuration.
+    """
+    chosen, stored = launch.chosen_keys, load_checkpoint(run.folder)
+    if stored is None:
+        return run.configured(adapted(run.config, run.dataset, chosen))
+    config = as_before(run.config, stored["identity"], chosen)
+    load_checkpoint(run.folder, config)  # another run's features are not replaced before it is refused
+    return run.configured(config)
 
 
 def _prepare(run: Run) -> None:
@@ -150,12 +143,10 @@ def _announce(run: Run, asked: Config, console: Console) -> None:
     say(console, f"data: {run.config.data.source}")
     if run.config.backbone:
         say(console, f"backbone: {run.config.backbone.path}, sha256 {run.config.backbone.sha256}")
-    before, now = asked.model.latent_dim, run.config.model.latent_dim
-    if now != before:
-        say(console, f"model.latent_dim: {now} instead of the preset's {before}, half of the axes of these data")
-    rows, fewer = asked.optimiser.batch_size, run.config.optimiser.batch_size
-    if fewer != rows:
-        say(console, f"optimiser.batch_size: {fewer} instead of the preset's {rows}, for more steps with so few rows")
+    for default in DATA_DEFAULTS:
+        before, now = default.of(asked), default.of(run.config)
+        if now != before:
+            say(console, f"{default.key}: {now} instead of the preset's {before}, {default.why}")
 
 
 def _describe(run: Run, console: Console) -> None:

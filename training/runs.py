@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.bundle.input_rules import Backbone, InputRule
-from training.config import Config
+from training.config import Config, chosen_keys
 from training.data import Dataset, load_dataset
 from training.data.backbone import Imported
 from training.data.features import FOLDER as BACKBONE
@@ -55,6 +55,11 @@ class Launch(BaseModel):
     preset: str | None = None
     name: str | None = None
     overrides: list[str] = []
+
+    @property
+    def chosen_keys(self) -> frozenset[str]:
+        """Dotted keys of the configuration that the user set, not a shipped preset. Raises ConfigError."""
+        return chosen_keys(self.preset, self.overrides)
 
 
 class FitRecord(BaseModel):

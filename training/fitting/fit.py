@@ -27,7 +27,7 @@ from training.errors import CheckpointError, TrainingDiverged
 from training.evaluation.aggregate import collapsed
 from training.evaluation.evaluate import bounds
 from training.fitting.checkpoint import FILE, load_checkpoint, save_checkpoint
-from training.fitting.dimensions import check_dimension
+from training.fitting.data_defaults import check_dimension
 from training.fitting.guard import is_sane, remember
 from training.fitting.interrupts import Interrupt
 from training.fitting.journal import Journal, Row
