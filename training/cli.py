@@ -36,6 +36,9 @@ console = Console(stderr=True)
 ERROR, INTERRUPTED = 2, 130
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, as fit leaves it: runs/NAME")]
+AnywayOption = Annotated[
+    bool, typer.Option("--publish-anyway", help="Also a model that is worse than the best constant: it has diverged")
+]
 ToOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of bundles, NAME/VERSION each")]
 
 
@@ -79,6 +82,7 @@ def fit(
     restart: Annotated[bool, typer.Option("--restart", help="Discard what the run's folder holds")] = False,
     to: ToOption = Path("exported"),
     fit_only: Annotated[bool, typer.Option("--fit-only", help="Stop after the training")] = False,
+    publish_anyway: AnywayOption = False,
 ) -> None:
     """Train a model and publish it: fit, evaluate, export, calibrate, report, publish. Goes on where it was stopped."""
     with _errors_in_words():
@@ -91,7 +95,7 @@ def fit(
         run, fabric = fit_stage(config, folder, launch, restart, console)
         _leave_group()
         if fabric.is_global_zero and not fit_only:
-            _show_served(all_stages(run, to, console), to)
+            _show_served(all_stages(run, to, console, publish_anyway), to)
 
 
 def _leave_group() -> None:
@@ -214,13 +218,14 @@ def publish(
     run: RunArgument,
     to: ToOption = Path("exported"),
     version: Annotated[str | None, typer.Option(help="A whole number from 1; default: the next free one")] = None,
+    publish_anyway: AnywayOption = False,
 ) -> None:
     """Write the calibrated bundle with its card to DIR/NAME/VERSION."""
     with _errors_in_words():
         from training.pipeline import publish_stage
         from training.runs import Run
 
-        _show_served(publish_stage(Run.open(run), to, console, version), to)
+        _show_served(publish_stage(Run.open(run), to, console, version, publish_anyway), to)
 
 
 @app.command()

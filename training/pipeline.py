@@ -33,6 +33,7 @@ from training.fitting.checkpoint import FILE as CHECKPOINT
 from training.fitting.checkpoint import load_checkpoint
 from training.fitting.corruption import CorruptionTrainer, check_corruption
 from training.fitting.data_defaults import DATA_DEFAULTS, adapted, as_before
+from training.fitting.divergence import refuse_diverged
 from training.fitting.fit import Fitted, fit, make_fabric
 from training.fitting.interrupts import Interrupt
 from training.fitting.threads import set_threads
@@ -101,6 +102,8 @@ def _kept(fitted: Fitted) -> str:
     if math.isfinite(state.best_bound):
         when = f" (epoch {state.best_epoch})" if fitted.history else ""
         return f"best on validation {state.best_bound:.3f} {unit}{when}"
+    if not state.best_epoch:
+        return "no validation gave a finite bound, and the weights are those before training"
     bound = next(row["bound"] for row in reversed(fitted.history) if row["epoch"] == state.best_epoch)
     return f"{bound:.3f} {unit} on validation at the last epoch, {state.best_epoch}; the annealing had not ended"
 
@@ -250,8 +253,12 @@ def report_stage(run: Run, console: Console) -> Path:
     return path
 
 
-def publish_stage(run: Run, root: Path, console: Console, version: str | None = None) -> Path:
-    """The bundle under ``root``."""
+def publish_stage(
+    run: Run, root: Path, console: Console, version: str | None = None, publish_anyway: bool = False
+) -> Path:
+    """The bundle under ``root``. Raises ModelDiverged, unless it is to be published anyway."""
+    if not publish_anyway:
+        refuse_diverged(run.model, run.dataset, run.config, run.checkpoint)
     with console.status("publish"):
         path = publish(run, root, version)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -259,8 +266,13 @@ def publish_stage(run: Run, root: Path, console: Console, version: str | None = 
     return path
 
 
-def all_stages(run: Run, root: Path, console: Console) -> Path:
-    """Everything after fit; the published bundle. An evaluation that was done before, minutes of work, is kept."""
+def all_stages(run: Run, root: Path, console: Console, publish_anyway: bool = False) -> Path:
+    """Everything after fit; the published bundle. An evaluation that was done before, minutes of work, is kept.
+
+    Raises ModelDiverged before any of it, unless the model is to be published anyway.
+    """
+    if not publish_anyway:
+        refuse_diverged(run.model, run.dataset, run.config, run.checkpoint)
     if run.is_evaluated:
         say(console, f"evaluate: done before, {run.folder / METRICS}")
     else:
@@ -268,7 +280,7 @@ def all_stages(run: Run, root: Path, console: Console) -> Path:
     export_stage(run, console)
     calibrate_stage(run, console)
     report_stage(run, console)
-    return publish_stage(run, root, console)
+    return publish_stage(run, root, console, publish_anyway=True)  # as was found out above
 
 
 def say(console: Console, text: str) -> None:

@@ -82,12 +82,14 @@ def draw(run: Run, manifest: Manifest) -> dict[str, Figure]:
 
 
 def _of_latents(pen: Pen, loc: Tensor, scale: Tensor, labels: np.ndarray | None, names: list[str]) -> dict[str, Figure]:
-    """Traversal, rate, aggregate and plane from posterior moments [N,L] of the test rows."""
+    """Traversal, rate, aggregate and plane from posterior moments [N,L] of the test rows, if these can be drawn."""
     model = pen.model
     mean, variance = moments(loc, scale)
     carried, kind = information(model, loc, scale)
     order = np.argsort(-carried, kind="stable")
     shows = pen.manifest.backbone is None
+    if not figures.drawable(carried, loc.numpy(), mean.numpy(), variance.numpy()):
+        return {}
     found = {"traversal": pen.traversal(order[:TRAVERSED], carried, kind, mean, variance)} if shows else {}
     if model.moments == "exact":
         found["rate"] = figures.rate_by_dimension(carried, *RATES[kind])
@@ -228,6 +230,8 @@ def _histograms(run: Run, manifest: Manifest) -> dict[str, Figure]:
     found = {}
     for name in names:
         held_out, test = scores[f"calibration.{name}"], scores[f"test.{name}"]
+        if not figures.drawable(held_out, test):
+            continue
         limits = thresholds(calibrator, name)
         found[name] = figures.score_histogram(held_out, test, limits, name, manifest.scores[name].unit)
     return found
