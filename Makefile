@@ -34,7 +34,7 @@ help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  RUNTIME=gpu takes the CUDA runtime instead of the CPU one (test, train and bench: give it a VENV=… of its own);'
-	@echo '  ARGS="…" is handed on to serve, test, train, bench and image-check.'
+	@echo '  ARGS="…" is handed on to serve, train, image-check, structure, replay, chaos, every test… and every bench….'
 
 serve: $(SERVE_READY) ## serve the bundles of exported/ on port 8000 (no torch is installed)
 	$(SERVE_VENV)/bin/vaeserve serve $(ARGS)

@@ -114,6 +114,8 @@ def markdown(lines: Sequence[Line], facts: dict[str, Any]) -> str:
     text = [
         f"# {facts['new_commit']} against {facts['old_commit']}",
         "",
+        f"`make bench-against BASE=<checkout of {facts['old_commit']}>`",
+        "",
         f"{facts['date']}; {facts['cpu']}, {facts['cores']} cores;",
         f"{facts['rounds']} rounds of alternating blocks of {facts['seconds']:g} s or more,",
         f"{facts['took_seconds']:.0f} s in all. Rows of rates: the new rate over the old one, the median of the rounds",

@@ -51,7 +51,7 @@ class RawModel:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        roles: tuple[Graph, ...] = ("encoder", "decoder", "density", "prior", "corruption")
+        roles: tuple[Graph, ...] = ("encoder", "decoder", "joint", "prior", "corruption")
         self._manifest = bundle.manifest
         self._sessions = {
             role: ort.InferenceSession(bundle.graph(role), options, providers=providers_of(provider))
@@ -82,7 +82,9 @@ class RawModel:
     def _inputs(self, x: np.ndarray, k: int) -> dict[str, np.ndarray]:
         """The encoder's inputs with k samples an image."""
         random, signature = np.random.RandomState(0), self._manifest.signature
-        feeds = {"x": x, "noise": random.standard_normal((len(x), k, signature.noise_dim)).astype(np.float32)}
+        feeds = {"x": x}
+        if signature.noise_dim:
+            feeds["noise"] = random.standard_normal((len(x), k, signature.noise_dim)).astype(np.float32)
         if signature.dither:
             feeds["dither"] = random.random_sample(x.shape).astype(np.float32)
         return feeds
@@ -123,23 +125,24 @@ class RawModel:
         return lambda: [run() for run in passes]
 
     def _pass(self, x: np.ndarray, k: int, at_loc: bool) -> Work:
-        """k posterior samples through encoder, decoder and density; with ``at_loc`` also loc through the last two."""
+        """k posterior samples through encoder, decoder and joint; with ``at_loc`` also loc through the last two."""
         encoder, feeds = self._sessions["encoder"], self._inputs(x, k)
+        fit = self._manifest.likelihood.fit_output
 
         def run() -> object:
-            loc, target, z, log_q = encoder.run(["loc", "target", "z", "log_q"], feeds)
-            log_p_x, log_p_z = self._densities(target, z, ["log_p_x", "log_p_z"])
-            there = self._densities(target, loc[:, None], ["log_p_x_map"]) if at_loc else []
-            return (log_p_x + log_p_z - log_q).mean(axis=1), there
+            loc, target, z, log_q_z = encoder.run(["loc", "target", "z", "log_q_z"], feeds)
+            log_p_x_given_z, log_p_z = self._joint(target, z, [fit, "log_p_z"])
+            there = self._joint(target, loc[:, None], [f"{fit}_map"]) if at_loc else []
+            return (log_p_x_given_z + log_p_z - log_q_z).mean(axis=1), there
 
         return run
 
-    def _densities(self, target: np.ndarray, z: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
-        """Of z [N,K,L]: decoded, and its density at the target."""
+    def _joint(self, target: np.ndarray, z: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        """Of z [N,K,L]: decoded, and the joint at the target."""
         names, (n, k) = self._manifest.likelihood.parameters, z.shape[:2]
         decoded = self._sessions["decoder"].run(["mean", *names], {"z": z.reshape(n * k, -1)})[1:]
         parameters = {name: value.reshape(n, k, *value.shape[1:]) for name, value in zip(names, decoded, strict=True)}
-        found: list[np.ndarray] = self._sessions["density"].run(outputs, {"target": target, "z": z, **parameters})
+        found: list[np.ndarray] = self._sessions["joint"].run(outputs, {"target": target, "z": z, **parameters})
         return found
 
 

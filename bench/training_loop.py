@@ -39,8 +39,10 @@ from service.bundle.input_rules import Preprocessing
 from training.config import Config, load_config
 from training.data.batches import to_unit
 from training.data.dataset import Dataset
-from training.fitting import fit
-from training.fitting.journal import Journal
+from training.fitting import fit, metrics, trainer
+from training.fitting.devices import make_fabric
+from training.fitting.interrupts import Interrupt
+from training.fitting.loop import Loop
 from training.fitting.objectives import objective
 from training.models.vae import VAE
 
@@ -86,7 +88,7 @@ class BareLoop:
         noise = torch.randn(len(x), self.config.objective.samples, self.model.noise_dim)
         dither = torch.rand_like(x) if self.model.likelihood.dither else None
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.run.precision == "bf16-mixed"):
-            terms = self.model(x, noise, dither, self.config.objective.kind == "dreg")
+            terms = self.model(x, noise, dither, stop_gradient_q=self.config.objective.kind == "dreg")
         self.optimiser.zero_grad()
         (-objective(terms, self.config.objective, 1.0)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimiser.gradient_clip)
@@ -108,7 +110,7 @@ class FabricLoop(BareLoop):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.fabric = fit.make_fabric(config)
+        self.fabric = make_fabric(config)
         self.wrapped, self.optimiser = self.fabric.setup(self.model, self.optimiser)
 
     def step(self, pixels: np.ndarray) -> None:
@@ -116,7 +118,7 @@ class FabricLoop(BareLoop):
         x = self.fabric.to_device(to_unit(pixels))
         noise = torch.randn(len(x), self.config.objective.samples, self.model.noise_dim)
         dither = torch.rand_like(x) if self.model.likelihood.dither else None
-        terms = self.wrapped(x, noise, dither, self.config.objective.kind == "dreg")
+        terms = self.wrapped(x, noise, dither, stop_gradient_q=self.config.objective.kind == "dreg")
         self.optimiser.zero_grad()
         self.fabric.backward(-objective(terms, self.config.objective, 1.0))
         self.fabric.clip_gradients(self.wrapped, self.optimiser, max_norm=self.config.optimiser.gradient_clip)
@@ -127,12 +129,14 @@ class WholeLoop:
     """The trainer, epoch by epoch, as ``vaetrain fit`` runs it, but for validation."""
 
     def __init__(self, config: Config, dataset: Dataset, folder: Path) -> None:
-        self.trainer = fit.Trainer(config, dataset, folder, fit.make_fabric(config))
-        self.journal = Journal(folder, self.trainer.total_steps, 0, True, Console(file=io.StringIO()))
+        silent = Console(file=io.StringIO())
+        self.training = fit.ModelTraining(config, dataset, folder, make_fabric(config), silent)
+        self.trainer = self.training.trainer
+        self.loop = Loop(self.training, config.run.checkpoint_seconds, Interrupt(), self.training.show)
 
     def epoch(self) -> None:
         """One epoch. Raises RuntimeError if an update was skipped, which costs less than one that was not."""
-        self.trainer.train_epoch(self.journal)
+        self.loop.train_epoch()
         if self.trainer.state.skipped:
             raise RuntimeError(UPDATE_NOT_SANE.format(self.trainer.state.skipped))
 
@@ -219,12 +223,12 @@ def parts_of_torch(model: VAE) -> Watched:
     """What both loops call: owner, attribute, the part's name."""
     return [
         (sys.modules[__name__], "to_unit", "levels to numbers"),
-        (fit, "to_unit", "levels to numbers"),
+        (trainer, "to_unit", "levels to numbers"),
         (torch, "randn", "noise"),
         (torch, "rand_like", "noise"),
         (model, "forward", "forward"),
         (sys.modules[__name__], "objective", "objective"),
-        (fit, "objective", "objective"),
+        (trainer, "objective", "objective"),
         (torch.Tensor, "backward", "backward"),
         (torch.nn.utils, "clip_grad_norm_", "clip"),
         (torch.autocast, "__enter__", "autocast"),
@@ -236,24 +240,25 @@ def parts_of_torch(model: VAE) -> Watched:
 
 def parts_of_the_loop(whole: WholeLoop) -> Watched:
     """What the trainer adds."""
-    trainer = whole.trainer
+    ours = whole.trainer
     return [
         (Dataset, "pixels", "data indexing"),
         (fit, "epoch_batches", "order of the epoch"),
-        (fit, "derived_seed", "seeding"),
-        (torch, "manual_seed", "seeding"),
-        (fit, "learning_rate", "learning rate and β"),
-        (fit, "annealed_beta", "learning rate and β"),
-        (trainer.fabric, "to_device", "Fabric"),
-        (type(trainer.model), "forward", "Fabric"),
-        (trainer.fabric, "backward", "Fabric"),
-        (trainer.fabric, "clip_gradients", "Fabric"),
-        (type(trainer.optimiser), "step", "Fabric"),
-        (trainer, "_update", "skip accounting"),
-        (trainer.ema, "update_parameters", "averaging"),
-        (fit.Sums, "add", "sums of metrics"),
-        (whole.journal, "step", "journal"),
-        (trainer, "_pause", "pause"),
+        (trainer, "derived_seed", "seeding"),
+        (trainer, "seed_generators", "seeding"),
+        (trainer, "learning_rate", "learning rate and β"),
+        (trainer, "set_learning_rate", "learning rate and β"),
+        (trainer, "annealed_beta", "learning rate and β"),
+        (ours.fabric, "to_device", "Fabric"),
+        (type(ours.model), "forward", "Fabric"),
+        (ours.fabric, "backward", "Fabric"),
+        (ours.fabric, "clip_gradients", "Fabric"),
+        (type(ours.optimiser), "step", "Fabric"),
+        (ours, "update", "skip accounting"),
+        (ours.average, "update", "averaging"),
+        (metrics.Sums, "add", "sums of metrics"),
+        (whole.training.journal, "step", "journal"),
+        (whole.loop, "pause", "pause"),
     ]
 
 

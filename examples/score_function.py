@@ -26,8 +26,8 @@ from torch import Tensor
 from training.config import DataConfig, LikelihoodConfig, ModelConfig, NetworkConfig
 from training.data import Dataset, load_dataset
 from training.data.batches import to_unit
+from training.distributions import Posterior
 from training.fitting.objectives import elbo
-from training.models.base import Statistics
 from training.models.vae import VAE
 
 Estimator = Callable[[VAE, Tensor, Tensor], Tensor]
@@ -36,18 +36,16 @@ Estimator = Callable[[VAE, Tensor, Tensor], Tensor]
 SAMPLES = (1, 4, 16, 64)
 
 
-def log_weights(vae: VAE, target: Tensor, statistics: Statistics, z: Tensor) -> Tensor:
-    """log w [N,K] at z [N,K,L], in nats."""
-    parameters = tuple(p.unflatten(0, z.shape[:2]) for p in vae.parameters_at(z.flatten(0, 1)))
-    density = vae.density(target, z, parameters)
-    return density.log_p_x + density.log_p_z - vae.posterior.log_prob(statistics, z)
+def log_weights(vae: VAE, target: Tensor, q: Posterior, z: Tensor) -> Tensor:
+    """log w = log p(x|z) + log p(z) − log q(z|x), [N,K] at z [N,K,L], in nats."""
+    log_p_x_given_z, _, log_p_z = vae.joint(target, z, vae.decode_samples(z))
+    return log_p_x_given_z + log_p_z - q.log_prob(z)
 
 
 def reparameterised(vae: VAE, target: Tensor, noise: Tensor) -> Tensor:
     """The ELBO itself: its gradient goes through z."""
-    statistics = vae.infer(target)
-    z, _ = vae.posterior.sample(statistics, noise)
-    return log_weights(vae, target, statistics, z).mean()
+    q = vae.encode(target)
+    return log_weights(vae, target, q, q.rsample(noise).z).mean()
 
 
 def score_function(vae: VAE, target: Tensor, noise: Tensor) -> Tensor:
@@ -66,11 +64,11 @@ def leave_one_out(vae: VAE, target: Tensor, noise: Tensor) -> Tensor:
 
 def _scored(vae: VAE, target: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """log q(z|x), a function of φ, and log w, a number, each [N,K]."""
-    statistics = vae.infer(target)
+    q = vae.encode(target)
     with torch.no_grad():
-        z, _ = vae.posterior.sample(statistics, noise)
-        log_w = log_weights(vae, target, statistics, z)
-    return vae.posterior.log_prob(statistics, z), log_w
+        z = q.rsample(noise).z
+        log_w = log_weights(vae, target, q, z)
+    return q.log_prob(z), log_w
 
 
 ESTIMATORS: dict[str, Estimator] = {

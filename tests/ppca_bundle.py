@@ -124,7 +124,7 @@ def _manifest(name: str, version: str, ppca: Ppca, calibration: dict[str, np.nda
             "measure": "lebesgue",
             "observation_noise": "standard_normal",
         },
-        "graphs": {role: f"{role}.onnx" for role in ("encoder", "decoder", "density", "observation")},
+        "graphs": {role: f"{role}.onnx" for role in ("encoder", "decoder", "joint", "observation")},
         "scores": SCORES,
         "default_score": "elbo",
         "calibration": {"split": "calibration", "n": len(calibration["elbo"]), "quantiles": quantiles},
@@ -158,13 +158,13 @@ def reference(ppca: Ppca, n: int = 6, k: int = 3) -> dict[str, np.ndarray]:
         "encoder.loc": loc.astype(np.float32),
         "encoder.scale": np.broadcast_to(np.sqrt((cholesky**2).sum(axis=1)), loc.shape).astype(np.float32),
         "encoder.z": z,
-        "encoder.log_q": -0.5 * (whitened**2).sum(axis=2) - log_det - 0.5 * ppca.latent_dim * LOG_2PI,
+        "encoder.log_q_z": -0.5 * (whitened**2).sum(axis=2) - log_det - 0.5 * ppca.latent_dim * LOG_2PI,
         "decoder.mean": mean,
         "decoder.loc": mean,
         "decoder.scale": scale,
-        "density.log_p_x": log_p.sum(axis=(2, 3, 4)),
-        "density.log_p_x_map": log_p.astype(np.float32),
-        "density.log_p_z": (-0.5 * z.astype(np.float64) ** 2 - 0.5 * LOG_2PI).sum(axis=2),
+        "joint.log_p_x_given_z": log_p.sum(axis=(2, 3, 4)),
+        "joint.log_p_x_given_z_map": log_p.astype(np.float32),
+        "joint.log_p_z": (-0.5 * z.astype(np.float64) ** 2 - 0.5 * LOG_2PI).sum(axis=2),
         "observation.sample": mean + scale * observation_noise,
     }
 
@@ -210,7 +210,7 @@ def graphs(ppca: Ppca) -> dict[str, bytes]:
     return {
         "encoder": _encoder(ppca),
         "decoder": _decoder(ppca),
-        "density": _density(ppca),
+        "joint": _joint(ppca),
         "observation": _observation(ppca),
     }
 
@@ -226,7 +226,7 @@ def _encoder(ppca: Ppca) -> bytes:
     whitened = g.add("MatMul", g.add("Sub", g.double(z), centre), np.linalg.inv(cholesky).T)
     squares = g.add("ReduceSum", g.add("Mul", whitened, whitened), np.array([2]), keepdims=0)
     log_norm = np.log(np.diag(cholesky)).sum() + 0.5 * latent * LOG_2PI
-    g.add("Sub", g.add("Mul", squares, np.array(-0.5)), np.array(log_norm), output="log_q")
+    g.add("Sub", g.add("Mul", squares, np.array(-0.5)), np.array(log_norm), output="log_q_z")
     g.add("Identity", "x", output="target")
     g.single(loc, "loc")
     scale = np.sqrt((cholesky**2).sum(axis=1))
@@ -238,7 +238,7 @@ def _encoder(ppca: Ppca) -> bytes:
             "loc": (["N", latent], TensorProto.FLOAT),
             "scale": (["N", latent], TensorProto.FLOAT),
             "z": (["N", "K", latent], TensorProto.FLOAT),
-            "log_q": (["N", "K"], TensorProto.DOUBLE),
+            "log_q_z": (["N", "K"], TensorProto.DOUBLE),
         },
     )
 
@@ -253,15 +253,15 @@ def _decoder(ppca: Ppca) -> bytes:
     return g.build({"z": ["M", ppca.latent_dim]}, outputs)
 
 
-def _density(ppca: Ppca) -> bytes:
+def _joint(ppca: Ppca) -> bytes:
     g, image = GraphBuilder(), list(ppca.shape)
     scale = g.double("scale")
     target = g.add("Unsqueeze", g.double("target"), np.array([1]))
     deltas = g.add("Div", g.add("Sub", target, g.double("loc")), scale)
     squares = g.add("Mul", g.add("Mul", deltas, deltas), np.array(-0.5))
     log_p = g.add("Sub", g.add("Sub", squares, g.add("Log", scale)), np.array(0.5 * LOG_2PI))
-    g.add("ReduceSum", log_p, np.array([2, 3, 4]), keepdims=0, output="log_p_x")
-    g.single(log_p, "log_p_x_map")
+    g.add("ReduceSum", log_p, np.array([2, 3, 4]), keepdims=0, output="log_p_x_given_z")
+    g.single(log_p, "log_p_x_given_z_map")
     z = g.double("z")
     log_p_z = g.add("Sub", g.add("Mul", g.add("Mul", z, z), np.array(-0.5)), np.array(0.5 * LOG_2PI))
     g.add("ReduceSum", log_p_z, np.array([2]), keepdims=0, output="log_p_z")
@@ -269,8 +269,8 @@ def _density(ppca: Ppca) -> bytes:
     return g.build(
         {"target": ["N", *image], "z": ["N", "K", ppca.latent_dim], **parameters},
         {
-            "log_p_x": (["N", "K"], TensorProto.DOUBLE),
-            "log_p_x_map": (["N", "K", *image], TensorProto.FLOAT),
+            "log_p_x_given_z": (["N", "K"], TensorProto.DOUBLE),
+            "log_p_x_given_z_map": (["N", "K", *image], TensorProto.FLOAT),
             "log_p_z": (["N", "K"], TensorProto.DOUBLE),
         },
     )

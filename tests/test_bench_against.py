@@ -70,6 +70,7 @@ def test_a_floor_is_met_from_it_on_and_of_sizes_up_to_it():
 def test_the_table_says_how_many_floors_are_missed():
     met = Line("one", 1, 0.5, 0.4, 0.6, "2/s", "1/s", floor=0.5, aim=0.6)
     table = markdown([met, replace(met, name="two", value=0.3), replace(met, name="three", floor=None)], FACTS)
+    assert f"`make bench-against BASE=<checkout of {FACTS['old_commit']}>`\n" in table
     assert "1 of 2 floors missed" in table
     assert "| one | 1 | 0.50 (0.40–0.60) | ≥ 0.50 | ≥ 0.60 | met | 2/s | 1/s |" in table
     assert "| two | 1 | 0.30 (0.40–0.60) | ≥ 0.50 | ≥ 0.60 | **missed** |" in table

@@ -5,7 +5,7 @@ import pytest
 
 from bench.training_loop import BareLoop, Clock, WholeLoop, in_turn, measure, random_images, ratios, variants
 from training.config import load_config
-from training.fitting import fit
+from training.fitting import trainer
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_skipped_updates_are_no_result(tiny, tmp_path):
 
 
 def test_every_part_is_watched_in_the_loop_that_has_it(tiny):
-    before = {name: getattr(fit, name) for name in ("to_unit", "derived_seed", "objective", "learning_rate")}
+    before = {name: getattr(trainer, name) for name in ("to_unit", "derived_seed", "objective", "learning_rate")}
     result = measure(tiny, rounds=2, steps=20, clocked=1)
     for kind in ("wall", "cpu"):
         assert 0 < result[f"loop / bare, {kind}"]["median"] < 10
@@ -79,7 +79,7 @@ def test_every_part_is_watched_in_the_loop_that_has_it(tiny):
     ours = ("data indexing", "order of the epoch", "seeding", "learning rate and β", "Fabric", "skip accounting")
     ours = {*ours, "averaging", "sums of metrics", "journal", "pause"}
     assert {name for name, part in parts.items() if not part["bare"]} == ours
-    assert before == {name: getattr(fit, name) for name in before}
+    assert before == {name: getattr(trainer, name) for name in before}
 
 
 def test_variants_are_compared_with_float32(tiny, monkeypatch):

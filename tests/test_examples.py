@@ -20,9 +20,8 @@ def exact(vae, target):
     nodes, weights = (torch.from_numpy(a).float() for a in np.polynomial.hermite_e.hermegauss(40))
 
     def bound(vae, target, noise):
-        statistics = vae.infer(target)
-        z, _ = vae.posterior.sample(statistics, noise)
-        return (log_weights(vae, target, statistics, z) @ (weights / weights.sum()).double()).mean()
+        q = vae.encode(target)
+        return (log_weights(vae, target, q, q.rsample(noise).z) @ (weights / weights.sum()).double()).mean()
 
     return gradient(vae, bound, target, nodes.reshape(1, 40, 1).expand(2, 40, 1))
 

@@ -245,6 +245,7 @@ def test_a_cold_import_of_the_service_loads_neither_torch_nor_training() -> None
         ("service/bundle/extra.py", "import json\n", True),
         ("service/bundle/extra.py", "import training.data\n", False),
         ("service/bundle/extra.py", "def late() -> None:\n    import torch\n", False),
+        ("service/commands/convert.py", "import onnx\n", False),
         ("service/extra.py", "import json\n", False),
         ("service/repository/extra.py", "import service.inference.model\n", True),
         ("service/repository/extra.py", "import service.api.schemas\n", False),

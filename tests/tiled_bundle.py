@@ -10,9 +10,8 @@ import numpy as np
 from service.bundle.files import open_bundle
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.tiled import TiledModel, fit_tails
+from service.inference.tiled import TiledModel, fit_tile_tails, tile_tail_arrays
 from service.pixels import unit_levels
-from service.scores.detectors import to_arrays
 from tests.ppca_bundle import npz, write_ppca_bundle
 
 TILE, STRIDE, LATENT_DIM = 16, 8, 8
@@ -59,7 +58,7 @@ def write_tiled_bundle(root: Path, calibration_n: int = 39, **tiling: Any) -> Pa
     first, _ = _write(root / ".draft", uncalibrated)
     model = Model.load(open_bundle(first), Runtime("cpu"))
     names = model.manifest.scores
-    tails = fit_tails(model.score(crops(10, seed=2), also=names).also)
+    tails = fit_tile_tails(model.score(crops(10, seed=2), also=names).also)
     images = [surface(64, 64, 50_000 + index) for index in range(calibration_n)]
     held_out = TiledModel(model, tails).score(images, also=names).also
 
@@ -67,7 +66,7 @@ def write_tiled_bundle(root: Path, calibration_n: int = 39, **tiling: Any) -> Pa
         manifest["preprocessing"]["tiling"] = rule
         manifest["calibration"] = {"split": SPLIT, "n": calibration_n, "quantiles": {name: {} for name in held_out}}
         files["calibration.npz"] = npz({name: np.sort(scores) for name, scores in held_out.items()})
-        files["tiles.npz"] = npz(to_arrays(tails))
+        files["tiles.npz"] = npz(tile_tail_arrays(tails))
 
     return _write(root, calibrated)[0]
 

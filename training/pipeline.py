@@ -27,16 +27,16 @@ from training.data.load import NAMED
 from training.errors import TrainingError
 from training.evaluation.evaluate import evaluate, summary
 from training.export.calibrate import calibrate, images_to_score, suspects
+from training.export.divergence import refuse_diverged
 from training.export.provenance import commit, machine, versions
 from training.export.staging import export
 from training.fitting.checkpoint import FILE as CHECKPOINT
 from training.fitting.checkpoint import load_checkpoint
-from training.fitting.corruption import CorruptionTrainer, check_corruption
+from training.fitting.corruption import CorruptionTraining, check_corruption
 from training.fitting.data_defaults import DATA_DEFAULTS, adapted, as_before
-from training.fitting.divergence import refuse_diverged
-from training.fitting.fit import Fitted, fit, make_fabric
-from training.fitting.interrupts import Interrupt
-from training.fitting.threads import set_threads
+from training.fitting.devices import make_fabric, set_threads
+from training.fitting.fit import Fitted, fit
+from training.fitting.loop import standing
 from training.publishing import publish
 from training.reporting.card import duration
 from training.reporting.report import report
@@ -84,16 +84,13 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
 
 def corruption_stage(run: Run, fabric: Fabric, console: Console) -> None:
     """Train, or go on with, the network of the section ``corruption``. Raises CheckpointError."""
-    trainer = CorruptionTrainer(run.config, run.dataset, run.folder, fabric, commit())
-    if trainer.resume():
-        say(console, f"corruption: {trainer.standing}")
-    with progress_bar(console, "corruption", trainer.total_steps) as advance, Interrupt() as interrupt:
-        trainer.run(interrupt, advance)
-    say(
-        console,
-        f"corruption: cross-entropy {trainer.cross_entropy:.4f} nats a pixel on validation, "
-        f"{duration(trainer.seconds)}",
-    )
+    training = CorruptionTraining(run.config, run.dataset, run.folder, fabric, commit())
+    if training.resumed:
+        say(console, f"corruption: {standing(training)}")
+    with progress_bar(console, "corruption", training.total_steps) as advance:
+        training.run(advance)
+    found = f"cross-entropy {training.state.cross_entropy:.4f} nats a pixel on validation"
+    say(console, f"corruption: {found}, {duration(training.state.seconds)}")
 
 
 def _kept(fitted: Fitted) -> str:
@@ -258,7 +255,7 @@ def publish_stage(
 ) -> Path:
     """The bundle under ``root``. Raises ModelDiverged, unless it is to be published anyway."""
     if not publish_anyway:
-        refuse_diverged(run.model, run.dataset, run.config, run.checkpoint)
+        refuse_diverged(run)
     with console.status("publish"):
         path = publish(run, root, version)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -272,7 +269,7 @@ def all_stages(run: Run, root: Path, console: Console, publish_anyway: bool = Fa
     Raises ModelDiverged before any of it, unless the model is to be published anyway.
     """
     if not publish_anyway:
-        refuse_diverged(run.model, run.dataset, run.config, run.checkpoint)
+        refuse_diverged(run)
     if run.is_evaluated:
         say(console, f"evaluate: done before, {run.folder / METRICS}")
     else:

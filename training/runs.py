@@ -35,9 +35,10 @@ from training.errors import CheckpointError, ConfigError, DataError
 from training.fitting.checkpoint import FILE as CHECKPOINT
 from training.fitting.checkpoint import digest_of, load_checkpoint
 from training.fitting.corruption import FILE as CORRUPTION
-from training.fitting.corruption import CorruptionNetwork, describe_corruption, fitted_corruption
+from training.fitting.corruption import describe_corruption, fitted_corruption
 from training.models.base import LatentVariableModel
 from training.models.registry import build_model
+from training.nn.unet import UNet
 
 CONFIG, FIT, METRICS, HISTORY, SCORES = "config.json", "fit.json", "metrics.json", "history.csv", "scores.npz"
 LEFTOVERS = (CHECKPOINT, CORRUPTION, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard", BACKBONE)
@@ -159,7 +160,7 @@ class Run:
         return model.eval()
 
     @cached_property
-    def corruption(self) -> CorruptionNetwork | None:
+    def corruption(self) -> UNet | None:
         """The network of the score ``corruption`` in eval mode, if the run has one. Raises CheckpointError."""
         if self.config.corruption is None:
             return None

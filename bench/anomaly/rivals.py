@@ -21,7 +21,7 @@ from bench.anomaly.task import Inliers
 from service.bundle.input_rules import Preprocessing
 from service.inference.noise import dither
 from training.config import LikelihoodConfig, ModelConfig
-from training.data.batches import to_unit
+from training.data.batches import SplitRows, to_unit
 from training.data.dataset import Dataset
 from training.models.factor import PPCA
 
@@ -66,7 +66,10 @@ class LinearFloor(Detector):
             family="ppca", latent_dim=dimensions, likelihood=LikelihoodConfig(family="gaussian", scale="shared")
         )
         self._model = PPCA(shape, config)
-        self._model.finish(as_dataset(inliers), seed, lambda text: None)
+        dataset = as_dataset(inliers)
+        rows = SplitRows(dataset, dataset.splits["train"])
+        for _ in self._model.finish(rows, rows, seed):
+            pass
         self._model.eval()
 
     def score(self, x: np.ndarray) -> np.ndarray:
@@ -81,8 +84,7 @@ class LinearFloor(Detector):
 
     def _residuals(self, x: np.ndarray) -> np.ndarray:
         target = self._target(x)
-        (loc,) = self._model.infer(target)
-        mean, _ = self._model.parameters_at(loc.float())
+        mean = self._model.decode(self._model.encode(target).loc).mean
         squared: np.ndarray = ((target - mean[:, 0]) ** 2).sum(1).detach().numpy()
         return squared
 

@@ -25,6 +25,7 @@ from service.api.middleware import BodyBudget, BodyLimits, RequestContext
 from service.api.problems import problem
 from service.api.routes import drift as drift_route
 from service.api.routes import health, latents, models, scoring
+from service.api.schemas import Problem
 from service.calibration.drift_monitor import Drift
 from service.inference.batcher import Batcher
 from service.inference.thread_pool import WorkerPool
@@ -75,7 +76,7 @@ def create_app(
         description="Latents, samples and calibrated anomaly scores of latent variable models.",
         lifespan=_lifespan(settings, repository, drift),
         redirect_slashes=False,  # its Location would be built from the caller's Host header
-        responses={"4XX": {"description": "application/problem+json", "model": None}},
+        responses={"4XX": {"model": Problem, "description": "problem"}},
         telemetry=_telemetry(),
         dependencies=dependencies,
     )

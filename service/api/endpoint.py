@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.context import PREFIXES, AppContext, Call, Content
 from service.api.headers import header
-from service.api.small_requests import are_few, fits_event_loop
+from service.api.small_requests import fits_event_loop
 from service.errors import InvalidInput
 from service.formats.media_types import PNG
 from service.inference.jobs import Job, RequestReader, Work, finish
@@ -46,11 +46,13 @@ class Verb:
     """A verb of a model: ``work`` answers a call with its validated parameters.
 
     ``rows`` is given for a verb whose requests need no body, and returns how many rows the parameters ask for; a body,
-    which may ask for more, is then read on a worker thread. ``several`` says that the work has more than one job.
+    which may ask for more, is then read on a worker thread. ``asks_for_much`` is True of parameters, for a model of so
+    many numbers a row, that alone ask for work which the event loop must not do. ``several``: it has more than one job.
     """
 
     work: Callable[[Call, Any], Work[Content]]
     rows: Callable[[Any], int] | None = None
+    asks_for_much: Callable[[Any, int], bool] = lambda parameters, numbers: False
     several: bool = False
 
 
@@ -66,7 +68,7 @@ class ResolvedRequest:
         self._context, self._served, self._verb, self._query = context, served, verb, query
         self._numbers = math.prod(served.manifest.preprocessing.shape)
         self._rows = None if verb.rows is None else verb.rows(query)
-        self._needs_thread = _asks_for_much(served, verb, query, self._numbers)
+        self._needs_thread = served.tiled is not None or verb.asks_for_much(query, self._numbers)
         self._readers: OrderedDict[Hashable, RequestReader] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -210,14 +212,3 @@ def _remember(remembered: OrderedDict[Hashable, T], key: Hashable, value: T, max
 def _key(scope: Scope) -> Hashable:
     """Return what a resolved request is remembered by."""
     return scope["method"], scope.get("root_path", ""), scope["path"], scope["query_string"]
-
-
-def _asks_for_much(served: Served, verb: Verb, query: Parameters, numbers: int) -> bool:
-    """True if the parameters alone ask for work that the event loop must not do.
-
-    That is: whole images, many numbers, maps, or random numbers for every row.
-    """
-    names = ("samples", "map", "top_latents") if verb.rows is None else ("draw",)
-    if served.tiled is not None or any(getattr(query, name, 0) for name in names):
-        return True
-    return not are_few(getattr(query, "steps", 0), numbers)

@@ -100,11 +100,10 @@ def repeatable(
 def x_reader(call: Call, strict: bool, x: np.ndarray) -> Callable[[bytes], np.ndarray | None] | None:
     """Return ``read`` of ``repeatable`` for a call whose rows are ``x``; None if there is none for its format."""
     rule = call.rule
-    if not isinstance(rule, Preprocessing):
-        return None
     if call.media_type == OCTETS:
         return partial(_read_octets, x.shape)
     if call.media_type == PNG:  # none for one that was resized, since the next may be larger than is allowed
+        assert isinstance(rule, Preprocessing)
         max_bytes = min(MAX_BODY_BYTES, call.context.settings.max_image_bytes)
         return partial(_read_png, rule, max_bytes) if png_has_model_size(call.body, rule) else None
     return _array_reader(call, x.shape, math.prod(x.shape[1:]), lambda other: read_x(other, strict))

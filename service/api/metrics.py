@@ -217,8 +217,11 @@ class Metrics:
             histogram.observe_all(amounts)
 
     async def follow(self, drift: Drift) -> None:
-        """Set the gauges once every GAUGE_SECONDS until cancelled, for workers that answer no /metrics themselves."""
-        while True:
+        """Set the gauges once every GAUGE_SECONDS until cancelled, for a /metrics that another worker answers.
+
+        A process that serves alone sets them when it is asked, and this returns at once.
+        """
+        while self.folder is not None:
             self.set_gauges(drift)
             await asyncio.sleep(GAUGE_SECONDS)
 
@@ -231,7 +234,7 @@ class Metrics:
                 continue
             self._counted_p_values[name] = state.count
             labels = (name.model, name.version, name.score, name.group)
-            # The tests begin anew with a bundle that replaces another: its p-values come on top.
+            # The monitors begin anew with the app's next lifespan: their p-values come on top.
             self.drift_p_values.labels(*labels).inc(state.count - before if state.count > before else state.count)
             for gauge, value in _drift_values(state, finding).items():
                 self.drift_gauges[gauge].labels(*labels).set(value)

@@ -49,7 +49,6 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         request_id = request_id_of(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
         status, started = 0, time.perf_counter()
 
         async def send_with_headers(message: Message) -> None:
@@ -185,9 +184,18 @@ def route_template(scope: Scope) -> str:
 
 
 def request_id_of(scope: Scope) -> str:
-    """Return the caller's X-Request-ID if it is harmless, else a new id of 32 hexadecimal digits."""
-    given = header(scope, b"x-request-id")
-    return given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+    """Return the id that a request keeps in its state: the caller's X-Request-ID if it is harmless, else a new one."""
+    state = scope.setdefault("state", {})
+    if "request_id" not in state:
+        given = header(scope, b"x-request-id")
+        state["request_id"] = given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
+    request_id: str = state["request_id"]
+    return request_id
+
+
+def new_request_id() -> str:
+    """Return 32 random hexadecimal digits."""
+    return f"{random.getrandbits(128):032x}"
 
 
 def _add_headers(start: Message, request_id: str, path: str) -> None:

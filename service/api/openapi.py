@@ -6,8 +6,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from service.api.schemas import Problem
-
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -64,6 +62,6 @@ PARAMETER_BODY: dict[str, Any] = {
 
 
 def answers(model: type[BaseModel], *media_types: str) -> dict[int | str, dict[str, Any]]:
-    """Describe the responses of a verb: its JSON model, the other media types that Accept can ask for, and problems."""
+    """Describe the responses of a verb: its JSON model, and the other media types that Accept can ask for."""
     binary = {media_type: _BINARY for media_type in media_types if media_type != "application/json"}
-    return {200: {"model": model, "content": binary}, "4XX": {"model": Problem, "description": "problem"}}
+    return {200: {"model": model, "content": binary}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -44,12 +43,8 @@ def problem(
     )
 
 
-def problem_response(status: int, detail: str) -> bytes:
-    """Return the bytes of a whole HTTP response with a problem, for a connection that is closed after it.
-
-    There is no request yet whose id it could repeat, and so it gets an id of its own.
-    """
-    request_id = uuid.uuid4().hex
+def problem_response(status: int, detail: str, request_id: str) -> bytes:
+    """Return the bytes of a whole HTTP response with a problem, for a connection that is closed after it."""
     response = problem(status, detail, request_id, {"x-request-id": request_id, "connection": "close"})
     head = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode() + head + b"\r\n" + bytes(response.body)

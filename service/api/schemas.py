@@ -268,7 +268,7 @@ class DriftAnswer(Answer):
     group: str | None = Field(description="of the calibration, null: all its images")
     worker: int | None = Field(description="number of the worker whose rows these are, null where one process serves")
     n: int = Field(description="held-out inliers of the calibration")
-    seen: int = Field(description="p-values since the start of this worker, or since this bundle took its place")
+    seen: int = Field(description="p-values since the start of this worker")
     in_window: int = Field(description="how many of them are compared: the most recent ones")
     window: int = Field(description="the most that are compared (setting drift_window)")
     level: float = Field(

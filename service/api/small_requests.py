@@ -13,12 +13,10 @@ from service.api.context import Call
 from service.errors import InvalidInput
 from service.formats.arrays import npy_shape
 from service.formats.media_types import JSON, NPY, OCTETS, PNG
-from service.formats.plain_png import IHDR_END, PNG_START
+from service.formats.plain_png import IHDR_END, MAX_CHUNKS, MAX_PIXELS, PNG_START
 
 MAX_BODY_BYTES = 2**16
-MAX_PIXELS = 2**16  # of a PNG by its header, since few bytes can inflate to many pixels
 MAX_ROWS, MAX_NUMBERS = 64, 2**16
-MAX_CHUNKS = 64
 SLOW_TO_WRITE = ("gif", "webp")  # formats of answers, as an Accept header names them
 PNG_CHUNKS = frozenset(
     {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"IDAT", b"IEND"}

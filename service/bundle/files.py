@@ -57,21 +57,28 @@ class Bundle:
         return self.read(self.manifest.graphs[role])
 
     def arrays(self, filename: str) -> dict[str, np.ndarray]:
-        """Read the arrays of one .npz file by name; nothing is unpickled.
+        """Read the arrays of one .npz file by name.
 
-        Raises BundleIntegrityError for a changed file, BundleFormatError for one that is no .npz of plain arrays or
-        unpacks to more than MAX_ARRAYS_BYTES.
+        Raises BundleIntegrityError for a changed file, BundleFormatError as ``npz_arrays``.
         """
-        data = self.read(filename)
-        try:
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-            if size > MAX_ARRAYS_BYTES:
-                raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except NPZ_ERRORS as error:
-            raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
+        return npz_arrays(filename, self.read(filename))
+
+
+def npz_arrays(filename: str, data: bytes) -> dict[str, np.ndarray]:
+    """Read the arrays of the .npz file ``data`` by name; nothing is unpickled.
+
+    Raises BundleFormatError, which names ``filename``, for one that is no .npz of plain arrays or unpacks to more than
+    MAX_ARRAYS_BYTES.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_ARRAYS_BYTES:
+            raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except NPZ_ERRORS as error:
+        raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
 
 
 def find_bundles(root: Path) -> list[Path]:
@@ -102,19 +109,31 @@ def open_bundle(path: Path | str) -> Bundle:
     format_version, or against the schema) and BundleIntegrityError (a file missing, extra, a link, or changed).
     """
     folder = Path(path)
+    data = read_manifest(folder)
+    manifest = parse_manifest(data)
+    for _ in read_files(folder, manifest.files):
+        pass  # each was checked as it was read
+    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest())
+
+
+def read_manifest(folder: Path) -> bytes:
+    """Read the bytes of the bundle's manifest.json, of any format. Raises BundleNotFound, BundleIntegrityError."""
     if not folder.is_dir():
         raise BundleNotFound(f"{folder} is not a folder; a bundle is a folder NAME/VERSION with a {MANIFEST}")
     if not (folder / MANIFEST).exists():
         raise BundleNotFound(f"{folder} holds no {MANIFEST}")
-    present = set(_walk(folder))
-    data = _read_regular(folder, MANIFEST, MAX_MANIFEST_BYTES)
-    manifest = parse_manifest(data)
-    extra = sorted(present - set(manifest.files) - {MANIFEST})
-    if extra:
+    return _read_regular(folder, MANIFEST, MAX_MANIFEST_BYTES)
+
+
+def read_files(folder: Path, records: Mapping[str, FileRecord]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and content of every file that ``records`` lists, each of the listed size and hash.
+
+    Raises BundleIntegrityError (a file missing, extra, a link, or changed).
+    """
+    if extra := sorted(set(_walk(folder)) - set(records) - {MANIFEST}):
         raise BundleIntegrityError(f"files that the manifest does not list: {extra[:10]}; remove them")
-    for name, record in manifest.files.items():
-        _read_checked(folder, name, record)
-    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest())
+    for name, record in records.items():
+        yield name, _read_checked(folder, name, record)
 
 
 def write_bundle(

@@ -35,11 +35,10 @@ def graph_spec(manifest: Manifest, role: Graph) -> GraphSpec:
     if role == "decoder":
         outputs = tuple(_floats(name, "M", *image) for name in ("mean", *names))
         return GraphSpec((_floats("z", "M", latent_dim),), outputs)
-    if role == "density":
-        return _density_spec(manifest)
+    if role == "joint":
+        return _joint_spec(manifest)
     if role == "observation":
-        parameters = tuple(_floats(name, "M", *image) for name in names)
-        return GraphSpec((*parameters, _floats("noise", "M", *image)), (_floats("sample", "M", *image),))
+        return _observation_spec(manifest)
     if role == "backbone":
         return _backbone_spec(manifest)
     if role == "corruption":
@@ -54,27 +53,36 @@ def _floats(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name, "float32", shape)
 
 
-def _nats(name: str) -> TensorSpec:
-    """Describe log densities by row and sample, in nats."""
-    return TensorSpec(name, "float64", ("N", "K"))
+def _doubles(name: str, samples: int | str) -> TensorSpec:
+    """Describe numbers by row and sample in float64: log densities in nats, or minus a reconstruction error."""
+    return TensorSpec(name, "float64", ("N", samples))
 
 
 def _encoder_spec(manifest: Manifest) -> GraphSpec:
     signature = manifest.signature
     image, latent_dim = signature.shape, signature.latent_dim
     dither = (_floats("dither", "N", *image),) if signature.dither else ()
-    inputs = (_floats("x", "N", *image), _floats("noise", "N", "K", signature.noise_dim), *dither)
-    posterior = (_floats("loc", "N", latent_dim), _floats("scale", "N", latent_dim))
-    sample = (_floats("z", "N", "K", latent_dim), _nats("log_q"))
-    return GraphSpec(inputs, (_floats("target", "N", *image), *posterior, *sample))
+    samples: int | str = "K" if signature.noise_dim else 1
+    noise = (_floats("noise", "N", samples, signature.noise_dim),) if signature.noise_dim else ()
+    target, posterior = _floats("target", "N", *image), (_floats(name, "N", latent_dim) for name in ("loc", "scale"))
+    sample = (_floats("z", "N", samples, latent_dim), _doubles("log_q_z", samples))
+    return GraphSpec((_floats("x", "N", *image), *noise, *dither), (target, *posterior, *sample))
 
 
-def _density_spec(manifest: Manifest) -> GraphSpec:
+def _joint_spec(manifest: Manifest) -> GraphSpec:
     image, latent_dim = manifest.signature.shape, manifest.signature.latent_dim
     inputs = (_floats("target", "N", *image), _floats("z", "N", "K", latent_dim))
     parameters = tuple(_floats(name, "N", "K", *image) for name in manifest.likelihood.parameters)
-    outputs = (_nats("log_p_x"), _floats("log_p_x_map", "N", "K", *image), _nats("log_p_z"))
+    fit = manifest.likelihood.fit_output
+    outputs = (_doubles(fit, "K"), _floats(f"{fit}_map", "N", "K", *image), _doubles("log_p_z", "K"))
     return GraphSpec((*inputs, *parameters), outputs)
+
+
+def _observation_spec(manifest: Manifest) -> GraphSpec:
+    image, likelihood = manifest.signature.shape, manifest.likelihood
+    parameters = tuple(_floats(name, "M", *image) for name in likelihood.parameters)
+    noise = () if likelihood.observation_noise == "none" else (_floats("noise", "M", *image),)
+    return GraphSpec((*parameters, *noise), (_floats("sample", "M", *image),))
 
 
 def _backbone_spec(manifest: Manifest) -> GraphSpec:

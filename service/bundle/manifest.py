@@ -10,8 +10,9 @@ from pydantic import Field, ValidationError, model_validator
 from service.bundle.input_rules import Backbone, InputRule, Sha256, StrictModel
 from service.errors import BundleFormatError
 
-FORMAT_VERSION: Final = 4
-READABLE_VERSIONS: Final = (1, 2, 3, 4)
+FORMAT_VERSION: Final = 5
+CONVERTIBLE_VERSIONS: Final = (3, 4)
+"""Earlier formats that ``vaeserve convert`` turns into this one."""
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 CALIBRATION = "calibration.npz"
@@ -21,7 +22,7 @@ TILES = "tiles.npz"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?$")]
-Graph = Literal["encoder", "decoder", "density", "observation", "prior", "backbone", "corruption"]
+Graph = Literal["encoder", "decoder", "joint", "observation", "prior", "backbone", "corruption"]
 LikelihoodEstimator = Literal["elbo", "iwae", "reconstruction", "rate"]
 FittedEstimator = Literal[
     "typicality", "complexity", "debiased", "path", "latent", "residual", "peak", "statistics", "combination"
@@ -41,7 +42,9 @@ class Signature(StrictModel):
         description="(C, H, W) of an image, (1, 1, D) of a vector, (C, 1, T) of a signal, or a backbone's features"
     )
     latent_dim: int = Field(ge=1)
-    noise_dim: int = Field(ge=1, description="standard normal numbers that one posterior sample takes (E)")
+    noise_dim: int = Field(
+        ge=0, description="standard normal numbers that one posterior sample takes (E); 0 of a deterministic encoder"
+    )
     dither: bool = False
 
 
@@ -71,7 +74,7 @@ class Posterior(StrictModel):
 
     ``exact``: mean and marginal standard deviation. ``base``: the image of the base distribution's mean, and the base's
     deviation (flows and ladders of latents). ``point``: the encoder is a function, ``scale`` is 0 and every z is loc;
-    there is nothing to draw, and no rate.
+    there is nothing to draw (signature.noise_dim is 0), and no rate.
     """
 
     family: str = "diagonal_gaussian"
@@ -84,16 +87,22 @@ class Likelihood(StrictModel):
     ``measure``: ``counting`` when log p(x) is the log of a probability (binary or 8-bit pixels), ``lebesgue`` when it
     is a density over x as it stands, ``none`` when the model has no likelihood. Bits per dimension of a density over
     pixels in [0, 1] are stated for 8-bit pixels, log2(256) higher; one over other numbers has none.
-    ``pixelwise``: whether log_p_x_map tells how well each place of x is explained; it does not where x and z are each
-    other's image. ``observation_noise``: the distribution that observation.onnx wants of its noise input.
+    ``pixelwise``: whether the joint's map tells how well each place of x is explained; it does not where x and z are
+    each other's image. ``observation_noise``: the distribution that observation.onnx wants of its noise input; ``none``
+    where it has no such input, since x is a function of z.
     """
 
     family: str
     parameters: list[str] = Field(min_length=1)
     measure: Literal["counting", "lebesgue", "none"]
     pixelwise: bool = True
-    observation_noise: Literal["uniform", "standard_normal"]
+    observation_noise: Literal["uniform", "standard_normal", "none"]
     binarisation: Literal["none", "dynamic", "threshold"] = "none"
+
+    @property
+    def fit_output(self) -> str:
+        """Name of the joint's output that says how well z explains x; its values by place are FIT_OUTPUT_map."""
+        return "negative_error" if self.measure == "none" else "log_p_x_given_z"
 
 
 class ScoreDefinition(StrictModel):
@@ -150,10 +159,11 @@ class Tolerance(StrictModel):
 class Reference(StrictModel):
     """reference.npz: fixed inputs and the outputs that the trainer saw, named ``graph.output``.
 
-    Inputs: ``x`` [N,C,H,W], ``noise`` [N,K,E], ``dither`` [N,C,H,W] (if signature.dither), ``observation_noise``
-    [N·K,C,H,W] (optional). Outputs have their graph's shapes with M = N·K: the decoder's input is ``encoder.z``, the
-    density's ``encoder.target``, ``encoder.z`` and the decoder's parameters, the observation's those parameters and
-    ``observation_noise``, so each graph is judged by itself. Every output of encoder, decoder and density is there.
+    Inputs: ``x`` [N,C,H,W], ``noise`` [N,K,E] (if E > 0), ``dither`` [N,C,H,W] (if signature.dither),
+    ``observation_noise`` [N·K,C,H,W] (with ``observation.sample``, which is optional, if it takes noise). Outputs have
+    their graph's shapes with M = N·K: the decoder's input is ``encoder.z``, the joint's ``encoder.target``,
+    ``encoder.z`` and the decoder's parameters, the observation's those parameters and ``observation_noise``, so each
+    graph is judged by itself. Every output of encoder, decoder and joint is there.
     With a backbone ``x`` are features, and ``backbone_x`` the N images that ``backbone.features`` are of.
     With a corruption graph also ``corruption.log_odds`` [N,H,W], of ``x``.
     With a prior graph also ``prior_noise`` [M,P] and ``prior_choice`` [M] (if prior.choice), of an M of their own, and
@@ -192,7 +202,7 @@ class Manifest(StrictModel):
     ``none``: the model has no likelihood (autoencoders, PCA), and scores by reconstruction alone.
     """
 
-    format_version: Literal[1, 2, 3, 4] = FORMAT_VERSION
+    format_version: Literal[5] = FORMAT_VERSION
     name: Name
     version: Version
     family: str = Field(description="vae, ppca, …: shown, never branched on")
@@ -229,10 +239,19 @@ class Manifest(StrictModel):
         if self.signature.shape != self.modelled.shape:
             whose = "backbone's" if self.backbone else "preprocessing's"
             raise ValueError(f"signature.shape {self.signature.shape} is not {whose} {self.modelled.shape}")
+        self._check_noise()
         self._check_evidence()
         self._check_scores()
         self._check_files()
         return self
+
+    def _check_noise(self) -> None:
+        noise_dim, moments = self.signature.noise_dim, self.posterior.moments
+        if (noise_dim == 0) != (moments == "point"):
+            raise ValueError(
+                f"signature.noise_dim is {noise_dim} with posterior.moments {moments!r}: expected 0 of a point, which "
+                "leaves nothing to draw, and at least 1 of any other posterior"
+            )
 
     def _check_evidence(self) -> None:
         measure = self.likelihood.measure
@@ -261,7 +280,7 @@ class Manifest(StrictModel):
                 raise ValueError(f"scores.{name} is of {wrong}, expected single scores of this bundle")
 
     def _check_files(self) -> None:
-        missing = {"encoder", "decoder", "density"} - set(self.graphs)
+        missing = {"encoder", "decoder", "joint"} - set(self.graphs)
         if self.prior.noise_dim is not None and "prior" not in self.graphs:
             missing.add("prior")
         if missing:
@@ -288,20 +307,40 @@ def parse_manifest(data: bytes) -> Manifest:
 
     Raises BundleFormatError for invalid JSON, another format_version, and anything against the schema.
     """
-    try:
-        document = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    except (ValueError, RecursionError) as error:
-        raise BundleFormatError(f"{MANIFEST} is not valid JSON: {error}") from error
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if type(version) is not int or version not in READABLE_VERSIONS:
-        raise BundleFormatError(
-            f"format_version is {version!r}, this vaeserve reads {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}: "
-            "export the bundle again, or install the vaeserve that wrote it"
-        )
+    _check_version(format_version(read_document(data)))
     try:
         return Manifest.model_validate_json(data, strict=True)
     except ValidationError as error:
         raise BundleFormatError(f"{MANIFEST} violates the schema: {_describe(error)}") from error
+
+
+def read_document(data: bytes) -> Any:
+    """Read the bytes of a manifest.json of any format: no duplicate keys, no NaN. Raises BundleFormatError."""
+    try:
+        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as error:
+        raise BundleFormatError(f"{MANIFEST} is not valid JSON: {error}") from error
+
+
+def format_version(document: Any) -> object:
+    """Return what a manifest.json of any format states as its format_version, None where it states nothing."""
+    return document.get("format_version") if isinstance(document, dict) else None
+
+
+def _check_version(version: object) -> None:
+    """Raise BundleFormatError, which says what to do, unless it is this format's version."""
+    if type(version) is int and version == FORMAT_VERSION:
+        return
+    if version in CONVERTIBLE_VERSIONS:
+        raise BundleFormatError(
+            f"format_version is {version!r}, this vaeserve reads {FORMAT_VERSION}: rewrite the bundle by "
+            "`vaeserve convert BUNDLE`, where BUNDLE is the folder that holds manifest.json"
+        )
+    raise BundleFormatError(
+        f"format_version is {version!r}, this vaeserve reads {FORMAT_VERSION} and converts "
+        f"{' and '.join(map(str, CONVERTIBLE_VERSIONS))}, no other: export the bundle again, or install the vaeserve "
+        "that wrote it"
+    )
 
 
 def schema_text() -> str:

@@ -118,10 +118,6 @@ class Calibrator:
         """
         return len(self._calibration(score_name, group))
 
-    def min_p_value(self, score_name: str, group: str | None = None) -> float:
-        """Return the smallest p-value that n calibration scores can give, 1/(n + 1). Raises as ``n`` does."""
-        return 1.0 / (self.n(score_name, group) + 1.0)
-
     def p_values(self, score_name: str, scores: np.ndarray, groups: Sequence[str | None] | None = None) -> np.ndarray:
         """Return the p-value (1 + #{calibration ≥ s}) / (n + 1) of each score s, float64 [N] in (0, 1].
 
@@ -200,26 +196,6 @@ def p_values_from_counts(at_least: np.ndarray, n: int) -> np.ndarray:
     """Return (1 + at_least) / (n + 1), float64 [N], for counts #{calibration ≥ s} among n calibration scores."""
     p: np.ndarray = (1.0 + at_least) / (n + 1.0)
     return p
-
-
-def smoothed_p_values(calibration: np.ndarray, scores: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """Return randomised p-values of scores s, float64 [N] in (0, 1] (Vovk et al. 2005, eq. 2.20), with U ~ U(0, 1]:
-
-        (#{calibration > s} + U (1 + #{calibration = s})) / (n + 1)
-
-    That of a new inlier is exactly uniform, with ties or without, where ``p_values`` is only never too small. They are
-    for tests of uniformity, since a verdict must not depend on a random draw. Against one fixed calibration the
-    p-values of many inliers are independent, but follow that calibration's law, within O(1/√n) of uniform.
-
-    Args:
-        calibration: ascending, float64 [n].
-        scores: float64 [N], no NaN.
-        random: N draws are taken from it.
-    """
-    above = len(calibration) - np.searchsorted(calibration, scores, side="right")
-    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    u = 1.0 - random.random_sample(np.shape(scores))
-    return (above + u * (1.0 + at_least - above)) / (len(calibration) + 1.0)
 
 
 def _check_key(key: str, scores: dict[str, np.ndarray]) -> None:

@@ -44,8 +44,8 @@ class MonitorState:
         return (1.0 + self.ranks) / (self.n + 1.0)
 
     def share_up_to(self, rate: float) -> float:
-        """Share of the window's p-values ≤ rate; 0 where it holds none."""
-        return float(np.mean(self.p_values <= rate)) if len(self.ranks) else 0.0
+        """Share of the window's p-values ≤ rate; at least one row must have been recorded."""
+        return float(np.mean(self.p_values <= rate))
 
     @property
     def histogram(self) -> list[int]:
@@ -156,15 +156,14 @@ class MonitorName:
 
 
 class MonitorKey(NamedTuple):
-    """The monitor that records rows: its name, its bundle's digest, and its number ``n`` of calibration scores."""
+    """The monitor that records rows: its name, and its number ``n`` of calibration scores."""
 
     name: MonitorName
-    digest: str
     n: int
 
 
 class Drift:
-    """The monitors of this process. Each begins with a score's first row, and anew when another bundle is in its place.
+    """The monitors of this process. Each begins with a score's first row.
 
     ``worker`` is the number of this process among ``workers``, None where it serves alone. Each of them tests at
     ``level`` / ``workers``: by the union bound the probability that any of them alarms falsely is then at most the
@@ -177,30 +176,28 @@ class Drift:
         self.level = level / workers
         self.worker = worker
         self._lock = threading.Lock()
-        self._monitors: dict[MonitorName, tuple[str, DriftMonitor]] = {}
+        self._monitors: dict[MonitorName, DriftMonitor] = {}
 
     def record(self, key: MonitorKey, above: np.ndarray, at_least: np.ndarray) -> None:
         """Record rows by the number of calibration scores > and ≥ each one's score, int64 [N] twice."""
         self._monitor(key).record(above, at_least)
 
     def state(self, key: MonitorKey) -> MonitorState:
-        """Return the state of that monitor, which is empty if it is of another bundle or has recorded nothing."""
+        """Return the state of that monitor, which is empty if it has recorded nothing."""
         with self._lock:
-            digest, monitor = self._monitors.get(key.name, ("", None))
-        if monitor is None or digest != key.digest:
+            monitor = self._monitors.get(key.name)
+        if monitor is None:
             return MonitorState(key.n, 0, np.empty(0, np.int64), 0.0, 0.0)
         return monitor.state()
 
     def __iter__(self) -> Iterator[tuple[MonitorName, MonitorState]]:
         with self._lock:
-            monitors = [(name, monitor) for name, (_, monitor) in self._monitors.items()]
+            monitors = list(self._monitors.items())
         yield from ((name, monitor.state()) for name, monitor in monitors)
 
     def _monitor(self, key: MonitorKey) -> DriftMonitor:
-        """Return the monitor of that key, a new one if there is none yet, or only one of another bundle."""
+        """Return the monitor of that key, a new one if there is none yet."""
         with self._lock:
-            digest, monitor = self._monitors.get(key.name, ("", None))
-            if monitor is None or digest != key.digest:
-                monitor = DriftMonitor(key.n, self.window)
-                self._monitors[key.name] = key.digest, monitor
-            return monitor
+            if key.name not in self._monitors:
+                self._monitors[key.name] = DriftMonitor(key.n, self.window)
+            return self._monitors[key.name]

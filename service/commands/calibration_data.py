@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,9 +16,8 @@ from service.errors import InvalidInput
 from service.formats.images import ImageLimits, decode_whole_image
 from service.formats.tiling import TilePlan
 from service.inference.model import Model
-from service.inference.tiled import TiledModel, fit_tails
+from service.inference.tiled import Tails, TiledModel, fit_tile_tails
 from service.pixels import unit_levels
-from service.scores.detectors import Combination
 from service.scores.fitting import MIN_ROWS, max_held_out_rows
 
 BATCH = 64
@@ -29,7 +28,6 @@ SEED = 0
 Progress = Callable[[int], None]
 """Called with the number of rows or images that were just processed."""
 ScoresByName = dict[str, np.ndarray]
-Tails = Mapping[str, Combination]
 
 
 class CalibrationData(Protocol):
@@ -55,7 +53,7 @@ class CalibrationData(Protocol):
         ...
 
     def scores(self, model: Model, tails: Tails | None, indices: np.ndarray, progress: Progress | None) -> ScoresByName:
-        """Scores by name, float64 [n], of the items at ``indices``; ``tails`` in place of the bundle's own."""
+        """Scores by name, float64 [n], of the items at ``indices``; ``tails`` instead of the bundle's own."""
         ...
 
 
@@ -126,7 +124,7 @@ class WholeImages:
 
     def tails(self, model: Model, indices: np.ndarray, progress: Progress | None) -> Tails:
         tiled = TiledModel(model, {})
-        return fit_tails(
+        return fit_tile_tails(
             _joined(self._scores_of_each(lambda x: tiled.tile_scores(x, model.manifest.scores), indices, progress))
         )
 

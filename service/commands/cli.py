@@ -1,4 +1,4 @@
-"""The command line: ``vaeserve serve | score | calibrate | check | models``, each in a file of its own."""
+"""The command line: ``vaeserve serve | score | calibrate | check | models | convert``, each in a file of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import typer
 from service.commands.calibrate import calibrate
 from service.commands.check import check
 from service.commands.console import exit_on_error
+from service.commands.convert import convert
+from service.commands.environment import REMOVED
 from service.commands.models import models
 from service.commands.score import score
 from service.commands.serve import serve
@@ -27,15 +29,12 @@ app = typer.Typer(
 def autotune() -> None:
     """Refuse this command, which was removed, and name what replaces it."""
     with exit_on_error():
-        raise ConfigurationError(
-            "the command autotune is no more: vaeserve serve --workers auto takes the CPUs allowed, as far as memory "
-            "reaches; --workers N takes N"
-        )
+        raise ConfigurationError(f"the command autotune is no more: vaeserve serve {REMOVED['autotune_file']}")
 
 
 app.command(
     context_settings=ANY_ARGUMENTS,
     help="Serve the bundles of a folder over HTTP (vaeserve serve --help lists every setting).",
 )(serve)
-for command in (models, check, score, calibrate):
+for command in (models, check, score, calibrate, convert):
     app.command()(command)

@@ -45,7 +45,8 @@ def read_settings(flags: Sequence[str]) -> Settings:
     """
     check_environment(os.environ)
     for flag in flags:
-        _refuse_removed(flag.partition("=")[0].removeprefix("--").replace("-", "_"), flag)
+        if flag.startswith("--"):  # else it is the value of the flag before it
+            _refuse_removed(flag.partition("=")[0].removeprefix("--").replace("-", "_"), flag)
     return validated(lambda: CliApp.run(GivenSettings, cli_args=list(flags)))
 
 

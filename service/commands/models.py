@@ -7,17 +7,17 @@ from rich.table import Table
 
 from service.commands.console import MAX_COLUMNS, RepositoryOption, exit_on_error
 from service.commands.environment import settings_with
-from service.errors import ConfigurationError
 
 
 def models(repository: RepositoryOption = None) -> None:
     """List the bundles of a folder."""
-    from service.bundle.files import find_bundles, open_bundle
+    from service.bundle.files import open_bundle
+    from service.repository.model_repository import bundles_of
 
     with exit_on_error():
         root = settings_with(repository=repository).repository
         table = Table("model", "version", "family", "shape", "latents", "score", "calibration", "digest")
-        for path in sorted(find_bundles(root)):
+        for path in bundles_of(root):
             bundle = open_bundle(path)
             manifest = bundle.manifest
             table.add_row(
@@ -30,6 +30,4 @@ def models(repository: RepositoryOption = None) -> None:
                 str(manifest.calibration.n) if manifest.calibration else "none",
                 bundle.digest[:12],
             )
-        if not table.row_count:
-            raise ConfigurationError(f"no bundle under {root}: expected NAME/VERSION/manifest.json")
         Console(width=MAX_COLUMNS).print(table)

@@ -43,7 +43,7 @@ FIELDS = [
     "is_anomaly",
 ]
 TILE_FIELDS = {"tiles": "n", "worst_y": "worst_y", "worst_x": "worst_x"}
-"""Columns of a model of tiles -> fields of service.inference.tiled.TileSummary."""
+"""Columns of a model of tiles -> fields of service.inference.model.TileSummary."""
 
 FURTHER = ("score", "p_value")
 """Fields of each further score, written as columns NAME_score and NAME_p_value."""
@@ -95,8 +95,17 @@ def read_images(
 
 
 def read_tables(files: Sequence[Path], rule: ArrayPreprocessing) -> np.ndarray:
-    """Read the rows of all files together, float32 [n,C,H,W]. Raises InvalidInput for a file with a bad row."""
-    return np.concatenate([_read_table(path, rule) for path in files])
+    """Read the rows of all files together, float32 [n,C,H,W].
+
+    Raises InvalidInput, which names the file, for one that cannot be read or has a bad row.
+    """
+    tables = []
+    for path in files:
+        try:
+            tables.append(_read_table(path, rule))
+        except (InvalidInput, OSError) as error:
+            raise InvalidInput(f"{path}: {error}") from error
+    return np.concatenate(tables)
 
 
 def group_of(path: Path, roots: Sequence[Path]) -> str | None:

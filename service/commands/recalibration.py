@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 
 from service.bundle.files import Bundle, next_version, open_bundle, write_bundle
-from service.bundle.manifest import CALIBRATION, DETECTORS, FORMAT_VERSION, TILES, Manifest, ScoreDefinition
+from service.bundle.manifest import CALIBRATION, DETECTORS, TILES, Manifest, ScoreDefinition
 from service.calibration.conformal import Calibrator, calibration_key
 from service.calibration.contamination import Contamination, contamination, rate_after_trimming, trimmed
 from service.commands.calibration_data import CalibrationData, Progress
 from service.errors import BundleError, InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime
+from service.inference.tiled import tile_tail_arrays
 from service.inference.verification import open_verified
-from service.scores.detectors import Latent, to_arrays
+from service.scores.detectors import Latent
 from service.scores.fitting import COMBINED, fitted_arrays, fitted_definitions
 
 SPLIT = "own rows"
@@ -90,13 +91,13 @@ def recalibrate(
         notes += _refit(bundle, rows.sample(bundle.manifest, fit), manifest, files, progress)
     elif plan.fit_share:
         notes.append(f"{len(rows)} {rows.noun} are too few to fit the scores anew: those of the bundle are kept")
-    manifest |= {"format_version": FORMAT_VERSION, "calibration": None}
+    manifest["calibration"] = None
     files.pop(CALIBRATION, None)
     with _loaded(manifest, files, root) as model:
         tails = rows.tails(model, fit, progress) if n_fit else None
         scores = rows.scores(model, tails, held_out, progress)
     if tails is not None:
-        files[TILES] = _npz(to_arrays(tails))
+        files[TILES] = _npz(tile_tail_arrays(tails))
     default = manifest["default_score"]
     suspects = contamination(scores[default])
     kept, removed = _trimmed(scores, suspects, plan)
@@ -184,9 +185,7 @@ def _fitted(
     """
     model = Model.load(bundle, Runtime("cpu"))
     definitions = bundle.manifest.scores | fitted_definitions(bundle.manifest)
-    stored_codes = [
-        detector.arrays["reference"] for detector in model.detectors.values() if isinstance(detector, Latent)
-    ]
+    stored_codes = [detector.reference for detector in model.detectors.values() if isinstance(detector, Latent)]
     # The combination is fitted to the second half of x, whose codes must not find themselves as neighbours.
     first = x[: (len(x) + 1) // 2]
     return definitions, fitted_arrays(model, definitions, x, first, stored_codes[0] if stored_codes else None, progress)

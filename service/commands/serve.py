@@ -8,12 +8,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import typer
 
-from service.commands.console import ERROR, exit_on_error
+from service.commands.console import exit_on_error
 from service.commands.environment import read_settings
 from service.errors import ConfigurationError
 from service.resources import available_cpus, available_memory, fitting_workers, freeze_gc
@@ -52,7 +52,7 @@ def _choose_workers(settings: Settings) -> Settings:
 
 
 def _serve_alone(settings: Settings) -> None:
-    """Serve in this process until told to stop; exit with code 1 if it cannot start."""
+    """Serve in this process until told to stop. Where it cannot listen, uvicorn logs why, and exits with code 3."""
     from service.api.app import create_app
     from service.logs import get_logger
     from service.repository.model_repository import load_repository
@@ -61,12 +61,8 @@ def _serve_alone(settings: Settings) -> None:
     server = DrainingServer(create_app(settings, load_repository(settings)), settings)
     get_logger().info("starting", host=settings.host, port=settings.port, device=settings.device)
     freeze_gc()
-    try:
+    with suppress(KeyboardInterrupt):
         server.run()
-    except KeyboardInterrupt:
-        return
-    if not server.started:
-        raise typer.Exit(ERROR)
 
 
 def _serve_with_workers(settings: Settings) -> None:

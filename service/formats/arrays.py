@@ -6,6 +6,7 @@ import ast
 import math
 import re
 import struct
+import threading
 from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
@@ -28,6 +29,7 @@ STRUCT_CODES: dict[type, str] = {int: "qd", float: "d"}
 """Formats of ``struct`` to try for a list of numbers, by the type of its first: q is int64, d is float64."""
 _SIZE_BYTES = {(1, 0): 2, (2, 0): 4}  # format version -> bytes of the header's length
 _DTYPES = re.compile(r"[<>=|]?(u1|f2|f4|f8)")
+_PARSER = threading.Lock()  # CPython 3.11 counts the depth of all threads' syntax trees together: a SystemError
 DType = Literal["uint8", "float32"]
 
 
@@ -81,7 +83,8 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 @lru_cache(maxsize=64)
 def _parse_header(text: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
-        header = ast.literal_eval(text.strip())
+        with _PARSER:
+            header = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise InvalidInput("no npy file: its header cannot be read") from error
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:

@@ -18,7 +18,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 """First bytes of every PNG: the signature, then length and name of chunk IHDR, whose first field is the width."""
 IHDR_END = len(PNG_START) + 13 + 4
 """Offset of the second chunk."""
-MAX_PIXELS = 2**16
+MAX_PIXELS = 2**16  # by the header, since few bytes can inflate to many pixels
 MAX_CHUNKS = 64
 MODES = {(8, 0, 0, 0, 0): "L", (8, 2, 0, 0, 0): "RGB"}
 """Pillow's mode by bit depth, colour type, compression, filter method and interlacing (PNG specification, 11.2.1)."""

@@ -113,7 +113,7 @@ def providers_of(provider: str) -> list[str | tuple[str, dict[str, str]]]:
 def _gpu_instruction() -> str:
     providers = ", ".join(ort.get_available_providers())
     return (
-        "install the gpu extra in place of the cpu one (pip uninstall onnxruntime, then pip install 'vaeserve[gpu]') "
+        "install the gpu extra instead of the cpu one (pip uninstall onnxruntime, then pip install 'vaeserve[gpu]') "
         f"and check the NVIDIA driver, or ask for device cpu. Providers here: {providers}"
     )
 

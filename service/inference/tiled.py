@@ -12,8 +12,8 @@ allows for the number of tiles as if they were independent, ``top`` looks at a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -22,10 +22,11 @@ from service.bundle.input_rules import Preprocessing, Tiling
 from service.bundle.manifest import TILES, Manifest, ScoreDefinition
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.formats.tiling import Stitcher, TilePlan
-from service.inference.model import Model, Scores
+from service.inference.model import Model, Scores, TileSummary, join_scores
 from service.pixels import unit_levels
-from service.scores.detectors import Combination
+from service.scores.detector_arrays import Arrays, by_score, keyed
 from service.scores.maps.anomaly_map import MapKind
+from service.scores.tail import Tail, fit_tails, tail_arrays, tails_from_arrays
 
 AT_ONCE = 64
 """Tiles that are cut out and given to the model together."""
@@ -38,64 +39,15 @@ MAX_SURPRISAL = 600.0
 MIN_SURPRISAL = 1e-9
 """Nats given to a tile that scores below every held-out one: its p is 1, and log(1 − p) would be infinite."""
 
-Tails = Mapping[str, Combination]
-"""Tail probabilities of one tile's score, by score name: each is a combination of that score alone."""
-
-
-class TileSummary(NamedTuple):
-    """The number of an image's tiles, and the upper left corner in pixels and the score of the highest-scoring one."""
-
-    n: int
-    worst_y: int
-    worst_x: int
-    worst_score: float
-
-
-class TiledScores(NamedTuple):
-    """Scores of N images of any sizes: the fields of service.inference.model.Scores, and each image's ``tiles``.
-
-    ``score`` and those of ``also`` are aggregates; elbo, log_likelihood, rate, distortion and bits_per_dim are means
-    over the tiles, and so are ``latents``; standard_error is NaN. ``map``: one of each image, float32 [h,w], blended
-    where tiles overlap.
-    """
-
-    score: np.ndarray
-    elbo: np.ndarray
-    log_likelihood: np.ndarray
-    rate: np.ndarray
-    distortion: np.ndarray
-    bits_per_dim: np.ndarray
-    standard_error: np.ndarray
-    k: int
-    map: list[np.ndarray] | None
-    latents: np.ndarray | None
-    also: dict[str, np.ndarray]
-    tiles: list[TileSummary]
-
-
-class _Options(NamedTuple):
-    """Arguments of Model.score that ask for more than scores."""
-
-    maps: bool
-    map_kind: MapKind | None
-    latents: bool
-
-
-class _ImageScores(NamedTuple):
-    """One image's aggregated scores and its means, by name, its map, its latents and its tiles."""
-
-    scores: dict[str, float]
-    means: dict[str, float]
-    map: np.ndarray | None
-    latents: np.ndarray | None
-    tiles: TileSummary
+Tails = Mapping[str, Tail]
+"""Tails of one tile's scores, by score name."""
 
 
 class TiledModel:
     """A model whose manifest says ``tiling``. Safe to call from several threads."""
 
     def __init__(self, model: Model, tails: Tails | None = None) -> None:
-        """``tails``: in place of the bundle's own, while these are being fitted."""
+        """``tails``: instead of the bundle's own, while these are being fitted."""
         rule = model.manifest.preprocessing
         assert isinstance(rule, Preprocessing)
         assert rule.tiling is not None
@@ -114,27 +66,20 @@ class TiledModel:
         also: Mapping[str, ScoreDefinition] | None = None,
         map_kind: MapKind | None = None,
         latents: bool = False,
-    ) -> TiledScores:
+    ) -> Scores:
         """Scores of whole images [C,h,w], uint8 or float32 in [0, 1], by one of the bundle's definitions.
 
         The other arguments are those of Model.score. Raises as Model.score; also InvalidInput for an image smaller than
         a tile, and for a definition that is not the bundle's own where the aggregate needs the tail of its tiles'
         scores, and UnsupportedVerb where that tail was never fitted.
         """
-        main, further = definition or self.model.manifest.scores[self.model.manifest.default_score], also or {}
-        tails = {name: self._tail(scored_by) for name, scored_by in {MAIN: main, **further}.items()}
-        options = _Options(maps, map_kind, latents)
-        scored = [self._score(image, main, further, options, tails) for image in images]
-        return TiledScores(
-            score=np.array([image.scores[MAIN] for image in scored]),
-            **{name: np.array([image.means[name] for image in scored]) for name in MEANS},
-            standard_error=np.full(len(scored), np.nan),
-            k=main.k,
-            map=[cast(np.ndarray, image.map) for image in scored] if maps else None,
-            latents=np.stack([cast(np.ndarray, image.latents) for image in scored]) if latents else None,
-            also={name: np.array([image.scores[name] for image in scored]) for name in further},
-            tiles=[image.tiles for image in scored],
-        )
+        main = definition or self.model.manifest.scores[self.model.manifest.default_score]
+        tails = {name: self._tail(scored_by) for name, scored_by in {MAIN: main, **(also or {})}.items()}
+
+        def score_tiles(tiles: np.ndarray) -> Scores:
+            return self.model.score(tiles, main, maps, also, map_kind, latents)
+
+        return join_scores([self._score(image, score_tiles, tails, maps) for image in images])
 
     def tile_scores(self, image: np.ndarray, definitions: Mapping[str, ScoreDefinition]) -> dict[str, np.ndarray]:
         """Scores of an image's tiles, float64 [tiles] by name, in the plan's order. Raises InvalidInput."""
@@ -145,34 +90,41 @@ class TiledModel:
     def _score(
         self,
         image: np.ndarray,
-        main: ScoreDefinition,
-        also: Mapping[str, ScoreDefinition],
-        options: _Options,
-        tails: Mapping[str, Combination | None],
-    ) -> _ImageScores:
-        """The scores of one image [C,h,w], a batch of tiles at a time."""
+        score_tiles: Callable[[np.ndarray], Scores],
+        tails: Mapping[str, Tail | None],
+        maps: bool,
+    ) -> Scores:
+        """The scores of one image [C,h,w], a batch of tiles at a time; ``tails``: of the main score and of the others.
+
+        Maps are stitched as they come: those of all tiles are not in memory at once.
+        """
         plan = self.plan(image)
-        stitcher = Stitcher(plan) if options.maps else None
+        stitcher = Stitcher(plan) if maps else None
         parts: list[Scores] = []
         for tiles in _batches(plan, image):
-            scored = self.model.score(tiles, main, options.maps, also, options.map_kind, options.latents)
+            scored = score_tiles(tiles)
             if stitcher is not None:
                 stitcher.add(cast(np.ndarray, scored.map))
             parts.append(scored._replace(map=None))
-        scores = {MAIN: np.concatenate([part.score for part in parts])}
-        scores |= {name: np.concatenate([part.also[name] for part in parts]) for name in also}
-        worst = int(np.argmax(scores[MAIN]))
-        return _ImageScores(
-            {name: aggregate(of_tiles, plan, self.tiling, tails[name]) for name, of_tiles in scores.items()},
-            {name: float(np.concatenate([getattr(part, name) for part in parts]).mean()) for name in MEANS},
-            stitcher.stitched() if stitcher else None,
-            np.concatenate([cast(np.ndarray, part.latents) for part in parts]).mean(axis=0)
-            if options.latents
-            else None,
-            TileSummary(len(plan), *plan.corner(worst), float(scores[MAIN][worst])),
+        return self._of_image(join_scores(parts), plan, tails)._replace(map=[stitcher.stitched()] if stitcher else None)
+
+    def _of_image(self, of_tiles: Scores, plan: TilePlan, tails: Mapping[str, Tail | None]) -> Scores:
+        """Make the scores of all tiles of an image, without maps, those of the image: one row."""
+        worst = int(np.argmax(of_tiles.score))
+        aggregates = {
+            name: np.array([aggregate(scores, plan, self.tiling, tails[name])])
+            for name, scores in {MAIN: of_tiles.score, **of_tiles.also}.items()
+        }
+        return of_tiles._replace(
+            score=aggregates.pop(MAIN),
+            **{name: getattr(of_tiles, name).mean(keepdims=True) for name in MEANS},
+            standard_error=np.full(1, np.nan),
+            latents=None if of_tiles.latents is None else of_tiles.latents.mean(axis=0, keepdims=True),
+            also=aggregates,
+            tiles=[TileSummary(len(plan), *plan.corner(worst), float(of_tiles.score[worst]))],
         )
 
-    def _tail(self, definition: ScoreDefinition) -> Combination | None:
+    def _tail(self, definition: ScoreDefinition) -> Tail | None:
         """The tail of the definition's tile scores, or None where the aggregate needs none. Raises as ``score``."""
         if self.tiling.aggregate != "maximum":
             return None
@@ -188,13 +140,13 @@ class TiledModel:
         return self._tails[name]
 
 
-def aggregate(scores: np.ndarray, plan: TilePlan, tiling: Tiling, tail: Combination | None) -> float:
+def aggregate(scores: np.ndarray, plan: TilePlan, tiling: Tiling, tail: Tail | None) -> float:
     """The image's score from its tiles' scores, float64 [tiles] in any order (service.bundle.input_rules.Tiling)."""
     ordered = np.sort(scores)[::-1]
     if tiling.aggregate == "top":
         return float(ordered[: max(1, round(tiling.share * len(ordered)))].mean())
     assert tail is not None
-    return surprisal_of_maximum(float(tail.score([ordered[:1]])[0]), plan.area_in_tiles)
+    return surprisal_of_maximum(float(tail.surprisal(ordered[:1])[0]), plan.area_in_tiles)
 
 
 def surprisal_of_maximum(surprisal: float, m: float) -> float:
@@ -208,27 +160,27 @@ def surprisal_of_maximum(surprisal: float, m: float) -> float:
     return float(-np.log(m) - np.log(-np.log1p(-np.exp(-bounded)))) + max(surprisal - MAX_SURPRISAL, 0.0)
 
 
-def fit_tails(scores: Mapping[str, np.ndarray]) -> dict[str, Combination]:
+def fit_tile_tails(scores: Mapping[str, np.ndarray]) -> dict[str, Tail]:
     """Fit the tails of tiles' scores to those of held-out inliers, float64 [n] by name."""
-    return {name: Combination.fit(values[:, None]) for name, values in scores.items()}
+    return {name: fit_tails(values[:, None])[0] for name, values in scores.items()}
 
 
-def load_tails(bundle: Bundle) -> dict[str, Combination]:
+def tile_tail_arrays(tails: Tails) -> Arrays:
+    """Arrays of the tails as tiles.npz holds them, by the key "SCORE/PARAMETER"."""
+    return keyed({name: tail_arrays([tail]) for name, tail in tails.items()})
+
+
+def load_tails(bundle: Bundle) -> dict[str, Tail]:
     """Read the tails from the bundle's tiles.npz, by score name; none where the file is missing.
 
     Raises BundleFormatError for arrays that are not those of the manifest's scores.
     """
     if TILES not in bundle.manifest.files:
         return {}
-    by_score: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in bundle.arrays(TILES).items():
-        name, _, parameter = key.rpartition("/")
-        if array.dtype != np.float64 or not np.isfinite(array).all():
-            raise BundleFormatError(f"{TILES}: {key} is not finite float64")
-        by_score.setdefault(name, {})[parameter] = array
-    if unknown := sorted(set(by_score) - set(bundle.manifest.scores)):
+    stored = by_score(bundle.arrays(TILES))
+    if unknown := sorted(stored.keys() - bundle.manifest.scores.keys()):
         raise BundleFormatError(f"{TILES} holds tails of scores that the manifest does not define: {unknown}")
-    return {name: Combination(arrays, 1, TILES) for name, arrays in by_score.items()}
+    return {name: tails_from_arrays(arrays, 1, TILES)[0] for name, arrays in stored.items()}
 
 
 def is_tiled(manifest: Manifest) -> bool:

@@ -32,7 +32,7 @@ from service.inference.batch_invariance import Arrays
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 
-REPLAYED: tuple[Graph, ...] = ("backbone", "encoder", "decoder", "density", "prior", "corruption")
+REPLAYED: tuple[Graph, ...] = ("backbone", "encoder", "decoder", "joint", "prior", "corruption")
 """Graphs of which reference.npz must hold every output, where the bundle has them."""
 BATCH_SIZES = (1, 2, 5)
 """Rows at once in the replay, beside all of them."""
@@ -170,7 +170,7 @@ def _replay(model: Model) -> dict[str, Parity]:
     reference = model.bundle.arrays(REFERENCE)
     _check_reference(model.manifest, reference)
     result: dict[str, Parity] = {}
-    for role, feeds in _reference_feeds(model.manifest, reference).items():
+    for role, feeds in reference_feeds(model.manifest, reference).items():
         for size in (*BATCH_SIZES, len(next(iter(feeds.values())))):
             for output, value in _in_batches(model, role, feeds, size).items():
                 name = f"{role}.{output}"
@@ -190,7 +190,7 @@ def _in_batches(model: Model, role: Graph, feeds: Arrays, size: int) -> Arrays:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Arrays]:
+def reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Arrays]:
     """Inputs of each graph, by name: the trainer's outputs feed the next graph, so that each is judged by itself."""
     n, k, latent_dim = reference["encoder.z"].shape
     shape = manifest.signature.shape
@@ -198,11 +198,12 @@ def _reference_feeds(manifest: Manifest, reference: Arrays) -> dict[Graph, Array
     feeds: dict[Graph, Arrays] = {
         "encoder": {tensor.name: reference[tensor.name] for tensor in graph_spec(manifest, "encoder").inputs},
         "decoder": {"z": reference["encoder.z"].reshape(n * k, latent_dim)},
-        "density": {"target": reference["encoder.target"], "z": reference["encoder.z"]}
+        "joint": {"target": reference["encoder.target"], "z": reference["encoder.z"]}
         | {name: value.reshape(n, k, *shape) for name, value in parameters.items()},
     }
     if "observation" in manifest.graphs and "observation.sample" in reference:
-        feeds["observation"] = parameters | {"noise": reference["observation_noise"]}
+        takes_noise = manifest.likelihood.observation_noise != "none"
+        feeds["observation"] = parameters | ({"noise": reference["observation_noise"]} if takes_noise else {})
     if "backbone" in manifest.graphs:
         feeds["backbone"] = {"x": reference["backbone_x"]}
     if "corruption" in manifest.graphs:
@@ -220,9 +221,9 @@ def _check_reference(manifest: Manifest, reference: Arrays) -> None:
     missing = sorted(set(specs) - set(reference))
     if missing:
         raise BundleFormatError(f"{REFERENCE} lacks {missing}")
-    if reference["noise"].ndim != 3:
-        raise BundleFormatError(f"{REFERENCE}: noise has shape {reference['noise'].shape}, expected [N,K,E]")
-    n, k = reference["noise"].shape[:2]
+    if reference["encoder.z"].ndim != 3:
+        raise BundleFormatError(f"{REFERENCE}: encoder.z has shape {reference['encoder.z'].shape}, expected [N,K,L]")
+    n, k = reference["encoder.z"].shape[:2]
     sizes = {"N": n, "K": k, "M": n * k}
     for name, tensor in specs.items():
         if name.startswith("prior"):
@@ -256,7 +257,8 @@ def _reference_specs(manifest: Manifest, reference: Arrays) -> dict[str, TensorS
         specs |= {name: tensor._replace(shape=("N", *tensor.shape[1:])) for name, tensor in named.items()}
     if "observation.sample" in reference:
         spec = graph_spec(manifest, "observation")
-        specs |= {"observation_noise": spec.inputs[-1], "observation.sample": spec.outputs[0]}
+        noise = {f"observation_{tensor.name}": tensor for tensor in spec.inputs if tensor.name == "noise"}
+        specs |= noise | {"observation.sample": spec.outputs[0]}
     if "prior" in roles:
         spec = graph_spec(manifest, "prior")
         specs |= {f"prior_{tensor.name}": tensor for tensor in spec.inputs} | {"prior.z": spec.outputs[0]}
@@ -272,8 +274,9 @@ def _check_claims(manifest: Manifest, reference: Arrays) -> None:
     if manifest.posterior.moments == "point" and (reference["encoder.scale"].any() or (z != loc[:, None]).any()):
         raise BundleFormatError(f"{REFERENCE}: posterior.moments is 'point', but scale is not 0 or z not loc")
     if manifest.evidence == "exact":
-        log_w = reference["density.log_p_x"] + reference["density.log_p_z"] - reference["encoder.log_q"]
-        spread, most = float(np.ptp(log_w, axis=1).max()), MAX_SPREAD * _size("density.log_p_x", reference)
+        log_p_x_given_z = reference["joint.log_p_x_given_z"]
+        log_w = log_p_x_given_z + reference["joint.log_p_z"] - reference["encoder.log_q_z"]
+        spread, most = float(np.ptp(log_w, axis=1).max()), MAX_SPREAD * _size("joint.log_p_x_given_z", reference)
         if spread > most:
             raise BundleFormatError(
                 f"{REFERENCE}: evidence is 'exact', but log w spreads over {spread:.3g} nats at one row: "
@@ -282,10 +285,10 @@ def _check_claims(manifest: Manifest, reference: Arrays) -> None:
 
 
 def _size(name: str, reference: Arrays) -> float:
-    """Size that an output's error is relative to: its largest magnitude, for log p(x) that of the terms it sums."""
+    """Size that an output's error is relative to: its largest magnitude, of a sum over places that of its terms."""
     values = np.abs(reference[name])
-    if name == "density.log_p_x":
-        values = np.abs(reference["density.log_p_x_map"]).sum(axis=(-3, -2, -1), dtype=np.float64)
+    if (by_place := reference.get(f"{name}_map")) is not None:
+        values = np.abs(by_place).sum(axis=(-3, -2, -1), dtype=np.float64)
     return max(1.0, float(values.max()))
 
 

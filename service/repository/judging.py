@@ -11,7 +11,6 @@ import numpy as np
 from service.calibration.conformal import p_values_from_counts
 from service.calibration.false_discovery import benjamini_hochberg, min_discoveries, q_values
 from service.inference.model import Scores
-from service.inference.tiled import TiledScores
 from service.repository.model_repository import Served
 from service.repository.resolving import ChosenScore, ResolvedScoreRequest, VerdictBasis, resolve_scores
 from service.repository.score_parameters import ScoreParameters
@@ -54,7 +53,7 @@ class Verdicts:
     """Scores of N rows and what the calibration says of them; ``also``: of the further scores, by name."""
 
     chosen: ChosenScore
-    scores: Scores | TiledScores
+    scores: Scores
     calibrated: CalibratedScore
     also: dict[str, CalibratedScore]
 
@@ -79,14 +78,14 @@ def judge(served: Served, x: InputRows, parameters: ScoreParameters, default_rat
     return judge_scores(served, resolved, scorer(served, resolved)(x))
 
 
-def scorer(served: Served, resolved: ResolvedScoreRequest) -> Callable[[Any], Scores | TiledScores]:
+def scorer(served: Served, resolved: ResolvedScoreRequest) -> Callable[[Any], Scores]:
     """The function of rows that computes the resolved scores; of whole images, for a model of tiles."""
-    score: Callable[..., Scores | TiledScores] = (served.tiled or served.model).score
+    score: Callable[..., Scores] = (served.tiled or served.model).score
     definition, options = resolved.chosen.definition, resolved.options
     return lambda rows: score(rows, definition, *options)
 
 
-def judge_scores(served: Served, resolved: ResolvedScoreRequest, scores: Scores | TiledScores) -> Verdicts:
+def judge_scores(served: Served, resolved: ResolvedScoreRequest, scores: Scores) -> Verdicts:
     """Verdicts on ``scores``, which ``scorer`` computed, by the bundle's calibration."""
     parameters = resolved.parameters
     calibrated = _calibrate(served, resolved.chosen.name, scores.score, resolved.basis, parameters)

@@ -27,14 +27,14 @@ class Served:
     """A loaded, verified and warm model beside its calibration, which is empty if the bundle has none.
 
     ``tiled`` is the same model for whole images of any size, or None for a model that is not one of tiles.
-    ``resolved_requests`` keeps what a request's parameters mean, for the next request with the same ones
+    ``resolved_scores`` keeps which scores a request's parameters mean, for the next request with the same ones
     (service.repository.resolving).
     """
 
     model: Model
     calibrator: Calibrator
     tiled: TiledModel | None = None
-    resolved_requests: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    resolved_scores: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def manifest(self) -> Manifest:
@@ -75,7 +75,7 @@ class ModelRepository:
             BundleError: a bundle fails its verification (unless broken ones are skipped).
             ConfigurationError: the configured default model is not among the bundles.
         """
-        paths = [p for p in _bundles_of(self.root) if only is None or f"{p.parent.name}/{p.name}" in only]
+        paths = [p for p in bundles_of(self.root) if only is None or f"{p.parent.name}/{p.name}" in only]
         with ThreadPoolExecutor(available_cpus(), thread_name_prefix="load") as pool:
             for path, loading in [(path, pool.submit(load_bundle, path, self.runtime, pool)) for path in paths]:
                 self._take(path, loading)
@@ -99,7 +99,7 @@ class ModelRepository:
         """Look up a model by its name (None: the default one) and its version (None: the latest).
 
         Raises:
-            ModelNotFound: no such model or version; never another one in its place.
+            ModelNotFound: no such model or version; another one is never taken instead.
         """
         name = self._default() if name is None else name
         versions = self._served.get(name)
@@ -166,7 +166,7 @@ def load_one(settings: Settings, name: str | None = None) -> Served:
         ModelNotFound: no such model, or no default among several.
         BundleError, DeviceUnavailable: see load_bundle and Runtime.
     """
-    paths = _bundles_of(settings.repository)
+    paths = bundles_of(settings.repository)
     names = sorted({path.parent.name for path in paths})
     if name is None and not settings.default_model and len(names) > 1:
         raise ModelNotFound(f"several models are there: {', '.join(names)}; ask for one of them or set default_model")
@@ -178,7 +178,7 @@ def load_one(settings: Settings, name: str | None = None) -> Served:
     return load_bundle(latest, Runtime(settings.device, settings.threads or None))
 
 
-def _bundles_of(root: Path) -> list[Path]:
+def bundles_of(root: Path) -> list[Path]:
     """List the folders of all bundles below ``root``, sorted. Raises BundleNotFound where there is none."""
     paths = sorted(find_bundles(root))
     if not paths:

@@ -12,7 +12,6 @@ import numpy as np
 from service.bundle.manifest import Manifest
 from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.inference.model import Model
-from service.inference.tiled import TiledScores
 from service.repository.judging import CalibratedScore, InputRows, Verdicts
 from service.repository.score_parameters import MapPicture
 from service.scores.corruption import HIGH, LOW
@@ -79,7 +78,7 @@ def result_rows(verdicts: Verdicts) -> list[dict[str, Any]]:
     n = len(scores.score)
     columns["k"] = [scores.k] * n
     columns |= _verdict_columns(verdicts.calibrated, n)
-    if isinstance(scores, TiledScores):
+    if scores.tiles is not None:
         columns["tiles"] = [tiles._asdict() for tiles in scores.tiles]
     rows = _rows_of(columns)
     if verdicts.also:

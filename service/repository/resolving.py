@@ -76,7 +76,7 @@ def resolve_scores(served: Served, parameters: ScoreParameters, default_rate: fl
             false-positive rate.
         UnsupportedVerb: a model of this kind cannot have such a score.
     """
-    remembered = served.resolved_requests.get((parameters, default_rate))
+    remembered = served.resolved_scores.get((parameters, default_rate))
     if remembered is not None:
         return remembered
     if parameters.false_positive_rate is not None and parameters.false_discovery_rate is not None:
@@ -84,9 +84,9 @@ def resolve_scores(served: Served, parameters: ScoreParameters, default_rate: fl
             "false_positive_rate and false_discovery_rate: a verdict is by one or the other, ask for one"
         )
     resolved = _resolve(served, parameters, default_rate)
-    if len(served.resolved_requests) >= MAX_REMEMBERED:
-        served.resolved_requests.clear()
-    served.resolved_requests[parameters, default_rate] = resolved
+    if len(served.resolved_scores) >= MAX_REMEMBERED:
+        served.resolved_scores.clear()
+    served.resolved_scores[parameters, default_rate] = resolved
     return resolved
 
 
@@ -156,7 +156,7 @@ def monitor_key(served: Served, score: str, group: str | None = None) -> Monitor
     # The group as calibration.npz spells it: an accent may be typed in two ways.
     written = calibration_key(score, group).removeprefix(score).removeprefix(SEPARATOR)
     name = MonitorName(served.manifest.name, served.manifest.version, score, written)
-    return MonitorKey(name, served.model.digest, n)
+    return MonitorKey(name, n)
 
 
 def _definition(manifest: Manifest, name: str) -> ScoreDefinition:

@@ -48,7 +48,7 @@ class ScoreParameters(Parameters):
         default=None,
         gt=0,
         lt=1,
-        description="expected share of inliers among the rows of this request that are called anomalous, in place of "
+        description="expected share of inliers among the rows of this request that are called anomalous, instead of "
         "the false-positive rate (Benjamini & Hochberg 1995)",
     )
     group: Group = Field(

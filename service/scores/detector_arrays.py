@@ -29,6 +29,20 @@ ArraySpecs = Mapping[str, ArraySpec]
 DISORDER = {"rising": "does not rise", "not falling": "falls"}
 
 
+def keyed(by_score: Mapping[str, Arrays]) -> Arrays:
+    """Arrays by PARAMETER of each SCORE, as a file holds them: by the key "SCORE/PARAMETER"."""
+    return {f"{name}/{parameter}": array for name, own in by_score.items() for parameter, array in own.items()}
+
+
+def by_score(arrays: Arrays) -> dict[str, Arrays]:
+    """Undo ``keyed``."""
+    found: dict[str, Arrays] = {}
+    for key, array in arrays.items():
+        name, _, parameter = key.rpartition("/")
+        found.setdefault(name, {})[parameter] = array
+    return found
+
+
 def check_arrays(kind: str, arrays: Arrays, specs: ArraySpecs, file: str = DETECTORS) -> None:
     """Raise BundleFormatError unless ``arrays`` fulfil ``specs``, by name.
 

@@ -182,5 +182,5 @@ def _finite_rows(values: np.ndarray) -> np.ndarray:
 def _terms(forward_pass: ForwardPass, definition: ScoreDefinition) -> np.ndarray:
     """The terms that the estimator averages over samples, float64 [N,k], higher for what is less anomalous."""
     if definition.estimator == "rate":
-        return forward_pass.log_p_z - forward_pass.log_q
-    return forward_pass.log_p_x if definition.estimator == "reconstruction" else forward_pass.log_w
+        return forward_pass.log_p_z - forward_pass.log_q_z
+    return forward_pass.log_p_x_given_z if definition.estimator == "reconstruction" else forward_pass.log_w

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,10 +11,11 @@ from service.bundle.capabilities import refusals
 from service.bundle.manifest import FITTED, Manifest, ScoreDefinition
 from service.errors import InvalidInput
 from service.scores.detector_arrays import Arrays
-from service.scores.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent, to_arrays
+from service.scores.detectors import CLASSES, REFERENCE_NUMBERS, Combination, Detector, Latent, is_stretched, to_arrays
 from service.scores.evaluation import ForwardPasses, ScoreEvaluator
 from service.scores.forward_pass import ForwardPass
-from service.scores.maps.anomaly_map import UNIT, AnomalyMap, MapInputs, map_arrays
+from service.scores.maps.anomaly_map import UNIT, AnomalyMap, MapInputs, MapParameters, map_arrays
+from service.scores.tail import fit_tails
 
 COMBINED = "combined"
 PARTS = ("peak", "latent", "statistics", "complexity", "corruption")
@@ -159,9 +160,10 @@ def fitted_arrays(
 
     The arguments are those of ``fit_map`` and ``fit_detectors``. Raises InvalidInput as they do.
     """
-    anomaly_map = fit_map(model, held_out, progress)
+    parameters = fit_map(model, held_out, progress)
+    anomaly_map = None if parameters is None else AnomalyMap(parameters)
     detectors = fit_detectors(model, definitions, held_out, reference, anomaly_map, stored_codes, progress)
-    return to_arrays(detectors) | map_arrays(anomaly_map)
+    return to_arrays(detectors) | map_arrays(parameters)
 
 
 def fit_detectors(
@@ -199,7 +201,7 @@ def fit_detectors(
         if definition.estimator == "combination":
             parts = [definitions[part] for part in definition.of]
             scores = _scores(model, second, parts, FittedScores(definitions, detectors, anomaly_map), progress)
-            detectors[name] = Combination.fit(scores)
+            detectors[name] = Combination(fit_tails(scores))
     return detectors
 
 
@@ -207,24 +209,20 @@ def _fit_by_passes(
     model: FittableModel, fitted: Mapping[str, ScoreDefinition], x: np.ndarray, progress: Progress | None
 ) -> dict[str, Detector | Combination]:
     """Fit the detectors that look at forward passes of x, float32 [n,C,H,W]; each pass is run once."""
+    names_by_pass: dict[tuple[bool, int, int], list[str]] = {}
+    for name, definition in fitted.items():
+        if definition.estimator not in ("combination", "latent", "peak"):
+            key = (is_stretched(definition), definition.k, definition.seed)
+            names_by_pass.setdefault(key, []).append(name)
     detectors: dict[str, Detector | Combination] = {}
-    elsewhere = ("combination", "latent", "peak")
-    single = {name: definition for name, definition in fitted.items() if definition.estimator not in elsewhere}
-    for stretch in (False, True):
-        same_images = {
-            name: definition
-            for name, definition in single.items()
-            if CLASSES[definition.estimator].stretched == stretch
-        }
-        for (k, seed), names in _names_by_pass(same_images).items():
-            passes = list(_forward_passes(model, x, k, seed, stretch, progress))
-            for name in names:
-                kind = CLASSES[single[name].estimator]
-                detectors[name] = kind.fit(passes, single[name], model.manifest)
+    for (stretch, k, seed), names in sorted(names_by_pass.items(), key=lambda item: item[0][0]):
+        passes = [model.forward_pass(rows, k, seed, stretch) for rows in _batches(x, progress)]
+        for name in names:
+            detectors[name] = CLASSES[fitted[name].estimator].fit(passes, fitted[name], model.manifest)
     return detectors
 
 
-def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | None = None) -> AnomalyMap | None:
+def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | None = None) -> MapParameters | None:
     """Fit the anomaly map (service.scores.maps.anomaly_map); None for a model without maps.
 
     ``held_out``: rows as ``fit_detectors`` takes them. Raises InvalidInput for fewer than MIN_ROWS rows.
@@ -234,15 +232,8 @@ def fit_map(model: FittableModel, held_out: np.ndarray, progress: Progress | Non
     if len(held_out) < MIN_ROWS:
         raise InvalidInput(f"{len(held_out)} rows to fit a map on, expected at least {MIN_ROWS}")
     half = (len(held_out) + 1) // 2
-    first, second = (_map_inputs(model, rows, progress) for rows in (held_out[:half], held_out[half:]))
-    return AnomalyMap.fit(first, second, model.manifest)
-
-
-def _map_inputs(model: FittableModel, x: np.ndarray, progress: Progress | None) -> Iterable[MapInputs]:
-    """Inputs of the map for x, float32 [n,C,H,W], a batch at a time."""
-    for start in range(0, len(x), BATCH):
-        yield model.map_inputs(x[start : start + BATCH])
-        _report(progress, len(x[start : start + BATCH]))
+    first, second = (map(model.map_inputs, _batches(rows, progress)) for rows in (held_out[:half], held_out[half:]))
+    return MapParameters.fit(first, second, model.manifest)
 
 
 def _scores(
@@ -254,41 +245,25 @@ def _scores(
 ) -> np.ndarray:
     """Scores of x, float32 [n,C,H,W], by detectors that no bundle holds yet: float64 [n, definitions]."""
     batches = []
-    for start in range(0, len(x), BATCH):
-        rows = x[start : start + BATCH]
+    for rows in _batches(x, progress):
         passes = ForwardPasses(
             lambda x, k, seed, _by_place: model.forward_pass(x, k, seed), rows, definitions, False, model.log_odds
         )
         evaluator = ScoreEvaluator(passes, *fitted)
         batches.append(np.stack([evaluator.score(definition) for definition in definitions], axis=1))
-        _report(progress, len(rows))
     return np.concatenate(batches)
-
-
-def _forward_passes(
-    model: FittableModel, x: np.ndarray, k: int, seed: int, stretch: bool, progress: Progress | None
-) -> Iterable[ForwardPass]:
-    """Forward passes of x, float32 [n,C,H,W], a batch at a time."""
-    for start in range(0, len(x), BATCH):
-        yield model.forward_pass(x[start : start + BATCH], k, seed, stretch)
-        _report(progress, len(x[start : start + BATCH]))
-
-
-def _names_by_pass(definitions: Mapping[str, ScoreDefinition]) -> dict[tuple[int, int], list[str]]:
-    """Names of the definitions that need the same pass, by (k, seed)."""
-    names: dict[tuple[int, int], list[str]] = {}
-    for name, definition in definitions.items():
-        names.setdefault((definition.k, definition.seed), []).append(name)
-    return names
 
 
 def _codes(model: FittableModel, x: np.ndarray, stored_codes: np.ndarray | None, seed: int) -> np.ndarray:
     """Codes, loc of each row, float32 [m,L], and the stored ones after them, up to ``max_reference_rows``."""
-    codes = [model.encode(x[start : start + BATCH], seed=seed).loc for start in range(0, len(x), BATCH)]
+    codes = [model.encode(rows, seed=seed).loc for rows in _batches(x)]
     stored = [] if stored_codes is None else [stored_codes]
     return np.concatenate([*codes, *stored])[: max_reference_rows(model.manifest)]
 
 
-def _report(progress: Progress | None, rows: int) -> None:
-    if progress:
-        progress(rows)
+def _batches(x: np.ndarray, progress: Progress | None = None) -> Iterator[np.ndarray]:
+    """Yield the rows of x, BATCH at a time, and report those that were processed."""
+    for start in range(0, len(x), BATCH):
+        yield x[start : start + BATCH]
+        if progress:
+            progress(len(x[start : start + BATCH]))

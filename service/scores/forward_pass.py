@@ -1,4 +1,4 @@
-"""Per-row outputs of a forward pass through encoder, decoder and density, and statistics of them.
+"""Per-row outputs of a forward pass through encoder, decoder and joint, and statistics of them.
 
 Sums run along a row's own axes alone, so that its numbers do not depend on the rows beside it, bitwise.
 """
@@ -26,10 +26,10 @@ MIN_CODE = 35.0
 
 @dataclass(frozen=True, eq=False)
 class ForwardPass:
-    """Outputs of encoder, decoder and density for N rows at K posterior samples.
+    """Outputs of encoder, decoder and joint for N rows at K posterior samples.
 
-    ``x`` and ``mean`` = E[x|z] at z = loc: float32 [N,C,H,W]. ``loc``, ``scale``: float32 [N,L]. ``log_p_x``,
-    ``log_p_z``, ``log_q``: float64 [N,K], nats. ``distortion``: −log p(x|z) by place, its mean over the samples,
+    ``x`` and ``mean`` = E[x|z] at z = loc: float32 [N,C,H,W]. ``loc``, ``scale``: float32 [N,L]. ``log_p_x_given_z``,
+    ``log_p_z``, ``log_q_z``: float64 [N,K], nats. ``distortion``: −log p(x|z) by place, its mean over the samples,
     float64 [N,C,H,W]. ``distortion_at_loc``: −log p(x|loc) by place, float32 [N,C,H,W].
     """
 
@@ -37,9 +37,9 @@ class ForwardPass:
     mean: np.ndarray
     loc: np.ndarray
     scale: np.ndarray
-    log_p_x: np.ndarray
+    log_p_x_given_z: np.ndarray
     log_p_z: np.ndarray
-    log_q: np.ndarray
+    log_q_z: np.ndarray
     distortion: np.ndarray
     distortion_at_loc: np.ndarray
 
@@ -51,7 +51,7 @@ class ForwardPass:
     @property
     def log_w(self) -> np.ndarray:
         """Log importance weights log p(x|z) + log p(z) − log q(z|x), nats: float64 [N,K]."""
-        return self.log_p_x + self.log_p_z - self.log_q
+        return self.log_p_x_given_z + self.log_p_z - self.log_q_z
 
     @cached_property
     def code_lengths(self) -> np.ndarray:
@@ -60,9 +60,10 @@ class ForwardPass:
 
     def first(self, k: int) -> ForwardPass:
         """The same rows at the first k of their samples; the distortion stays the mean over all samples."""
-        if k == self.log_p_x.shape[1]:
+        if k == self.log_p_x_given_z.shape[1]:
             return self
-        return replace(self, log_p_x=self.log_p_x[:, :k], log_p_z=self.log_p_z[:, :k], log_q=self.log_q[:, :k])
+        names = ("log_p_x_given_z", "log_p_z", "log_q_z")
+        return replace(self, **{name: getattr(self, name)[:, :k] for name in names})
 
     def rows(self, at: slice) -> ForwardPass:
         """The rows in that slice."""
@@ -116,11 +117,11 @@ def statistics(rows: ForwardPass, manifest: Manifest) -> dict[str, np.ndarray]:
     values: dict[str, np.ndarray] = {}
     is_point = manifest.posterior.moments == "point"
     if manifest.has_distortion:
-        values["distortion"] = -rows.log_p_x.mean(axis=1)
+        values["distortion"] = -rows.log_p_x_given_z.mean(axis=1)
     if manifest.evidence != "none":
         values["prior"] = -rows.log_p_z.mean(axis=1)
-        log_q = rows.log_q if is_point else rows.log_q - rows.log_p_z
-        values["posterior" if is_point else "rate"] = log_q.mean(axis=1)
+        log_q_z = rows.log_q_z if is_point else rows.log_q_z - rows.log_p_z
+        values["posterior" if is_point else "rate"] = log_q_z.mean(axis=1)
     residual = rows.x - rows.mean
     if manifest.likelihood.pixelwise:
         values |= {f"residual_{p:g}": norm for p, norm in zip(ORDERS[1:4], norms(residual, ORDERS[1:4]).T, strict=True)}

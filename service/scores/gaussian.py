@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -35,14 +36,16 @@ def shrunk_covariance(rows: np.ndarray) -> np.ndarray:
     return (1 - share) * sample + (share * level + 1e-6) * np.eye(size)
 
 
+@dataclass(frozen=True, eq=False)
 class Gaussian:
     """Mean, deviation [S] and a whitening [S,S] of standardised statistics; ``distance`` is Mahalanobis' squared.
 
     Sums here are of a row alone and in a fixed order, never a matrix product's: the same number in any batch.
     """
 
-    def __init__(self, loc: np.ndarray, scale: np.ndarray, whitening: np.ndarray) -> None:
-        self.loc, self.scale, self.whitening = loc, scale, whitening
+    loc: np.ndarray
+    scale: np.ndarray
+    whitening: np.ndarray
 
     @classmethod
     def fit(cls, rows: np.ndarray, least: float = MIN_DEVIATION) -> Gaussian:

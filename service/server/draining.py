@@ -18,7 +18,7 @@ from service.server.limits import LimitedProtocol
 from service.settings import Settings
 
 CLOSE = (b"connection", b"close")
-LINGER_SECONDS = 0.2  # in which requests may still arrive on connections that were accepted before the end
+LAST_REQUESTS_SECONDS = 0.2  # in which requests may still arrive on connections that were accepted before the end
 TICK_SECONDS = 0.5
 OPTIONS: dict[str, Any] = {"ws": "none", "lifespan": "on", "server_header": False, "proxy_headers": False}
 OPTIONS |= {"log_config": None, "access_log": False}  # service.logs has configured the root logger
@@ -61,7 +61,7 @@ class DrainingServer(uvicorn.Server):
         """Accept no more, let requests arrive on accepted connections, end, and write what is deferred."""
         for server in self.servers:
             server.close()
-        await asyncio.sleep(LINGER_SECONDS)
+        await asyncio.sleep(LAST_REQUESTS_SECONDS)
         ending = asyncio.create_task(super().shutdown(sockets))
         while not ending.done():
             self._tick()

@@ -14,7 +14,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.api.middleware import LINGER_SECONDS, BodyBudget
+from service.api.middleware import LINGER_SECONDS, BodyBudget, new_request_id, request_id_of
 from service.api.problems import problem_response
 from service.logs import get_logger
 from service.settings import Settings
@@ -157,10 +157,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         self._set_timer()
-        get_logger().info("connection refused", status=status, detail=detail, client=self.client)
-        self._refusal = problem_response(status, detail)
-        cycle = self.cycle
-        if self._in_message and not self._in_headers:  # in the body of the latest request
+        cycle, in_body = self.cycle, self._in_message and not self._in_headers  # the body of the latest request
+        request_id = request_id_of(cycle.scope) if in_body else new_request_id()  # type: ignore[arg-type]
+        get_logger().info("connection refused", request_id=request_id, status=status, detail=detail, client=self.client)
+        self._refusal = problem_response(status, detail, request_id)
+        if in_body:
             if self.pipeline:  # whose turn has not come
                 self.pipeline.popleft()
                 cycle.response_complete = True

@@ -72,9 +72,10 @@ class Application(BaseApplication):
         """Number the worker; give it the loaded bundles unless another thread may hold a lock as the process forks."""
         taken = {other.number for other in arbiter.WORKERS.values()}
         worker.number = min(set(range(len(taken) + 1)) - taken)
-        worker.repository = self.repository if threads_of_process() == 1 else None
-        if self.repository is not None and worker.repository is None:
-            get_logger().warning("workers share no memory", reason=f"{threads_of_process()} threads in the master")
+        threads = 1 if self.repository is None else threads_of_process()
+        worker.repository = self.repository if threads == 1 else None
+        if threads > 1:
+            get_logger().warning("workers share no memory", reason=f"{threads} threads in the master")
 
     def child_exit(self, arbiter: PatientArbiter, worker: UvicornWorker) -> None:
         """Take an ended worker out of the metrics; have the next one wait if this one has never listened."""
@@ -132,7 +133,7 @@ class UvicornWorker(Worker):
     def init_process(self) -> None:
         """Notify the master before anything else: a worker that has never done so may hang for ever."""
         self.notify()
-        self.booted = bool(os.listdir(self.app.ready))  # else gunicorn takes a failure here for that of all workers
+        self._note_boot()
         os.setpgid(0, 0)  # a terminal's Ctrl-C is for the master
         with suppress(OSError):  # where /proc is read-only
             Path("/proc/self/comm").write_text(f"worker {self.number}")  # what lists of processes call it
@@ -151,6 +152,7 @@ class UvicornWorker(Worker):
     def run(self) -> None:
         """Serve until told to stop. A worker that cannot start ends the whole service only if no other listens."""
         settings = self.settings
+        self._note_boot()
         try:
             check_digests(settings.repository, self.app.digests)  # all workers serve the same bundles
             drift = Drift(settings.drift_window, settings.drift_level, settings.workers, self.number)
@@ -164,6 +166,13 @@ class UvicornWorker(Worker):
                 "worker failed" if self.listens else "worker not started", pid=self.pid, reason=str(error)
             )
             sys.exit(FAILED if os.listdir(self.app.ready) else FAILED_FOR_ALL)
+
+    def _note_boot(self) -> None:
+        """Have gunicorn take an error for that of all workers, and end, only where no other worker listens.
+
+        Its own ``init_process`` calls a worker booted before ``run``; then workers that all fail would start for ever.
+        """
+        self.booted = bool(os.listdir(self.app.ready))
 
     def _load(self) -> ModelRepository:
         """Load the bundles on a thread, since that may take longer than a worker may hang."""
@@ -187,4 +196,5 @@ class UvicornWorker(Worker):
         if os.getppid() != self.ppid:  # nobody would stop this process any more
             shutil.rmtree(self.app.folder, ignore_errors=True)
             self.server.should_exit = True
-            signal.alarm(ORPHAN_SECONDS)  # ends the process, whatever it is at
+            if not signal.getitimer(signal.ITIMER_REAL)[0]:  # ticks go on until all requests are answered
+                signal.alarm(ORPHAN_SECONDS)  # ends the process, whatever it is at

@@ -24,6 +24,7 @@ FEATURES = ["length", "mass, dry", "ratio", "count"]
 UNITS = np.array([1.0, 300.0, 0.02, 25.0])
 F, D = TensorProto.FLOAT, TensorProto.DOUBLE
 K = 3
+FIT = "log_p_x_given_z"
 Outputs = dict[str, tuple[list[int | str], int]]
 
 
@@ -129,7 +130,7 @@ def write_table(root: Path, **changes: Any) -> Path:
     graphs = {
         "encoder": _gaussian_encoder(TABLE),
         "decoder": _decoder(TABLE),
-        "density": _density(TABLE),
+        "joint": _joint(TABLE),
         "observation": _observation(TABLE),
     }
     return _write(root, "table", TABLE, graphs, manifest, {"calibration.npz": _npz(calibration)})
@@ -145,7 +146,7 @@ def write_mixture(root: Path, **changes: Any) -> Path:
     graphs = {
         "encoder": _gaussian_encoder(MIXTURE),
         "decoder": _decoder(MIXTURE),
-        "density": _density(MIXTURE),
+        "joint": _joint(MIXTURE),
         "observation": _observation(MIXTURE),
         "prior": _prior(MIXTURE),
     }
@@ -153,7 +154,7 @@ def write_mixture(root: Path, **changes: Any) -> Path:
 
 
 def write_pca(root: Path, **changes: Any) -> Path:
-    """The bundle ``pca``: z = V⁺ (x − μ), log_p_x = −|x − V z − μ|²."""
+    """The bundle ``pca``: z = V⁺ (x − μ), negative_error = −|x − V z − μ|²."""
     manifest = {
         "preprocessing": {"kind": "vector", "natural": [5]},
         "evidence": "none",
@@ -163,7 +164,7 @@ def write_pca(root: Path, **changes: Any) -> Path:
             "family": "squared_error",
             "parameters": ["loc"],
             "measure": "none",
-            "observation_noise": "uniform",
+            "observation_noise": "none",
         },
         "scores": {"error": {"estimator": "reconstruction", "k": 1, "seed": 0, "unit": "squared error"}},
         "default_score": "error",
@@ -173,7 +174,7 @@ def write_pca(root: Path, **changes: Any) -> Path:
     graphs = {
         "encoder": _point_encoder(PCA, gain, 0.0),
         "decoder": _decoder(PCA, ("loc",)),
-        "density": _error_density(PCA),
+        "joint": _error_joint(PCA),
     }
     return _write(root, "pca", PCA, graphs, manifest)
 
@@ -189,7 +190,7 @@ def write_whitening(root: Path, **changes: Any) -> Path:
             "parameters": ["loc"],
             "measure": "lebesgue",
             "pixelwise": False,
-            "observation_noise": "uniform",
+            "observation_noise": "none",
         },
         **changes,
     }
@@ -197,7 +198,7 @@ def write_whitening(root: Path, **changes: Any) -> Path:
     graphs = {
         "encoder": _point_encoder(WHITENING, inverse, -np.linalg.slogdet(inverse)[1]),
         "decoder": _decoder(WHITENING, ("loc",)),
-        "density": _bijection_density(WHITENING),
+        "joint": _bijection_joint(WHITENING),
     }
     return _write(root, "whitening", WHITENING, graphs, manifest)
 
@@ -219,7 +220,7 @@ def _write(
         "signature": {
             "shape": list(model.shape),
             "latent_dim": model.weight.shape[1],
-            "noise_dim": model.weight.shape[1],
+            "noise_dim": model.weight.shape[1] if "noise" in reference else 0,
         },
         "likelihood": {
             "family": "gaussian",
@@ -244,20 +245,23 @@ def _reference(model: Linear, graphs: dict[str, bytes], n: int = 6) -> dict[str,
     """Inputs, and the outputs of the graphs themselves: what they should be is the closed forms' to say."""
     random, latent = np.random.RandomState(3), model.weight.shape[1]
     found: dict[str, np.ndarray] = {"x": draw(model, n, seed=2)}
-    found["noise"] = random.standard_normal((n, K, latent)).astype(np.float32)
+    noise = random.standard_normal((n, K, latent)).astype(np.float32)
+    if "noise" in {tensor.name for tensor in _session(graphs["encoder"]).get_inputs()}:
+        found["noise"] = noise
 
     def run(role: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        session = ort.InferenceSession(graphs[role], providers=["CPUExecutionProvider"])
+        session = _session(graphs[role])
         names = [output.name for output in session.get_outputs()]
         outputs = dict(zip(names, session.run(names, feeds), strict=True))
         found.update({f"{role}.{name}": value for name, value in outputs.items()})
         return outputs
 
-    encoded = run("encoder", {"x": found["x"], "noise": found["noise"]})
-    decoded = run("decoder", {"z": encoded["z"].reshape(n * K, latent)})
+    encoded = run("encoder", dict(found))
+    k = encoded["z"].shape[1]
+    decoded = run("decoder", {"z": encoded["z"].reshape(n * k, latent)})
     parameters = {name: value for name, value in decoded.items() if name != "mean"}
-    shaped = {name: value.reshape(n, K, *model.shape) for name, value in parameters.items()}
-    run("density", {"target": encoded["target"], "z": encoded["z"], **shaped})
+    shaped = {name: value.reshape(n, k, *model.shape) for name, value in parameters.items()}
+    run("joint", {"target": encoded["target"], "z": encoded["z"], **shaped})
     if "observation" in graphs:
         found["observation_noise"] = random.standard_normal(decoded["mean"].shape).astype(np.float32)
         run("observation", parameters | {"noise": found["observation_noise"]})
@@ -268,24 +272,24 @@ def _reference(model: Linear, graphs: dict[str, bytes], n: int = 6) -> dict[str,
     return found
 
 
+def _session(graph: bytes) -> ort.InferenceSession:
+    return ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+
 def _centred(g: GraphBuilder, model: Linear) -> str:
     """x − μ, float64 [N,D]."""
     return g.add("Sub", g.add("Reshape", g.double("x"), np.array([-1, len(model.mean)])), model.mean)
 
 
-def _encoder_outputs(model: Linear) -> Outputs:
+def _encoder_outputs(model: Linear, samples: int | str) -> Outputs:
     latent = model.weight.shape[1]
     return {
         "target": (["N", *model.shape], F),
         "loc": (["N", latent], F),
         "scale": (["N", latent], F),
-        "z": (["N", "K", latent], F),
-        "log_q": (["N", "K"], D),
+        "z": (["N", samples, latent], F),
+        "log_q_z": (["N", samples], D),
     }
-
-
-def _encoder_inputs(model: Linear) -> dict[str, list[int | str]]:
-    return {"x": ["N", *model.shape], "noise": ["N", "K", model.weight.shape[1]]}
 
 
 def _gaussian_encoder(model: Linear) -> bytes:
@@ -297,23 +301,23 @@ def _gaussian_encoder(model: Linear) -> bytes:
     whitened = g.add("MatMul", g.add("Sub", g.double(z), centre), np.linalg.inv(cholesky).T)
     squares = g.add("ReduceSum", g.add("Mul", whitened, whitened), np.array([2]), keepdims=0)
     log_norm = np.log(np.diag(cholesky)).sum() + 0.5 * latent * LOG_2PI
-    g.add("Sub", g.add("Mul", squares, np.array(-0.5)), np.array(log_norm), output="log_q")
+    g.add("Sub", g.add("Mul", squares, np.array(-0.5)), np.array(log_norm), output="log_q_z")
     g.add("Identity", "x", output="target")
     g.single(loc, "loc")
     g.single(g.add("Add", g.add("Mul", loc, np.array(0.0)), np.sqrt((cholesky**2).sum(axis=1))), "scale")
-    return g.build(_encoder_inputs(model), _encoder_outputs(model))
+    inputs: dict[str, list[int | str]] = {"x": ["N", *model.shape], "noise": ["N", "K", latent]}
+    return g.build(inputs, _encoder_outputs(model, "K"))
 
 
-def _point_encoder(model: Linear, gain: np.ndarray, log_q: float) -> bytes:
+def _point_encoder(model: Linear, gain: np.ndarray, log_q_z: float) -> bytes:
     g = GraphBuilder()
     loc = g.single(g.add("MatMul", _centred(g, model), gain.T), "loc")
-    zeros = g.add("Mul", "noise", np.array(0, np.float32))
-    z = g.add("Add", g.add("Unsqueeze", loc, np.array([1])), zeros, output="z")
+    z = g.add("Unsqueeze", loc, np.array([1]), output="z")
     g.add("Mul", loc, np.array(0, np.float32), output="scale")
     none = g.add("ReduceSum", g.add("Mul", g.double(z), np.array(0.0)), np.array([2]), keepdims=0)
-    g.add("Add", none, np.array(log_q), output="log_q")
+    g.add("Add", none, np.array(log_q_z), output="log_q_z")
     g.add("Identity", "x", output="target")
-    return g.build(_encoder_inputs(model), _encoder_outputs(model))
+    return g.build({"x": ["N", *model.shape]}, _encoder_outputs(model, 1))
 
 
 def _decoder(model: Linear, parameters: tuple[str, ...] = ("loc", "scale")) -> bytes:
@@ -328,15 +332,15 @@ def _decoder(model: Linear, parameters: tuple[str, ...] = ("loc", "scale")) -> b
     return g.build({"z": ["M", model.weight.shape[1]]}, outputs)
 
 
-def _build_density(g: GraphBuilder, model: Linear, parameters: tuple[str, ...]) -> bytes:
+def _build_joint(g: GraphBuilder, model: Linear, parameters: tuple[str, ...], fit: str = FIT) -> bytes:
     inputs: dict[str, list[int | str]] = {
         "target": ["N", *model.shape],
         "z": ["N", "K", model.weight.shape[1]],
         **{name: ["N", "K", *model.shape] for name in parameters},
     }
     outputs: Outputs = {
-        "log_p_x": (["N", "K"], D),
-        "log_p_x_map": (["N", "K", *model.shape], F),
+        fit: (["N", "K"], D),
+        f"{fit}_map": (["N", "K", *model.shape], F),
         "log_p_z": (["N", "K"], D),
     }
     return g.build(inputs, outputs)
@@ -353,35 +357,35 @@ def _add_log_p_z(g: GraphBuilder, model: Linear) -> None:
     g.add("ReduceLogSumExp", stacked, np.array([2]), keepdims=0, output="log_p_z")
 
 
-def _density(model: Linear) -> bytes:
+def _joint(model: Linear) -> bytes:
     g = GraphBuilder()
     target, scale = g.add("Unsqueeze", g.double("target"), np.array([1])), g.double("scale")
     deltas = g.add("Div", g.add("Sub", target, g.double("loc")), scale)
     squares = g.add("Mul", g.add("Mul", deltas, deltas), np.array(-0.5))
     log_p = g.add("Sub", g.add("Sub", squares, g.add("Log", scale)), np.array(0.5 * LOG_2PI))
-    g.add("ReduceSum", log_p, np.array([2, 3, 4]), keepdims=0, output="log_p_x")
-    g.single(log_p, "log_p_x_map")
+    g.add("ReduceSum", log_p, np.array([2, 3, 4]), keepdims=0, output=FIT)
+    g.single(log_p, f"{FIT}_map")
     _add_log_p_z(g, model)
-    return _build_density(g, model, ("loc", "scale"))
+    return _build_joint(g, model, ("loc", "scale"))
 
 
-def _error_density(model: Linear) -> bytes:
+def _error_joint(model: Linear) -> bytes:
     g = GraphBuilder()
     deltas = g.add("Sub", g.add("Unsqueeze", g.double("target"), np.array([1])), g.double("loc"))
     errors = g.add("Neg", g.add("Mul", deltas, deltas))
-    g.add("ReduceSum", errors, np.array([2, 3, 4]), keepdims=0, output="log_p_x")
-    g.single(errors, "log_p_x_map")
+    g.add("ReduceSum", errors, np.array([2, 3, 4]), keepdims=0, output="negative_error")
+    g.single(errors, "negative_error_map")
     g.add("ReduceSum", g.add("Mul", g.double("z"), np.array(0.0)), np.array([2]), keepdims=0, output="log_p_z")
-    return _build_density(g, model, ("loc",))
+    return _build_joint(g, model, ("loc",), "negative_error")
 
 
-def _bijection_density(model: Linear) -> bytes:
+def _bijection_joint(model: Linear) -> bytes:
     g = GraphBuilder()
     nothing = g.add("Mul", g.double("loc"), np.array(0.0))
-    g.add("ReduceSum", nothing, np.array([2, 3, 4]), keepdims=0, output="log_p_x")
-    g.single(nothing, "log_p_x_map")
+    g.add("ReduceSum", nothing, np.array([2, 3, 4]), keepdims=0, output=FIT)
+    g.single(nothing, f"{FIT}_map")
     _add_log_p_z(g, model)
-    return _build_density(g, model, ("loc",))
+    return _build_joint(g, model, ("loc",))
 
 
 def _observation(model: Linear) -> bytes:

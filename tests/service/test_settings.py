@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from service import settings
@@ -120,6 +122,7 @@ def test_a_removed_setting_stops_the_start_and_says_what_stands_in_its_place(mon
     for flags in ([flag, "x"], [f"{flag}=x"]):
         with pytest.raises(ConfigurationError, match=rf"{flag}.*setting {setting} is no more: .*--workers auto"):
             read_settings(flags)
+    assert read_settings(["--repository", setting]).repository == Path(setting)  # it is a value here
     monkeypatch.setenv(variable, "x")
     with pytest.raises(ConfigurationError, match=rf"{variable}.*setting {setting} is no more: .*--workers auto"):
         read_settings([])

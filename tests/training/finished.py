@@ -8,11 +8,12 @@ import torch
 from training.config import load_config
 from training.export.provenance import machine, versions
 from training.fitting.checkpoint import save_checkpoint
-from training.fitting.fit import State
+from training.fitting.metrics import SAMPLED
+from training.fitting.trainer import State
 from training.models.registry import build_model
 from training.runs import FIT, FitRecord, Launch, Run
 
-HISTORY = ("train_elbo", "train_rate", "train_distortion", "bound", "elbo", "rate", "distortion")
+HISTORY = (*SAMPLED, "bound", "elbo", "rate", "distortion")
 
 
 def finished_run(folder, shape, model, images=120, dtype=np.uint8, **sections):

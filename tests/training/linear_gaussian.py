@@ -6,7 +6,8 @@ import torch
 from service.bundle.input_rules import Preprocessing
 from training.config import LikelihoodConfig, ModelConfig
 from training.data.dataset import Dataset
-from training.models.likelihoods import Gaussian
+from training.distributions import DiagonalGaussianPosterior, Normal
+from training.models.likelihoods import GaussianLikelihood
 from training.models.vae import VAE
 
 SHAPE = (1, 4, 5)
@@ -29,7 +30,7 @@ def noise_images(count=40):
     )
 
 
-class Continuous(Gaussian):
+class Continuous(GaussianLikelihood):
     """Evaluated at the pixels themselves: these are no levels."""
 
     def __init__(self, config, shape):
@@ -65,13 +66,14 @@ class Linear(VAE):
         """Of the posterior: I + WᵀW/σ², [3,3]."""
         return torch.eye(3) + self.W.T @ self.W / self.sigma**2
 
-    def infer(self, target):
+    def encode(self, target):
         loc = (target.flatten(1) - self.mu) @ self.W / self.sigma**2 @ torch.linalg.inv(self.precision)
-        return loc + self.offset, (self.precision.diagonal().rsqrt() * self.widen).expand_as(loc)
+        scale = (self.precision.diagonal().rsqrt() * self.widen).expand_as(loc)
+        return DiagonalGaussianPosterior(loc + self.offset, scale)
 
-    def parameters_at(self, z):
+    def decode(self, z):
         loc = (z @ self.W.T + self.mu).reshape(-1, *SHAPE)
-        return loc, torch.full_like(loc, self.sigma)
+        return Normal(loc, torch.full_like(loc, self.sigma))
 
     def log_evidence(self, x):
         covariance = self.W.double() @ self.W.double().T + self.sigma**2 * torch.eye(20, dtype=torch.float64)

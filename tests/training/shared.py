@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 from rich.console import Console
+from torch import Tensor
 
 from service.bundle.files import open_bundle
 from service.inference.model import Model
@@ -21,6 +22,7 @@ from tests.training.finished import finished_run
 from training.config import load_config
 from training.export.calibrate import calibrate
 from training.export.staging import export
+from training.models.base import LatentVariableModel
 from training.pipeline import fit_stage
 from training.runs import Launch, Run
 
@@ -71,6 +73,22 @@ CASES = {
 
 CORRUPTED = "vae, planar, conv, 8-bit colours"
 """The case whose bundle holds a corruption network besides; its images have odd sides."""
+
+
+class Encoded(NamedTuple):
+    """What the encoder's graph gives of values x: target [N,C,H,W], loc, scale [N,L], z [N,K,L], log q(z|x) [N,K]."""
+
+    target: Tensor
+    loc: Tensor
+    scale: Tensor
+    z: Tensor
+    log_q_z: Tensor
+
+
+def encoded(model: LatentVariableModel, x: Tensor, noise: Tensor, dither: Tensor | None = None) -> Encoded:
+    """Values x [N,C,H,W], noise [N,K,E] and, where the likelihood wants it, dither [N,C,H,W] -> Encoded."""
+    target = model.likelihood.target(x, dither)
+    return Encoded(target, *model.encode(target).with_moments(noise))
 
 
 class Fitted(NamedTuple):

@@ -5,8 +5,9 @@ import torch
 
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from training.config import ModelConfig
+from training.data.batches import SplitRows
 from training.data.dataset import Dataset
-from training.fitting.fit import start
+from training.fitting.trainer import start
 from training.models.registry import build_model
 
 
@@ -30,8 +31,14 @@ def solved(rows, family, held_out=0.2, **model):
     torch.manual_seed(0)
     built = build_model(dataset.preprocessing, ModelConfig.model_validate({"family": family, **model})).eval()
     start(built, dataset)
-    built.finish(dataset, 0, lambda text: None)
+    finish(built, dataset)
     return built, dataset
+
+
+def finish(model, dataset):
+    """The model's ``finish`` on the training and validation rows, with seed 0; what it yields."""
+    train, validation = (SplitRows(dataset, dataset.splits[name]) for name in ("train", "validation"))
+    return list(model.finish(train, validation, 0))
 
 
 def targets(model, dataset, split="train"):
@@ -44,10 +51,9 @@ def targets(model, dataset, split="train"):
 
 def log_weights(model, target, noise):
     """log p(x|z) + log p(z) − log q(z|x) at samples [N,K] of each target, float64."""
-    encoded = model.draw(target, model.infer(target), noise)
-    parameters = tuple(p.unflatten(0, encoded.z.shape[:2]) for p in model.parameters_at(encoded.z.flatten(0, 1)))
-    density = model.density(encoded.target, encoded.z, parameters)
-    return density.log_p_x + density.log_p_z - encoded.log_q
+    z, log_q_z = model.encode(target).rsample(noise)
+    log_p_x_given_z, _, log_p_z = model.joint(target, z, model.decode_samples(z))
+    return log_p_x_given_z + log_p_z - log_q_z
 
 
 def digits():

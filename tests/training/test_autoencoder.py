@@ -7,13 +7,16 @@ from scipy.stats import multivariate_normal, norm
 
 from service.bundle.files import open_bundle
 from tests.training.finished import finished_run
+from tests.training.shared import encoded
 from training.config import LikelihoodConfig, MixtureConfig, ModelConfig, NetworkConfig, load_config
 from training.data import load_dataset
+from training.distributions import unflattened
 from training.errors import ConfigError
 from training.export.staging import export
-from training.fitting.fit import fit, make_fabric
+from training.fitting.devices import make_fabric
+from training.fitting.fit import fit
 from training.models.autoencoder import Autoencoder
-from training.models.mixtures import MixturePrior
+from training.models.priors import FittedMixture
 
 ERRORS = ["squared_error", "cross_entropy"]
 
@@ -31,7 +34,7 @@ def build(shape=(1, 6, 5), error="squared_error", latent_dim=3, **config):
 
 
 def fitted_mixture(covariance, codes, components=3):
-    prior = MixturePrior(codes.shape[1], MixtureConfig(components=components, covariance=covariance))
+    prior = FittedMixture(codes.shape[1], MixtureConfig(components=components, covariance=covariance))
     prior.fit(codes, seed=0)
     return prior
 
@@ -48,24 +51,34 @@ def codes(count=3000):
 def test_the_code_is_a_function_and_the_error_a_sum_over_places(error):
     model = build(error=error)
     x = torch.rand(4, 1, 6, 5)
-    encoded = model.encode(x, torch.randn(4, 7, 1))
-    assert encoded.z.shape == (4, 7, 3)
-    assert encoded.z.eq(encoded.loc.unsqueeze(1)).all()
-    assert encoded.scale.eq(0).all()
-    assert encoded.log_q.eq(0).all()
-    decoded = model.decode(encoded.loc)
-    parameters = tuple(p.unsqueeze(1) for p in decoded.parameters)
-    density = model.density(encoded.target, encoded.z[:, :1], parameters)
+    found = encoded(model, x, torch.randn(4, 7, 0))
+    assert found.z.shape == (4, 7, 3)
+    assert found.z.eq(found.loc.unsqueeze(1)).all()
+    assert found.scale.eq(0).all()
+    assert found.log_q_z.shape == (4, 7)
+    assert found.log_q_z.eq(0).all()
+    p = model.decode(found.loc)
+    joint = model.joint(found.target, found.z[:, :1], unflattened(p, (4, 1)))
     if error == "squared_error":
-        expected = -((x - decoded.parameters[0]).double() ** 2).sum((1, 2, 3))
+        expected = -((x - p.loc).double() ** 2).sum((1, 2, 3))
     else:
-        bce = torch.nn.functional.binary_cross_entropy(decoded.mean, x, reduction="none")
+        bce = torch.nn.functional.binary_cross_entropy(model.likelihood.mean(p), x, reduction="none")
         expected = -bce.double().sum((1, 2, 3))
-    torch.testing.assert_close(density.log_p_x[:, 0], expected, atol=1e-5, rtol=1e-5)
-    terms = model(x, torch.randn(4, 7, 1))
-    torch.testing.assert_close(terms.log_p_x.double(), density.log_p_x.expand(4, 7), atol=1e-5, rtol=1e-5)
-    assert terms.kl.eq(0).all()
+    torch.testing.assert_close(joint.negative_error[:, 0], expected, atol=1e-5, rtol=1e-5)
+    terms = model(x, torch.randn(4, 7, 0))
+    torch.testing.assert_close(terms.log_p_x_given_z.double(), joint.negative_error.expand(4, 7), atol=1e-5, rtol=1e-5)
+    assert terms.kl.per_group.eq(0).all()
     assert (model.evidence, model.moments) == ("none", "point")
+
+
+def test_without_a_likelihood_there_is_no_log_p_x_but_draws_there_are():
+    model = build()
+    with pytest.raises(ConfigError, match="'autoencoder' has no likelihood"):
+        model.log_prob(torch.rand(2, 1, 6, 5))
+    generator = torch.Generator().manual_seed(0)
+    choice, noise = torch.rand(3, generator=generator), torch.randn(3, 3, generator=generator)
+    expected = model.likelihood.mean(model.decode(model.prior.sample(noise, choice)))
+    torch.testing.assert_close(model.sample(3, torch.Generator().manual_seed(0)), expected)
 
 
 def test_a_likelihood_is_refused():
@@ -80,7 +93,8 @@ def test_reconstructions_start_at_the_training_mean(error):
     mean = torch.rand(1, 6, 5).clamp(0.01, 0.99)
     model.initialise(mean, torch.rand(9, 1, 6, 5))
     torch.nn.init.zeros_(model.decoder[1].weight)
-    torch.testing.assert_close(model.decode(torch.randn(4, 3)).mean, mean.expand(4, 1, 6, 5))
+    found = model.likelihood.mean(model.decode(torch.randn(4, 3)))
+    torch.testing.assert_close(found, mean.expand(4, 1, 6, 5))
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
@@ -97,7 +111,7 @@ def test_the_mixtures_density_is_that_of_its_components(covariance):
 
 def test_an_unfitted_mixture_is_the_standard_normal():
     z = torch.randn(20, 4)
-    prior = MixturePrior(4, MixtureConfig(components=5))
+    prior = FittedMixture(4, MixtureConfig(components=5))
     np.testing.assert_allclose(prior.log_prob(z).numpy(), norm.logpdf(z.double().numpy()).sum(1), rtol=1e-9)
 
 
@@ -162,14 +176,12 @@ def digits(tmp_path_factory):
 def test_training_lowers_the_error_and_ends_with_a_mixture_of_the_codes(digits):
     fitted, dataset = digits
     errors = [row["distortion"] for row in fitted.history]
-    assert (
-        errors[-1]
-        < 0.8 * build((1, 8, 8), latent_dim=4)(torch.rand(1, 1, 8, 8), torch.zeros(1, 1, 1)).log_p_x.neg().item()
-    )
+    untrained = build((1, 8, 8), latent_dim=4)(torch.rand(1, 1, 8, 8), torch.zeros(1, 1, 0))
+    assert errors[-1] < 0.8 * untrained.log_p_x_given_z.neg().item()
     prior, model = fitted.model.prior, fitted.model
     x = torch.from_numpy(dataset.pixels(dataset.splits["test"]).astype(np.float32) / 255)
-    z = model.encode(x, torch.zeros(len(x), 1, 1)).loc
-    unfitted = MixturePrior(4, MixtureConfig(components=4))
+    z = model.encode(model.likelihood.target(x, None)).loc
+    unfitted = FittedMixture(4, MixtureConfig(components=4))
     assert prior.log_prob(z).mean() > unfitted.log_prob(z).mean() + 1
 
 
@@ -194,5 +206,5 @@ def check_manifest(manifest, prior):
     """What every autoencoder's manifest says; graphs are held against torch as they are exported."""
     assert (manifest.evidence, manifest.posterior.moments) == ("none", "point")
     assert manifest.prior.family == prior
-    assert set(manifest.reference.max_abs_error) >= {"encoder.loc", "density.log_p_x", "observation.sample"}
+    assert set(manifest.reference.max_abs_error) >= {"encoder.loc", "joint.negative_error", "observation.sample"}
     assert ("prior.z" in manifest.reference.max_abs_error) == (prior != "none")

@@ -89,7 +89,7 @@ def test_the_runs_folder_alone_is_enough_for_each_stage(fitted, workplace):
     assert bundle == "other place/digits/4"
     assert serve.endswith("vaeserve serve --repository 'other place'")
     again = open_bundle(workplace / "other place/digits/4")
-    for name in ("encoder.onnx", "decoder.onnx", "density.onnx", "reference.npz", "calibration.npz"):
+    for name in ("encoder.onnx", "decoder.onnx", "joint.onnx", "reference.npz", "calibration.npz"):
         assert again.manifest.files[name] == first.manifest.files[name], name
     assert again.manifest.provenance.metrics == first.manifest.provenance.metrics
 

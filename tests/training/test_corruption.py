@@ -1,6 +1,7 @@
 """Noise over parts of images, and the network that finds it: what it learns, how it resumes, how it is served."""
 
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from service.bundle.manifest import REFERENCE
 from tests.training.finished import finished_run
 from tests.training.shared import CORRUPTED
+from tests.training.test_fit import Killed
 from training.config import load_config
 from training.data import load_dataset
 from training.data.batches import to_unit
@@ -16,16 +18,16 @@ from training.errors import CheckpointError, ConfigError
 from training.export.staging import export
 from training.fitting.corruption import (
     FILE,
-    CorruptionNetwork,
-    CorruptionTrainer,
+    CorruptionTraining,
     check_corruption,
     cross_entropy,
     load_corruption,
     painted_batch,
 )
-from training.fitting.fit import make_fabric
-from training.fitting.interrupts import Interrupt
+from training.fitting.devices import make_fabric
+from training.fitting.loop import standing
 from training.fitting.painting import MAX_SHARE, UNPAINTED, VISIBLE, _coverage, _paint, painted
+from training.nn.unet import UNet
 
 SMALL = ["corruption.width=8", "corruption.epochs=1", "corruption.batch_size=32", "run.threads=1"]
 
@@ -34,17 +36,14 @@ def images(n=400, shape=(1, 12, 10), seed=0):
     return torch.from_numpy(np.random.RandomState(seed).rand(n, *shape).astype(np.float32))
 
 
-def trainer(folder, *overrides, data=None):
+def new_training(folder, *overrides):
     config = load_config("digits", [*SMALL, *overrides])
-    folder.mkdir(exist_ok=True)
-    return CorruptionTrainer(config, data or load_dataset(config.data), folder, make_fabric(config))
+    return CorruptionTraining(config, load_dataset(config.data), folder, make_fabric(config))
 
 
 def trained(folder, *overrides):
-    found = trainer(folder, *overrides)
-    found.resume()
-    with Interrupt() as interrupt:
-        found.run(interrupt, lambda steps: None)
+    found = new_training(folder, *overrides)
+    found.run(lambda steps: None)
     return found
 
 
@@ -123,7 +122,7 @@ def test_painting_is_a_function_of_the_generator():
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 11), (1, 2, 3), (1, 1, 1)])
 def test_the_network_answers_every_size_and_rows_apart(shape):
     torch.manual_seed(0)
-    network = CorruptionNetwork(shape, 8).eval()
+    network = UNet(shape, 8).eval()
     x = images(3, shape)
     with torch.no_grad():
         together = network(x)
@@ -133,7 +132,7 @@ def test_the_network_answers_every_size_and_rows_apart(shape):
 
 def test_odd_images_are_continued_at_their_ends_and_places_stay_where_they_are():
     torch.manual_seed(0)
-    odd, whole = (CorruptionNetwork(shape, 8).eval() for shape in ((1, 9, 11), (1, 16, 16)))
+    odd, whole = (UNet(shape, 8).eval() for shape in ((1, 9, 11), (1, 16, 16)))
     whole.load_state_dict(odd.state_dict())
     x = images(2, (1, 9, 11))
     continued = torch.nn.functional.pad(x, (0, 5, 0, 7), mode="replicate")
@@ -159,45 +158,61 @@ def test_it_learns_where_the_noise_is(tmp_path):
     row, column = np.indices((16, 16)) / 15
     np.save(tmp_path / "slopes.npy", (255 * (down * row + across * column) / 2).astype(np.uint8))
     config = load_config(None, [*SMALL, "corruption.epochs=25"], {"data": {"source": str(tmp_path / "slopes.npy")}})
-    found = CorruptionTrainer(config, load_dataset(config.data), tmp_path, make_fabric(config))
-    with Interrupt() as interrupt:
-        found.run(interrupt, lambda steps: None)
+    found = CorruptionTraining(config, load_dataset(config.data), tmp_path, make_fabric(config))
+    found.run(lambda steps: None)
     torch.manual_seed(1)
     noisy = painted_batch(to_unit(found.dataset.pixels(found.dataset.splits["test"])))
     with torch.no_grad():
-        log_odds = found.average.module.eval()(noisy.x)
+        log_odds = found.average.averaged.eval()(noisy.x)
     there, elsewhere = log_odds[noisy.mask > 0].numpy(), log_odds[noisy.mask == 0].numpy()
     assert (there[:, None] > np.random.RandomState(0).choice(elsewhere, 2000)).mean() > 0.9
     share = float(noisy.mask.mean())
-    assert found.cross_entropy < -(share * np.log(share) + (1 - share) * np.log(1 - share))  # which the share alone has
+    entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))  # which the share alone has
+    assert found.state.cross_entropy < entropy
+
+
+def send_sigint():
+    signal.raise_signal(signal.SIGINT)
+
+
+def die():
+    raise Killed
 
 
 @pytest.mark.integration
-def test_a_training_that_was_stopped_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize(
+    ("end", "raised", "kept"),
+    [(send_sigint, KeyboardInterrupt, 7), (die, Killed, 4)],
+    ids=["stopped by SIGINT", "killed steps after its checkpoint"],
+)
+def test_a_training_that_was_left_ends_with_the_same_weights(tmp_path, end, raised, kept):
     whole = trained(tmp_path / "whole")
-    stopped = trainer(tmp_path / "stopped", "run.checkpoint_seconds=0")
-    interrupt = Interrupt()
+    left = new_training(tmp_path / "left", "run.checkpoint_seconds=1e9")
 
-    def stop(steps):
-        interrupt.requested = stopped.step >= 5
+    def progress(steps):
+        if left.state.step == 4:
+            left.save()
+        if left.state.step == 7:
+            end()
 
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run(interrupt, stop)
-    assert 0 < load_corruption(tmp_path / "stopped", stopped.config, stopped.dataset)["step"] < whole.total_steps
-    again = trained(tmp_path / "stopped")
-    assert again.finished
-    assert again.cross_entropy == whole.cross_entropy
+    with pytest.raises(raised):
+        left.run(progress)
+    assert load_corruption(tmp_path / "left", left.config, left.dataset)["step"] == kept < whole.total_steps
+    again = trained(tmp_path / "left")
+    assert again.resumed
+    assert again.state.finished
+    assert again.state.cross_entropy == whole.state.cross_entropy
     for name, value in whole.average.state_dict().items():
         assert torch.equal(value, again.average.state_dict()[name]), name
 
 
 def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine(tmp_path):
     """To all of it over 100 steps, times (1 + cos πt)/2 at the share t of all steps that are done."""
-    found = trainer(tmp_path, "corruption.epochs=50", "corruption.learning_rate=0.004")
+    found = new_training(tmp_path, "corruption.epochs=50", "corruption.learning_rate=0.004")
     rates = {}
     for step in (0, 49, 99, 100, found.total_steps // 2, found.total_steps * 3 // 4, found.total_steps - 1):
-        found.step = step
-        found.training_step(images(8, (1, 8, 8)))
+        found.state.step = step
+        found.step(images(8, (1, 8, 8)).numpy())
         (rates[step],) = {group["lr"] for group in found.optimiser.param_groups}
     for step, rate in rates.items():
         warm, done = min(1, (step + 1) / 100), step / found.total_steps
@@ -210,11 +225,11 @@ def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine(tmp_path):
 @pytest.mark.parametrize(("most", "decays"), [(0.999, (1 / 6, 3 / 13)), (0.2, (1 / 6, 0.2))])
 def test_the_moving_average_keeps_more_of_itself_from_step_to_step(tmp_path, most, decays):
     """The weights after the first step, then (t/(10 + t)), but at most ``ema_decay``, of what it was."""
-    found = trainer(tmp_path, f"corruption.ema_decay={most}")
-    x, weights, averages = images(8, (1, 8, 8)), [], []
+    found = new_training(tmp_path, f"corruption.ema_decay={most}")
+    x, weights, averages = images(8, (1, 8, 8)).numpy(), [], []
     for _ in range(3):
-        found.training_step(x)
-        for vectors, network in ((weights, found.network), (averages, found.average.module)):
+        found.step(x)
+        for vectors, network in ((weights, found.network), (averages, found.average.averaged)):
             vectors.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
     torch.testing.assert_close(averages[0], weights[0], rtol=0, atol=0)
     for before, after, now, decay in zip(averages, averages[1:], weights[1:], decays, strict=False):
@@ -222,10 +237,10 @@ def test_the_moving_average_keeps_more_of_itself_from_step_to_step(tmp_path, mos
 
 
 def test_a_gradient_is_no_longer_than_one(tmp_path):
-    found = trainer(tmp_path)
+    found = new_training(tmp_path)
     with torch.no_grad():
         found.network.head.weight.mul_(1000)
-    found.training_step(images(8, (1, 8, 8)))
+    found.step(images(8, (1, 8, 8)).numpy())
     norms = [parameter.grad.norm() for parameter in found.network.parameters()]
     assert float(torch.stack(norms).norm()) == pytest.approx(1, rel=1e-4)
 
@@ -235,15 +250,22 @@ def test_a_finished_training_is_not_repeated(tmp_path):
     before = (tmp_path / "run" / FILE).read_bytes()
     again = trained(tmp_path / "run")
     assert (tmp_path / "run" / FILE).read_bytes() == before
-    assert (again.step, again.cross_entropy) == (first.step, first.cross_entropy)
-    assert "done before" in again.standing
+    assert again.state == first.state
+    assert "done before" in standing(again)
 
 
-@pytest.mark.parametrize("change", ["corruption.width=16", "seed=3", "data.split_seed=5"])
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("corruption.width=16", "corruption.width: 8 -> 16"),
+        ("seed=3", "seed: 0 -> 3"),
+        ("data.split_seed=5", "data: "),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
     trained(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="another section corruption, seed or data"):
-        trainer(tmp_path / "run", change).resume()
+    with pytest.raises(CheckpointError, match=rf"another configuration \({named}.*remove it, or use another --run-dir"):
+        new_training(tmp_path / "run", change)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
@@ -268,7 +290,7 @@ def test_the_graph_gives_what_the_network_gives(fitted_family):
 
 
 def test_an_unfinished_network_is_not_exported(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.export.staging.export_graphs", lambda model, rule: {})  # the model's own take seconds
+    monkeypatch.setattr("training.export.staging.export_graphs", lambda model: {})  # the model's own take seconds
     run = finished_run(tmp_path, (12, 12), {"latent_dim": 3}, corruption={"width": 8, "epochs": 1})
     with pytest.raises(CheckpointError, match="vaetrain fit"):
         export(run)

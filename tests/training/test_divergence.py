@@ -15,13 +15,14 @@ from tests.training.shared import CASES, copied
 from tests.training.solved import dataset_of, solved
 from training.cli import app
 from training.config import Config, LikelihoodConfig
-from training.distributions import logistic
+from training.distributions import DiscretisedLogistic
 from training.errors import ModelDiverged
 from training.evaluation.best_constant import CONSTANTS, best_constant
+from training.export.divergence import is_worse, refuse_diverged, standing
 from training.export.staging import open_staged
 from training.fitting.checkpoint import load_checkpoint, save_checkpoint
-from training.fitting.divergence import is_worse, refuse_diverged, standing, untrained_model
-from training.models.likelihoods import FAMILIES, build_likelihood
+from training.fitting.trainer import State, initial_model
+from training.models.likelihoods import LIKELIHOODS, build_likelihood
 from training.pipeline import all_stages, publish_stage
 from training.reporting import figures
 from training.reporting.report import draw
@@ -45,10 +46,10 @@ def untrained(likelihood):
                   "likelihood": {"family": likelihood}},
     })  # fmt: skip
     dataset = dataset_of(grey())
-    return untrained_model(config, dataset), dataset, config
+    return initial_model(config, dataset).eval(), dataset, config
 
 
-LIKELIHOODS = {
+CASES_OF_LIKELIHOODS = {
     "bernoulli": {},
     "bernoulli, threshold": {"binarisation": "threshold"},
     "cross_entropy": {},
@@ -62,11 +63,11 @@ LIKELIHOODS = {
 }
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", CASES_OF_LIKELIHOODS)
 def test_no_other_constant_suits_the_training_rows_better(name):
     """Held against the optimum of its own log p by descent, from the constant on, by the parameters of each place."""
     family = name.partition(",")[0]
-    config = LikelihoodConfig(family=family, **LIKELIHOODS[name])
+    config = LikelihoodConfig(family=family, **CASES_OF_LIKELIHOODS[name])
     likelihood = build_likelihood(config, SHAPE)
     x = torch.from_numpy(grey().astype(np.float32) / 255)
     dither = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) if likelihood.dither else None
@@ -78,7 +79,7 @@ def test_no_other_constant_suits_the_training_rows_better(name):
         raw = torch.tensor(raw, dtype=torch.float32).view(1, likelihood.raw, *SHAPE)
         if config.scale in ("shared", "diagonal") and family == "gaussian":
             likelihood.set_scale(deviation)
-        return -float(likelihood.total(likelihood.log_prob(target, likelihood.parameters_from(raw))).mean())
+        return -float(likelihood.total(likelihood.log_prob(target, likelihood(raw))).mean())
 
     spread = target.var(0, unbiased=False)
     deviation = (spread if config.scale == "diagonal" else spread.mean()).sqrt()
@@ -99,8 +100,8 @@ def test_a_mixture_of_logistics_has_the_constant_of_one():
         for config in [LikelihoodConfig(family=family)]
     )
     assert torch.equal(one, mixture)
-    moments = logistic.level_log_prob(target, target.mean(0), target.std(0) * math.sqrt(3) / math.pi)
-    assert one.mean() > moments.sum((1, 2, 3)).mean()
+    moments = DiscretisedLogistic(target.mean(0), target.std(0) * math.sqrt(3) / math.pi)
+    assert one.mean() > moments.log_prob(target).sum((1, 2, 3)).mean()
 
 
 def test_of_vectors_the_constant_is_a_density_in_their_own_units():
@@ -130,7 +131,7 @@ def test_the_constant_of_a_bijection_of_pixels_is_uniform_where_that_is_better()
 
 
 def test_every_likelihood_has_a_constant():
-    assert CONSTANTS.keys() == FAMILIES.keys()
+    assert CONSTANTS.keys() == LIKELIHOODS.keys()
 
 
 @pytest.mark.parametrize(
@@ -154,8 +155,7 @@ def test_worse_is_beyond_the_slack_and_beyond_chance(gain, worse):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.integration
 def test_no_family_is_refused_after_two_epochs(case, fitted_family):
-    run = fitted_family(case).run
-    refuse_diverged(run.model, run.dataset, run.config, run.checkpoint)
+    refuse_diverged(fitted_family(case).run)
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "discretised_logistic", "gaussian", "delta", "squared_error"])
@@ -245,6 +245,14 @@ def assert_refused(done, folder):
     assert "--publish-anyway" in last
     assert not (folder / "exported").exists()
     assert not (folder / "run" / "metrics.json").exists()
+
+
+def test_a_bound_that_is_not_a_number_is_never_the_best():
+    state = State()
+    assert not state.is_best(1, math.nan, warmed_up=True)
+    assert state.is_best(2, -3.0, warmed_up=True)
+    assert not state.is_best(3, math.nan, warmed_up=True)
+    assert (state.best_epoch, state.best_bound) == (2, -3.0)
 
 
 @pytest.mark.integration

@@ -8,9 +8,10 @@ from sklearn import decomposition
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from tests.training.solved import digits, factor_rows, log_weights, solved, targets
 from training.config import ModelConfig
+from training.data.batches import to_unit
 from training.errors import ConfigError
-from training.models import linear_algebra
-from training.models.linear_algebra import moments_of
+from training.models import moments
+from training.models.moments import moments_of
 from training.models.registry import build_model
 
 PPCA = {"latent_dim": 2, "likelihood": {"family": "gaussian", "scale": "shared"}}
@@ -32,7 +33,7 @@ def of_vectors(request):
 def covariance_of(model):
     """W Wᵀ + Ψ, float64."""
     weight = model.weight.detach().double()
-    _, scale = model.likelihood.parameters_from(torch.zeros(1, 1, *model.shape))
+    scale = model.likelihood(torch.zeros(1, 1, *model.shape)).scale
     return weight @ weight.T + torch.diag(scale.detach().flatten().double() ** 2)
 
 
@@ -56,7 +57,7 @@ def test_ppca_of_vectors_is_scikit_learns():
 def test_rows_of_more_numbers_than_there_are_rows_need_no_covariance(monkeypatch):
     """As a backbone's maps are: the same PPCA and PCA, in N·D memory."""
     rows = factor_rows(count=30, numbers=90, factors=5)
-    monkeypatch.setattr(linear_algebra, "target_moments", None)
+    monkeypatch.setattr(moments, "target_moments", None)
     model, dataset = solved(rows, "ppca", **PPCA | {"latent_dim": 5})
     target = targets(model, dataset).flatten(1).double().numpy()
     values, vectors = np.linalg.eigh(np.cov(target.T, bias=True))
@@ -72,7 +73,7 @@ def test_ppca_of_images_has_the_dithers_expectation_in_its_covariance():
     levels = dataset.pixels(dataset.splits["train"]).reshape(-1, 64).astype(np.float64)
     values = np.linalg.eigvalsh(np.cov(levels.T, bias=True) / 256**2)[::-1] + 1 / (12 * 256**2)
     np.testing.assert_allclose(model.loc.detach(), (levels.mean(0) + 0.5) / 256, atol=1e-6)
-    _, scale = model.likelihood.parameters_from(torch.zeros(1, 1, 1, 8, 8))
+    scale = model.likelihood(torch.zeros(1, 1, 1, 8, 8)).scale
     np.testing.assert_allclose(scale.detach().numpy() ** 2, np.full((1, 1, 8, 8), values[2:].mean()), rtol=1e-5)
     np.testing.assert_allclose(np.linalg.eigvalsh(covariance_of(model))[::-1][:2], values[:2], rtol=1e-5)
 
@@ -90,7 +91,7 @@ def test_factor_analysis_is_scikit_learns():
 
 def test_factors_are_told_apart():
     model, _ = solved(factor_rows(), "fa", **FA)
-    _, scale = model.likelihood.parameters_from(torch.zeros(1, 1, *model.shape))
+    scale = model.likelihood(torch.zeros(1, 1, *model.shape)).scale
     scaled = model.weight.detach() / scale.detach().reshape(-1, 1)
     strengths = scaled.T @ scaled
     assert strengths[0, 0] > strengths[1, 1]
@@ -149,15 +150,15 @@ def test_every_z_gives_log_p_x_of_vectors_in_their_own_units(of_vectors):
 def test_draws_have_the_posteriors_moments(of_vectors):
     model, dataset = of_vectors
     target = targets(model, dataset, "test")[:1]
-    encoded = model.draw(target, model.infer(target), torch.randn(1, 40_000, model.noise_dim))
+    loc, scale, z, _ = model.encode(target).with_moments(torch.randn(1, 40_000, model.noise_dim))
     covariance = covariance_of(model)
     weight = model.weight.double()
     gain = weight.T @ torch.linalg.inv(covariance)
-    loc = gain @ (target.flatten().double() - model.loc.double())
+    expected_loc = gain @ (target.flatten().double() - model.loc.double())
     expected = torch.eye(model.latent_dim, dtype=torch.float64) - gain @ weight
-    torch.testing.assert_close(encoded.loc[0].double(), loc, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(encoded.scale[0].double() ** 2, torch.diagonal(expected), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(torch.cov(encoded.z[0].T.double(), correction=0), expected, atol=0.01, rtol=0.03)
+    torch.testing.assert_close(loc[0].double(), expected_loc, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scale[0].double() ** 2, torch.diagonal(expected), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.cov(z[0].T.double(), correction=0), expected, atol=0.01, rtol=0.03)
 
 
 @torch.no_grad()
@@ -167,12 +168,12 @@ def test_a_rotated_basis_has_a_full_posterior_and_the_same_log_p_x(family):
     target = targets(model, dataset, "test")[:20]
     before = model.log_marginal(target)
     rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
-    _, scale = model.likelihood.parameters_from(torch.zeros(1, 1, *model.shape))
+    scale = model.likelihood(torch.zeros(1, 1, *model.shape)).scale
     one_or_each = scale.flatten()[0] if family == "ppca" else scale.flatten()
     model.set_values(model.weight.double() @ rotation, model.loc.double(), one_or_each.double())
     log_w = log_weights(model, target, 3 * torch.randn(20, 10, 3))
     torch.testing.assert_close(log_w, before.unsqueeze(1).expand_as(log_w), atol=1e-4, rtol=0)
-    drawn = model.draw(target[:1], model.infer(target[:1]), torch.randn(1, 40_000, 3)).z[0].T.double()
+    drawn = model.encode(target[:1]).rsample(torch.randn(1, 40_000, 3)).z[0].T.double()
     weight = model.weight.double()
     expected = torch.eye(3, dtype=torch.float64) - weight.T @ torch.linalg.inv(covariance_of(model)) @ weight
     assert expected.fill_diagonal_(0).abs().max() > 1e-3
@@ -183,10 +184,20 @@ def test_a_rotated_basis_has_a_full_posterior_and_the_same_log_p_x(family):
 @torch.no_grad()
 def test_draws_of_x_have_the_models_covariance():
     model, _ = solved(factor_rows(), "fa", **FA)
-    parameters = model.parameters_at(torch.randn(60_000, model.latent_dim))
-    drawn = model.observe(parameters, torch.randn(60_000, *model.shape))
+    drawn = model.sample(60_000, torch.Generator().manual_seed(0))
     standardised = ((drawn - model.likelihood.shift) / model.likelihood.unit).flatten(1).double()
     torch.testing.assert_close(torch.cov(standardised.T), covariance_of(model), atol=0.03, rtol=0)
+    torch.testing.assert_close(standardised.mean(0), model.loc.double(), atol=0.03, rtol=0)
+
+
+@torch.no_grad()
+def test_log_prob_is_exact_by_one_sample_of_z(of_vectors, of_digits):
+    for model, dataset in (of_vectors, of_digits):
+        x = to_unit(dataset.pixels(dataset.splits["test"][:20]))
+        found = model.log_prob(x, generator=torch.Generator().manual_seed(4))
+        dither = torch.rand(x.shape, generator=torch.Generator().manual_seed(4)) if model.likelihood.dither else None
+        torch.testing.assert_close(found, model.log_marginal(model.likelihood.target(x, dither)), atol=1e-4, rtol=0)
+        assert found.dtype == torch.float64
 
 
 @torch.no_grad()
@@ -194,7 +205,7 @@ def test_narrow_scales_stop_at_the_floor():
     rows = factor_rows()
     rows[:, 3] = rows[:, 2] * 2 + 1e-5 * rows[:, 4]
     model, dataset = solved(rows, "fa", **FA | {"likelihood": FA["likelihood"] | {"min_scale": 0.02}})
-    _, scale = model.likelihood.parameters_from(torch.zeros(1, 1, *model.shape))
+    scale = model.likelihood(torch.zeros(1, 1, *model.shape)).scale
     assert float(scale.min()) == pytest.approx(0.02, rel=1e-5)
     target = targets(model, dataset, "test")
     log_w = log_weights(model, target, torch.randn(len(target), 4, 2))

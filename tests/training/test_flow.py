@@ -10,6 +10,7 @@ from rich.console import Console
 from sklearn.datasets import make_circles, make_moons
 
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
+from tests.training.shared import encoded
 from training.config import FlowConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
 from training.errors import ConfigError
 from training.export.graphs import export_graphs
@@ -65,35 +66,36 @@ def test_levels_end_where_both_sides_are_odd(shape, expected):
 def test_the_decoder_inverts_the_encoder(shape):
     flow = image_flow(shape)
     x = torch.rand(5, *shape)
-    encoded = flow.encode(x, torch.randn(5, 2, 1), torch.rand_like(x))
-    decoded = flow.decode(encoded.z.flatten(0, 1))
-    torch.testing.assert_close(decoded.parameters[0].unflatten(0, (5, 2))[:, 1], encoded.target, atol=1e-4, rtol=0)
-    assert (decoded.mean.unflatten(0, (5, 2))[:, 0] - x).abs().max() <= 0.51 / 255
-    assert encoded.loc.shape == (5, math.prod(shape))
-    assert torch.equal(encoded.z[:, 1], encoded.loc)
-    assert not encoded.scale.any()
+    found = encoded(flow, x, torch.randn(5, 2, 0), torch.rand_like(x))
+    p = flow.decode_samples(found.z)
+    torch.testing.assert_close(p.loc[:, 1], found.target, atol=1e-4, rtol=0)
+    assert (flow.likelihood.mean(p)[:, 0] - x).abs().max() <= 0.51 / 255
+    assert found.loc.shape == (5, math.prod(shape))
+    assert torch.equal(found.z[:, 1], found.loc)
+    assert not found.scale.any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_density_of_images_is_the_change_of_variables_by_autograd(shape):
     flow = image_flow(shape).double().eval()
     target = torch.rand(2, *shape, dtype=torch.float64)
-    for image, found in zip(target, flow.infer(target)[1], strict=True):
-        jacobian = torch.func.jacrev(lambda value: flow.infer(value[None])[0][0])(image)
-        torch.testing.assert_close(found, torch.linalg.slogdet(jacobian.flatten(1))[1], rtol=1e-9, atol=1e-9)
+    for image, found in zip(target, flow.encode(target).log_q_z, strict=True):
+        jacobian = torch.func.jacrev(lambda value: flow.encode(value[None]).loc[0])(image)
+        torch.testing.assert_close(-found, torch.linalg.slogdet(jacobian.flatten(1))[1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5), (2, 1, 4)])
 def test_the_density_of_vectors_and_signals_is_in_their_own_units(shape):
     flow = vector_flow(shape).double()
     x = 7 + 3 * torch.randn(2, *shape, dtype=torch.float64)
-    encoded = flow.encode(x, torch.zeros(2, 1, 1, dtype=torch.float64))
-    for row, found in zip(x, encoded.log_q[:, 0], strict=True):
-        jacobian = torch.func.jacrev(lambda value: flow.encode(value[None], value.new_zeros(1, 1, 1)).loc[0])(
+    rows = encoded(flow, x, torch.zeros(2, 1, 0, dtype=torch.float64))
+    for row, found in zip(x, rows.log_q_z[:, 0], strict=True):
+        jacobian = torch.func.jacrev(lambda value: flow.encode(flow.likelihood.target(value[None], None)).loc[0])(
             row
         ).flatten(1)
         torch.testing.assert_close(-found, torch.linalg.slogdet(jacobian)[1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(flow.decode(encoded.loc).mean, x.float().double(), rtol=1e-4, atol=1e-4)
+    mean = flow.likelihood.mean(flow.decode(rows.loc))
+    torch.testing.assert_close(mean.double(), x.float().double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["elbo", "iwae"])
@@ -101,23 +103,36 @@ def test_the_objective_is_the_log_density_even_where_it_exceeds_one(kind):
     flow = image_flow((1, 8, 8))
     x = torch.rand(4, 1, 8, 8)
     dither = torch.rand_like(x)
-    terms = flow(x, torch.randn(4, 3, 1), dither)
-    z, log_det = flow.infer(flow.likelihood.target(x, dither))
-    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z.double()).sum(1) + log_det
+    terms = flow(x, torch.randn(4, 3, 0), dither)
+    z, ladj = flow.call_and_ladj(flow.likelihood.target(x, dither))
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z.double()).sum(1) + ladj
     found = objective(terms, ObjectiveConfig(kind=kind), 1.0).double()
     torch.testing.assert_close(found, expected.mean(), rtol=1e-6, atol=1e-5)
     assert expected.mean() < 0
-    shifted = terms._replace(kl=terms.kl - 1000, log_q=terms.log_q - 1000)
+    kl = terms.kl._replace(per_group=terms.kl.per_group - 1000)
+    shifted = terms._replace(kl=kl, log_q_z=terms.log_q_z - 1000)
     found = objective(shifted, ObjectiveConfig(kind=kind), 1.0).double()
     torch.testing.assert_close(found, expected.mean() + 1000, rtol=1e-6, atol=1e-5)
-    assert terms.log_q.shape == terms.log_p_x.shape == (4, 3)
-    assert not terms.log_p_x.any()
+    assert terms.log_q_z.shape == terms.log_p_x_given_z.shape == (4, 3)
+    assert not terms.log_p_x_given_z.any()
+
+
+@pytest.mark.parametrize("build_one", [image_flow, vector_flow])
+@torch.no_grad()
+def test_log_prob_is_the_same_however_many_samples(build_one):
+    flow, x = build_one((1, 4, 6)), torch.rand(5, 1, 4, 6)
+    one, many = (flow.log_prob(x, samples, torch.Generator().manual_seed(3)) for samples in (1, 4))
+    torch.testing.assert_close(one, many)
+    dither = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) if flow.likelihood.dither else None
+    z, ladj = flow.call_and_ladj(flow.likelihood.target(x, dither))
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z.double()).sum(1) + ladj
+    torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("build_one", [image_flow, vector_flow])
 def test_the_gradient_reaches_every_parameter(build_one):
     flow = build_one((1, 4, 6)).train()
-    terms = flow(torch.rand(8, 1, 4, 6), torch.zeros(8, 1, 1), torch.rand(8, 1, 4, 6))
+    terms = flow(torch.rand(8, 1, 4, 6), torch.zeros(8, 1, 0), torch.rand(8, 1, 4, 6))
     objective(terms, ObjectiveConfig(), 1.0).backward()
     still = [name for name, p in flow.named_parameters() if p.grad is None or not p.grad.any()]
     assert not still
@@ -128,7 +143,7 @@ def test_training_examples_start_as_standardised_latents():
     flow = build((1, 8, 8), levels=2, steps=3, hidden=6)
     images = torch.rand(300, 1, 8, 8) ** 3
     flow.initialise(images.mean(0), images)
-    z, _ = flow.infer(flow.likelihood.target(images, torch.rand_like(images)))
+    z, _ = flow.call_and_ladj(flow.likelihood.target(images, torch.rand_like(images)))
     assert z.mean().abs() < 0.05
     assert z.std() == pytest.approx(1, abs=0.05)
 
@@ -138,8 +153,8 @@ def test_loaded_weights_give_the_same_latents_and_inverse():
     flow, other = image_flow((1, 4, 6)), build((1, 4, 6), levels=3, steps=3, hidden=6)
     other.load_state_dict(flow.state_dict())
     x = torch.rand(3, 1, 4, 6)
-    assert torch.equal(other.eval().infer(x)[0], flow.infer(x)[0])
-    torch.testing.assert_close(other.flow.inverse(other.infer(x)[0]), x, atol=1e-4, rtol=0)
+    assert torch.equal(other.eval().encode(x).loc, flow.encode(x).loc)
+    torch.testing.assert_close(other.flow.inverse(other.encode(x).loc), x, atol=1e-4, rtol=0)
 
 
 def checkerboard(count, generator):
@@ -169,7 +184,7 @@ def fitted(examples, steps=500):
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         batch = examples[torch.randint(len(examples), (256,))]
-        loss = -objective(flow(batch, batch.new_zeros(len(batch), 1, 1)), ObjectiveConfig(), 1.0)
+        loss = -objective(flow(batch, batch.new_zeros(len(batch), 1, 0)), ObjectiveConfig(), 1.0)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -179,8 +194,8 @@ def fitted(examples, steps=500):
 
 @torch.no_grad()
 def log_density(flow, x):
-    terms = flow(x, x.new_zeros(len(x), 1, 1))
-    return (terms.log_p_x + terms.log_p_z - terms.log_q)[:, 0].double()
+    terms = flow(x, x.new_zeros(len(x), 1, 0))
+    return (terms.log_p_x_given_z + terms.log_p_z - terms.log_q_z)[:, 0].double()
 
 
 def grid(examples, side=300):
@@ -215,16 +230,18 @@ RULES = {
 def test_the_graphs_give_torchs_numbers(kind):
     build_one, rule = RULES[kind]
     flow = build_one(rule.shape)
-    graphs = {role: ort.InferenceSession(data) for role, data in export_graphs(flow, rule).items()}
-    x, noise, z = torch.rand(3, *rule.shape), torch.randn(3, 2, 1), torch.randn(4, flow.latent_dim)
-    inputs = {"x": x, "noise": noise} | ({"dither": torch.rand_like(x)} if flow.likelihood.dither else {})
-    encoded, decoded = flow.encode(**inputs), flow.decode(z)
-    rows = encoded._replace(z=encoded.z.contiguous())
-    locs = flow.decode(rows.z.flatten(0, 1)).parameters[0].unflatten(0, (3, 2))
+    graphs = {role: ort.InferenceSession(data) for role, data in export_graphs(flow).items()}
+    assert set(graphs) == {"encoder", "decoder", "joint", "observation"}
+    x, z = torch.rand(3, *rule.shape), torch.randn(4, flow.latent_dim)
+    inputs = {"x": x} | ({"dither": torch.rand_like(x)} if flow.likelihood.dither else {})
+    rows, p = encoded(flow, noise=x.new_zeros(3, 1, 0), **inputs), flow.decode(z)
+    copies = rows.z.repeat(1, 2, 1)
+    at_copies = flow.decode_samples(copies)
+    joint = flow.joint(rows.target, copies, at_copies)
     cases = {
-        "encoder": (inputs, encoded),
-        "decoder": ({"z": z}, (decoded.mean, *decoded.parameters)),
-        "density": ({"target": rows.target, "z": rows.z, "loc": locs}, flow.density(rows.target, rows.z, (locs,))),
+        "encoder": (inputs, rows),
+        "decoder": ({"z": z}, (flow.likelihood.mean(p), *p)),
+        "joint": ({"target": rows.target, "z": copies, "loc": at_copies.loc}, joint),
     }
     for role, (fed, expected) in cases.items():
         found = graphs[role].run(None, {name: value.numpy() for name, value in fed.items()})

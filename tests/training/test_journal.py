@@ -9,7 +9,13 @@ from rich.console import Console
 import training.fitting.journal
 from training.fitting.journal import Journal
 
-ROW = {"train_elbo": -64521.87, "bound": -64262.998, "rate": 0.11, "distortion": 64262.89, "images_per_second": 3.0}
+ROW = {
+    "train_elbo_sampled": -64521.87,
+    "bound": -64262.998,
+    "rate": 0.11,
+    "distortion": 64262.89,
+    "images_per_second": 3.0,
+}
 
 
 class Clock:
@@ -90,6 +96,7 @@ def test_lines_are_whole_and_there_is_no_bar_where_nobody_looks(tmp_path, clock)
         journal.warn("a text that is longer than the eighty columns which a pipe or a file of logs is taken to have")
     lines = console.file.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["epoch", "model", "warning:"]
+    assert "train elbo -64521.87 (sampled)" in lines[0]
     assert lines[0].endswith("3 examples/s")
     assert lines[1] == "model [bold]"
 

@@ -9,6 +9,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from service.bundle.input_rules import Preprocessing
+from tests.training.shared import encoded
 from training.config import LadderConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
 from training.errors import ConfigError
 from training.evaluation.evaluate import batch_bounds
@@ -60,14 +61,14 @@ def total(distributions, parts):
 def test_densities_are_the_sums_of_the_layers_normals_at_the_drawn_z():
     model = build()
     x, noise, dither = inputs(model)
-    encoded, terms = model.encode(x, noise, dither), model(x, noise, dither)
+    found, terms = encoded(model, x, noise, dither), model(x, noise, dither)
     for k in range(2):
-        p, q, parts = layerwise(model, encoded.target, encoded.z[:, k])
-        torch.testing.assert_close(encoded.log_q[:, k], total(q, parts), atol=2e-4, rtol=1e-6)
-        torch.testing.assert_close(model.prior.log_prob(encoded.z)[:, k], total(p, parts), atol=2e-4, rtol=1e-6)
-    torch.testing.assert_close(terms.z, encoded.z)
-    torch.testing.assert_close(terms.log_q.double(), encoded.log_q, atol=2e-4, rtol=1e-6)
-    torch.testing.assert_close(terms.log_p_z.double(), model.prior.log_prob(encoded.z), atol=2e-4, rtol=1e-6)
+        p, q, parts = layerwise(model, found.target, found.z[:, k])
+        torch.testing.assert_close(found.log_q_z[:, k], total(q, parts), atol=2e-4, rtol=1e-6)
+        torch.testing.assert_close(model.prior.log_prob(found.z)[:, k], total(p, parts), atol=2e-4, rtol=1e-6)
+    torch.testing.assert_close(terms.z, found.z)
+    torch.testing.assert_close(terms.log_q_z.double(), found.log_q_z, atol=2e-4, rtol=1e-6)
+    torch.testing.assert_close(terms.log_p_z.double(), model.prior.log_prob(found.z), atol=2e-4, rtol=1e-6)
 
 
 @torch.no_grad()
@@ -80,18 +81,18 @@ def test_the_rate_is_the_layers_analytic_kl_at_the_drawn_parents_averaged():
         p, q, _ = layerwise(model, target, terms.z[:, k])
         kls = [kl_divergence(a, b).flatten(1).sum(1) for a, b in zip(q, p, strict=True)]
         expected += torch.stack(kls, 1) / 3
-    torch.testing.assert_close(terms.kl.double(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(terms.kl.per_group.double(), expected, atol=1e-4, rtol=1e-5)
+    assert terms.kl.analytic
 
 
 @torch.no_grad()
 def test_decoding_the_encoders_z_gives_the_parameters_of_forward():
     model = build(family="gaussian", scale="pixel")
     x, noise, dither = inputs(model)
-    terms, encoded = model(x, noise, dither), model.encode(x, noise, dither)
-    parameters = tuple(p.unflatten(0, (3, 2)) for p in model.decode(encoded.z.flatten(0, 1)).parameters)
-    density = model.density(encoded.target, encoded.z, parameters)
-    torch.testing.assert_close(terms.log_p_x.double(), density.log_p_x, atol=1e-3, rtol=1e-5)
-    assert not torch.allclose(terms.log_p_x[:, 0], terms.log_p_x[:, 1])
+    terms, found = model(x, noise, dither), encoded(model, x, noise, dither)
+    joint = model.joint(found.target, found.z, model.decode_samples(found.z))
+    torch.testing.assert_close(terms.log_p_x_given_z.double(), joint.log_p_x_given_z, atol=1e-3, rtol=1e-5)
+    assert not torch.allclose(terms.log_p_x_given_z[:, 0], terms.log_p_x_given_z[:, 1])
 
 
 def test_a_prior_draws_density_is_the_noises_over_the_volume():
@@ -110,15 +111,16 @@ def test_a_prior_draws_density_is_the_noises_over_the_volume():
 def test_loc_is_the_path_of_zero_noise_and_scale_the_deviations_along_it():
     model = build()
     x, noise, dither = inputs(model)
-    encoded = model.encode(x, noise, dither)
-    still = model.encode(x, torch.zeros_like(noise), dither)
-    torch.testing.assert_close(still.z, encoded.loc.unsqueeze(1).expand_as(still.z))
+    found, q = encoded(model, x, noise, dither), model.encode(model.likelihood.target(x, dither))
+    torch.testing.assert_close((q.loc, q.scale, *q.rsample(noise)), tuple(found[1:]))
+    still = q.rsample(torch.zeros_like(noise))
+    torch.testing.assert_close(still.z, found.loc.unsqueeze(1).expand_as(still.z))
     start = 0
     for size in model.prior.top_down.sizes:
         one = torch.zeros_like(noise)
         one[..., start : start + size] = noise[..., start : start + size]
-        expected = encoded.loc.unsqueeze(1) + encoded.scale.unsqueeze(1) * one
-        moved = model.encode(x, one, dither).z
+        expected = found.loc.unsqueeze(1) + found.scale.unsqueeze(1) * one
+        moved = q.rsample(one).z
         torch.testing.assert_close(moved[..., : start + size], expected[..., : start + size], atol=1e-4, rtol=1e-4)
         start += size
     assert start == model.latent_dim
@@ -144,7 +146,7 @@ def test_importance_weights_average_to_the_known_likelihood_of_a_linear_gaussian
     origin = torch.zeros(model.latent_dim)
 
     def generate(noise):
-        return model.parameters_at(model.prior.sample(noise[None]))[0].flatten()
+        return model.decode(model.prior.sample(noise[None])).loc.flatten()
 
     weights = torch.autograd.functional.jacobian(generate, origin).double()
     covariance = weights @ weights.T + 4 * torch.eye(64, dtype=torch.float64)
@@ -184,13 +186,13 @@ def test_the_bound_rises_in_a_few_steps():
 def test_free_bits_are_given_to_each_layer():
     model = build(spread=0.0)
     terms = model(*inputs(model))
-    nats = terms.kl.mean(0)
+    nats = terms.kl.per_group.mean(0)
     free = float(nats.max()) + 1.0
     found = objective(terms, ObjectiveConfig(free_bits=free), beta=0.5)
-    torch.testing.assert_close(found, terms.log_p_x.mean() - 0.5 * 3 * free)
-    assert terms.kl.shape == (3, 3)
+    torch.testing.assert_close(found, terms.log_p_x_given_z.mean() - 0.5 * 3 * free)
+    assert terms.kl.per_group.shape == (3, 3)
     between = float(nats.sort().values[1:].mean())
-    expected = terms.log_p_x.mean() - nats.clamp(min=between).sum()
+    expected = terms.log_p_x_given_z.mean() - nats.clamp(min=between).sum()
     torch.testing.assert_close(objective(terms, ObjectiveConfig(free_bits=between), beta=1.0), expected)
 
 
@@ -202,11 +204,11 @@ def test_any_image_and_a_signal(shape, family):
         pytest.skip("a family of pixels")
     model = build(shape, family=family, values="reals" if shape[1] == 1 else "pixels")
     x, noise, dither = inputs(model, k=4)
-    encoded = model.encode(x, noise, dither)
-    assert encoded.z.shape == (3, 4, model.latent_dim)
-    assert encoded.loc.shape == encoded.scale.shape == (3, model.latent_dim)
-    assert model.decode(model.prior.sample(noise[:, 0])).mean.shape == (3, *shape)
-    assert model.prior.log_prob(encoded.z).dtype == torch.float64
+    found = encoded(model, x, noise, dither)
+    assert found.z.shape == (3, 4, model.latent_dim)
+    assert found.loc.shape == found.scale.shape == (3, model.latent_dim)
+    assert model.likelihood.mean(model.decode(model.prior.sample(noise[:, 0]))).shape == (3, *shape)
+    assert model.prior.log_prob(found.z).dtype == torch.float64
 
 
 def test_layers_are_listed_from_the_top():
@@ -243,7 +245,7 @@ def test_dreg_and_uneven_levels_are_refused_in_words():
         load_config(overrides=["model.ladder.layers=[1, 0]"])
     model = build()
     with pytest.raises(ConfigError, match="log q"):
-        model(*inputs(model), detach_q=True)
+        model(*inputs(model), stop_gradient_q=True)
 
 
 @torch.no_grad()
@@ -255,7 +257,7 @@ def test_weights_are_stored_once_and_load():
     other.load_state_dict({name: value.clone() for name, value in state.items()})
     z = torch.randn(2, model.latent_dim)
     torch.testing.assert_close(other.prior.log_prob(z), model.prior.log_prob(z))
-    torch.testing.assert_close(other.decode(z).mean, model.decode(z).mean)
+    torch.testing.assert_close(other.decode(z), model.decode(z))
 
 
 @torch.no_grad()
@@ -266,7 +268,7 @@ def test_initialise_starts_near_the_training_mean(family):
     model.head.conv.weight.zero_()
     model.head.conv.bias.zero_()
     model.initialise(mean, mean[None])
-    found = model.decode(torch.zeros(1, model.latent_dim)).mean[0]
+    found = model.likelihood.mean(model.decode(torch.zeros(1, model.latent_dim)))[0]
     torch.testing.assert_close(found, mean, atol=0.05, rtol=0)
 
 
@@ -275,25 +277,21 @@ def test_initialise_starts_near_the_training_mean(family):
 def test_the_graphs_give_torchs_numbers():
     two = LadderConfig(channels=[3, 4], latents=[1, 2], layers=[1, 1], dropout=0.2)
     model = build((3, 9, 8), two, spread=0.1)
-    graphs = export_graphs(model, Preprocessing(mode="RGB", height=9, width=8))
-    assert set(graphs) == {"encoder", "decoder", "density", "observation", "prior"}
+    graphs = export_graphs(model)
+    assert set(graphs) == {"encoder", "decoder", "joint", "observation", "prior"}
     x, noise, dither = inputs(model, n=5, k=4)
-    encoded = model.encode(x, noise, dither)
-    decoded = model.decode(encoded.z.flatten(0, 1))
-    unflat = tuple(p.unflatten(0, (5, 4)) for p in decoded.parameters)
-    draw = torch.rand_like(decoded.mean)
-    fields = model.likelihood.parameters_of
+    rows = encoded(model, x, noise, dither)
+    p, unflat = model.decode(rows.z.flatten(0, 1)), model.decode_samples(rows.z)
+    mean = model.likelihood.mean(p)
+    draw = torch.rand_like(mean)
     wanted = {
-        "encoder": ({"x": x, "noise": noise} | ({} if dither is None else {"dither": dither}), encoded),
-        "decoder": ({"z": encoded.z.flatten(0, 1)}, (decoded.mean, *decoded.parameters)),
-        "density": (
-            {"target": encoded.target, "z": encoded.z, **dict(zip(fields, unflat, strict=True))},
-            model.density(encoded.target, encoded.z, unflat),
+        "encoder": ({"x": x, "noise": noise} | ({} if dither is None else {"dither": dither}), rows),
+        "decoder": ({"z": rows.z.flatten(0, 1)}, (mean, *p)),
+        "joint": (
+            {"target": rows.target, "z": rows.z, **unflat._asdict()},
+            model.joint(rows.target, rows.z, unflat),
         ),
-        "observation": (
-            {**dict(zip(fields, decoded.parameters, strict=True)), "noise": draw},
-            (model.observe(decoded.parameters, draw),),
-        ),
+        "observation": ({**p._asdict(), "noise": draw}, (model.likelihood.sample(p, draw),)),
         "prior": ({"noise": noise[:, 0]}, (model.prior.sample(noise[:, 0]),)),
     }
     for role, (feeds, expected) in wanted.items():
@@ -326,6 +324,6 @@ def test_a_presets_step_on_a_cpu(preset):
     loss.backward()
     optimiser.step()
     assert math.isfinite(loss.item())
-    assert terms.log_p_x.dtype == terms.kl.dtype == torch.float32
+    assert terms.log_p_x_given_z.dtype == terms.kl.per_group.dtype == torch.float32
     moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
     assert all(moved)

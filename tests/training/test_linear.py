@@ -7,10 +7,10 @@ from scipy.linalg import subspace_angles
 from sklearn import decomposition
 
 from service.bundle.input_rules import ArrayPreprocessing
-from tests.training.solved import dataset_of, digits, factor_rows, solved, targets
+from tests.training.solved import dataset_of, digits, factor_rows, finish, solved, targets
 from training.config import ModelConfig
 from training.errors import ConfigError
-from training.fitting.fit import start
+from training.fitting.trainer import start
 from training.models.registry import build_model
 
 ERROR = {"family": "squared_error"}
@@ -27,11 +27,11 @@ def test_pca_is_scikit_learns(rows):
     np.testing.assert_allclose(signs * axes, oracle.components_, atol=1e-5)
     np.testing.assert_allclose(model.loc, oracle.mean_, atol=1e-6)
     held = targets(model, dataset, "test")
-    encoded = model.draw(held, model.infer(held), torch.randn(len(held), 2, 1))
+    q = model.encode(held)
     expected = oracle.transform(held.flatten(1).double().numpy()) * signs.T
-    np.testing.assert_allclose(encoded.loc, expected, atol=1e-4)
-    assert torch.equal(encoded.z, encoded.loc.unsqueeze(1).expand(-1, 2, -1))
-    reconstruction = model.parameters_at(encoded.loc)[0].flatten(1)
+    np.testing.assert_allclose(q.loc, expected, atol=1e-4)
+    assert torch.equal(q.rsample(torch.randn(len(held), 2, 0)).z, q.loc.unsqueeze(1).expand(-1, 2, -1))
+    reconstruction = model.decode(q.loc).loc.flatten(1)
     np.testing.assert_allclose(reconstruction, oracle.inverse_transform(expected * signs.T), atol=1e-4)
 
 
@@ -48,8 +48,8 @@ def test_the_prior_has_the_moments_of_the_training_codes(family):
     model, dataset = solved(factor_rows(), family, latent_dim=3, likelihood=ERROR)
     if family == "linear_autoencoder":
         model.encoder.bias += 1.0  # as it starts, the codes' mean is 0
-        model.finish(dataset, 0, lambda text: None)
-    (codes,) = model.infer(targets(model, dataset))
+        assert len(finish(model, dataset)) == 1
+    codes = model.encode(targets(model, dataset)).loc
     draws = model.prior.sample(torch.randn(60_000, 3))
     torch.testing.assert_close(draws.mean(0), codes.mean(0), atol=0.02, rtol=0)
     torch.testing.assert_close(torch.cov(draws.T), torch.cov(codes.T, correction=0), atol=0.04, rtol=0.03)
@@ -62,6 +62,8 @@ def test_the_prior_has_the_moments_of_the_training_codes(family):
 def test_without_a_prior_nothing_is_fitted():
     model, _ = solved(factor_rows(), "pca", latent_dim=2, likelihood=ERROR, linear={"prior": "none"})
     assert model.prior.family == "none"
+    with pytest.raises(NotImplementedError, match="without a prior"):
+        model.sample(2)
 
 
 def test_codes_that_do_not_vary_have_a_prior_too():
@@ -76,11 +78,11 @@ def test_codes_that_do_not_vary_have_a_prior_too():
 def test_training_terms_are_minus_the_squared_error():
     model, dataset = solved(factor_rows(), "pca", latent_dim=2, likelihood=ERROR)
     x = torch.from_numpy(dataset.pixels(dataset.splits["test"]))
-    terms = model(x, torch.zeros(len(x), 3, 1))
+    terms = model(x, torch.zeros(len(x), 3, 0))
     target = model.likelihood.target(x, None)
-    expected = -((target - model.parameters_at(model.infer(target)[0])[0]) ** 2).sum((1, 2, 3))
-    torch.testing.assert_close(terms.log_p_x, expected.unsqueeze(1).expand(-1, 3))
-    assert not torch.cat([terms.kl, terms.log_p_z, terms.log_q], 1).any()
+    expected = -((target - model.decode(model.encode(target).loc).loc) ** 2).sum((1, 2, 3))
+    torch.testing.assert_close(terms.log_p_x_given_z, expected.unsqueeze(1).expand(-1, 3))
+    assert not torch.cat([terms.kl.per_group, terms.log_p_z, terms.log_q_z], 1).any()
 
 
 def test_the_linear_autoencoder_finds_the_principal_subspace():
@@ -89,12 +91,12 @@ def test_the_linear_autoencoder_finds_the_principal_subspace():
     torch.manual_seed(0)
     model = build_model(dataset.preprocessing, config)
     start(model, dataset)
-    x, noise = targets(model, dataset), torch.zeros(1, 1, 1)
+    x, noise = targets(model, dataset), torch.zeros(1, 1, 0)
     optimiser = torch.optim.Adam(model.parameters(), 0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 1500)
     for _ in range(1500):
         optimiser.zero_grad()
-        (-model(x, noise).log_p_x.mean()).backward()
+        (-model(x, noise).log_p_x_given_z.mean()).backward()
         optimiser.step()
         schedule.step()
     pca, _ = solved(digits(), "pca", latent_dim=4, likelihood=ERROR)

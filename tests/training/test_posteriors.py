@@ -1,6 +1,7 @@
 """Posteriors: densities against autograd's Jacobians and closed forms, order, orthogonality, training, export."""
 
 import math
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from torch.func import jacrev, vmap
 
 from service.bundle.manifest import Manifest
+from tests.training.shared import encoded
 from training.config import ModelConfig, ObjectiveConfig, PosteriorConfig, load_config
+from training.distributions import reflect
 from training.errors import ConfigError
 from training.export.graphs import export_graph, likelihood, signature
 from training.fitting.objectives import objective
-from training.models.posteriors import Posterior, build_posterior, reflect
+from training.models.posteriors import PosteriorHead, build_posterior
 from training.models.vae import VAE
 from training.nn.masked import AutoregressiveNetwork, MaskedLinear
 
@@ -47,13 +50,13 @@ def log_normal(noise):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_q_is_the_noises_density_over_autograds_jacobian(family, latent_dim):
     posterior = build(family, latent_dim)
-    statistics = posterior(torch.randn(1, FEATURES))
+    q = posterior(torch.randn(1, FEATURES))
     noise = 1.5 * torch.randn(20, latent_dim)
-    jacobian = vmap(jacrev(lambda e: posterior.sample(statistics, e[None, None])[0][0, 0]))(noise)
+    jacobian = vmap(jacrev(lambda e: q.rsample(e[None, None]).z[0, 0]))(noise)
     expected = log_normal(noise) - torch.linalg.slogdet(jacobian.double()).logabsdet
-    z, log_q = posterior.sample(statistics, noise[None])
-    assert (z.dtype, log_q.dtype) == (torch.float32, torch.float64)
-    torch.testing.assert_close(log_q[0], expected, atol=2e-5, rtol=1e-5)
+    z, log_q_z = q.rsample(noise[None])
+    assert (z.dtype, log_q_z.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(log_q_z[0], expected, atol=2e-5, rtol=1e-5)
     if latent_dim > 1 and family != "diagonal_gaussian":
         off_diagonal = jacobian[:, ~torch.eye(latent_dim, dtype=torch.bool)]
         assert off_diagonal.abs().mean() > 0.01, "the flow mixes dimensions, or this test shows nothing"
@@ -64,11 +67,10 @@ def test_log_q_is_the_noises_density_over_autograds_jacobian(family, latent_dim)
 def test_q_integrates_to_one_in_two_dimensions(family):
     """E_q[φ(z)/q(z)] = ∫ φ = 1 for any density φ inside q's range: a narrow Gaussian amid the draws."""
     posterior = build(family, 2)
-    statistics = posterior(torch.randn(1, FEATURES))
-    z, log_q = posterior.sample(statistics, torch.randn(1, 300_000, 2))
+    z, log_q_z = posterior(torch.randn(1, FEATURES)).rsample(torch.randn(1, 300_000, 2))
     centre, spread = z[0].double().mean(0), 0.6 * z[0].double().std(0)
     narrow = log_normal((z[0].double() - centre) / spread) - torch.log(spread).sum()
-    ratio = torch.exp(narrow - log_q[0])
+    ratio = torch.exp(narrow - log_q_z[0])
     error = ratio.std().item() / math.sqrt(len(ratio))
     assert error < 0.01
     assert ratio.mean().item() == pytest.approx(1, abs=4 * error)
@@ -78,14 +80,14 @@ def test_q_integrates_to_one_in_two_dimensions(family):
 @torch.no_grad()
 def test_a_known_density_is_that_of_the_draws_and_integrates_to_one_on_a_grid(family):
     posterior = build(family, 2, vectors=4)  # an odd number would be its own inverse in 2-D
-    loc, _, *rest = posterior(torch.randn(2, FEATURES))
-    statistics = (loc, torch.tensor([[0.4, 1.2], [1.5, 0.6]]), *rest)  # wide enough for the grid
-    z, log_q = posterior.sample(statistics, torch.randn(2, 50, 2))
-    torch.testing.assert_close(posterior.log_prob(statistics, z), log_q, atol=2e-5, rtol=1e-5)
-    loc, scale = posterior.moments_of(statistics)
+    name = "base_scale" if family == "householder" else "scale"
+    q = replace(posterior(torch.randn(2, FEATURES)), **{name: torch.tensor([[0.4, 1.2], [1.5, 0.6]])})  # fits the grid
+    z, log_q_z = q.rsample(torch.randn(2, 50, 2))
+    torch.testing.assert_close(q.log_prob(z), log_q_z, atol=2e-5, rtol=1e-5)
+    loc, scale = q.loc, q.scale
     line = torch.linspace(-8, 8, 401)
     steps = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(1, -1, 2) * scale.unsqueeze(1)
-    density = torch.exp(posterior.log_prob(statistics, loc.unsqueeze(1) + steps))
+    density = torch.exp(q.log_prob(loc.unsqueeze(1) + steps))
     torch.testing.assert_close(
         density.sum(1) * 0.04**2 * scale.double().prod(-1), torch.ones(2).double(), atol=1e-4, rtol=0
     )
@@ -97,42 +99,44 @@ def test_only_what_the_configuration_calls_evaluable_has_a_density_at_any_z(fami
     assert posterior.evaluable == options(family).evaluable == (family in EVALUABLE)
     assert posterior.family == family
     if family in FLOWS:
+        q = posterior(torch.randn(1, FEATURES))
         with pytest.raises(NotImplementedError, match="its own draws only"):
-            posterior.log_prob(posterior(torch.randn(1, FEATURES)), torch.zeros(1, 1, 3))
+            q.log_prob(torch.zeros(1, 1, 3))
+        with pytest.raises(NotImplementedError, match="its own draws only"):
+            q.stop_gradient()
 
 
 @torch.no_grad()
 def test_householders_moments_are_those_of_its_draws():
-    posterior = build("householder", 4)
-    statistics = posterior(torch.randn(2, FEATURES))
-    loc, scale = posterior.moments_of(statistics)
-    z, _ = posterior.sample(statistics, torch.eye(4).expand(2, -1, -1))
+    q = build("householder", 4)(torch.randn(2, FEATURES))
+    loc, scale = q.loc, q.scale
+    z, _ = q.rsample(torch.eye(4).expand(2, -1, -1))
     factor = (z - loc.unsqueeze(1)).double()  # rows: the image of each axis
     torch.testing.assert_close(
         scale.double() ** 2, torch.diagonal(factor.mT @ factor, dim1=1, dim2=2), atol=1e-6, rtol=1e-5
     )
     assert (factor.mT @ factor)[0, 0, 1:].abs().max() > 1e-3, "full covariance"
-    torch.testing.assert_close(posterior.sample(statistics, torch.zeros(2, 1, 4))[0].squeeze(1), loc)
+    torch.testing.assert_close(q.rsample(torch.zeros(2, 1, 4)).z.squeeze(1), loc)
 
 
 @pytest.mark.parametrize("family", FLOWS)
 @torch.no_grad()
 def test_a_flows_loc_is_the_image_of_its_bases_mean(family):
     posterior = build(family)
-    statistics = posterior(torch.randn(2, FEATURES))
-    loc, scale = posterior.moments_of(statistics)
-    torch.testing.assert_close(posterior.sample(statistics, torch.zeros(2, 1, 3))[0].squeeze(1), loc)
-    torch.testing.assert_close(scale, statistics[1])
+    features = torch.randn(2, FEATURES)
+    q = posterior(features)
+    torch.testing.assert_close(q.rsample(torch.zeros(2, 1, 3)).z.squeeze(1), q.loc)
+    torch.testing.assert_close(q.scale, posterior.base(features).scale)
     assert posterior.moments == "base"
 
 
 @torch.no_grad()
 def test_householders_and_sylvesters_q_are_orthogonal():
-    _, _, vectors = build("householder", 6, vectors=5)(torch.randn(4, FEATURES))
+    vectors = build("householder", 6, vectors=5)(torch.randn(4, FEATURES)).vectors
     q = reflect(torch.eye(6).expand(4, -1, -1), vectors)
     torch.testing.assert_close(q @ q.mT, torch.eye(6).expand(4, -1, -1), atol=1e-6, rtol=0)
     assert (q[0] - torch.eye(6)).abs().max() > 0.1
-    frames = build("sylvester", 6, rank=4)(torch.randn(4, FEATURES))[2]
+    frames = build("sylvester", 6, rank=4)(torch.randn(4, FEATURES)).transform.frames
     assert frames.shape == (4, 3, 6, 4)
     torch.testing.assert_close(frames.mT @ frames, torch.eye(4).expand(4, 3, -1, -1), atol=1e-6, rtol=0)
 
@@ -158,7 +162,8 @@ def test_an_autoregressive_network_sees_what_comes_before_and_all_of_it(reverse,
 def test_iaf_reverses_the_order_from_step_to_step():
     posterior = build("iaf", 4, steps=2)
     reach = []
-    for step, context in zip(posterior.steps, posterior(torch.randn(1, FEATURES))[2].unbind(1), strict=True):
+    contexts = posterior(torch.randn(1, FEATURES)).transform.context.unbind(1)
+    for step, context in zip(posterior.steps, contexts, strict=True):
         reach.append(jacrev(lambda z, f=step, c=context: f(z[None, None], c)[0][0, 0])(torch.randn(4)))
     assert not reach[0].triu().any()
     assert not reach[1].tril().any()
@@ -185,10 +190,12 @@ def test_a_masked_weight_gets_no_gradient_and_folds_to_the_same_function():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_starts_at_a_diagonal_gaussian(family):
     posterior = build(family, 4, spread=0.0, steps=2)
-    statistics = posterior(torch.randn(1, FEATURES))
-    jacobian = jacrev(lambda e: posterior.sample(statistics, e[None, None])[0][0, 0])(torch.randn(4))
+    features = torch.randn(1, FEATURES)
+    q = posterior(features)
+    jacobian = jacrev(lambda e: q.rsample(e[None, None]).z[0, 0])(torch.randn(4))
     drawn_together = 1 / (1 + math.exp(-2)) ** 2 if family == "iaf" else 1.0
-    expected = torch.diag(statistics[1][0]) * drawn_together
+    base = posterior if family == "diagonal_gaussian" else posterior.base
+    expected = torch.diag(base(features).scale[0]) * drawn_together
     torch.testing.assert_close(jacobian.abs(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -196,10 +203,10 @@ def test_training_starts_at_a_diagonal_gaussian(family):
 def test_features_far_out_give_finite_densities_and_gradients(family):
     posterior = build(family, steps=4).train()
     features = (100 * torch.randn(16, FEATURES)).requires_grad_()
-    z, log_q = posterior.sample(posterior(features), 3 * torch.randn(16, 8, 3))
-    (z.square().mean() + log_q.mean()).backward()
+    z, log_q_z = posterior(features).rsample(3 * torch.randn(16, 8, 3))
+    (z.square().mean() + log_q_z.mean()).backward()
     assert torch.isfinite(z).all()
-    assert torch.isfinite(log_q).all()
+    assert torch.isfinite(log_q_z).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in posterior.parameters())
 
 
@@ -216,23 +223,35 @@ def test_a_step_on_the_verge_of_losing_a_dimension_stays_finite(family):
         posterior.vectors.bias.copy_(torch.eye(3).repeat(3, 1).flatten())
         posterior.rest.bias.unflatten(0, (3, 3, 2))[:, 0] = 100.0
         posterior.rest.bias.unflatten(0, (3, 3, 2))[:, 1] = -100.0
-    _, log_q = posterior.sample(posterior(torch.zeros(1, FEATURES)), torch.zeros(1, 1, 3))
-    assert 3 * log_normal(torch.zeros(1)) < log_q.item() < 50
+    _, log_q_z = posterior(torch.zeros(1, FEATURES)).rsample(torch.zeros(1, 1, 3))
+    assert 3 * log_normal(torch.zeros(1)) < log_q_z.item() < 50
+
+
+def tensors_of(q):
+    """The tensors that q and its parts hold."""
+    for field in fields(q):
+        value = getattr(q, field.name)
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from tensors_of(value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_autocast_leaves_maps_and_determinants_in_float32(family):
     posterior = build(family, 6, rank=4)
-    statistics, noise = posterior(torch.randn(2, FEATURES)), torch.randn(2, 7, 6)
-    z, log_q = posterior.sample(statistics, noise)
+    q, noise = posterior(torch.randn(2, FEATURES)), torch.randn(2, 7, 6)
+    z, log_q_z = q.rsample(noise)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(value.dtype == torch.float32 for value in posterior(torch.randn(2, FEATURES)))
-        rounded, rounded_log_q = posterior.sample(statistics, noise)
-    assert (rounded.dtype, rounded_log_q.dtype) == (torch.float32, torch.float64)
+        found = list(tensors_of(posterior(torch.randn(2, FEATURES))))
+        rounded, rounded_log_q_z = q.rsample(noise)
+    assert len(found) == {"diagonal_gaussian": 2, "householder": 3, "planar": 6, "sylvester": 7, "iaf": 3}[family]
+    assert all(value.dtype == torch.float32 for value in found)
+    assert (rounded.dtype, rounded_log_q_z.dtype) == (torch.float32, torch.float64)
     rough = family == "iaf"  # its networks are rounded, and log q with them: the Jacobian is of the rounded map
     torch.testing.assert_close(rounded, z, atol=0.2 if rough else 1e-6, rtol=0)
-    torch.testing.assert_close(rounded_log_q, log_q, atol=0.2 if rough else 1e-6, rtol=0)
+    torch.testing.assert_close(rounded_log_q_z, log_q_z, atol=0.2 if rough else 1e-6, rtol=0)
 
 
 class LinearGaussian:
@@ -263,13 +282,13 @@ def test_bounds_stay_below_log_p_x_of_a_linear_gaussian_model_and_come_near_it(f
     features = torch.ones(1, FEATURES)
     optimiser = torch.optim.Adam(posterior.parameters(), 0.02)
     for _ in range(300):
-        z, log_q = posterior.sample(posterior(features), torch.randn(1, 64, 2))
+        z, log_q_z = posterior(features).rsample(torch.randn(1, 64, 2))
         optimiser.zero_grad()
-        (log_q - model.log_joint(z)).mean().backward()
+        (log_q_z - model.log_joint(z)).mean().backward()
         optimiser.step()
     with torch.no_grad():
-        z, log_q = posterior.eval().sample(posterior(features), torch.randn(1, 128_000, 2))
-    log_w = (model.log_joint(z) - log_q)[0]
+        z, log_q_z = posterior.eval()(features).rsample(torch.randn(1, 128_000, 2))
+    log_w = (model.log_joint(z) - log_q_z)[0]
     elbo, error = log_w.mean().item(), log_w.std().item() / math.sqrt(len(log_w))
     iwae = torch.logsumexp(log_w.unflatten(0, (-1, 16)), 1) - math.log(16)
     assert elbo < model.log_p_x + 4 * error
@@ -333,9 +352,10 @@ def exported(family):
 def test_the_exported_encoder_gives_torchs_numbers(family):
     model, graph = exported(family)
     x, noise, dither = torch.rand(4, 1, 3, 4), torch.randn(4, 5, model.noise_dim), torch.rand(4, 1, 3, 4)
-    expected = model.encode(x, noise, dither)
+    expected = encoded(model, x, noise, dither)
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     found = session.run(None, {"x": x.numpy(), "noise": noise.numpy(), "dither": dither.numpy()})
+    assert tuple(output.name for output in session.get_outputs()) == expected._fields
     for name, ours, theirs in zip(expected._fields, expected, found, strict=True):
         np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=2e-6, err_msg=name)
         assert str(ours.dtype).endswith(str(theirs.dtype)), name
@@ -364,5 +384,5 @@ def test_combinations_without_a_meaning_are_refused_in_words():
 
 def test_sylvesters_rank_is_no_more_than_the_latents():
     posterior = build("sylvester", 3, rank=8)
-    assert isinstance(posterior, Posterior)
-    assert posterior(torch.randn(1, FEATURES))[2].shape[-1] == 3
+    assert isinstance(posterior, PosteriorHead)
+    assert posterior(torch.randn(1, FEATURES)).transform.frames.shape[-1] == 3

@@ -14,7 +14,7 @@ from service.bundle.files import open_bundle
 from service.bundle.manifest import CALIBRATION, TILES
 from service.calibration.contamination import Contamination
 from service.inference.sessions import Runtime
-from service.inference.tiled import fit_tails
+from service.inference.tiled import fit_tile_tails, tile_tail_arrays
 from service.repository.model_repository import load_bundle
 from tests.tiled_bundle import surface, with_scratch
 from training.config import Config, load_config
@@ -96,11 +96,10 @@ def test_suspects_are_the_whole_images_by_their_files(published, served, monkeyp
 
 def test_tails_are_those_of_held_out_tiles(published, served):
     run, path = published
-    found = fit_tails(score_split(served.model, run.dataset, "validation", list(served.manifest.scores)))
+    found = fit_tile_tails(score_split(served.model, run.dataset, "validation", list(served.manifest.scores)))
     stored = open_bundle(path).arrays(TILES)
-    for name, tail in found.items():
-        for parameter, array in tail.arrays.items():
-            np.testing.assert_array_equal(stored[f"{name}/{parameter}"], array)
+    for key, array in tile_tail_arrays(found).items():
+        np.testing.assert_array_equal(stored[key], array)
 
 
 def test_a_scratch_is_found_by_the_default_score_at_its_place(served):

@@ -75,7 +75,7 @@ class RunConfig(Section):
     accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0: one, or half of the cores; see fitting.threads")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: one, or half of the cores; see fitting.devices")
     validate_every: int = Field(default=1, ge=1, description="epochs between validations")
     checkpoint_seconds: float = Field(default=60.0, ge=0, description="seconds between checkpoints")
 

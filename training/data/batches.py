@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -71,3 +72,18 @@ class StaticallyBinarised:
         u = image_dither(image.shape, index, self._seed)
         scale = 255 if image.dtype == np.uint8 else 1
         return np.where(u * scale < image, 255, 0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of a data set at ``indices``, as a model's ``finish`` reads them (training.models.base.Rows)."""
+
+    dataset: Dataset
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Float32 [≤size,C,H,W], in the order of ``indices``."""
+        return pixel_batches(self.dataset, [self.indices[i : i + size] for i in range(0, len(self.indices), size)])

@@ -6,6 +6,8 @@ cancel near l = 0, that is λ = ½, where their Taylor series take over (their s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,20 @@ def logits_of(expected: Tensor) -> Tensor:
     return 0.5 * (low + high)
 
 
-def log_prob(x: Tensor, logits: Tensor) -> Tensor:
-    """log p(x) = x·l − A(l) for x in [0,1], in nats."""
-    return x * logits - log_normaliser(logits)
+class ContinuousBernoulli(NamedTuple):
+    """p(x) = e^(xl − A(l)) on [0,1] with logits l and the log normaliser A; sampled from uniform noise."""
+
+    logits: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x] = A'(l)."""
+        return mean(self.logits)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) of x in [0,1], element by element, in nats."""
+        return x * self.logits - log_normaliser(self.logits)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """x at probability u in [0,1), by the inverse distribution function."""
+        return quantile(noise, self.logits)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from training.data.batches import derived_seed, image_dither, pixel_batches
 from training.data.dataset import Dataset
+from training.distributions import Normal
 from training.models.base import LatentVariableModel
-from training.models.posteriors import HALF_LOG_2PI, kl_to_standard_normal
 from training.models.priors import Prior
 
 ACTIVE_VARIANCE = 0.01
@@ -80,8 +80,9 @@ def aggregate_posterior(model: LatentVariableModel, dataset: Dataset, indices: n
         dither = None
         if model.likelihood.dither:
             dither = torch.from_numpy(np.stack([image_dither(model.shape, int(i), seed) for i in part])).to(device)
-        encoded = model.encode(pixels.to(device), torch.randn(len(part), 1, model.noise_dim, device=device), dither)
-        found.append((encoded.loc, encoded.scale, encoded.z[:, 0]))
+        q = model.encode(model.likelihood.target(pixels.to(device), dither))
+        loc, scale, z, _ = q.with_moments(torch.randn(len(part), 1, model.noise_dim, device=device))
+        found.append((loc, scale, z[:, 0]))
     return describe(model, *(torch.cat(tensors) for tensors in zip(*found, strict=True)))
 
 
@@ -92,7 +93,7 @@ def describe(model: LatentVariableModel, loc: Tensor, scale: Tensor, z: Tensor) 
     diagonal = model.posterior_family == "diagonal_gaussian" and model.moments == "exact"
     standard = model.prior.family == "standard_normal"
     prior_mean, prior_variance = prior_moments(model)
-    rate = kl_to_standard_normal(loc.double(), scale.double()).mean(0) if diagonal and standard else None
+    rate = Normal(loc.double(), scale.double()).kl_to_standard().mean(0) if diagonal and standard else None
     return Aggregate(
         mean=mean.cpu().numpy(),
         variance=variance.cpu().numpy(),
@@ -148,15 +149,13 @@ def aggregate_log_prob(loc: Tensor, scale: Tensor, z: Tensor) -> tuple[Tensor, T
 
     In float64: the squares are expanded into matrix products, and cancel.
     """
-    loc, scale, z = loc.double(), scale.double(), z.double()
-    count, size = loc.shape
-    precision = scale**-2
-    constant = -torch.log(scale).sum(1) - size * HALF_LOG_2PI - 0.5 * (loc**2 * precision).sum(1)
+    posteriors = Normal(loc.double(), scale.double())
+    count = len(loc)
     with_own, without_own = [], []
     block = max(1, BLOCK // count)
     for start in range(0, count, block):
         rows = z[start : start + block]
-        log_q = constant + rows @ (loc * precision).T - 0.5 * (rows**2 @ precision.T)
+        log_q = posteriors.log_prob_by_row(rows)
         with_own.append(torch.logsumexp(log_q, 1) - math.log(count))
         own = torch.arange(len(rows), device=z.device)
         log_q[own, start + own] = -math.inf
@@ -175,7 +174,7 @@ def rate_by_group(model: LatentVariableModel, dataset: Dataset, indices: np.ndar
         x = pixels.to(device)
         dither = torch.rand_like(x) if model.likelihood.dither else None
         noise = torch.randn(len(x), 1, model.noise_dim, device=device)
-        total = total + model(x, noise, dither).kl.double().sum(0)
+        total = total + model(x, noise, dither).kl.per_group.double().sum(0)
     return (torch.as_tensor(total) / len(indices)).cpu().numpy()
 
 

@@ -59,16 +59,15 @@ def log_weights(
     """
     step = max(1, chunk // len(x))
     target = model.likelihood.target(x, dither)
-    statistics = model.infer(target)
+    q = model.encode(target)
     for start in range(0, k, step):
         samples = min(step, k - start)
         noise = torch.randn(samples, len(x), model.noise_dim, device=x.device).transpose(0, 1)
-        encoded = model.draw(target, statistics, noise)
+        z, log_q_z = q.rsample(noise)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            flat = model.parameters_at(encoded.z.flatten(0, 1))
-        parameters = tuple(p.float().unflatten(0, encoded.z.shape[:2]) for p in flat)
-        density = model.density(encoded.target, encoded.z, parameters)
-        yield density.log_p_x + density.log_p_z - encoded.log_q, density.log_p_x
+            p = model.decode_samples(z)
+        log_p_x_given_z, _, log_p_z = model.joint(target, z, p)
+        yield log_p_x_given_z + log_p_z - log_q_z, log_p_x_given_z
 
 
 def batch_bounds(
@@ -77,11 +76,11 @@ def batch_bounds(
     """The fields of Bounds, each [N]; iwae is the log-mean-exp of sampled weights (Burda et al. 2016, eq. 8)."""
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     fit, log_sum, log_squares = torch.zeros_like(total), total - math.inf, total - math.inf
-    for log_w, log_p_x in log_weights(model, x, dither, k, chunk, precision):
+    for log_w, log_p_x_given_z in log_weights(model, x, dither, k, chunk, precision):
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_w, 1))
         log_squares = torch.logaddexp(log_squares, torch.logsumexp(2 * log_w, 1))
         total += log_w.sum(1)
-        fit += log_p_x.sum(1)
+        fit += log_p_x_given_z.sum(1)
     return {
         "elbo": total / k,
         "iwae": log_sum - math.log(k),

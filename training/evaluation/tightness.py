@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from training.data.batches import derived_seed
+from training.distributions import HALF_LOG_2PI, DiagonalGaussianPosterior
 from training.models.base import LatentVariableModel
-from training.models.posteriors import HALF_LOG_2PI, reparameterise
 
 LEARNING_RATE = 0.03
 """Of Adam on loc/scale and log scale: it falls to 0 by a cosine, so that the last steps average the noise."""
@@ -70,9 +70,8 @@ def inference_gap(
 
 def log_joint(model: LatentVariableModel, target: Tensor, z: Tensor) -> Tensor:
     """log p(x|z) + log p(z) of target [N,C,H,W] and z [N,K,L] -> [N,K] float64."""
-    parameters = tuple(p.unflatten(0, z.shape[:2]) for p in model.parameters_at(z.flatten(0, 1)))
-    density = model.density(target, z, parameters)
-    return density.log_p_x + density.log_p_z
+    log_p_x_given_z, _, log_p_z = model.joint(target, z, model.decode_samples(z))
+    return log_p_x_given_z + log_p_z
 
 
 def optimise_posterior(
@@ -83,16 +82,16 @@ def optimise_posterior(
     Adam on E log p(x,z) + Σ log scale, the entropy up to a constant; loc moves in units of the first scale.
     """
     with torch.no_grad():
-        noise = torch.zeros(len(target), 1, model.noise_dim, device=target.device)
-        encoded = model.draw(target, model.infer(target), noise)
-    start, unit = encoded.loc.detach(), encoded.scale.detach().clamp(min=1e-4)
+        q = model.encode(target)
+        start, unit = q.loc, q.scale.clamp(min=1e-4)
     shift = torch.zeros_like(start, requires_grad=True)
     stretch = torch.zeros_like(start, requires_grad=True)
     optimiser = torch.optim.Adam([shift, stretch], LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         noise = torch.randn(len(target), SAMPLES, start.shape[1], generator=generator, device=target.device)
-        z = reparameterise(start + unit * shift, unit * torch.exp(stretch), noise)
+        q = DiagonalGaussianPosterior(start + unit * shift, unit * torch.exp(stretch))
+        z = q.rsample(noise).z
         elbo = log_joint(model, target, z).mean(1) + stretch.double().sum(1)
         shift.grad, stretch.grad = torch.autograd.grad(-elbo.sum(), [shift, stretch])
         optimiser.step()
@@ -105,10 +104,11 @@ def gaussian_elbo(
     model: LatentVariableModel, target: Tensor, loc: Tensor, scale: Tensor, samples: int, generator: torch.Generator
 ) -> Tensor:
     """The elbo [N] float64 of N(loc, diag(scale²)) by ``samples`` draws, its entropy in closed form."""
+    q = DiagonalGaussianPosterior(loc, scale)
     total = torch.zeros(len(target), dtype=torch.float64, device=target.device)
     for start in range(0, samples, SAMPLES):
         count = min(SAMPLES, samples - start)
         noise = torch.randn(len(target), count, loc.shape[1], generator=generator, device=target.device)
-        total += log_joint(model, target, reparameterise(loc, scale, noise)).sum(1)
+        total += log_joint(model, target, q.rsample(noise).z).sum(1)
     entropy = (torch.log(scale.double()) + HALF_LOG_2PI + 0.5).sum(1)
     return total / samples + entropy

@@ -15,8 +15,7 @@ from service.calibration.conformal import Calibrator
 from service.calibration.contamination import contamination
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.tiled import TiledModel, fit_tails
-from service.scores.detectors import to_arrays
+from service.inference.tiled import TiledModel, fit_tile_tails, tile_tail_arrays
 from service.scores.fitting import (
     MIN_ROWS,
     fitted_arrays,
@@ -90,8 +89,8 @@ def calibrate(run: Run, progress: Progress | None = None) -> Path:
     if whole_images is None:
         found = [score_split(model, run.dataset, split, names, progress) for split in (SPLIT, "test")]
     else:
-        tails = fit_tails(score_split(model, run.dataset, FIT_SPLIT, names))
-        files[TILES] = to_npz(to_arrays(tails))
+        tails = fit_tile_tails(score_split(model, run.dataset, FIT_SPLIT, names))
+        files[TILES] = to_npz(tile_tail_arrays(tails))
         tiled = TiledModel(Model.load(bundle, Runtime("cpu")), tails)
         found = [score_whole_images(tiled, whole_images, split, names, progress) for split in (SPLIT, "test")]
     held_out, test = {name: np.sort(scores) for name, scores in found[0].items()}, found[1]

@@ -6,6 +6,7 @@ The inputs, outputs, dtypes and symbolic sizes are read from the contract itself
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from service.bundle.graph_specs import TensorSpec, graph_spec
-from service.bundle.input_rules import InputRule
 from service.bundle.manifest import Graph, Likelihood, Manifest, Posterior, Prior, Signature
 from service.bundle.operators import check_operators
 from service.errors import BundleGraphError
@@ -34,9 +34,7 @@ EXAMPLE_SIZES = {"N": 2, "K": 3, "M": 4}  # sizes to trace with; 0 and 1 would b
 
 
 class GraphModule(nn.Module):
-    """One graph of a model; ``positional`` is the number of inputs before its variable arguments."""
-
-    positional: int
+    """One graph of a model. Its forward takes the inputs of the contract, in the contract's order."""
 
     def __init__(self, model: LatentVariableModel) -> None:
         super().__init__()
@@ -44,56 +42,51 @@ class GraphModule(nn.Module):
 
 
 class EncoderGraph(GraphModule):
-    """x, noise[, dither] -> target, loc, scale, z, log_q."""
+    """x[, noise][, dither] -> target, loc, scale, z, log_q_z."""
 
-    positional = 3
-
-    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None) -> tuple[Tensor, ...]:
-        return tuple(self.model.encode(x, noise, dither))
+    def forward(self, x: Tensor, *random: Tensor) -> tuple[Tensor, ...]:
+        numbers = list(random)
+        noise = numbers.pop(0) if self.model.noise_dim else x.new_zeros(x.shape[0], 1, 0)
+        target = self.model.likelihood.target(x, numbers.pop(0) if self.model.likelihood.dither else None)
+        return (target, *self.model.encode(target).with_moments(noise))
 
 
 class DecoderGraph(GraphModule):
     """z -> mean and the likelihood's parameters."""
 
-    positional = 1
-
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
-        decoded = self.model.decode(z)
-        return (decoded.mean, *decoded.parameters)
+        likelihood, p = self.model.likelihood, self.model.decode(z)
+        return (likelihood.mean(p), *likelihood.parameters_of(p))
 
 
-class DensityGraph(GraphModule):
-    """target, z, parameters… -> log_p_x, log_p_x_map, log_p_z."""
-
-    positional = 2
+class JointGraph(GraphModule):
+    """target, z, parameters… -> log p(x|z) or the negative error, the same for each number of x, and log p(z)."""
 
     def forward(self, target: Tensor, z: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.density(target, z, parameters))
+        return tuple(self.model.joint(target, z, self.model.likelihood.of_parameters(parameters)))
 
 
 class ObservationGraph(GraphModule):
-    """parameters…, noise -> sample."""
+    """parameters…[, noise] -> sample."""
 
-    positional = 0
-
-    def forward(self, *parameters_and_noise: Tensor) -> tuple[Tensor]:
-        *parameters, noise = parameters_and_noise
-        return (self.model.observe(tuple(parameters), noise),)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        likelihood = self.model.likelihood
+        count = len(likelihood.parameter_names)
+        parameters, noise = inputs[:count], inputs[count:]
+        return (likelihood.sample(likelihood.of_parameters(parameters), *noise),)
 
 
 class PriorGraph(GraphModule):
     """noise[, choice] -> z."""
 
-    positional = 2
-
-    def forward(self, noise: Tensor, choice: Tensor | None = None) -> tuple[Tensor]:
-        return (self.model.prior.sample(noise, choice),)
+    def forward(self, noise: Tensor, *choice: Tensor) -> tuple[Tensor]:
+        return (self.model.prior.sample(noise, *choice),)
 
 
 MODULES: dict[Graph, type[GraphModule]] = {
     "encoder": EncoderGraph,
     "decoder": DecoderGraph,
-    "density": DensityGraph,
+    "joint": JointGraph,
     "observation": ObservationGraph,
     "prior": PriorGraph,
 }
@@ -125,7 +118,7 @@ def likelihood(model: LatentVariableModel) -> Likelihood:
     binarisation = "dynamic" if part.binarisation == "static" else part.binarisation
     return Likelihood(
         family=part.family,
-        parameters=list(part.parameters_of),
+        parameters=list(part.parameter_names),
         measure=part.measure,
         pixelwise=part.pixelwise,
         observation_noise=part.observation_noise,
@@ -146,35 +139,33 @@ def posterior(model: LatentVariableModel) -> Posterior:
     return Posterior(family=model.posterior_family, moments=model.moments)
 
 
-def export_graphs(model: LatentVariableModel, preprocessing: InputRule) -> dict[Graph, bytes]:
+def export_graphs(model: LatentVariableModel) -> dict[Graph, bytes]:
     """The model's graphs as serialised ONNX, weights inside. Raises ExportError.
 
     ``model`` is exported in eval mode, in float32, on the CPU.
     """
     if model.training:
         raise ExportError("the model is in training mode: dropout would become part of the graphs")
-    draft = _draft(model, preprocessing)
+    draft = _draft(model)
     return {role: export_graph(model, draft, role) for role in roles(model)}
 
 
-def export_corruption(network: nn.Module, model: LatentVariableModel, preprocessing: InputRule) -> bytes:
+def export_corruption(network: nn.Module, model: LatentVariableModel) -> bytes:
     """The graph ``corruption`` of a network beside ``model``, in eval mode. Raises ExportError."""
-    return _exported(network, 1, _draft(model, preprocessing), "corruption")
+    return _exported(network, _draft(model), "corruption")
 
 
-def _draft(model: LatentVariableModel, preprocessing: InputRule) -> Manifest:
+def _draft(model: LatentVariableModel) -> Manifest:
     """What graph_spec reads of a manifest; the rest does not exist yet."""
-    return Manifest.model_construct(
-        preprocessing=preprocessing, signature=signature(model), likelihood=likelihood(model), prior=prior(model)
-    )
+    return Manifest.model_construct(signature=signature(model), likelihood=likelihood(model), prior=prior(model))
 
 
 def export_graph(model: LatentVariableModel, manifest: Manifest, role: Graph) -> bytes:
     """One graph, checked by onnx.checker and against the contract's operators. Raises ExportError."""
-    return _exported(MODULES[role](model).eval(), MODULES[role].positional, manifest, role)
+    return _exported(MODULES[role](model).eval(), manifest, role)
 
 
-def _exported(module: nn.Module, positional: int, manifest: Manifest, role: Graph) -> bytes:
+def _exported(module: nn.Module, manifest: Manifest, role: Graph) -> bytes:
     spec = graph_spec(manifest, role)
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
@@ -183,7 +174,7 @@ def _exported(module: nn.Module, positional: int, manifest: Manifest, role: Grap
             dynamo=True,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_shapes=_dynamic_shapes(spec.inputs, positional),
+            dynamic_shapes=_dynamic_shapes(module, spec.inputs),
             opset_version=OPSET,
             optimize=True,
             verbose=False,
@@ -217,12 +208,14 @@ def _example(tensor: TensorSpec) -> Tensor:
     return torch.full(sizes, 0.5, dtype=torch.float32)
 
 
-def _dynamic_shapes(inputs: tuple[TensorSpec, ...], positional: int) -> tuple[Any, ...]:
-    """Which axes are symbolic; inputs beyond ``positional`` belong to the module's variable arguments."""
+def _dynamic_shapes(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> tuple[Any, ...]:
+    """Which axes are symbolic; inputs beyond the forward's named parameters are its variable arguments."""
     dims = {symbol: Dim(symbol) for symbol in EXAMPLE_SIZES}
     axes = [{i: dims[size] for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs]
-    rest = axes[positional:]
-    return (*axes[:positional], *([tuple(rest)] if rest else []))
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    named = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
+    rest = axes[named:]
+    return (*axes[:named], *([tuple(rest)] if rest else []))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from service.bundle.input_rules import Backbone
 from service.bundle.manifest import Tolerance
 from training.data import Dataset
 from training.data.batches import derived_seed, to_unit
+from training.distributions import unflattened
 from training.export.graphs import roles
 from training.models.base import LatentVariableModel
 from training.models.likelihoods import Likelihood
@@ -47,24 +48,27 @@ def reference_arrays(model: LatentVariableModel, dataset: Dataset, seed: int = 0
     samples = max(1, min(SAMPLES, MAX_PIXELS // (IMAGES * count)))
     x = to_unit(dataset.pixels(dataset.splits["test"][:IMAGES]))
     generator = torch.Generator().manual_seed(derived_seed(seed, "reference"))
+    samples = samples if model.noise_dim else 1
     noise = torch.randn(len(x), samples, model.noise_dim, generator=generator)
     dither = torch.rand(x.shape, generator=generator) if model.likelihood.dither else None
-    encoded = model.encode(x, noise, dither)
-    decoded = model.decode(encoded.z.flatten(0, 1))
-    unflat = tuple(p.unflatten(0, encoded.z.shape[:2]) for p in decoded.parameters)
-    density = model.density(encoded.target, encoded.z, unflat)
-    observation_noise = _observation_noise(model, decoded.mean, generator)
-    parameters = dict(zip(model.likelihood.parameters_of, decoded.parameters, strict=True))
+    likelihood, target = model.likelihood, model.likelihood.target(x, dither)
+    loc, scale, z, log_q_z = model.encode(target).with_moments(noise)
+    p = model.decode(z.flatten(0, 1))
+    joint = model.joint(target, z, unflattened(p, z.shape[:2]))
+    mean = likelihood.mean(p)
+    observation_noise = _observation_noise(model, mean, generator)
+    encoded = {"target": target, "loc": loc, "scale": scale, "z": z, "log_q_z": log_q_z}
+    parameters = dict(zip(likelihood.parameter_names, likelihood.parameters_of(p), strict=True))
     tensors: dict[str, Tensor] = {
         "x": x,
-        "noise": noise,
+        **({"noise": noise} if model.noise_dim else {}),
         **({} if dither is None else {"dither": dither}),
-        **{f"encoder.{name}": value for name, value in encoded._asdict().items()},
-        "decoder.mean": decoded.mean,
+        **{f"encoder.{name}": value for name, value in encoded.items()},
+        "decoder.mean": mean,
         **{f"decoder.{name}": value for name, value in parameters.items()},
-        **{f"density.{name}": value for name, value in density._asdict().items()},
-        "observation_noise": observation_noise,
-        "observation.sample": model.observe(decoded.parameters, observation_noise),
+        **{f"joint.{name}": value for name, value in joint._asdict().items()},
+        **({} if observation_noise is None else {"observation_noise": observation_noise}),
+        "observation.sample": likelihood.sample(p, *([] if observation_noise is None else [observation_noise])),
         **_prior_arrays(model, generator),
     }
     return {name: value.contiguous().numpy() for name, value in tensors.items()}
@@ -96,8 +100,10 @@ def _prior_arrays(model: LatentVariableModel, generator: torch.Generator) -> dic
     return named | {"prior.z": prior.sample(noise, choice)}
 
 
-def _observation_noise(model: LatentVariableModel, mean: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise [M,C,H,W] of the likelihood's distribution."""
+def _observation_noise(model: LatentVariableModel, mean: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Noise [M,C,H,W] of the likelihood's distribution; None where draws take none."""
+    if model.likelihood.observation_noise == "none":
+        return None
     if model.likelihood.observation_noise == "standard_normal":
         return torch.randn(mean.shape, generator=generator)
     noise = torch.rand(mean.shape, generator=generator)
@@ -113,8 +119,9 @@ def tolerances(arrays: Arrays, rounded: bool) -> dict[str, Tolerance]:
         if "." in name:
             atol = ATOL_BY_SCALE * max(1.0, float(np.abs(value).max()))
             result[name] = Tolerance(atol=atol, rtol=RTOL)
-    terms = float(np.abs(arrays["density.log_p_x_map"]).sum(axis=(-3, -2, -1), dtype=np.float64).max())
-    result["density.log_p_x"] = Tolerance(atol=max(1e-4, NAT_BY_TERM * terms), rtol=RTOL / 100)
+    (fit,) = (name.removesuffix("_map") for name in arrays if name.startswith("joint.") and name.endswith("_map"))
+    terms = float(np.abs(arrays[f"{fit}_map"]).sum(axis=(-3, -2, -1), dtype=np.float64).max())
+    result[fit] = Tolerance(atol=max(1e-4, NAT_BY_TERM * terms), rtol=RTOL / 100)
     result["encoder.target"] = Tolerance(atol=1e-6, rtol=0.0)  # compared and rounded, never computed at length
     if rounded:
         result["observation.sample"] = Tolerance(atol=ONE_LEVEL, rtol=0.0)

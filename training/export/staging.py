@@ -88,13 +88,13 @@ def describe(run: Run) -> str:
 
 def export(run: Run) -> Path:
     """Write runs/NAME/bundle/NAME/1, uncalibrated, in place of one that is there. Raises ExportError, VaeserveError."""
-    graphs = export_graphs(run.model, run.input_rule)
+    graphs = export_graphs(run.model)
     reference = reference_arrays(run.model, run.dataset, run.config.seed)
     if run.backbone is not None:
         graphs["backbone"] = run.backbone.graph
         reference |= backbone_arrays(run.images, run.dataset, run.backbone.backbone)
     if run.corruption is not None:
-        graphs["corruption"] = export_corruption(run.corruption, run.model, run.input_rule)
+        graphs["corruption"] = export_corruption(run.corruption, run.model)
         reference |= corruption_arrays(run.corruption, reference["x"])
     files = {f"{role}.onnx": graph for role, graph in graphs.items()} | {REFERENCE: to_npz(reference)}
     allowed = tolerances(reference, rounds(run.model.likelihood))

@@ -1,1 +1,1 @@
-"""Fitting a model: objectives, the training loop and its parts, the corruption network."""
+"""Fitting a model: objectives, a resumable loop and its parts, the trainings of models and corruption networks."""

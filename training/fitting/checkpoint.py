@@ -18,6 +18,8 @@ FORMAT = 1
 FILE = "checkpoint.pt"
 EARLIER_LIMITS = (2000.0, 1e5)
 """``optimiser.skip_above`` of earlier versions: by default, and in the presets of flows."""
+EARLIER_NAMES = {f"train_{name}": f"train_{name}_sampled" for name in ("elbo", "rate", "distortion")}
+"""Columns of the history that earlier versions gave the name of what they estimate."""
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -48,13 +50,19 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> dict[str, Any
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {content.get('format')!r}: expected {FORMAT}")
     if config is not None:
-        changed = _differences(_completed(content["identity"], config), identity(config))
-        if changed:
-            raise CheckpointError(
-                f"{path} was made with another configuration ({', '.join(changed)}): "
-                "use --restart to discard it, or another --run-dir"
-            )
+        stored = _completed(content["identity"], config)
+        check_identity(path, stored, identity(config), "use --restart to discard it")
+    if "history" in content:
+        content["history"] = [_renamed(row) for row in content["history"]]
     return content
+
+
+def check_identity(path: Path, stored: Any, wanted: dict[str, Any], remedy: str) -> None:
+    """Raise CheckpointError where the file at ``path`` is of another run than ``wanted`` describes, naming the keys."""
+    changed = _differences(stored, wanted)
+    if changed:
+        text = f"{path} was made with another configuration ({', '.join(changed)})"
+        raise CheckpointError(f"{text}: {remedy}, or use another --run-dir")
 
 
 def write_content(path: Path, content: dict[str, Any]) -> None:
@@ -75,6 +83,11 @@ def read_content(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a damaged file: all mean the same here
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return content
+
+
+def _renamed(row: dict[str, float]) -> dict[str, float]:
+    """A row of the history under the names of this version."""
+    return {EARLIER_NAMES.get(name, name): value for name, value in row.items()}
 
 
 def digest_of(weights: dict[str, Tensor]) -> str:

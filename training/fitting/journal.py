@@ -76,8 +76,9 @@ class Journal:
         return step % 20 == 0 or time.perf_counter() - self._shown > SHOWN_EVERY
 
     def step(self, step: int, elbo: float, rate: float, distortion: float, images_per_second: float) -> None:
-        """Show where the loop stands; nats an image."""
-        status = f"elbo {elbo:.2f} rate {rate:.2f} distortion {distortion:.2f} {images_per_second:,.0f} examples/s"
+        """Show where the loop stands; nats an image, of the samples drawn so far in this epoch."""
+        terms = f"sampled elbo {elbo:.2f} rate {rate:.2f} distortion {distortion:.2f}"
+        status = f"{terms} {images_per_second:,.0f} examples/s"
         self._done, self._shown = step, time.perf_counter()
         left = f"at most {_clock(self.seconds_left())} left"
         self._progress.update(self._task, completed=step, status=status, left=left)
@@ -104,8 +105,9 @@ class Journal:
             return
         row = history[-1]
         self.say(
-            f"epoch {row['epoch']:.0f}  train elbo {row['train_elbo']:.2f}  validation bound {row['bound']:.3f}  "
-            f"rate {row['rate']:.2f}  distortion {row['distortion']:.2f}  {row['images_per_second']:,.0f} examples/s"
+            f"epoch {row['epoch']:.0f}  train elbo {row['train_elbo_sampled']:.2f} (sampled)  "
+            f"validation bound {row['bound']:.3f}  rate {row['rate']:.2f}  distortion {row['distortion']:.2f}  "
+            f"{row['images_per_second']:,.0f} examples/s"
             + (f"  skipped {row['skipped']:.0f}" if row["skipped"] else "")
         )
         self._done = int(row["step"])

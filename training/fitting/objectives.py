@@ -11,45 +11,32 @@ from training.config import ObjectiveConfig
 from training.models.base import Terms
 
 
-def annealed_beta(config: ObjectiveConfig, epoch: float) -> float:
-    """β at ``epoch`` (may be fractional): from 0 to ``beta`` in the course of ``warmup_epochs``, then ``beta``.
-
-    ``linear``: in proportion (Bowman et al. 2016). ``cyclic``: in each of ``cycles`` equal parts anew, linearly over
-    the first ``ramp`` of the part and constant over the rest (Fu et al. 2019, eq. 6–7).
-    """
-    if epoch >= config.warmup_epochs:
-        return config.beta
-    progress = epoch / config.warmup_epochs
-    if config.annealing == "cyclic":
-        progress = min(1.0, progress * config.cycles % 1 / config.ramp)
-    return config.beta * progress
-
-
 def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
-    """E_q[log p(x|z)] − β Σ_j max(λ, KL_j), averaged over the batch; KL as Terms says.
+    """E_q[log p(x|z)] − β Σ_j max(λ, KL_j), averaged over the batch; KL as terms.kl has it.
 
     β: Higgins et al. 2017. λ = ``free_bits`` nats for each group's batch mean: Kingma et al. 2016, eq. 15. Without it
     no floor is meant: a sampled KL may be negative, and a bijection's −log p(x) is where the density exceeds 1.
     """
-    rate = terms.kl.mean(0)
+    rate = terms.kl.per_group.mean(0)
     if free_bits:
         rate = rate.clamp(min=free_bits)
-    return terms.log_p_x.mean() - beta * rate.sum()
+    return terms.log_p_x_given_z.mean() - beta * rate.sum()
 
 
 def iwae(terms: Terms, beta: float = 1.0) -> Tensor:
     """log (1/K) Σ w_k with log w = log p(x|z) + β(log p(z) − log q(z|x)) at sampled z (Burda et al. 2016, eq. 8)."""
-    log_w = terms.log_p_x + beta * (terms.log_p_z - terms.log_q)
+    log_w = terms.log_p_x_given_z + beta * (terms.log_p_z - terms.log_q_z)
     return (torch.logsumexp(log_w, 1) - math.log(log_w.shape[1])).mean()
 
 
 def dreg(terms: Terms, beta: float = 1.0) -> Tensor:
-    """The IWAE bound with doubly reparameterised gradients (Tucker et al. 2019, eq. 7); wants terms with detached q.
+    """The IWAE bound with doubly reparameterised gradients (Tucker et al. 2019, eq. 7).
 
-    The decoder sees Σ w̃ ∂log w, the encoder Σ w̃ (1 − β + β w̃) ∂log w/∂z ∂z/∂φ, which is the paper's Σ w̃² at β = 1:
-    log q enters log w β-fold, and so does its score term. What is beyond w̃ enters as a hook on z.
+    The terms are those of ``stop_gradient_q``. The decoder sees Σ w̃ ∂log w, and the encoder Σ w̃ (1 − β + β w̃)
+    ∂log w/∂z ∂z/∂φ, which is the paper's Σ w̃² at β = 1: log q enters log w β-fold, and so does its score term.
+    What is beyond w̃ enters as a hook on z.
     """
-    log_w = terms.log_p_x + beta * (terms.log_p_z - terms.log_q)
+    log_w = terms.log_p_x_given_z + beta * (terms.log_p_z - terms.log_q_z)
     weights = torch.softmax(log_w.detach(), 1)
     if terms.z.requires_grad:
         terms.z.register_hook(lambda gradient: ((1 - beta) + beta * weights).unsqueeze(-1) * gradient)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from training.config import ModelConfig
-from training.data.batches import pixel_batches
-from training.data.dataset import Dataset
-from training.models.base import Statistics
-from training.models.likelihoods import Parameters, initialise_head
-from training.models.mixtures import MixturePrior
-from training.models.priors import NoPrior, Prior
-from training.models.reconstruction import Reconstruction
+from training.distributions import Distribution
+from training.models.base import Reconstruction, Rows
+from training.models.likelihoods import initialise_head
+from training.models.moments import first_rows
+from training.models.priors import FittedMixture, NoPrior, Prior
 from training.nn.networks import Shape, build_decoder, build_encoder
 
 MAX_CODES = 100_000  # of the training split, its first ones: a mixture has far fewer numbers to find
@@ -44,14 +42,15 @@ class Autoencoder(Reconstruction):
         self.decoder = build_decoder(config.latent_dim, shape, self.likelihood.raw, config.network)
         self.prior: Prior = NoPrior(config.latent_dim)
         if config.autoencoder.prior == "mixture":
-            self.prior = MixturePrior(config.latent_dim, config.autoencoder.mixture)
+            self.prior = FittedMixture(config.latent_dim, config.autoencoder.mixture)
 
-    def infer(self, target: Tensor) -> Statistics:
-        """Target [N,C,H,W] -> the code [N,L]."""
-        return (self.head(self.encoder(self.likelihood.network_input(target))).float(),)
+    def code(self, target: Tensor) -> Tensor:
+        z: Tensor = self.head(self.encoder(self.likelihood.network_input(target))).float()
+        return z
 
-    def parameters_at(self, z: Tensor) -> Parameters:
-        return self.likelihood.parameters_from(self.decoder(z))
+    def decode(self, z: Tensor) -> Distribution:
+        p: Distribution = self.likelihood(self.decoder(z))
+        return p
 
     @torch.no_grad()
     def initialise(self, mean: Tensor, examples: Tensor) -> None:
@@ -59,12 +58,9 @@ class Autoencoder(Reconstruction):
         initialise_head(self.decoder, self.likelihood, mean)
 
     @torch.no_grad()
-    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
-        """Fit the mixture to the codes of the training split, or of its first MAX_CODES."""
-        if isinstance(self.prior, MixturePrior):
-            say(self.prior.fit(self._codes(dataset), seed))
-
-    def _codes(self, dataset: Dataset) -> Tensor:
-        indices = dataset.splits["train"][:MAX_CODES]
-        batches = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
-        return torch.cat([self.infer(self.likelihood.target(x, None))[0] for x in pixel_batches(dataset, batches)])
+    def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
+        """Fit the mixture to the codes of the training rows, or of the first MAX_CODES of them."""
+        if isinstance(self.prior, FittedMixture):
+            batches = first_rows(train.batches(BATCH), MAX_CODES)
+            codes = torch.cat([self.code(self.likelihood.target(x, None)) for x in batches])
+            yield self.prior.fit(codes, seed)

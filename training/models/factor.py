@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from training.config import ModelConfig
-from training.data.dataset import Dataset
+from training.distributions import HALF_LOG_2PI, Distribution, FullGaussianPosterior, Normal
 from training.errors import ConfigError
-from training.models.base import Density, Encoded, LatentVariableModel, Statistics, Terms
-from training.models.likelihoods import Gaussian, Parameters
-from training.models.linear_algebra import Axes, principal_axes, target_axes, target_moments
-from training.models.posteriors import HALF_LOG_2PI
-from training.models.priors import StandardNormal, log_standard_normal
+from training.models.base import Joint, LatentVariableModel, Rows
+from training.models.likelihoods import GaussianLikelihood
+from training.models.moments import Axes, principal_axes, target_axes, target_moments
+from training.models.priors import StandardNormal
 from training.nn.networks import Shape
+
+ROWS = 1000  # at a time
 
 
 class LinearGaussian(LatentVariableModel):
@@ -45,9 +46,9 @@ class LinearGaussian(LatentVariableModel):
             raise ConfigError(
                 f"model.latent_dim: {self.family} of {numbers} numbers expects 1 to {numbers - 1}, got {latent_dim}"
             )
-        self.shape, self.latent_dim = shape, latent_dim
+        self.shape, self.latent_dim, self.noise_dim = shape, latent_dim, latent_dim
         self.narrowest = config.likelihood.min_scale
-        self.likelihood: Gaussian = Gaussian(config.likelihood, shape, closed_form=True)
+        self.likelihood: GaussianLikelihood = GaussianLikelihood(config.likelihood, shape, closed_form=True)
         self.prior = StandardNormal(latent_dim)
         self.weight = nn.Parameter(torch.zeros(numbers, latent_dim))
         self.loc = nn.Parameter(torch.zeros(numbers))
@@ -58,43 +59,21 @@ class LinearGaussian(LatentVariableModel):
         self.register_buffer("factor", torch.eye(latent_dim, dtype=torch.float64))
         self.register_buffer("inverse_factor", torch.eye(latent_dim, dtype=torch.float64))
 
-    @property
-    def noise_dim(self) -> int:
-        return self.latent_dim
+    def encode(self, target: Tensor) -> FullGaussianPosterior:
+        """Target [N,C,H,W] -> q(z|x), whose covariance is the same for every row."""
+        mean = (target.flatten(1).double() - self.loc.double()) @ self.gain.T
+        return FullGaussianPosterior(mean, self.factor, self.inverse_factor)
 
-    def infer(self, target: Tensor) -> Statistics:
-        """Target [N,C,H,W] -> the posterior's mean [N,L] float64; its covariance is the same for all."""
-        return ((target.flatten(1).double() - self.loc.double()) @ self.gain.T,)
-
-    def draw(self, target: Tensor, statistics: Statistics, noise: Tensor) -> Encoded:
-        (loc,) = statistics
-        z = (loc.unsqueeze(1) + noise.double() @ self.factor.T).float()
-        standardised = (z.double() - loc.unsqueeze(1)) @ self.inverse_factor.T
-        log_q = log_standard_normal(standardised).sum(-1) - self._log_volume_of_posterior()
-        scale = torch.sqrt((self.factor**2).sum(1)).float().expand_as(loc)
-        return Encoded(target, loc.float(), scale, z, log_q)
-
-    def _log_volume_of_posterior(self) -> Tensor:
-        """log |det R|."""
-        return torch.log(torch.diagonal(self.factor)).sum()
-
-    def parameters_at(self, z: Tensor) -> Parameters:
+    def decode(self, z: Tensor) -> Distribution:
         raw = z.double() @ self.weight.double().T + self.loc.double()
-        return self.likelihood.parameters_from(raw.unflatten(1, (1, *self.shape)))
+        p: Distribution = self.likelihood(raw.unflatten(1, (1, *self.shape)))
+        return p
 
-    def density(self, target: Tensor, z: Tensor, parameters: Parameters) -> Density:
-        """As everywhere, with log p(x|z) in float64 from the residual on: float32 would lose what makes it exact."""
-        exact = tuple(parameter.double() for parameter in parameters)
-        log_p_x_map = self.likelihood.log_prob(target.unsqueeze(1).double(), exact)
-        return Density(self.likelihood.total(log_p_x_map), log_p_x_map.float(), self.prior.log_prob(z))
-
-    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, detach_q: bool = False) -> Terms:
-        """The terms at the fitted values, of which nothing is trained by gradient."""
-        encoded = self.encode(x, noise, dither)
-        parameters = tuple(p.unflatten(0, noise.shape[:2]) for p in self.parameters_at(encoded.z.flatten(0, 1)))
-        log_p_x, _, log_p_z = self.density(encoded.target, encoded.z, parameters)
-        rate = (encoded.log_q - log_p_z).mean(1, keepdim=True)
-        return Terms(log_p_x.float(), log_p_z.float(), encoded.log_q.float(), rate.float(), encoded.z)
+    def joint(self, target: Tensor, z: Tensor, p: Distribution) -> Joint:
+        """As the base's, log p(x|z) in float64 from the residual on: float32 would lose what makes it exact."""
+        exact = Normal(*(parameter.double() for parameter in self.likelihood.parameters_of(p)))
+        log_prob_map = self.likelihood.log_prob(target.unsqueeze(1).double(), exact)
+        return Joint(self.likelihood.total(log_prob_map), log_prob_map.float(), self.prior.log_prob(z))
 
     def log_marginal(self, target: Tensor) -> Tensor:
         """log N(t; μ, W Wᵀ + Ψ) of targets [N,C,H,W] -> [N] float64, nats, of reals the density of x itself.
@@ -105,13 +84,13 @@ class LinearGaussian(LatentVariableModel):
         residual = (target.flatten(1).double() - self.loc.double()) / scale
         explained = residual @ (self.weight.double() / scale.unsqueeze(1)) @ self.factor
         quadratic = (residual**2).sum(1) - (explained**2).sum(1)
-        log_det = torch.log(scale).sum() - self._log_volume_of_posterior()
-        return -0.5 * quadratic - log_det - len(scale) * HALF_LOG_2PI + self.likelihood.log_volume
+        log_volume = torch.log(scale).sum() - torch.log(torch.diagonal(self.factor)).sum()
+        return -0.5 * quadratic - log_volume - len(scale) * HALF_LOG_2PI + self.likelihood.log_volume
 
     def _scales(self) -> Tensor:
         """Ψ^½ [D] float64, as the likelihood gives it."""
-        _, scale = self.likelihood.parameters_from(torch.zeros(1, 1, *self.shape))
-        return scale.flatten().double()
+        p: Normal = self.likelihood(torch.zeros(1, 1, *self.shape))
+        return p.scale.flatten().double()
 
     @torch.no_grad()
     def set_values(self, weight: Tensor, loc: Tensor, scale: Tensor) -> None:
@@ -157,12 +136,12 @@ class PPCA(LinearGaussian):
     scale = "shared"
 
     @torch.no_grad()
-    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
-        found = target_axes(dataset, self.likelihood)
+    def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
+        found = target_axes(train.batches(ROWS), len(train), self.likelihood)
         weight, sigma = ppca(found, self.latent_dim, self.narrowest)
         self.set_values(weight, found.mean, torch.tensor(sigma, dtype=torch.float64))
         explained = float(weight.pow(2).sum() + sigma**2 * self.latent_dim) / float(found.variances.sum())
-        say(f"{self.latent_dim} axes hold {explained:.1%} of the variance of {found.count} rows, σ = {sigma:.4g}")
+        yield f"{self.latent_dim} axes hold {explained:.1%} of the variance of {found.count} rows, σ = {sigma:.4g}"
 
 
 def em_step(covariance: Tensor, weight: Tensor, variance: Tensor, floor: float) -> tuple[Tensor, Tensor, float]:
@@ -176,9 +155,9 @@ def em_step(covariance: Tensor, weight: Tensor, variance: Tensor, floor: float) 
     cholesky = torch.linalg.cholesky(precision)
     gain = torch.cholesky_solve(scaled.T, cholesky)
     cross = covariance @ gain.T  # E[(t − μ) zᵀ]
-    log_det = torch.log(variance).sum() + 2 * torch.log(torch.diagonal(cholesky)).sum()
+    log_volume = torch.log(variance).sum() + 2 * torch.log(torch.diagonal(cholesky)).sum()
     trace = (torch.diagonal(covariance) / variance).sum() - (scaled * cross).sum()
-    log_p = -0.5 * (log_det + trace) - len(variance) * HALF_LOG_2PI
+    log_p = -0.5 * (log_volume + trace) - len(variance) * HALF_LOG_2PI
     second = torch.cholesky_inverse(cholesky) + gain @ cross  # E[z zᵀ]
     updated = torch.linalg.solve(second, cross, left=False)
     residual = torch.diagonal(covariance) - (updated * cross).sum(1)
@@ -210,8 +189,8 @@ class FactorAnalysis(LinearGaussian):
         self.options = config.factor
 
     @torch.no_grad()
-    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
-        found = target_moments(dataset, self.likelihood)
+    def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
+        found = target_moments(train.batches(ROWS), self.likelihood)
         axes = Axes(found.count, found.mean, *principal_axes(found.covariance))
         weight, sigma = ppca(axes, self.latent_dim, self.narrowest)
         variance = torch.full_like(found.mean, sigma**2)
@@ -222,4 +201,4 @@ class FactorAnalysis(LinearGaussian):
             iterations, gain = iterations + 1, log_p - before
         self.set_values(identified(weight, variance), found.mean, torch.sqrt(variance))
         log_p += float(self.likelihood.log_volume)
-        say(f"EM: {iterations} iterations, mean log p(x) of {found.count} training rows {log_p:.4f} nats")
+        yield f"EM: {iterations} iterations, mean log p(x) of {found.count} training rows {log_p:.4f} nats"

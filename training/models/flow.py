@@ -12,22 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from training.config import FlowConfig, ModelConfig
+from training.distributions import Distribution
 from training.errors import ConfigError
-from training.models.base import Statistics
-from training.models.bijection import BijectiveModel
-from training.models.likelihoods import Parameters
+from training.models.base import BijectiveModel
 from training.models.priors import StandardNormal
-from training.nn.couplings import (
-    ActNorm,
-    Bijection,
-    Chain,
-    ChannelCoupling,
-    CheckerboardCoupling,
-    InvertibleConv,
-    Logit,
-    Squeeze,
-)
-from training.nn.flows import CouplingStack
+from training.nn.bijections import ActNorm, Bijection, Chain, InvertibleConv, Logit, Squeeze
+from training.nn.couplings import ChannelCoupling, CheckerboardCoupling, CouplingStack
 from training.nn.networks import Shape
 
 
@@ -54,7 +44,7 @@ def flow_step(shape: Shape, hidden: int, index: int) -> list[Bijection]:
     return [ActNorm(shape[0]), InvertibleConv(shape[0]), ChannelCoupling(shape[0], hidden)]
 
 
-class MultiScale(nn.Module):
+class MultiScale(Bijection):
     """Images -> latents by levels: squeeze, steps of flow, and the second half of the channels is done (sec. 3.6).
 
     What is done has been normalised given the other half by one more coupling: Glow's learned prior of the split part,
@@ -77,13 +67,13 @@ class MultiScale(nn.Module):
             self.shapes.append((channels if last else channels - channels // 2, height, width))
             shape = (channels // 2, height, width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N,C,H,W] in [0,1] -> z [N,L], log |det ∂z/∂x| [N] float64."""
         total = torch.zeros_like(x[:, 0, 0, 0], dtype=torch.float64)
         parts = []
         for level, shape in zip(self.levels, self.shapes, strict=True):
-            y, log_det = level(x)
-            total = total + log_det
+            y, ladj = level.call_and_ladj(x)  # type: ignore[operator]  # a Chain's
+            total = total + ladj
             x, done = y.split([y.shape[1] - shape[0], shape[0]], 1)
             parts.append(done.flatten(1))
         return torch.cat(parts, 1), total
@@ -99,14 +89,15 @@ class MultiScale(nn.Module):
         return x
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        """Normalise the activations of images x [B,C,H,W] in [0,1] at every step."""
+    def initialise(self, x: Tensor) -> Tensor:
+        """Normalise the activations of images x [B,C,H,W] in [0,1] at every step; the last level's input."""
         for level, shape in zip(self.levels, self.shapes, strict=True):
             y = level.initialise(x)  # type: ignore[operator]  # a Chain's
             x = y[:, : y.shape[1] - shape[0]]
+        return x
 
 
-class VectorFlow(nn.Module):
+class VectorFlow(Bijection):
     """Standardised numbers [N,C,H,W] -> latents by couplings of the halves of one flat vector."""
 
     def __init__(self, shape: Shape, config: FlowConfig) -> None:
@@ -114,18 +105,13 @@ class VectorFlow(nn.Module):
         self.shape = shape
         self.stack = CouplingStack(math.prod(shape), config.steps, config.hidden)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N,C,H,W] -> z [N,L], log |det ∂z/∂x| [N] float64."""
-        z, log_det = self.stack(x.flatten(1))
-        return z, log_det
+        return self.stack.call_and_ladj(x.flatten(1))
 
     def inverse(self, z: Tensor) -> Tensor:
         """z [M,L] -> x [M,C,H,W]."""
-        x: Tensor = self.stack.inverse(z)[0]
-        return x.unflatten(1, self.shape)
-
-    def initialise(self, x: Tensor) -> None:
-        """Nothing: the numbers are standardised, and couplings start as the identity."""
+        return self.stack.inverse(z).unflatten(1, self.shape)
 
 
 class Flow(BijectiveModel):
@@ -153,15 +139,15 @@ class Flow(BijectiveModel):
             raise ConfigError("model.family: a flow wants at least 2 numbers an example, got 1")
         self.prior = StandardNormal(self.latent_dim)
         build = VectorFlow if config.likelihood.values == "reals" else MultiScale
-        self.flow = build(shape, config.flow)
+        self.flow: Bijection = build(shape, config.flow)
 
-    def infer(self, target: Tensor) -> Statistics:
-        """Target [N,C,H,W] -> z [N,L], log |det ∂z/∂x| [N] float64."""
-        z, log_det = self.flow(target)
-        return z, log_det + self.likelihood.log_volume
+    def call_and_ladj(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        z, ladj = self.flow.call_and_ladj(target)
+        return z, ladj + self.likelihood.log_volume
 
-    def parameters_at(self, z: Tensor) -> Parameters:
-        return self.likelihood.parameters_from(self.flow.inverse(z).unsqueeze(1))
+    def decode(self, z: Tensor) -> Distribution:
+        p: Distribution = self.likelihood(self.flow.inverse(z).unsqueeze(1))
+        return p
 
     @torch.no_grad()
     def initialise(self, mean: Tensor, examples: Tensor) -> None:

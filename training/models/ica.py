@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from training.config import IcaConfig, ModelConfig
-from training.data.dataset import Dataset
+from training.distributions import Distribution, standard_normal_log_prob
+from training.distributions.logistic import (
+    STANDARD_DEVIATION,
+    standard_logistic_from_normal,
+    standard_logistic_log_prob,
+)
 from training.errors import DataError
-from training.models.base import Statistics
-from training.models.bijection import BijectiveModel
-from training.models.likelihoods import Parameters
-from training.models.linear_algebra import principal_axes, target_batches, target_moments
-from training.models.posteriors import HALF_LOG_2PI
+from training.models.base import BijectiveModel, Rows
+from training.models.moments import first_rows, principal_axes, target_batches, target_moments
 from training.models.priors import Prior
 from training.nn.networks import Shape
 
-LOGISTIC_SCALE = math.pi / math.sqrt(3)
-"""Standard deviation of the logistic distribution."""
+ROWS = 1000  # at a time
 SMALLEST_VARIANCE = 1e-10
 """Of the largest: axes of less are taken for linear dependence. Dequantised pixels keep above by their dither alone."""
 ROUND, PATIENCE, CHUNK = 10, 3, 2000  # iterations between looks at the validation split; rounds without gain; rows
-ERFC = (
-    *(-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806),
-    *(0.27886807, -1.13520398, 1.48851587, -0.82215223, 0.17087277),
-)
-
-
-def log_tail(a: Tensor) -> Tensor:
-    """log Φ(−a) of a ≥ 0, Φ the standard normal distribution function, to 1.2e-7 however far out the tail.
-
-    erfc(x) = t·exp(−x² + P(t)) with t = 1/(1 + x/2), x = a/√2 (Press et al. 1992, sec. 6.2), which needs no operator
-    erfc, and no difference that cancels.
-    """
-    t = 1 / (1 + a / math.sqrt(8))
-    polynomial = torch.zeros_like(t)
-    for coefficient in reversed(ERFC):
-        polynomial = polynomial * t + coefficient
-    return torch.log(t / 2) - 0.5 * a**2 + polynomial
-
-
-def logistic_from_normal(noise: Tensor) -> Tensor:
-    """F⁻¹(Φ(ε)) of standard normal ε for the logistic F: log Φ(ε) − log Φ(−ε), element by element."""
-    tail = log_tail(noise.abs())
-    return torch.sign(noise) * (torch.log1p(-torch.exp(tail)) - tail)
 
 
 class LogisticSources(Prior):
@@ -54,14 +32,9 @@ class LogisticSources(Prior):
 
     family = "logistic"
 
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.noise_dim = latent_dim
-
     def log_density(self, s: Tensor) -> Tensor:
         """log p(s) of sources [...,L], element by element, in their dtype."""
-        size = s.abs()
-        return -size - 2 * torch.log1p(torch.exp(-size))
+        return standard_logistic_log_prob(s)
 
     def choose(self, sources: Tensor) -> bool:
         """Whether the densities change for these sources [B,L]: never, here."""
@@ -71,7 +44,7 @@ class LogisticSources(Prior):
         return self.log_density(z.double()).sum(-1)
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        return logistic_from_normal(noise.double()).float()
+        return standard_logistic_from_normal(noise.double()).float()
 
 
 class ExtendedSources(LogisticSources):
@@ -83,14 +56,13 @@ class ExtendedSources(LogisticSources):
     family = "extended_logistic"
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim)
-        self.noise_dim = 2 * latent_dim
+        super().__init__(2 * latent_dim)
         self.mixed: Tensor
         self.register_buffer("mixed", torch.zeros(latent_dim))
 
     def log_density(self, s: Tensor) -> Tensor:
         size = s.abs()
-        mixture = -0.5 * (size - 1) ** 2 - HALF_LOG_2PI + torch.log1p(torch.exp(-2 * size)) - math.log(2)
+        mixture = standard_normal_log_prob(size - 1) + torch.log1p(torch.exp(-2 * size)) - math.log(2)
         return super().log_density(s) + self.mixed * (mixture - super().log_density(s))
 
     @torch.no_grad()
@@ -108,7 +80,7 @@ class ExtendedSources(LogisticSources):
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
         inner, side = noise.double().chunk(2, -1)
-        logistic, mixture = logistic_from_normal(inner), inner + torch.sign(side)
+        logistic, mixture = standard_logistic_from_normal(inner), inner + torch.sign(side)
         return (logistic + self.mixed * (mixture - logistic)).float()
 
 
@@ -120,7 +92,7 @@ class Unmixing:
 
     def __init__(self, sources: LogisticSources, rows: Tensor, held_out: Tensor) -> None:
         self.sources, self.rows, self.held_out = sources, rows, held_out
-        self.unmixing = nn.Parameter(LOGISTIC_SCALE * torch.eye(rows.shape[1]))
+        self.unmixing = nn.Parameter(STANDARD_DEVIATION * torch.eye(rows.shape[1]))
         self.offset = nn.Parameter(torch.zeros(rows.shape[1]))
 
     def loss(self, rows: Tensor, backward: bool = False) -> Tensor:
@@ -149,8 +121,11 @@ class Unmixing:
             line_search_fn="strong_wolfe",
         )
 
-    def fit(self, options: IcaConfig, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
-        """B [D,D] and c [D] with the best held-out log p(w), float64; the sources keep the densities they were with."""
+    def fit(self, options: IcaConfig) -> Generator[str, None, tuple[Tensor, Tensor]]:
+        """B [D,D] and c [D] with the best held-out log p(w), float64; the sources keep the densities they were with.
+
+        Yields, in words, where each round of the search stands.
+        """
         optimiser = self.optimiser()
         best, kept, without_gain = -math.inf, self._state(), 0
         for iteration in range(0, options.iterations, ROUND):
@@ -163,7 +138,7 @@ class Unmixing:
             without_gain = 0 if changed or log_p > best + options.tolerance else without_gain + 1
             if log_p > best:
                 best, kept = log_p, self._state()
-            say(f"L-BFGS: {iteration + ROUND} iterations, held-out log p of whitened rows {log_p:.4f} nats")
+            yield f"L-BFGS: {iteration + ROUND} iterations, held-out log p of whitened rows {log_p:.4f} nats"
             if without_gain == PATIENCE:
                 break
         unmixing, offset, densities = kept
@@ -205,18 +180,19 @@ class ICA(BijectiveModel):
         self.weight = nn.Parameter(torch.eye(self.latent_dim))
         self.loc = nn.Parameter(torch.zeros(self.latent_dim))
         self.inverse: Tensor
-        self.log_det: Tensor
+        self.ladj: Tensor
         self.register_buffer("inverse", torch.eye(self.latent_dim))
-        self.register_buffer("log_det", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("ladj", torch.zeros((), dtype=torch.float64))
 
-    def infer(self, target: Tensor) -> Statistics:
-        """Target [N,C,H,W] -> z [N,L], log |det ∂z/∂x| [N]; z by float64: rows of W are large where x is still."""
+    def call_and_ladj(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """z by float64, because rows of W are large where x is still."""
         z = ((target.flatten(1).double() - self.loc.double()) @ self.weight.double().T).float()
-        return z, (self.log_det + self.likelihood.log_volume).expand(z.shape[0])
+        return z, (self.ladj + self.likelihood.log_volume).expand(z.shape[0])
 
-    def parameters_at(self, z: Tensor) -> Parameters:
+    def decode(self, z: Tensor) -> Distribution:
         raw = z.double() @ self.inverse.double().T + self.loc.double()
-        return self.likelihood.parameters_from(raw.unflatten(1, (1, *self.shape)))
+        p: Distribution = self.likelihood(raw.unflatten(1, (1, *self.shape)))
+        return p
 
     @torch.no_grad()
     def set_values(self, weight: Tensor, loc: Tensor) -> None:
@@ -224,11 +200,11 @@ class ICA(BijectiveModel):
         self.weight.copy_(weight)
         self.loc.copy_(loc)
         self.inverse.copy_(torch.linalg.inv(self.weight.double()))
-        self.log_det.copy_(torch.linalg.slogdet(self.weight.double())[1])
+        self.ladj.copy_(torch.linalg.slogdet(self.weight.double())[1])
 
-    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
+    def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
         """Whiten, unmix, and multiply the two. Raises DataError: linearly dependent numbers."""
-        found = target_moments(dataset, self.likelihood)
+        found = target_moments(train.batches(ROWS), self.likelihood)
         variances, axes = principal_axes(found.covariance)
         if variances[-1] <= SMALLEST_VARIANCE * variances[0]:
             raise DataError(
@@ -238,10 +214,12 @@ class ICA(BijectiveModel):
         whitening = (axes / torch.sqrt(variances)) @ axes.T
         generator = torch.Generator().manual_seed(seed)
 
-        def whitened(split: str) -> Tensor:
-            targets = target_batches(dataset, self.likelihood, dataset.splits[split][: self.options.rows], generator)
+        def whitened(rows: Rows) -> Tensor:
+            first = first_rows(rows.batches(ROWS), self.options.rows)
+            targets = target_batches(first, self.likelihood, generator)
             return torch.cat([((batch.double() - found.mean) @ whitening).float() for batch in targets])
 
-        unmixing, offset = Unmixing(self.prior, whitened("train"), whitened("validation")).fit(self.options, say)
+        search = Unmixing(self.prior, whitened(train), whitened(validation))
+        unmixing, offset = yield from search.fit(self.options)
         weight = unmixing @ whitening
         self.set_values(weight, found.mean - torch.linalg.solve(weight, offset))

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from training.config import ModelConfig
+from training.distributions import Distribution, Draw, Normal, Posterior, standard_normal_log_prob, unflattened
 from training.errors import ConfigError
-from training.models.base import Encoded, LatentVariableModel, Statistics, Terms
-from training.models.likelihoods import Parameters, build_likelihood
-from training.models.posteriors import HALF_LOG_2PI, kl_to_standard_normal, log_normal
+from training.models.base import KL, LatentVariableModel, Terms
+from training.models.likelihoods import build_likelihood
 from training.models.priors import Prior
-from training.nn.ladder_blocks import BottomUp, Normal, PosteriorLayer, TopDown
+from training.nn.ladder_blocks import BottomUp, PosteriorLayer, TopDown
 from training.nn.networks import Shape, Upsample
 
 
@@ -26,16 +26,15 @@ class LadderPrior(Prior):
     family = "ladder"
 
     def __init__(self, top_down: TopDown) -> None:
-        super().__init__()
+        super().__init__(sum(top_down.sizes))
         self.top_down = top_down
-        self.noise_dim = sum(top_down.sizes)
 
     def log_prob(self, z: Tensor) -> Tensor:
         layers = self.top_down.split(z.reshape(-1, self.noise_dim))
         found: list[Tensor] = []
 
         def choose(i: int, h: Tensor, prior: Normal) -> Tensor:
-            found.append(log_normal(layers[i], *prior))
+            found.append(prior.log_prob(layers[i]))
             return layers[i]
 
         self.top_down(layers[0].shape[0], choose)
@@ -46,7 +45,7 @@ class LadderPrior(Prior):
         drawn: list[Tensor] = []
 
         def choose(i: int, h: Tensor, prior: Normal) -> Tensor:
-            drawn.append(prior.loc + prior.scale * layers[i])
+            drawn.append(prior.sample(layers[i]))
             return drawn[i]
 
         self.top_down(noise.shape[0], choose)
@@ -60,27 +59,80 @@ class LadderPrior(Prior):
 
 
 class Descent:
-    """What is noted on the way down the posterior, for each layer [M,c,h,w], top first; nats by element."""
+    """One way down the posterior: for each layer [M,c,h,w], top first, what is drawn and its densities in nats.
+
+    ``h`` [M,w,h,w'] are the features at the end of the way, of which the image is made.
+    """
 
     def __init__(self) -> None:
         self.z: list[Tensor] = []
         self.scale: list[Tensor] = []
-        self.log_p: list[Tensor] = []
-        self.log_q: list[Tensor] = []
+        self.log_p_z: list[Tensor] = []
+        self.log_q_z: list[Tensor] = []
         self.kl: list[Tensor] = []
         self.h: Tensor
 
-    def note(self, prior: Normal, relative: Normal, noise: Tensor) -> Tensor:
-        """Draw z_i = loc + scale·u, u = δ + s·ε, with the densities of the draw; p and q share the factor ``scale``."""
-        u = relative.loc + relative.scale * noise
-        log_volume = torch.log(prior.scale) + HALF_LOG_2PI
-        z = prior.loc + prior.scale * u
+    def draw(self, prior: Normal, relative: Normal, noise: Tensor) -> Tensor:
+        """z_i = loc + scale·u with u ~ N(δ, s²) = ``relative``: p and q share the factor ``scale`` of the prior."""
+        u = relative.sample(noise)
+        z = prior.sample(u)
+        log_scale = torch.log(prior.scale)
         self.z.append(z)
         self.scale.append(prior.scale * relative.scale)
-        self.log_p.append(-0.5 * u**2 - log_volume)
-        self.log_q.append(-0.5 * noise**2 - torch.log(relative.scale) - log_volume)
-        self.kl.append(kl_to_standard_normal(*relative))
+        self.log_p_z.append(standard_normal_log_prob(u) - log_scale)
+        self.log_q_z.append(relative.log_prob_of_draw(noise) - log_scale)
+        self.kl.append(relative.kl_to_standard())
         return z
+
+
+class LadderPosterior(Posterior):
+    """q(z|x) = Π_i q(z_i|z_{>i}, x): layers that go down with what each takes from the way up, [N,2w,h,w].
+
+    ``loc`` [N,L] is the path of zero noise, ``scale`` q's deviations along it.
+    """
+
+    def __init__(self, top_down: TopDown, layers: list[PosteriorLayer], laterals: list[Tensor]) -> None:
+        self._top_down, self._layers, self._laterals = top_down, layers, laterals
+
+    def descend(self, noise: Tensor) -> Descent:
+        """Noise [N,K,L] -> the way down of all N·K rows."""
+        samples, descent = noise.shape[1], Descent()
+        layers = self._top_down.split(noise.flatten(0, 1))
+        laterals = [part.unsqueeze(1).expand(-1, samples, -1, -1, -1).flatten(0, 1) for part in self._laterals]
+
+        def choose(i: int, h: Tensor, prior: Normal) -> Tensor:
+            return descent.draw(prior, self._layers[i](h, laterals[i]), layers[i])
+
+        descent.h = self._top_down(layers[0].shape[0], choose)
+        return descent
+
+    def rsample(self, noise: Tensor) -> Draw:
+        descent = self.descend(noise)
+        z, log_q_z = (flattened(parts).unflatten(0, noise.shape[:2]) for parts in (descent.z, descent.log_q_z))
+        return Draw(z, log_q_z.double().sum(-1))
+
+    @property
+    def loc(self) -> Tensor:  # type: ignore[override]  # computed, and never set
+        """z of zero noise [N,L]."""
+        return flattened(self._along_zero_noise().z)
+
+    @property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """Standard deviations of q along the path of zero noise [N,L]."""
+        return flattened(self._along_zero_noise().scale)
+
+    def _along_zero_noise(self) -> Descent:
+        rows = self._laterals[0]
+        return self.descend(rows.new_zeros(len(rows), 1, sum(self._top_down.sizes)))
+
+    def with_moments(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The path of zero noise goes down beside the K draws, as one more of them."""
+        paths = torch.cat([torch.zeros_like(noise[:, :1]), noise], 1)
+        descent = self.descend(paths)
+        z, scale, log_q_z = (
+            flattened(parts).unflatten(0, paths.shape[:2]) for parts in (descent.z, descent.scale, descent.log_q_z)
+        )
+        return z[:, 0], scale[:, 0], z[:, 1:], log_q_z[:, 1:].double().sum(-1)
 
 
 class Ladder(LatentVariableModel):
@@ -113,7 +165,7 @@ class Ladder(LatentVariableModel):
             )
         top_down = TopDown(shape, config.ladder)
         self.prior: LadderPrior = LadderPrior(top_down)
-        self.latent_dim = self.prior.noise_dim
+        self.latent_dim = self.noise_dim = self.prior.noise_dim
         self.bottom_up = BottomUp(shape[0], config.ladder)
         self.levels = [layer.level for layer in top_down.layer_shapes]
         self.posteriors = nn.ModuleList(PosteriorLayer(layer) for layer in top_down.layer_shapes)
@@ -121,60 +173,36 @@ class Ladder(LatentVariableModel):
         self.head = Upsample(config.ladder.channels[0], raw[0] * raw[1], shape[1:])
         self.bias = nn.Parameter(torch.zeros(*raw, *shape[1:]))
 
-    @property
-    def noise_dim(self) -> int:
-        return self.latent_dim
-
-    def infer(self, target: Tensor) -> Statistics:
-        """Target [N,C,H,W] -> what each layer's posterior takes from the way up, [N,2w,h,w] each, top first."""
+    def encode(self, target: Tensor) -> LadderPosterior:
         features = self.bottom_up(self.likelihood.network_input(target))
-        return tuple(self._posterior(i).lateral(features[level]) for i, level in enumerate(self.levels))
+        layers = [layer for layer in self.posteriors if isinstance(layer, PosteriorLayer)]
+        laterals = [layer.lateral(features[level]) for layer, level in zip(layers, self.levels, strict=True)]
+        return LadderPosterior(self.prior.top_down, layers, laterals)
 
-    def _posterior(self, i: int) -> PosteriorLayer:
-        layer = self.posteriors[i]
-        assert isinstance(layer, PosteriorLayer)
-        return layer
-
-    def _descend(self, statistics: Statistics, noise: Tensor) -> Descent:
-        """Noise [N,K,L] -> the way down of all N·K rows."""
-        samples, descent = noise.shape[1], Descent()
-        layers = self.prior.top_down.split(noise.flatten(0, 1))
-        laterals = [part.unsqueeze(1).expand(-1, samples, -1, -1, -1).flatten(0, 1) for part in statistics]
-
-        def choose(i: int, h: Tensor, prior: Normal) -> Tensor:
-            return descent.note(prior, self._posterior(i)(h, laterals[i]), layers[i])
-
-        descent.h = self.prior.top_down(layers[0].shape[0], choose)
-        return descent
-
-    def _parameters_of(self, h: Tensor) -> Parameters:
+    def _decode_features(self, h: Tensor) -> Distribution:
         raw = self.head(h).float().unflatten(1, self.bias.shape[:2])
-        return self.likelihood.parameters_from(raw + self.bias)
+        p: Distribution = self.likelihood(raw + self.bias)
+        return p
 
-    def parameters_at(self, z: Tensor) -> Parameters:
-        return self._parameters_of(self.prior.features(z))
+    def decode(self, z: Tensor) -> Distribution:
+        return self._decode_features(self.prior.features(z))
 
-    def draw(self, target: Tensor, statistics: Statistics, noise: Tensor) -> Encoded:
-        """The path of zero noise goes down beside the K draws, as one more of them."""
-        paths = torch.cat([torch.zeros_like(noise[:, :1]), noise], 1)
-        descent = self._descend(statistics, paths)
-        z, scale, log_q = (
-            flattened(parts).unflatten(0, paths.shape[:2]) for parts in (descent.z, descent.scale, descent.log_q)
-        )
-        return Encoded(target, z[:, 0], scale[:, 0], z[:, 1:], log_q[:, 1:].double().sum(-1))
+    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, stop_gradient_q: bool = False) -> Terms:
+        """As the base's, all in float32 on one way down.
 
-    def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, detach_q: bool = False) -> Terms:
-        """See the base; raises ConfigError for ``detach_q``, which a chain of conditionals has no use for."""
-        if detach_q:
+        Raises ConfigError for ``stop_gradient_q``, which a chain of conditionals has no use for.
+        """
+        if stop_gradient_q:
             raise ConfigError("a ladder's log q has no parameters that could be held constant while its z move")
         target = self.likelihood.target(x, dither)
-        descent = self._descend(self.infer(target), noise)
-        rows = noise.shape[:2]
-        parameters = tuple(p.unflatten(0, rows) for p in self._parameters_of(descent.h))
-        log_p_x = self.likelihood.log_prob(target.unsqueeze(1), parameters).sum((-3, -2, -1))
-        log_p_z, log_q, z = (flattened(parts).unflatten(0, rows) for parts in (descent.log_p, descent.log_q, descent.z))
+        descent, rows = self.encode(target).descend(noise), noise.shape[:2]
+        p = unflattened(self._decode_features(descent.h), rows)
+        log_p_x_given_z = self.likelihood.log_prob(target.unsqueeze(1), p).sum((-3, -2, -1))
+        log_p_z, log_q_z, z = (
+            flattened(parts).unflatten(0, rows) for parts in (descent.log_p_z, descent.log_q_z, descent.z)
+        )
         kl = torch.stack([part.flatten(1).sum(1) for part in descent.kl], 1).unflatten(0, rows).mean(1)
-        return Terms(log_p_x, log_p_z.sum(-1), log_q.sum(-1), kl, z)
+        return Terms(log_p_x_given_z, log_p_z.sum(-1), log_q_z.sum(-1), KL(kl, analytic=True), z)
 
     @torch.no_grad()
     def initialise(self, mean: Tensor, examples: Tensor) -> None:

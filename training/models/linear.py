@@ -4,52 +4,20 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from training.config import ModelConfig
-from training.data.dataset import Dataset
+from training.distributions import Distribution
 from training.errors import ConfigError
-from training.models.base import Statistics
-from training.models.likelihoods import Parameters
-from training.models.linear_algebra import moments_of, target_axes, target_batches
-from training.models.priors import NoPrior, Prior, log_standard_normal
-from training.models.reconstruction import Reconstruction
+from training.models.base import Reconstruction, Rows
+from training.models.moments import moments_of, target_axes, target_batches
+from training.models.priors import GaussianPrior, NoPrior
 from training.nn.networks import Shape
 
-
-class GaussianPrior(Prior):
-    """N(loc, A Aᵀ), fitted to the codes of the training split once the encoder stands (Ghosh et al. 2020, sec. 4)."""
-
-    family = "gaussian"
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.noise_dim = latent_dim
-        self.loc: Tensor
-        self.factor: Tensor
-        self.inverse_factor: Tensor
-        self.register_buffer("loc", torch.zeros(latent_dim, dtype=torch.float64))
-        self.register_buffer("factor", torch.eye(latent_dim, dtype=torch.float64))
-        self.register_buffer("inverse_factor", torch.eye(latent_dim, dtype=torch.float64))
-
-    @torch.no_grad()
-    def set_moments(self, loc: Tensor, covariance: Tensor) -> None:
-        """Mean [L] and covariance [L,L]; axes that do not vary get a millionth of the largest standard deviation."""
-        floor = float(torch.diagonal(covariance).max()) * 1e-12 or 1e-12
-        factor = torch.linalg.cholesky(covariance + floor * torch.eye(len(loc), dtype=covariance.dtype))
-        self.loc.copy_(loc)
-        self.factor.copy_(factor)
-        self.inverse_factor.copy_(torch.linalg.inv(factor))
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        standardised = (z.double() - self.loc) @ self.inverse_factor.T
-        return log_standard_normal(standardised).sum(-1) - torch.log(torch.diagonal(self.factor)).sum()
-
-    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        return (self.loc + noise.double() @ self.factor.T).float()
+ROWS = 1000  # at a time
 
 
 class LinearReconstruction(Reconstruction):
@@ -73,19 +41,19 @@ class LinearReconstruction(Reconstruction):
         self.prior = GaussianPrior(latent_dim) if config.linear.prior == "gaussian" else NoPrior(latent_dim)
 
     @abstractmethod
-    def code(self, target: Tensor) -> Tensor:
+    def flat_code(self, target: Tensor) -> Tensor:
         """Targets [N,D] -> z [N,L]."""
 
     @abstractmethod
     def reconstruct(self, z: Tensor) -> Tensor:
         """z [M,L] -> targets [M,D]."""
 
-    def infer(self, target: Tensor) -> Statistics:
-        """Target [N,C,H,W] -> z [N,L]."""
-        return (self.code(target.flatten(1)),)
+    def code(self, target: Tensor) -> Tensor:
+        return self.flat_code(target.flatten(1))
 
-    def parameters_at(self, z: Tensor) -> Parameters:
-        return self.likelihood.parameters_from(self.reconstruct(z).unflatten(1, (1, *self.shape)))
+    def decode(self, z: Tensor) -> Distribution:
+        p: Distribution = self.likelihood(self.reconstruct(z).unflatten(1, (1, *self.shape)))
+        return p
 
 
 class PCA(LinearReconstruction):
@@ -111,15 +79,15 @@ class PCA(LinearReconstruction):
         self.loc = nn.Parameter(torch.zeros(numbers))
         self.axes = nn.Parameter(torch.eye(numbers, self.latent_dim))
 
-    def code(self, target: Tensor) -> Tensor:
+    def flat_code(self, target: Tensor) -> Tensor:
         return (target - self.loc) @ self.axes
 
     def reconstruct(self, z: Tensor) -> Tensor:
         return z @ self.axes.T + self.loc
 
     @torch.no_grad()
-    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
-        found = target_axes(dataset, self.likelihood)
+    def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
+        found = target_axes(train.batches(ROWS), len(train), self.likelihood)
         variances = found.variances
         self.loc.copy_(found.mean)
         self.axes.copy_(found.axes[:, : self.latent_dim])
@@ -127,7 +95,7 @@ class PCA(LinearReconstruction):
         if isinstance(self.prior, GaussianPrior):
             self.prior.set_moments(torch.zeros_like(kept), torch.diag(kept))
         share = float(kept.sum() / variances.sum()) if variances.sum() > 0 else 1.0
-        say(f"{self.latent_dim} axes hold {share:.1%} of the variance of {found.count} rows")
+        yield f"{self.latent_dim} axes hold {share:.1%} of the variance of {found.count} rows"
 
 
 class LinearAutoencoder(LinearReconstruction):
@@ -146,7 +114,7 @@ class LinearAutoencoder(LinearReconstruction):
         self.encoder = nn.Linear(numbers, self.latent_dim)
         self.decoder = nn.Linear(self.latent_dim, numbers)
 
-    def code(self, target: Tensor) -> Tensor:
+    def flat_code(self, target: Tensor) -> Tensor:
         z: Tensor = self.encoder(target).float()
         return z
 
@@ -162,10 +130,10 @@ class LinearAutoencoder(LinearReconstruction):
         self.encoder.bias.copy_(-self.encoder.weight @ start)
 
     @torch.no_grad()
-    def finish(self, dataset: Dataset, seed: int, say: Callable[[str], None]) -> None:
+    def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
         """Fit the prior to the training codes."""
         if isinstance(self.prior, GaussianPrior):
-            targets = target_batches(dataset, self.likelihood, dataset.splits["train"])
-            found = moments_of(self.code(batch) for batch in targets)
+            targets = target_batches(train.batches(ROWS), self.likelihood)
+            found = moments_of(self.flat_code(batch) for batch in targets)
             self.prior.set_moments(found.mean, found.covariance)
-            say(f"a Gaussian prior fitted to the codes of {found.count} rows")
+            yield f"a Gaussian prior fitted to the codes of {found.count} rows"

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+import warnings
+from abc import ABC
+from typing import ClassVar
 
+import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from training.config import PriorConfig
+from training.config import MixtureConfig, PriorConfig
+from training.distributions import Mixture, MultivariateNormal, Normal, standard_normal_log_prob
 from training.errors import ConfigError
-from training.models.posteriors import HALF_LOG_2PI
-from training.nn.flows import CouplingStack
+from training.nn.couplings import CouplingStack
 
-
-def log_standard_normal(z: Tensor) -> Tensor:
-    """log N(z; 0, 1) for each element, in nats."""
-    return -0.5 * z**2 - HALF_LOG_2PI
+EM_BATCH = 1000  # codes at a time
+EM_ITERATIONS = 200  # it stops earlier once the mean log density gains less than 1e-3
 
 
 class Prior(nn.Module, ABC):
     """``noise_dim`` standard normal numbers P, and one uniform ``choice`` if it says so, make one draw."""
 
-    family: str
-    noise_dim: int
-    choice: bool = False
+    family: ClassVar[str]
+    choice: ClassVar[bool] = False
 
-    @abstractmethod
+    def __init__(self, noise_dim: int) -> None:
+        super().__init__()
+        self.noise_dim = noise_dim
+
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) of z [...,L] -> [...] float64, nats."""
+        raise NotImplementedError
 
-    @abstractmethod
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        """Noise [M,P], and choice [M] uniform in [0,1) -> z [M,L]."""
+        """Noise [M,P], and choice [M] uniform in [0,1) -> z [M,L] float32."""
+        raise NotImplementedError("a model without a prior has no draws")
 
 
 class StandardNormal(Prior):
@@ -40,12 +46,8 @@ class StandardNormal(Prior):
 
     family = "standard_normal"
 
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.noise_dim = latent_dim
-
     def log_prob(self, z: Tensor) -> Tensor:
-        return log_standard_normal(z).double().sum(-1)
+        return standard_normal_log_prob(z).double().sum(-1)
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
         return noise
@@ -56,39 +58,64 @@ class NoPrior(Prior):
 
     family = "none"
 
+    def log_prob(self, z: Tensor) -> Tensor:
+        return torch.zeros_like(z[..., 0], dtype=torch.float64)
+
+
+class GaussianPrior(Prior):
+    """N(loc, A Aᵀ), fitted to the codes of the training split once the encoder stands (Ghosh et al. 2020, sec. 4)."""
+
+    family = "gaussian"
+
     def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.noise_dim = latent_dim
+        super().__init__(latent_dim)
+        self.loc: Tensor
+        self.factor: Tensor
+        self.inverse_factor: Tensor
+        self.register_buffer("loc", torch.zeros(latent_dim, dtype=torch.float64))
+        self.register_buffer("factor", torch.eye(latent_dim, dtype=torch.float64))
+        self.register_buffer("inverse_factor", torch.eye(latent_dim, dtype=torch.float64))
+
+    @property
+    def distribution(self) -> MultivariateNormal:
+        """p(z)."""
+        return MultivariateNormal(self.loc, self.factor, self.inverse_factor)
+
+    @torch.no_grad()
+    def set_moments(self, loc: Tensor, covariance: Tensor) -> None:
+        """Mean [L] and covariance [L,L]; axes that do not vary get a millionth of the largest standard deviation."""
+        floor = float(torch.diagonal(covariance).max()) * 1e-12 or 1e-12
+        factor = torch.linalg.cholesky(covariance + floor * torch.eye(len(loc), dtype=covariance.dtype))
+        self.loc.copy_(loc)
+        self.factor.copy_(factor)
+        self.inverse_factor.copy_(torch.linalg.inv(factor))
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return 0.0 * z.double().sum(-1)
+        return self.distribution.log_prob(z)
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        raise NotImplementedError("a model without a prior has no draws")
+        return self.distribution.sample(noise).float()
 
 
-def mixture_log_prob(z: Tensor, log_weights: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """log Σ_j w_j N(z; loc_j, diag(scale_j²)) of z [...,L] for J components [J], [J,L], [J,L] -> [...] float64.
+class MixtureOfGaussians(Prior):
+    """Base of mixtures Σ_j w_j N_j, of whose components one uniform choice picks one."""
 
-    The squares are expanded so that the work is two matrix products, not an array of [...,J,L]; in float64, for the
-    terms cancel.
-    """
-    z, loc, precision = z.double(), loc.double(), scale.double() ** -2
-    quadratic = z**2 @ precision.T - 2 * (z @ (loc * precision).T) + (loc**2 * precision).sum(-1)
-    normaliser = log_weights.double() - torch.log(scale.double()).sum(-1) - loc.shape[-1] * HALF_LOG_2PI
-    return torch.logsumexp(normaliser - 0.5 * quadratic, -1)
+    choice = True
 
+    @property
+    def distribution(self) -> Mixture:
+        """p(z)."""
+        raise NotImplementedError
 
-def chosen(choice: Tensor, weights: Tensor, values: Tensor) -> Tensor:
-    """Rows of ``values`` [J,L] by the inverse distribution function of ``weights`` [J] at choice [M] -> [M,L]."""
-    edges = torch.cumsum(weights, 0)
-    above = (choice.unsqueeze(1) < edges).to(values.dtype)  # 1 from the chosen component on
-    above = torch.cat([above[:, :-1], torch.ones_like(above[:, :1])], 1)  # rounding must not leave the last one out
-    picked = above - torch.cat([torch.zeros_like(above[:, :1]), above[:, :-1]], 1)
-    return picked @ values
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.distribution.log_prob(z)
+
+    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
+        assert choice is not None, "a mixture wants a choice"
+        return self.distribution.sample(noise, choice).float()
 
 
-class VampPrior(Prior):
+class VampPrior(MixtureOfGaussians):
     """A mixture of posteriors, (1/J) Σ_j q(z|u_j) with pseudo-inputs u_j learned (Tomczak & Welling 2018, eq. 9).
 
     Components are given by ``set_components`` before each use, for they are the encoder's; in a served graph they are
@@ -96,11 +123,9 @@ class VampPrior(Prior):
     """
 
     family = "vamp"
-    choice = True
 
     def __init__(self, latent_dim: int, numbers: int, components: int) -> None:
-        super().__init__()
-        self.noise_dim = latent_dim
+        super().__init__(latent_dim)
         self.logits = nn.Parameter(torch.empty(components, numbers))
         nn.init.normal_(self.logits, 0.0, 0.5)
         self.loc: Tensor
@@ -122,16 +147,61 @@ class VampPrior(Prior):
         """Posterior moments [J,L] of the pseudo-inputs."""
         self.loc, self.scale = loc, scale
 
-    def _weights(self) -> Tensor:
-        return torch.full_like(self.loc[:, 0], 1 / len(self.loc))
+    @property
+    def distribution(self) -> Mixture:
+        weights = torch.full_like(self.loc[:, 0], 1 / len(self.loc))
+        return Mixture(weights, Normal(self.loc, self.scale))
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        return mixture_log_prob(z, torch.log(self._weights()), self.loc, self.scale)
 
-    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        assert choice is not None, "a mixture wants a choice"
-        weights = self._weights()
-        return chosen(choice, weights, self.loc) + chosen(choice, weights, self.scale) * noise
+class FittedMixture(MixtureOfGaussians):
+    """Σ_j w_j N(loc_j, A_j A_jᵀ), by EM on training codes (ex-post density estimation, Ghosh et al. 2020, sec. 4).
+
+    It plays no part in training, so that its log density bounds no evidence. Until ``fit`` it is N(0, I).
+    """
+
+    family = "gaussian_mixture"
+
+    def __init__(self, latent_dim: int, config: MixtureConfig) -> None:
+        super().__init__(latent_dim)
+        self.config = config
+        count, identity = config.components, torch.eye(latent_dim, dtype=torch.float64)
+        self.weights: Tensor
+        self.loc: Tensor
+        self.factor: Tensor
+        self.inverse_factor: Tensor
+        self.register_buffer("weights", torch.full((count,), 1 / count, dtype=torch.float64))
+        self.register_buffer("loc", torch.zeros(count, latent_dim, dtype=torch.float64))
+        self.register_buffer("factor", identity.repeat(count, 1, 1))
+        self.register_buffer("inverse_factor", identity.repeat(count, 1, 1))
+
+    @property
+    def distribution(self) -> Mixture:
+        return Mixture(self.weights, MultivariateNormal(self.loc, self.factor, self.inverse_factor))
+
+    @torch.no_grad()
+    def fit(self, codes: Tensor, seed: int) -> str:
+        """EM on codes [n,L], standardised meanwhile so that no scale of them is special; what came of it, in words.
+
+        Raises ConfigError: fewer codes than components.
+        """
+        count = self.config.components
+        if len(codes) < count:
+            raise ConfigError(f"model.autoencoder.mixture.components: {count} of {len(codes)} codes, expected no more")
+        shift, unit = codes.double().mean(0), codes.double().std(0, correction=0)
+        unit = torch.where(unit > 0, unit, 1.0)
+        kind = {"full": "full", "diagonal": "diag"}[self.config.covariance]
+        mixture = GaussianMixture(count, covariance_type=kind, max_iter=EM_ITERATIONS, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # said below
+            mixture.fit(((codes.double() - shift) / unit).numpy())
+        covariances = mixture.covariances_ if kind == "full" else np.stack([np.diag(c) for c in mixture.covariances_])
+        self.weights.copy_(torch.from_numpy(mixture.weights_))
+        self.loc.copy_(shift + unit * torch.from_numpy(mixture.means_))
+        self.factor.copy_(unit.unsqueeze(-1) * torch.linalg.cholesky(torch.from_numpy(covariances)))
+        self.inverse_factor.copy_(torch.linalg.inv(self.factor))
+        ended = f"after {mixture.n_iter_} iterations" if mixture.converged_ else f"not converged in {EM_ITERATIONS}"
+        mean = float(torch.cat([self.log_prob(part) for part in codes.split(EM_BATCH)]).mean())
+        return f"{count} Gaussians fitted to {len(codes)} codes, {ended}: log p(z) {mean:.2f} nats on average"
 
 
 class FlowPrior(Prior):
@@ -143,16 +213,15 @@ class FlowPrior(Prior):
     family = "flow"
 
     def __init__(self, latent_dim: int, steps: int, hidden: int) -> None:
-        super().__init__()
-        self.noise_dim = latent_dim
+        super().__init__(latent_dim)
         self.flow = CouplingStack(latent_dim, steps, hidden)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        noise, log_det = self.flow.inverse(z)
-        return log_standard_normal(noise).double().sum(-1) + log_det
+        noise, ladj = self.flow.inverse_and_ladj(z)
+        return standard_normal_log_prob(noise).double().sum(-1) + ladj
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        return self.flow(noise)[0]
+        return self.flow.call_and_ladj(noise)[0]
 
 
 def build_prior(config: PriorConfig, latent_dim: int, shape: tuple[int, int, int]) -> Prior:

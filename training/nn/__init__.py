@@ -1,1 +1,1 @@
-"""Networks: trunks, masked layers, bijections, the blocks of a ladder."""
+"""Networks: trunks, masked layers, bijections, the blocks of a ladder, a U-Net."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import LadderConfig
+from training.distributions import Normal
 from training.errors import ConfigError
 from training.nn.networks import GatedConv, Shape, Upsample, gate, pyramid
 
@@ -23,13 +24,6 @@ BOUND = 5.0
 """Log scales lie in (−5, 5), softly: NVAE (Vahdat & Kautz 2020) bounds them so, and calls it vital for stability."""
 SMALLEST = 8
 """Numbers along the longer side of an image, or of a signal, that are worth a pyramid."""
-
-
-class Normal(NamedTuple):
-    """A diagonal Gaussian's moments, float32, of the shape of what it is of."""
-
-    loc: Tensor
-    scale: Tensor
 
 
 class LayerShape(NamedTuple):

@@ -38,10 +38,16 @@ def drawable(*values: np.ndarray) -> bool:
     return all(array.size > 0 and bool((np.abs(array.astype(np.float64)) < LARGEST).all()) for array in values)
 
 
-BOUND_CURVES = ("bound on log p(x)", (("train_elbo", "train, ELBO"), ("bound", "validation, objective")))
-EXACT_CURVES = ("log p(x)", (("train_elbo", "train"), ("elbo", "validation")))
-RATE_CURVES = ("rate KL(q(z|x) ‖ p(z))", (("train_rate", "train"), ("rate", "validation")))
-DISTORTION_CURVES = ("distortion −E log p(x|z)", (("train_distortion", "train"), ("distortion", "validation")))
+BOUND_CURVES = (
+    "bound on log p(x)",
+    (("train_elbo_sampled", "train, ELBO (sampled)"), ("bound", "validation, objective")),
+)
+EXACT_CURVES = ("log p(x)", (("train_elbo_sampled", "train (sampled)"), ("elbo", "validation")))
+RATE_CURVES = ("rate KL(q(z|x) ‖ p(z))", (("train_rate_sampled", "train (sampled)"), ("rate", "validation")))
+DISTORTION_CURVES = (
+    "distortion −E log p(x|z)",
+    (("train_distortion_sampled", "train (sampled)"), ("distortion", "validation")),
+)
 ERROR_CURVES = ("reconstruction error", DISTORTION_CURVES[1])
 Curves = tuple[str, tuple[tuple[str, str], tuple[str, str]]]
 

@@ -18,10 +18,10 @@ from service.calibration.conformal import Calibrator
 from service.errors import InvalidInput
 from service.inference import noise
 from training.data.batches import pixel_batches, to_unit
+from training.distributions import Normal
 from training.evaluation.aggregate import moments, prior_moments
 from training.export.staging import open_staged
 from training.models.base import LatentVariableModel
-from training.models.posteriors import kl_to_standard_normal
 from training.reporting import curves, figures
 from training.runs import SCORES, Run, write_text
 
@@ -116,7 +116,7 @@ def information(model: LatentVariableModel, loc: Tensor, scale: Tensor) -> tuple
     if model.moments != "exact":
         return loc.double().var(0).numpy(), "variance"
     if model.prior.family == "standard_normal" and model.posterior_family == "diagonal_gaussian":
-        return kl_to_standard_normal(loc, scale).mean(0).double().numpy(), "rate"
+        return Normal(loc, scale).kl_to_standard().mean(0).double().numpy(), "rate"
     told = 0.5 * torch.log(moments(loc, scale)[1]) - torch.log(scale.double()).mean(0)
     return told.numpy(), "information"
 
@@ -143,7 +143,8 @@ class Pen:
 
     def decode(self, z: Tensor) -> np.ndarray:
         """E[x|z] [...,C,H,W] of latents [...,L], in the figure's unit."""
-        mean = self.values(self.model.decode(z.reshape(-1, z.shape[-1]).float()).mean)
+        p = self.model.decode(z.reshape(-1, z.shape[-1]).float())
+        mean = self.values(self.model.likelihood.mean(p))
         return mean.reshape(*z.shape[:-1], *mean.shape[1:])
 
     def reconstructions(self, x: Tensor, target: Tensor, loc: Tensor) -> Figure:
@@ -218,8 +219,9 @@ def _unit(manifest: Manifest) -> str:
 def posterior(model: LatentVariableModel, x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Target [N,C,H,W], loc and scale [N,L] of images x, with the dither that the service gives every image."""
     dither = torch.from_numpy(noise.dither(seed, model.shape).copy()).expand_as(x) if model.likelihood.dither else None
-    encoded = model.encode(x, torch.zeros(len(x), 1, model.noise_dim), dither)
-    return encoded.target, encoded.loc, encoded.scale
+    target = model.likelihood.target(x, dither)
+    q = model.encode(target)
+    return target, q.loc, q.scale
 
 
 def _histograms(run: Run, manifest: Manifest) -> dict[str, Figure]:

@@ -12,7 +12,6 @@ from service.api.schemas import (
     DriftParameters,
     KolmogorovSmirnov,
     MartingaleValue,
-    Problem,
     PValueShares,
 )
 from service.calibration.drift_monitor import Drift, Finding, MonitorState, log10_alarm
@@ -23,7 +22,7 @@ from service.repository.resolving import monitor_key
 router = APIRouter(tags=["scoring"])
 
 
-@router.get("/drift", responses={"4XX": {"model": Problem, "description": "problem"}})
+@router.get("/drift")
 async def drift(request: Request, context: ContextDep, query: Annotated[DriftParameters, Query()]) -> DriftAnswer:
     """Compare recent conformal p-values with uniformity, by a Kolmogorov–Smirnov test and a conformal test martingale.
 

@@ -37,6 +37,7 @@ from service.api.schemas import (
     Rows,
     SampleParameters,
 )
+from service.api.small_requests import are_few
 from service.errors import InvalidInput
 from service.formats import codecs
 from service.formats.media_types import GIF, JSON, NPY, PNG, WEBP
@@ -235,8 +236,10 @@ def _write_rows(call: Call, media_type: str, x: np.ndarray, latents: np.ndarray 
     return encoders[media_type](x), media_type
 
 
-ENCODE = Verb(_encode)
+ENCODE = Verb(_encode, asks_for_much=lambda parameters, _: parameters.samples > 0)
 DECODE = Verb(_decode)
 RECONSTRUCT = Verb(_reconstruct)
-INTERPOLATE = Verb(_interpolate, several=True)
-SAMPLE = Verb(_sample, rows=lambda parameters: parameters.n)
+INTERPOLATE = Verb(
+    _interpolate, asks_for_much=lambda parameters, numbers: not are_few(parameters.steps, numbers), several=True
+)
+SAMPLE = Verb(_sample, rows=lambda parameters: parameters.n, asks_for_much=lambda parameters, _: parameters.draw)

@@ -22,7 +22,6 @@ from service.formats import codecs
 from service.formats.media_types import JSON, NPY, PNG
 from service.inference.jobs import Job, Work
 from service.inference.model import Scores
-from service.inference.tiled import TiledScores
 from service.repository.judging import InputRows, Verdicts, judge_scores, scorer
 from service.repository.presenting import MapDescription, describe_map, draw_maps, result_rows, top_latents
 from service.repository.resolving import ChosenScore, ResolvedScoreRequest, VerdictBasis, resolve_scores
@@ -78,7 +77,7 @@ def _answer(
     media_type: str,
     x: InputRows,
     call: Call,
-    scores: Scores | TiledScores,
+    scores: Scores,
 ) -> Content:
     """Write the answer to a request whose scores are computed; ``x`` are the rows, of an answer with maps only."""
     verdicts = judge_scores(call.served, resolved, scores)
@@ -221,4 +220,4 @@ def _record_drift(call: Call, verdicts: Verdicts, resolved: ResolvedScoreRequest
         call.context.drift.record(key, *counts)
 
 
-SCORE = Verb(_score)
+SCORE = Verb(_score, asks_for_much=lambda parameters, _: parameters.map or parameters.top_latents > 0)

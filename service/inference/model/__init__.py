@@ -17,6 +17,6 @@ service.inference.batch_invariance, and reductions run a row at a time.
 """
 
 from service.inference.model.model import Encoding, Model
-from service.inference.model.scoring import Scores
+from service.inference.model.scoring import Scores, TileSummary, join_scores
 
-__all__ = ["Encoding", "Model", "Scores"]
+__all__ = ["Encoding", "Model", "Scores", "TileSummary", "join_scores"]

@@ -31,16 +31,17 @@ MAX_ELEMENTS = 2**21
 """Most numbers of one decoder output, rows × samples × C·H·W, that go through the graphs at once."""
 
 
-class Densities(NamedTuple):
-    """Log densities of n rows at k latents each, in nats.
+class Joint(NamedTuple):
+    """The two terms of log p(x,z), of n rows at k latents each, in nats.
 
-    ``log_p_x``: log p(x|z), float64 [n,k]. ``log_p_z``: log p(z), float64 [n,k]. ``log_p_x_map``: log p(x|z) by place,
-    float32 [n,k,C,H,W], or [n,k,0] where it was not asked for.
+    ``log_p_x_given_z``: log p(x|z), float64 [n,k]. ``log_p_z``: log p(z), float64 [n,k]. ``log_p_x_given_z_map``:
+    log p(x|z) by place, float32 [n,k,C,H,W], or [n,k,0] where it was not asked for. Of a model without a likelihood
+    minus its reconstruction error stands for log p(x|z), in the unit of its scores.
     """
 
-    log_p_x: np.ndarray
+    log_p_x_given_z: np.ndarray
     log_p_z: np.ndarray
-    log_p_x_map: np.ndarray
+    log_p_x_given_z_map: np.ndarray
 
 
 class GraphRunners:
@@ -64,18 +65,18 @@ class GraphRunners:
         self._sessions, self._serial = sessions, serial
         signature = bundle.manifest.signature
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
-        self._parameters = bundle.manifest.likelihood.parameters
+        self._parameters, self._fit = bundle.manifest.likelihood.parameters, bundle.manifest.likelihood.fit_output
         self._elements = math.prod(self._shape)
         self._chunks = [chunk for chunk in SAMPLE_CHUNKS if chunk == 1 or chunk * self._elements <= MAX_ELEMENTS]
         self._max_rows = max(sizes_in(runtime.memory))
         self._encoders: dict[int, BatchInvariantRunner] = {}
         self._lock = threading.Lock()
         self._decoder = self._runner("decoder", random_rows({"z": (self._latent_dim,)}))
-        # A row of the density is one sample of one x. Where such rows must run alone (odd sizes, see batch_invariance)
-        # a row is one x with all its samples.
-        self._density = self._runner("density", self._density_rows)
-        self._density_by_x = self._runner("density", self._density_rows, sizes=(1,))
-        self._observation = self._optional("observation", self._density_rows, sizes=(1,))
+        # A row of the joint is one sample of one x. Where such rows must run alone (odd sizes, see batch_invariance) a
+        # row is one x with all its samples.
+        self._joint = self._runner("joint", self._joint_rows)
+        self._joint_by_x = self._runner("joint", self._joint_rows, sizes=(1,))
+        self._observation = self._optional("observation", self._joint_rows, sizes=(1,))
         self._prior = self._optional("prior", self._prior_rows)
         self._corruption = self._optional("corruption", lambda n: {"x": self.typical_rows(n)}, sizes=CORRUPTION_SIZES)
         self.backbone = self._feature_extractor()
@@ -95,7 +96,7 @@ class GraphRunners:
             try:
                 operators = check_operators(data)
                 nodes[role] = operators.total()
-                if TWO_PATHS & operators.keys() or role == "density":
+                if TWO_PATHS & operators.keys() or role == "joint":
                     serial.add(role)
                 sessions[role] = runtime.session(data, threads=1 if role in serial else None)
                 check_signature(sessions[role], bundle.manifest, role)
@@ -109,56 +110,71 @@ class GraphRunners:
         with self._lock:
             encoders = {f"encoder[k={k}]": runner.sizes for k, runner in self._encoders.items()}
         corruption = {} if self._corruption is None else {"corruption": self._corruption.sizes}
-        return {**encoders, "decoder": self._decoder.sizes, "density": self._density.sizes, **corruption}
+        return {**encoders, "decoder": self._decoder.sizes, "joint": self._joint.sizes, **corruption}
 
     def rows_at_once(self, k: int) -> int:
         """Largest number of rows that may go through the graphs of a score at once, at k samples each."""
-        return min(self._max_rows, max(1, MAX_ELEMENTS // (self._chunk(k) * self._elements)))
+        return min(self._max_rows, max(1, MAX_ELEMENTS // (self._chunk(self.distinct_samples(k)) * self._elements)))
+
+    def distinct_samples(self, k: int) -> int:
+        """Number of k posterior samples that differ: 1 of an encoder that takes no noise."""
+        return k if self._noise_dim else 1
 
     def encode(self, x: np.ndarray, k: int, seed: int, outputs: Sequence[str] | None = None) -> Iterator[Arrays]:
-        """The encoder's ``outputs`` for rows x, all by default, for a chunk of the seed's k samples at a time."""
+        """The encoder's ``outputs`` for rows x, all by default, for a chunk of the seed's k samples at a time.
+
+        An encoder that takes no noise gives one sample, whatever k.
+        """
         shared = {"dither": noise.dither(seed, self._shape)} if self._manifest.signature.dither else {}
+        if not self._noise_dim:
+            yield self._encoder(1).run({"x": x}, shared, outputs)
+            return
         start = 0
         while start < k:
             chunk = self._chunk(k - start)
             drawn = min(chunk, k - start)
             shared["noise"] = noise.posterior_chunk(seed, k, self._noise_dim, start, chunk)
             encoded = self._encoder(chunk).run({"x": x}, shared, outputs)
-            yield encoded | {name: encoded[name][:, :drawn] for name in ("z", "log_q") if name in encoded}
+            yield encoded | {name: encoded[name][:, :drawn] for name in ("z", "log_q_z") if name in encoded}
             start += chunk
 
     def decode(self, z: np.ndarray, outputs: Sequence[str] | None = None) -> Arrays:
         """The decoder's ``outputs`` for latents z, float32 [M,L], all by default: float32 [M,C,H,W] each."""
         return self._decoder.run({"z": z}, outputs=outputs)
 
-    def densities(
-        self, target: np.ndarray, z: np.ndarray, decoded: Arrays | None = None, by_place: bool = True
-    ) -> Densities:
-        """Log densities of targets, float32 [n,C,H,W], at latents z, float32 [n,k,L]; ``by_place``: the map, too.
+    def joint(self, target: np.ndarray, z: np.ndarray, decoded: Arrays | None = None, by_place: bool = True) -> Joint:
+        """log p(x,z) of targets, float32 [n,C,H,W], at latents z, float32 [n,k,L]; ``by_place``: the map, too.
 
         ``decoded``: the decoder's outputs for z, where these were computed before.
         """
         n, k, latent_dim = z.shape
-        outputs = ["log_p_x", "log_p_z", *(["log_p_x_map"] if by_place else [])]
+        outputs = [self._fit, "log_p_z", *([f"{self._fit}_map"] if by_place else [])]
         if decoded is None:
             decoded = self.decode(z.reshape(n * k, latent_dim), self._parameters)
         parameters = {name: decoded[name] for name in self._parameters}
-        if self._density.sizes == (1,):
+        if self._joint.sizes == (1,):
             parameters = {name: value.reshape(n, k, *self._shape) for name, value in parameters.items()}
-            results = self._density_by_x.run({"target": target, "z": z, **parameters}, outputs=outputs)
+            results = self._joint_by_x.run({"target": target, "z": z, **parameters}, outputs=outputs)
         else:
             feeds = {"target": _repeated(target, k), "z": z.reshape(n * k, 1, latent_dim)}
             feeds |= {name: value[:, None] for name, value in parameters.items()}
-            results = self._density.run(feeds, outputs=outputs)
-        by_places = results["log_p_x_map"].reshape(n, k, *self._shape) if by_place else np.empty((n, k, 0), np.float32)
-        return Densities(results["log_p_x"].reshape(n, k), results["log_p_z"].reshape(n, k), by_places)
+            results = self._joint.run(feeds, outputs=outputs)
+        by_places = np.empty((n, k, 0), np.float32)
+        if by_place:
+            by_places = results[f"{self._fit}_map"].reshape(n, k, *self._shape)
+        return Joint(results[self._fit].reshape(n, k), results["log_p_z"].reshape(n, k), by_places)
 
-    def observe(self, z: np.ndarray, observation_noise: np.ndarray) -> np.ndarray:
-        """Draws x ~ p(x|z), float32 [M,C,H,W], for latents z, float32 [M,L], from noise [M,C,H,W]."""
+    def observe(self, z: np.ndarray, observation_noise: np.ndarray | None) -> np.ndarray:
+        """Draws x ~ p(x|z), float32 [M,C,H,W], for latents z, float32 [M,L].
+
+        ``observation_noise``: float32 [M,C,H,W], None where likelihood.observation_noise is "none".
+        """
         assert self._observation is not None, "the verb is refused where this graph is missing"
         decoded = self.decode(z)
         feeds = {name: decoded[name] for name in self._parameters}
-        return self._observation.run(feeds | {"noise": observation_noise})["sample"]
+        if observation_noise is not None:
+            feeds["noise"] = observation_noise
+        return self._observation.run(feeds)["sample"]
 
     def draw_prior(self, prior_noise: np.ndarray) -> np.ndarray:
         """Latents z, float32 [n,L], from rows of ``draw_prior_noise``; the noise itself without a prior graph."""
@@ -229,7 +245,9 @@ class GraphRunners:
             return runner
         with self._lock:
             if chunk not in self._encoders:
-                shapes: dict[str, tuple[int, ...]] = {"x": self._shape, "noise": (chunk, self._noise_dim)}
+                shapes: dict[str, tuple[int, ...]] = {"x": self._shape}
+                if self._noise_dim:
+                    shapes["noise"] = (chunk, self._noise_dim)
                 if self._manifest.signature.dither:
                     shapes["dither"] = self._shape
                 draw = random_rows(shapes, frozenset({"x", "dither"}))
@@ -244,8 +262,8 @@ class GraphRunners:
         session = self._sessions["backbone"]
         return FeatureExtractor(session, manifest.backbone, image, is_serial, runtime.row_threads, runtime.memory)
 
-    def _density_rows(self, n: int) -> Arrays:
-        """Inputs of the density graph at one sample each of n typical rows, for trials."""
+    def _joint_rows(self, n: int) -> Arrays:
+        """Inputs of the joint graph at one sample each of n typical rows, for trials."""
         encoded = next(self.encode(self.typical_rows(n), 1, 0))
         decoded = self.decode(encoded["z"][:, 0])
         parameters = {name: decoded[name][:, None] for name in self._parameters}

@@ -15,7 +15,7 @@ NO_ANOMALY_MAP = "nothing was fitted for it: `vaeserve calibrate` or `vaetrain c
 def at_loc(runners: GraphRunners, target: np.ndarray, loc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """E[x|loc] and −log p(x|loc) by place, float32 [n,C,H,W] both, of targets [n,C,H,W] and loc [n,L]."""
     decoded = runners.decode(loc)
-    return decoded["mean"], -runners.densities(target, loc[:, None], decoded).log_p_x_map[:, 0]
+    return decoded["mean"], -runners.joint(target, loc[:, None], decoded).log_p_x_given_z_map[:, 0]
 
 
 def map_inputs(runners: GraphRunners, x: np.ndarray) -> MapInputs:

@@ -169,8 +169,11 @@ class Model:
         seeds = [seed] * len(z) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(z):
             raise InvalidInput(f"{len(seeds)} seeds for {len(z)} latents; expected one, or one each")
-        shape, distribution = self.manifest.signature.shape, self.manifest.likelihood.observation_noise
-        draws = [noise.observation_noise(checked_seed(number), shape, distribution) for number in seeds]
+        seeds, distribution = [checked_seed(number) for number in seeds], self.manifest.likelihood.observation_noise
+        if distribution == "none":
+            return self._runners.observe(z, None)
+        shape = self.manifest.signature.shape
+        draws = [noise.observation_noise(number, shape, distribution) for number in seeds]
         return self._runners.observe(z, np.stack(draws))
 
     def reconstruct(self, x: np.ndarray, seed: int = 0) -> np.ndarray:

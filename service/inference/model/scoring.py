@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,15 @@ from service.scores.latent_contributions import DRAWS, PriorMarginals, divergenc
 from service.scores.maps.anomaly_map import AnomalyMap, MapKind
 
 
+class TileSummary(NamedTuple):
+    """The number of an image's tiles, and the upper left corner in pixels and the score of the highest-scoring one."""
+
+    n: int
+    worst_y: int
+    worst_x: int
+    worst_score: float
+
+
 class Scores(NamedTuple):
     """Scores of N rows, float64 [N], in nats but for ``bits_per_dim``; log w as in service.scores.bounds.
 
@@ -35,7 +44,9 @@ class Scores(NamedTuple):
     summed over channels, or the log odds in nats that the place was painted over (service.scores.corruption).
     ``latents``: KL divergences by latent dimension that make up the rate (service.scores.latent_contributions), [N,L],
     or None.
-    ``also``: further scores by name.
+    ``also``: further scores by name. ``tiles``: of a model of tiles, whose rows are images of any sizes, one summary a
+    row. There ``score`` and those of ``also`` are aggregates of the tiles' scores, ``standard_error`` is NaN, the other
+    numbers are means over the tiles, and ``map`` is a list of float32 [h,w], blended where tiles overlap.
 
     What a model does not have is NaN: of these elbo, log_likelihood and rate without a likelihood (score and distortion
     are then in the definition's unit); rate where the encoder is deterministic, distortion where it is a bijection
@@ -50,9 +61,25 @@ class Scores(NamedTuple):
     bits_per_dim: np.ndarray
     standard_error: np.ndarray
     k: int
-    map: np.ndarray | None
+    map: np.ndarray | list[np.ndarray] | None
     latents: np.ndarray | None
     also: dict[str, np.ndarray]
+    tiles: list[TileSummary] | None = None
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Join the scores of parts of the rows, N ≥ 1 each, that were asked for in the same way."""
+    return Scores._make(map(_joined, zip(*parts, strict=True)))
+
+
+def _joined(values: tuple[Any, ...]) -> Any:
+    """One field of several Scores, joined; what is no sequence of rows (k, None) is the same in all."""
+    first = values[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate(values)
+    if isinstance(first, dict):
+        return {name: np.concatenate([value[name] for value in values]) for name in first}
+    return [row for value in values for row in value] if isinstance(first, list) else first
 
 
 class Scorer:
@@ -81,46 +108,45 @@ class Scorer:
         ``latents``: also the divergences by latent dimension. Raises InvalidInput for a fitted definition that is not
         the manifest's own, BundleGraphError where the model itself yields NaN.
         """
-        definitions = [definition, *also.values()]
-        size = self._runners.rows_at_once(max(needed.k for needed in definitions))
-        parts = [
-            self._score_part(x[start : start + size], definitions, map_kind, latents)
-            for start in range(0, len(x), size)
-        ]
-        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-4]}
-        further = zip(*(part.also.values() for part in parts), strict=True)
-        return Scores(
-            **joined,
-            k=definition.k,
-            map=np.concatenate([cast(np.ndarray, part.map) for part in parts]) if map_kind else None,
-            latents=np.concatenate([cast(np.ndarray, part.latents) for part in parts]) if latents else None,
-            also=dict(zip(also, map(np.concatenate, further), strict=True)),
-        )
+        size = self._runners.rows_at_once(max(needed.k for needed in (definition, *also.values())))
+        parts = (x[start : start + size] for start in range(0, len(x), size))
+        return join_scores([self._score_part(part, definition, also, map_kind, latents) for part in parts])
 
     def forward_pass(self, x: np.ndarray, k: int, seed: int, mean: bool, by_place: bool) -> ForwardPass:
-        """Run one pass of x, float32 [N,C,H,W], through encoder, decoder and density at the seed's k samples.
+        """Run one pass of x, float32 [N,C,H,W], through encoder, decoder and joint at the seed's k samples.
 
-        ``mean``: also what is at loc. ``by_place``: also the distortion by place. What is not wanted is empty.
+        ``mean``: also what is at loc. ``by_place``: also the distortion by place. What is not wanted is empty. Where
+        the encoder takes no noise, all samples are copies of the one that runs.
         """
+        distinct = self._runners.distinct_samples(k)
         distortion = np.zeros(x.shape if by_place else (len(x), 0))
         chunks: list[tuple[np.ndarray, ...]] = []
         loc = scale = target = np.empty(0)
-        for encoded in self._runners.encode(x, k, seed):
-            densities = self._runners.densities(encoded["target"], encoded["z"], by_place=by_place)
-            chunks.append((densities.log_p_x, densities.log_p_z, encoded["log_q"]))
+        for encoded in self._runners.encode(x, distinct, seed):
+            joint = self._runners.joint(encoded["target"], encoded["z"], by_place=by_place)
+            chunks.append((joint.log_p_x_given_z, joint.log_p_z, encoded["log_q_z"]))
             loc, scale, target = encoded["loc"], encoded["scale"], encoded["target"]
             if by_place:
-                distortion -= np.stack([row.sum(axis=0, dtype=np.float64) for row in densities.log_p_x_map])
-        log_p_x, log_p_z, log_q = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+                distortion -= np.stack([row.sum(axis=0, dtype=np.float64) for row in joint.log_p_x_given_z_map])
+        terms = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+        log_p_x_given_z, log_p_z, log_q_z = (np.repeat(term, k // distinct, axis=1) for term in terms)
         nothing = np.empty((len(x), 0), np.float32)
         mean_at_loc, distortion_at_loc = at_loc(self._runners, target, loc) if mean else (nothing, nothing)
-        return ForwardPass(x, mean_at_loc, loc, scale, log_p_x, log_p_z, log_q, distortion / k, distortion_at_loc)
+        return ForwardPass(
+            *(x, mean_at_loc, loc, scale, log_p_x_given_z, log_p_z, log_q_z),
+            *(distortion / distinct, distortion_at_loc),
+        )
 
     def _score_part(
-        self, x: np.ndarray, definitions: Sequence[ScoreDefinition], map_kind: MapKind | None, latents: bool
+        self,
+        x: np.ndarray,
+        main: ScoreDefinition,
+        also: Mapping[str, ScoreDefinition],
+        map_kind: MapKind | None,
+        latents: bool,
     ) -> Scores:
-        """The scores of a few rows by the first definition; ``also``: by the others, named by their index."""
-        main, manifest = definitions[0], self._manifest
+        """``score`` of a few rows."""
+        definitions, manifest = [main, *also.values()], self._manifest
         fitted = any(definition.estimator in FITTED for definition in definitions)
         passes = ForwardPasses(
             lambda x, k, seed, by_place: self.forward_pass(x, k, seed, fitted, by_place),
@@ -137,14 +163,14 @@ class Scorer:
             score=scores[0],
             elbo=estimators.mean(forward_pass.log_w) if has_bound else unknown,
             log_likelihood=estimators.log_mean_exp(forward_pass.log_w) if has_bound else unknown,
-            rate=(forward_pass.log_q - forward_pass.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
-            distortion=-forward_pass.log_p_x.mean(axis=1) if manifest.has_distortion else unknown,
+            rate=(forward_pass.log_q_z - forward_pass.log_p_z).mean(axis=1) if has_bound and not is_point else unknown,
+            distortion=-forward_pass.log_p_x_given_z.mean(axis=1) if manifest.has_distortion else unknown,
             bits_per_dim=self._bits_per_dim(-scores[0], main),
             standard_error=estimates.standard_error(main),
             k=main.k,
             map=map_values(map_kind, self._runners, self._anomaly_map, passes, forward_pass) if map_kind else None,
             latents=divergences(forward_pass.loc, forward_pass.scale, self._marginals) if latents else None,
-            also={str(index): values for index, values in enumerate(scores[1:])},
+            also=dict(zip(also, scores[1:], strict=True)),
         )
 
     def _bits_per_dim(self, bound: np.ndarray, definition: ScoreDefinition) -> np.ndarray:

@@ -12,10 +12,9 @@ row alone.
     path         norms of x − x̂, μ, σ made Gaussian and joined by Mahalanobis distance, or joined by COPOD (Li et al.
                  2020, arXiv:2009.09463)
     latent       density of the encoded inliers, by the distance to the nearest (Loftsgaarden & Quesenberry 1965)
-    residual     x − x̂ in units of its deviation at each place: log of the mean square
+    residual     x − x̂, each number in units of its deviation: log of the mean square
     statistics   Mahalanobis distance of service.scores.forward_pass.statistics, log of the mean square
-    combination  Σ −log of its parts' tail probabilities (Fisher 1932), the tails fitted beyond their 90% quantile by
-                 an exponential (Pickands 1975, with shape 0)
+    combination  Σ −log of its parts' tail probabilities (Fisher 1932; service.scores.tail)
 """
 
 from service.scores.detectors.base import Detector

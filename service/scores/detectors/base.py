@@ -1,9 +1,10 @@
-"""Base of all detectors: fitted numbers of one score, kept as arrays, that give each row of a forward pass a score."""
+"""Base of all detectors: the fitted state of one score, which gives each row of a forward pass a number."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
@@ -13,21 +14,33 @@ from service.scores.detector_arrays import Arrays, ArraySpecs, check_arrays
 from service.scores.forward_pass import ForwardPass
 
 
+@dataclass(frozen=True, eq=False)
 class Detector(ABC):
-    """Fitted numbers of one score; ``arrays`` are what detectors.npz holds of it."""
+    """Fitted state of the score ``definition`` of a model with that ``manifest``.
+
+    A subclass adds its fitted arrays as further fields, named as the PARAMETER in their keys of detectors.npz.
+    """
 
     stretched: ClassVar[bool] = False
     """True if the score looks at contrast-stretched images."""
+    definition: ScoreDefinition
+    manifest: Manifest
 
-    def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
-        """Raises BundleFormatError for arrays that do not fulfil ``specs``."""
-        check_arrays(definition.estimator, arrays, self.specs(manifest))
-        self.arrays, self.definition, self.manifest = arrays, definition, manifest
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> Self:
+        """Make it of what detectors.npz holds of it, by PARAMETER; BundleFormatError unless that fulfils ``specs``."""
+        check_arrays(definition.estimator, arrays, cls.specs(manifest))
+        return cls(definition, manifest, **arrays)
+
+    @property
+    def arrays(self) -> Arrays:
+        """What detectors.npz holds of it, by PARAMETER."""
+        return {name: getattr(self, name) for name in self.specs(self.manifest)}
 
     @classmethod
     @abstractmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
-        """Requirements on the detector's arrays, by name, for a model with that manifest."""
+        """Requirements on the fitted arrays, by the names of their fields, for a model with that manifest."""
 
     @classmethod
     @abstractmethod

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
 
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
+from service.scores.detector_arrays import ArraySpec, ArraySpecs
 from service.scores.detectors.base import Detector
 from service.scores.forward_pass import (
     ForwardPass,
@@ -22,16 +24,30 @@ from service.scores.forward_pass import (
 from service.scores.gaussian import QUANTILES, Gaussian, normalised, quantiles
 
 
-class LikelihoodPath(Detector):
+@dataclass(frozen=True, eq=False)
+class GaussianDetector(Detector):
+    """Detector by a Gaussian of S statistics: ``loc``, ``scale`` [S] and ``whitening`` [S,S], float64."""
+
+    loc: np.ndarray
+    scale: np.ndarray
+    whitening: np.ndarray
+
+    @cached_property
+    def _gaussian(self) -> Gaussian:
+        return Gaussian(self.loc, self.scale, self.whitening)
+
+
+@dataclass(frozen=True, eq=False)
+class LikelihoodPath(GaussianDetector):
     """Distance of the likelihood path's norms, made Gaussian by their quantiles, from those of inliers.
 
     By the definition's method: log of Mahalanobis' squared distance over the number of norms, or COPOD (Li et al. 2020,
-    arXiv:2009.09463). See service.scores.forward_pass.path_statistics.
+    arXiv:2009.09463). See service.scores.forward_pass.path_statistics. Of the norms ``quantiles``, float64 [S,Q],
+    rising, and ``skewness``, float64 [S].
     """
 
-    def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
-        super().__init__(arrays, definition, manifest)
-        self._gaussian = Gaussian(arrays["loc"], arrays["scale"], arrays["whitening"])
+    quantiles: np.ndarray
+    skewness: np.ndarray
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
@@ -47,24 +63,21 @@ class LikelihoodPath(Detector):
         gaussian = Gaussian.fit(np.array([normalised(row, grid) for row in rows]), least=1.0)
         centred = rows - rows.mean(axis=0)
         skewness = (centred**3).mean(axis=0) / np.maximum(rows.std(axis=0) ** 3, 1e-12)
-        return cls({"quantiles": grid, "skewness": skewness, **_gaussian_arrays(gaussian)}, definition, manifest)
+        return cls(definition, manifest, gaussian.loc, gaussian.scale, gaussian.whitening, grid, skewness)
 
     def score(self, rows: ForwardPass) -> np.ndarray:
         return np.array([self._score(values) for values in table(path_statistics, rows, self.manifest)])
 
     def _score(self, values: np.ndarray) -> float:
         if self.definition.method == "copod":
-            return _copod(values, self.arrays["quantiles"], self.arrays["skewness"])
-        distance = float(self._gaussian.distance(normalised(values, self.arrays["quantiles"])))
+            return _copod(values, self.quantiles, self.skewness)
+        distance = float(self._gaussian.distance(normalised(values, self.quantiles)))
         return math.log(distance / len(values) + 1e-12)
 
 
-class PassStatistics(Detector):
+@dataclass(frozen=True, eq=False)
+class PassStatistics(GaussianDetector):
     """Log of Mahalanobis' squared distance over the number of statistics (service.scores.forward_pass.statistics)."""
-
-    def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
-        super().__init__(arrays, definition, manifest)
-        self._gaussian = Gaussian(**arrays)
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
@@ -73,7 +86,7 @@ class PassStatistics(Detector):
     @classmethod
     def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
         gaussian = Gaussian.fit(_table(statistics, passes, manifest))
-        return cls(_gaussian_arrays(gaussian), definition, manifest)
+        return cls(definition, manifest, gaussian.loc, gaussian.scale, gaussian.whitening)
 
     def score(self, rows: ForwardPass) -> np.ndarray:
         values = table(statistics, rows, self.manifest)
@@ -84,10 +97,6 @@ class PassStatistics(Detector):
 def _gaussian_specs(size: int) -> ArraySpecs:
     """Requirements on the arrays of a Gaussian of ``size`` statistics."""
     return {"loc": ArraySpec((size,)), "scale": ArraySpec((size,), positive=True), "whitening": ArraySpec((size, size))}
-
-
-def _gaussian_arrays(gaussian: Gaussian) -> Arrays:
-    return {"loc": gaussian.loc, "scale": gaussian.scale, "whitening": gaussian.whitening}
 
 
 def _table(kind: StatisticsFunction, passes: Sequence[ForwardPass], manifest: Manifest) -> np.ndarray:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
 
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
+from service.scores.detector_arrays import ArraySpec, ArraySpecs
 from service.scores.detectors.base import Detector
 from service.scores.forward_pass import ForwardPass
 from service.scores.nearest_neighbours import NearestNeighbours
@@ -20,16 +22,19 @@ MAX_REFERENCE_NUMBERS = 2**24
 NEIGHBOURS = 5
 
 
+@dataclass(frozen=True, eq=False)
 class Latent(Detector):
     """L log r, nats up to a constant: r is the mean distance of loc to its nearest neighbours among encoded inliers.
 
     That is minus the log of a nearest-neighbour density (Loftsgaarden & Quesenberry 1965). The inliers are training
-    images, say; the bundle carries their codes.
+    images, say; the bundle carries their codes, ``reference``, float32 [m,L].
     """
 
-    def __init__(self, arrays: Arrays, definition: ScoreDefinition, manifest: Manifest) -> None:
-        super().__init__(arrays, definition, manifest)
-        self._neighbours = NearestNeighbours(arrays["reference"], NEIGHBOURS)
+    reference: np.ndarray
+
+    @cached_property
+    def _neighbours(self) -> NearestNeighbours:
+        return NearestNeighbours(self.reference, NEIGHBOURS)
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
@@ -43,7 +48,7 @@ class Latent(Detector):
     @classmethod
     def of(cls, codes: np.ndarray, definition: ScoreDefinition, manifest: Manifest) -> Self:
         """Make the detector of the inliers' codes, float32 [m,L]."""
-        return cls({"reference": np.ascontiguousarray(codes, np.float32)}, definition, manifest)
+        return cls(definition, manifest, np.ascontiguousarray(codes, np.float32))
 
     def score(self, rows: ForwardPass) -> np.ndarray:
         locs = rows.loc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -21,8 +22,14 @@ BEST = 0.95
 """Quantile of the log-likelihoods at a level that counts as the best that can be reached there."""
 
 
+@dataclass(frozen=True, eq=False)
 class Typicality(Detector):
-    """Distance |−elbo − E[−elbo]| of the negative ELBO from its mean over inliers, nats (Nalisnick et al. 2019)."""
+    """Distance |−elbo − E[−elbo]| of the negative ELBO from its mean over inliers, nats (Nalisnick et al. 2019).
+
+    ``mean``: that mean, float64 [].
+    """
+
+    mean: np.ndarray
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
@@ -30,17 +37,21 @@ class Typicality(Detector):
 
     @classmethod
     def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        return cls({"mean": np.array(_surprisals(passes).mean())}, definition, manifest)
+        return cls(definition, manifest, np.array(_surprisals(passes).mean()))
 
     def score(self, rows: ForwardPass) -> np.ndarray:
-        return np.abs(_surprisal(rows) - float(self.arrays["mean"]))
+        return np.abs(_surprisal(rows) - float(self.mean))
 
 
+@dataclass(frozen=True, eq=False)
 class Complexity(Detector):
     """Excess −elbo − (a L(x) + b) of the negative ELBO over what the code length L(x) explains, nats.
 
-    The line is fitted to inliers by least squares (after Serra et al. 2020, arXiv:1909.11480).
+    The line is fitted to inliers by least squares (after Serra et al. 2020, arXiv:1909.11480). ``line``: a and b,
+    float64 [2].
     """
+
+    line: np.ndarray
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
@@ -53,21 +64,24 @@ class Complexity(Detector):
         spread = lengths - lengths.mean()
         varies = spread.std() > 1e-9 * lengths.mean()  # more than rounding alone may cause
         slope = float(spread @ (surprisals - surprisals.mean()) / (spread @ spread)) if varies else 0.0
-        return cls({"line": np.array([slope, surprisals.mean() - slope * lengths.mean()])}, definition, manifest)
+        return cls(definition, manifest, np.array([slope, surprisals.mean() - slope * lengths.mean()]))
 
     def score(self, rows: ForwardPass) -> np.ndarray:
-        slope, intercept = self.arrays["line"]
+        slope, intercept = self.line
         beyond: np.ndarray = _surprisal(rows) - (slope * rows.code_lengths + intercept)
         return beyond
 
 
+@dataclass(frozen=True, eq=False)
 class Debiased(Detector):
     """Rate + Σ over pixels of (best log p at the pixel's level − log p), nats, of the contrast-stretched image.
 
-    The best log p at a level is what inliers reach there (after Chauhan et al. 2022, arXiv:2108.08760).
+    The best log p at a level is what inliers reach there (after Chauhan et al. 2022, arXiv:2108.08760). ``best``: it,
+    in nats, by channel and level, float64 [C,LEVELS].
     """
 
     stretched = True
+    best: np.ndarray
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
@@ -84,10 +98,10 @@ class Debiased(Detector):
             order = np.argsort(levels, kind="stable")
             groups = np.split(log_p[order], np.searchsorted(levels[order], present[1:]))
             best[channel] = np.interp(np.arange(LEVELS), present, [np.quantile(group, BEST) for group in groups])
-        return cls({"best": best}, definition, manifest)
+        return cls(definition, manifest, best)
 
     def score(self, rows: ForwardPass) -> np.ndarray:
-        best = [levels[_levels(rows.x[:, channel])] for channel, levels in enumerate(self.arrays["best"])]
+        best = [levels[_levels(rows.x[:, channel])] for channel, levels in enumerate(self.best)]
         total: np.ndarray = sum(log_p.reshape(len(rows.x), -1).sum(axis=1) for log_p in best)
         return _surprisal(rows) + total
 

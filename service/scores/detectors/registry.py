@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from service.bundle.files import Bundle
 from service.bundle.manifest import DETECTORS, FITTED, Manifest, ScoreDefinition
 from service.errors import BundleFormatError
-from service.scores.detector_arrays import Arrays
+from service.scores.detector_arrays import Arrays, by_score, keyed
 from service.scores.detectors.base import Detector
 from service.scores.detectors.combination import Combination
 from service.scores.detectors.gaussian_statistics import LikelihoodPath, PassStatistics
 from service.scores.detectors.latent import Latent
 from service.scores.detectors.likelihood import Complexity, Debiased, Typicality
 from service.scores.detectors.residual import Residual
+from service.scores.tail import tails_from_arrays
 
 RESERVED = "@"
 """First letter of the keys of detectors.npz that belong to the map and to no score: no score's name holds it."""
@@ -50,26 +51,17 @@ def load_detectors(manifest: Manifest, arrays: Arrays) -> dict[str, Detector | C
     fitted = {name: score for name, score in manifest.scores.items() if score.estimator in with_arrays}
     if not fitted:
         return {}
-    by_score: dict[str, Arrays] = {name: {} for name in fitted}
-    for key, array in arrays.items():
-        if key.startswith(RESERVED):
-            continue
-        name, _, parameter = key.rpartition("/")
-        if name not in by_score:
-            raise BundleFormatError(f"{DETECTORS} holds {key}, of no fitted score of the manifest")
-        by_score[name][parameter] = array
+    stored = by_score({key: array for key, array in arrays.items() if not key.startswith(RESERVED)})
+    if unknown := sorted(stored.keys() - fitted.keys()):
+        raise BundleFormatError(f"{DETECTORS} holds arrays of {unknown}, of no fitted score of the manifest")
     return {
-        name: Combination(by_score[name], len(score.of))
+        name: Combination(tails_from_arrays(stored.get(name, {}), len(score.of)))
         if score.estimator == "combination"
-        else CLASSES[score.estimator](by_score[name], score, manifest)
+        else CLASSES[score.estimator].from_arrays(stored.get(name, {}), score, manifest)
         for name, score in fitted.items()
     }
 
 
 def to_arrays(detectors: Mapping[str, Detector | Combination]) -> Arrays:
     """Arrays of the detectors as detectors.npz holds them, by the key "SCORE/PARAMETER"."""
-    return {
-        f"{name}/{parameter}": array
-        for name, detector in detectors.items()
-        for parameter, array in detector.arrays.items()
-    }
+    return keyed({name: detector.arrays for name, detector in detectors.items()})

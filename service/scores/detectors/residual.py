@@ -1,14 +1,15 @@
-"""Detector of large residuals x − x̂, in deviations of inliers' residuals at each place."""
+"""Detector of large residuals x − x̂, in deviations of inliers' residuals, for each number of x."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
 from service.bundle.manifest import Manifest, ScoreDefinition
-from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
+from service.scores.detector_arrays import ArraySpec, ArraySpecs
 from service.scores.detectors.base import Detector
 from service.scores.forward_pass import ForwardPass
 
@@ -18,13 +19,17 @@ SHARED_UNITS: Mapping[str, tuple[int, ...]] = {"image": (0, 1, 2), "signal": (1,
 """Axes of [C,H,W] along which the numbers share a unit, by kind of input; all features of a backbone share one."""
 
 
+@dataclass(frozen=True, eq=False)
 class Residual(Detector):
-    """Log of the mean of ((x − x̂ − m)/s)² over places, m and s the inliers' mean and deviation at each place.
+    """Log of the mean of ((x − x̂ − m)/s)² over the numbers of x, m and s the inliers' mean and deviation of each.
 
-    The variance of a place is raised by the mean variance of the places that share its unit, lest places that never
-    change decide alone. All places of an image, or of a backbone's features, share a unit, and so do those of a
-    signal's channel; each number of a vector has a unit of its own.
+    The variance of a number is raised by the mean variance of the numbers that share its unit, lest numbers that never
+    change decide alone. All numbers of an image, or of a backbone's features, share a unit, and so do those of a
+    signal's channel; each number of a vector has a unit of its own. ``mean``, ``scale``: m and s, float32 [C,H,W].
     """
+
+    mean: np.ndarray
+    scale: np.ndarray
 
     @classmethod
     def specs(cls, manifest: Manifest) -> ArraySpecs:
@@ -35,22 +40,20 @@ class Residual(Detector):
 
     @classmethod
     def fit(cls, passes: Sequence[ForwardPass], definition: ScoreDefinition, manifest: Manifest) -> Self:
-        return cls(residual_moments(((batch.x, batch.mean) for batch in passes), manifest), definition, manifest)
+        return cls(definition, manifest, *residual_moments(((batch.x, batch.mean) for batch in passes), manifest))
 
     def score(self, rows: ForwardPass) -> np.ndarray:
-        squares = self.deviations(rows.x, rows.mean) ** 2
+        squares = ((rows.x.astype(np.float64) - rows.mean - self.mean) / self.scale) ** 2
         logs: np.ndarray = np.log(squares.reshape(len(squares), -1).mean(axis=1) + 1e-12)
         return logs
 
-    def deviations(self, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """(x − x̂ − m)/s of one row [C,H,W], or of many, float64 of the same shape."""
-        return (x.astype(np.float64) - mean - self.arrays["mean"]) / self.arrays["scale"]
 
+def residual_moments(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]], manifest: Manifest
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each number of x − x̂, float32 [C,H,W], from batches of x and x̂, [n,C,H,W] each.
 
-def residual_moments(batches: Iterable[tuple[np.ndarray, np.ndarray]], manifest: Manifest) -> Arrays:
-    """``mean`` and ``scale`` of x − x̂ by place, float32 [C,H,W], from batches of x and x̂, [n,C,H,W] each.
-
-    The scale is raised as ``Residual`` says.
+    The deviation is raised as ``Residual`` says.
     """
     total, squares, size = (np.zeros(manifest.signature.shape) for _ in range(3))
     count = 0
@@ -65,4 +68,4 @@ def residual_moments(batches: Iterable[tuple[np.ndarray, np.ndarray]], manifest:
     size = size.mean(axis=shared, keepdims=True) / count
     least = (MIN_RESIDUAL * np.where(size > 0, size, 1.0)) ** 2
     scale = np.sqrt(variance + np.maximum(variance.mean(axis=shared, keepdims=True), least))
-    return {"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)}
+    return mean.astype(np.float32), scale.astype(np.float32)

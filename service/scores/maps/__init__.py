@@ -1,1 +1,1 @@
-"""Anomaly maps: how unusual each pixel (or place of a row) is."""
+"""Anomaly maps: how unusual each place of a row is, that is each position (h, w) of [C,H,W]."""

@@ -20,7 +20,9 @@ no texture, and B is standardised by place, too. z is loc throughout: a map depe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -29,13 +31,16 @@ from service.bundle.manifest import DETECTORS, Manifest
 from service.errors import BundleFormatError, InvalidInput
 from service.scores.chunks import apply_in_chunks
 from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs, check_arrays
-from service.scores.detectors import RESERVED, Combination, residual_moments
+from service.scores.detectors import RESERVED, residual_moments
 from service.scores.maps.averages import channel_mean, smoothed
-from service.scores.maps.textures import TEXTURES, ExpectedEnergy, textures
+from service.scores.maps.textures import ExpectedEnergy, textures
+from service.scores.piecewise_linear import PiecewiseLinear
+from service.scores.tail import Tail, fit_tails, tail_arrays, tails_from_arrays
 
 KEY = RESERVED + "map"
 """First part of the map's keys in detectors.npz, "@map/NAME": no score's name begins with it."""
 TAIL, TEXTURE = "tail.", "texture."
+MOMENTS = ("mean", "scale", "level", "spread")
 SIGMA = 1.5
 SIZE = 64
 PEAK = 0.025
@@ -76,20 +81,78 @@ class ColourScale(NamedTuple):
     high: float
 
 
-class AnomalyMap:
-    """Fitted numbers of the map; ``arrays`` are what detectors.npz holds of it."""
+@dataclass(frozen=True, eq=False)
+class PlaceMoments:
+    """Inliers' moments at each place, in whose units a map measures rows.
 
-    def __init__(self, arrays: Arrays, manifest: Manifest) -> None:
-        """Raises BundleFormatError for arrays that are not those of a map for this manifest."""
-        shape, by_place = manifest.signature.shape, _are_apart(manifest)
-        tail = {name: array for name, array in arrays.items() if name.startswith("tail.")}
-        check_arrays("map", {k: v for k, v in arrays.items() if k not in tail}, _specs(shape, by_place))
-        self.arrays, self._sigma = arrays, 0.0 if by_place else max(SIGMA, max(shape[1:]) / SIZE)
-        self._mean, self._scale = (arrays[name].astype(np.float64) for name in ("mean", "scale"))
-        self._unit = float(np.sqrt((self._scale**2).mean()))
-        self._expected = None if by_place else ExpectedEnergy(_without(TEXTURE, arrays))
-        self._tails = Combination(_without(TAIL, tail), 2).curves()
-        self._highest = max(1, round(PEAK * shape[1] * shape[2]))
+    ``mean``, ``scale``: of x − x̂ in each channel, float32 [C,H,W]. ``level``, ``spread``: of the distortion B, float64
+    [H,W], 0 and 1 where places are neighbours. ``sigma``: of the Gaussian G, in places; the manifest alone decides it.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    level: np.ndarray
+    spread: np.ndarray
+    sigma: float
+
+    @classmethod
+    def fit(cls, batches: Sequence[MapInputs], manifest: Manifest) -> Self:
+        """Fit to held-out inliers. Raises InvalidInput where there is none."""
+        if not batches:
+            raise InvalidInput(EMPTY)
+        mean, scale = residual_moments(((batch.x, batch.mean) for batch in batches), manifest)
+        level, spread = np.zeros(mean.shape[1:]), np.ones(mean.shape[1:])
+        if _are_apart(manifest):
+            distortions = np.concatenate([batch.distortion.sum(axis=1, dtype=np.float64) for batch in batches])
+            level, spread = distortions.mean(axis=0), np.maximum(distortions.std(axis=0), 1e-6)
+        return cls(mean, scale, level, spread, _sigma(manifest))
+
+    def energy(self, inputs: MapInputs) -> np.ndarray:
+        """Energy E of the deviations: float64 [N,H,W]."""
+        mean, scale = self._float64
+        deviations = np.subtract(inputs.x, inputs.mean, dtype=np.float64)
+        deviations -= mean
+        deviations /= scale
+        return np.log(smoothed(channel_mean(smoothed(deviations, self.sigma) ** 2), self.sigma) + LEAST)
+
+    def textures(self, inputs: MapInputs) -> np.ndarray:
+        """Textures t: float64 [N,TEXTURES,H,W]."""
+        return textures(inputs.x, inputs.mean, self._unit, self.sigma)
+
+    def distortion(self, inputs: MapInputs) -> np.ndarray:
+        """Distortion B: float64 [N,H,W]."""
+        total = smoothed(inputs.distortion.astype(np.float64).sum(axis=1), self.sigma)
+        return (total - self.level) / self.spread
+
+    @cached_property
+    def _float64(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and scale as float64."""
+        return self.mean.astype(np.float64), self.scale.astype(np.float64)
+
+    @cached_property
+    def _unit(self) -> float:
+        """Root mean square of the scale."""
+        return float(np.sqrt((self._float64[1] ** 2).mean()))
+
+
+@dataclass(frozen=True, eq=False)
+class MapParameters:
+    """Fitted state of an anomaly map, float64 but for the moments.
+
+    ``expected``: the energy that a texture lets expect; None where places are no neighbours. ``tails``: of the excess A
+    and of the distortion B. ``location``, ``deviation``: of −log P(A) − log P(B) over the inliers' places, [].
+    ``quantiles``, ``largest``: at QUANTILES, of the places of inliers' maps and of each map's largest place, [4].
+    ``distortion``: first and last colour of a map of the distortion, [2].
+    """
+
+    moments: PlaceMoments
+    expected: ExpectedEnergy | None
+    tails: tuple[Tail, ...]
+    location: np.ndarray
+    deviation: np.ndarray
+    quantiles: np.ndarray
+    largest: np.ndarray
+    distortion: np.ndarray
 
     @classmethod
     def fit(cls, first: Iterable[MapInputs], second: Iterable[MapInputs], manifest: Manifest) -> Self:
@@ -98,106 +161,78 @@ class AnomalyMap:
         Raises InvalidInput where either has no row.
         """
         batches = list(first)
-        distortions, moments = _by_place(batches, manifest)
-        shape, by_place = manifest.signature.shape, _are_apart(manifest)
-        arrays: Arrays = {
-            **moments,
-            "level": distortions.mean(axis=0) if by_place else np.zeros(shape[1:]),
-            "spread": np.maximum(distortions.std(axis=0), 1e-6) if by_place else np.ones(shape[1:]),
-            "location": np.array(0.0),
-            "deviation": np.array(1.0),
-            "quantiles": np.zeros(len(QUANTILES)),
-            "largest": np.zeros(len(QUANTILES)),
-            "distortion": np.array([0.0, 0.0]),
-            **_named(TAIL, Combination.fit(np.zeros((2, 2))).arrays),
+        moments = PlaceMoments.fit(batches, manifest)
+        expected = None
+        if not _are_apart(manifest):
+            energies, measured = (np.concatenate(list(map(of, batches))) for of in (moments.energy, moments.textures))
+            expected = ExpectedEnergy.fit(energies, measured)
+        held_out = [(_pairs(batch, moments, expected), batch.distortion.sum(axis=1)) for batch in second]
+        if not held_out:
+            raise InvalidInput(EMPTY)
+        pairs, distortion = map(np.concatenate, zip(*held_out, strict=True))
+        tails = fit_tails(_thinned(pairs.transpose(0, 2, 3, 1).reshape(-1, 2)))
+        surprisals = _surprisals(pairs, [tail.curve() for tail in tails])
+        location, deviation = float(surprisals.mean()), max(float(surprisals.std()), LEAST)
+        maps = (surprisals - location) / deviation
+        quantiles, largest = np.quantile(_thinned(maps), QUANTILES), np.quantile(_largest(maps), QUANTILES)
+        colours = np.array([np.median(_thinned(distortion)), np.quantile(_largest(distortion), LAST_COLOUR)], float)
+        return cls(moments, expected, tails, np.array(location), np.array(deviation), quantiles, largest, colours)
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, manifest: Manifest) -> Self:
+        """Make them of what detectors.npz holds of a map, by NAME.
+
+        Raises BundleFormatError for arrays that are not those of a map for this manifest.
+        """
+        tail, texture = _without(TAIL, arrays), _without(TEXTURE, arrays)
+        own = {name: array for name, array in arrays.items() if not name.startswith((TAIL, TEXTURE))}
+        check_arrays("map", own, _specs(manifest.signature.shape))
+        check_arrays("map's texture", texture, {} if _are_apart(manifest) else ExpectedEnergy.specs())
+        moments = PlaceMoments(**{name: own.pop(name) for name in MOMENTS}, sigma=_sigma(manifest))
+        return cls(moments, ExpectedEnergy(**texture) if texture else None, tails_from_arrays(tail, 2), **own)
+
+    @property
+    def arrays(self) -> Arrays:
+        """What detectors.npz holds of the map, by NAME."""
+        expected = {} if self.expected is None else vars(self.expected)
+        return {
+            **{name: getattr(self.moments, name) for name in MOMENTS},
+            **{name: getattr(self, name) for name in ("location", "deviation", "quantiles", "largest", "distortion")},
+            **{TAIL + name: array for name, array in tail_arrays(self.tails).items()},
+            **{TEXTURE + name: array for name, array in expected.items()},
         }
-        if not by_place:
-            nothing = ExpectedEnergy.fit(np.zeros((1, 1, 1)), np.zeros((1, TEXTURES, 1, 1)))
-            blank = cls(arrays | _named(TEXTURE, nothing.arrays), manifest)
-            parts = map(blank._energy_and_textures, batches)
-            energies, measured = (np.concatenate(part) for part in zip(*parts, strict=True))
-            arrays |= _named(TEXTURE, ExpectedEnergy.fit(energies, measured).arrays)
-        return cls(arrays, manifest)._with_tails(second, manifest)
+
+
+class AnomalyMap:
+    """An anomaly map of fitted ``parameters``."""
+
+    def __init__(self, parameters: MapParameters) -> None:
+        self.parameters = parameters
+        self._curves = [tail.curve() for tail in parameters.tails]
+        self._highest = max(1, round(PEAK * parameters.moments.level.size))
 
     def values(self, inputs: MapInputs) -> np.ndarray:
         """Maps of N rows, float32 [N,H,W], in deviations of inliers' places; rows are independent, bitwise."""
-        return self._standardised(self._surprisals(self._pairs(inputs))).astype(np.float32)
+        return self._values(inputs).astype(np.float32)
 
     def peaks(self, inputs: MapInputs) -> np.ndarray:
         """Means of the highest places of each row's map, float64 [N]: the score ``peak``."""
-        maps = self._standardised(self._surprisals(self._pairs(inputs)))
-        flat = maps.reshape(len(maps), -1)
+        flat = self._values(inputs).reshape(len(inputs.x), -1)
         highest = np.partition(flat, -self._highest, axis=1)[:, -self._highest :]
         return np.sort(highest, axis=1).mean(axis=1)
 
     def scale(self, kind: FittedMapKind) -> ColourScale:
         """Scale of the colours of a map of that kind."""
         if kind == "distortion":
-            return ColourScale(*map(float, self.arrays["distortion"]))
-        return ColourScale(
-            float(self.arrays["quantiles"][0]), float(self.arrays["largest"][QUANTILES.index(LAST_COLOUR)])
-        )
+            return ColourScale(*map(float, self.parameters.distortion))
+        low, high = self.parameters.quantiles[0], self.parameters.largest[QUANTILES.index(LAST_COLOUR)]
+        return ColourScale(float(low), float(high))
 
-    def _with_tails(self, batches: Iterable[MapInputs], manifest: Manifest) -> Self:
-        """The same map with tails, location, deviation and colours fitted to all places of these inliers."""
-        measured = [(self._pairs(batch), batch.distortion.sum(axis=1)) for batch in batches]
-        if not measured:
-            raise InvalidInput(EMPTY)
-        pairs = np.concatenate([pair for pair, _ in measured])  # [n,2,H,W]
-        tail = Combination.fit(_thinned(pairs.transpose(0, 2, 3, 1).reshape(-1, 2)))
-        fitted = type(self)(self.arrays | _named(TAIL, tail.arrays), manifest)
-        surprisals = fitted._surprisals(pairs)
-        location, deviation = float(surprisals.mean()), max(float(surprisals.std()), LEAST)
-        maps = (surprisals - location) / deviation
-        distortion = np.concatenate([by_place for _, by_place in measured])
-        high = np.quantile(distortion.reshape(len(distortion), -1).max(axis=1), LAST_COLOUR)
-        fitted.arrays |= {
-            "location": np.array(location),
-            "deviation": np.array(deviation),
-            "quantiles": np.quantile(_thinned(maps), QUANTILES),
-            "largest": np.quantile(maps.reshape(len(maps), -1).max(axis=1), QUANTILES),
-            "distortion": np.array([np.median(_thinned(distortion)), high], np.float64),
-        }
-        return type(self)(fitted.arrays, manifest)
-
-    def _pairs(self, inputs: MapInputs) -> np.ndarray:
-        """Excess A and distortion B, float64 [N,2,H,W]."""
-        return apply_in_chunks(self._pairs_of_chunk, *inputs)
-
-    def _pairs_of_chunk(self, x: np.ndarray, mean: np.ndarray, distortion: np.ndarray) -> np.ndarray:
-        chunk = MapInputs(x, mean, distortion)
-        return np.stack([self._excess(chunk), self._distortion(chunk)], axis=1)
-
-    def _excess(self, inputs: MapInputs) -> np.ndarray:
-        """Excess A of the energy over what the texture lets expect: float64 [N,H,W]."""
-        if self._expected is None:
-            return self._energy(inputs)
-        return self._expected.excess(*self._energy_and_textures(inputs))
-
-    def _energy_and_textures(self, inputs: MapInputs) -> tuple[np.ndarray, np.ndarray]:
-        """Energy E and textures t: float64 [N,H,W] and [N,TEXTURES,H,W]."""
-        return self._energy(inputs), textures(inputs.x, inputs.mean, self._unit, self._sigma)
-
-    def _energy(self, inputs: MapInputs) -> np.ndarray:
-        """Energy E of the deviations: float64 [N,H,W]."""
-        deviations = np.subtract(inputs.x, inputs.mean, dtype=np.float64)
-        deviations -= self._mean
-        deviations /= self._scale
-        return np.log(smoothed(channel_mean(smoothed(deviations, self._sigma) ** 2), self._sigma) + LEAST)
-
-    def _distortion(self, inputs: MapInputs) -> np.ndarray:
-        """Distortion B: float64 [N,H,W]."""
-        total = smoothed(inputs.distortion.astype(np.float64).sum(axis=1), self._sigma)
-        return (total - self.arrays["level"]) / self.arrays["spread"]
-
-    def _surprisals(self, pairs: np.ndarray) -> np.ndarray:
-        """−log P(A) − log P(B), float64 [N,H,W]."""
-        excess, distortion = self._tails
-        surprisals: np.ndarray = excess(pairs[:, 0]) + distortion(pairs[:, 1])
-        return surprisals
-
-    def _standardised(self, surprisals: np.ndarray) -> np.ndarray:
-        standardised: np.ndarray = (surprisals - self.arrays["location"]) / self.arrays["deviation"]
+    def _values(self, inputs: MapInputs) -> np.ndarray:
+        """Maps of N rows, float64 [N,H,W]."""
+        fitted = self.parameters
+        surprisals = _surprisals(_pairs(inputs, fitted.moments, fitted.expected), self._curves)
+        standardised: np.ndarray = (surprisals - fitted.location) / fitted.deviation
         return standardised
 
 
@@ -210,15 +245,15 @@ def load_map(manifest: Manifest, fitted: Arrays) -> AnomalyMap | None:
     reserved = {key: array for key, array in fitted.items() if key.startswith(RESERVED)}
     if unknown := [key for key in reserved if not key.startswith(prefix)]:
         raise BundleFormatError(f"{DETECTORS} holds {unknown[0]}, which is nothing that this vaeserve knows")
-    arrays = {key.removeprefix(prefix): array for key, array in reserved.items()}
+    arrays = _without(prefix, reserved)
     if not arrays and any(score.estimator == "peak" for score in manifest.scores.values()):
         raise BundleFormatError(f"{DETECTORS} lacks {prefix}…, of whose highest places the score peak is the mean")
-    return AnomalyMap(arrays, manifest) if arrays else None
+    return AnomalyMap(MapParameters.from_arrays(arrays, manifest)) if arrays else None
 
 
-def map_arrays(anomaly_map: AnomalyMap | None) -> Arrays:
+def map_arrays(parameters: MapParameters | None) -> Arrays:
     """Arrays of the map as detectors.npz holds them, by the key "@map/NAME"; none without a map."""
-    return {} if anomaly_map is None else {f"{KEY}/{name}": array for name, array in anomaly_map.arrays.items()}
+    return {} if parameters is None else {f"{KEY}/{name}": array for name, array in parameters.arrays.items()}
 
 
 def _are_apart(manifest: Manifest) -> bool:
@@ -226,11 +261,15 @@ def _are_apart(manifest: Manifest) -> bool:
     return manifest.modelled.kind == "vector"
 
 
-def _specs(shape: tuple[int, int, int], by_place: bool) -> ArraySpecs:
-    """Requirements on the arrays of a map of rows [C,H,W], but for those of its tails."""
+def _sigma(manifest: Manifest) -> float:
+    """Deviation of the Gaussian G, in places; 0 averages nothing."""
+    return 0.0 if _are_apart(manifest) else max(SIGMA, max(manifest.signature.shape[1:]) / SIZE)
+
+
+def _specs(shape: tuple[int, int, int]) -> ArraySpecs:
+    """Requirements on the arrays of a map of rows [C,H,W], but for those of its tails and of its textures."""
     height_and_width = shape[1:]
-    expected = {} if by_place else {f"{TEXTURE}{name}": spec for name, spec in ExpectedEnergy.specs().items()}
-    return expected | {
+    return {
         "mean": ArraySpec(shape),
         "scale": ArraySpec(shape, positive=True),
         "level": ArraySpec(height_and_width),
@@ -243,20 +282,33 @@ def _specs(shape: tuple[int, int, int], by_place: bool) -> ArraySpecs:
     }
 
 
-def _by_place(batches: list[MapInputs], manifest: Manifest) -> tuple[np.ndarray, Arrays]:
-    """−log p(x|loc) summed over channels, float64 [n,H,W], and the moments of x − x̂. Raises InvalidInput for no row."""
-    if not batches:
-        raise InvalidInput(EMPTY)
-    distortions = np.concatenate([batch.distortion.sum(axis=1, dtype=np.float64) for batch in batches])
-    return distortions, residual_moments(((batch.x, batch.mean) for batch in batches), manifest)
+def _pairs(inputs: MapInputs, moments: PlaceMoments, expected: ExpectedEnergy | None) -> np.ndarray:
+    """Excess A and distortion B, float64 [N,2,H,W]; the energy is the excess where nothing is ``expected``."""
+
+    def of_chunk(*arrays: np.ndarray) -> np.ndarray:
+        chunk = MapInputs(*arrays)
+        energy = moments.energy(chunk)
+        excess = energy if expected is None else expected.excess(energy, moments.textures(chunk))
+        return np.stack([excess, moments.distortion(chunk)], axis=1)
+
+    return apply_in_chunks(of_chunk, *inputs)
 
 
-def _named(prefix: str, arrays: Arrays) -> Arrays:
-    return {f"{prefix}{name}": array for name, array in arrays.items()}
+def _surprisals(pairs: np.ndarray, curves: Sequence[PiecewiseLinear]) -> np.ndarray:
+    """−log P(A) − log P(B), float64 [N,H,W], by the curves of their tails."""
+    excess, distortion = curves
+    surprisals: np.ndarray = excess(pairs[:, 0]) + distortion(pairs[:, 1])
+    return surprisals
 
 
 def _without(prefix: str, arrays: Arrays) -> Arrays:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _largest(maps: np.ndarray) -> np.ndarray:
+    """Largest place of each map: [n,H,W] -> [n]."""
+    largest: np.ndarray = maps.reshape(len(maps), -1).max(axis=1)
+    return largest
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ import numpy as np
 
 REACH = 3
 """Deviations at which the kernel ends."""
-MAX_PLACES = 256
-"""Longest axis for which one product with a matrix is faster than a sum of shifted slices."""
+LONGEST_PRODUCT = 256
+"""Length of the longest axis for which one product with a matrix is faster than a sum of shifted slices."""
 
 
 def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
@@ -32,7 +32,7 @@ def channel_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _along(values: np.ndarray, sigma: float, axis: int) -> np.ndarray:
-    if values.shape[axis] > MAX_PLACES:
+    if values.shape[axis] > LONGEST_PRODUCT:
         return _by_shifts(values, _kernel(sigma), axis % values.ndim)
     matrix = _matrix(values.shape[axis], sigma)
     averaged: np.ndarray = matrix @ values if axis == -2 else values @ matrix.T

@@ -8,10 +8,11 @@ quadratic in each of them, by least squares over inliers' places.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from service.scores.detector_arrays import Arrays, ArraySpec, ArraySpecs
+from service.scores.detector_arrays import ArraySpec, ArraySpecs
 from service.scores.maps.averages import channel_mean, smoothed
 
 WIDE, NARROW = 5 / 3, 2 / 3
@@ -45,15 +46,23 @@ def textures(x: np.ndarray, mean: np.ndarray, unit: float, sigma: float) -> np.n
     return values
 
 
+@dataclass(frozen=True, eq=False)
 class ExpectedEnergy:
-    """Expected energy and spread by texture; ``arrays`` are what detectors.npz holds of them."""
+    """Expected energy and its spread by texture, float64.
 
-    def __init__(self, arrays: Arrays) -> None:
-        self.arrays = arrays
+    ``low``, ``high``: range of the inliers' textures, [TEXTURES]. ``energy``, ``spread``: coefficients of the
+    quadratics, [COEFFICIENTS]. ``least``: least spread, [].
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    energy: np.ndarray
+    spread: np.ndarray
+    least: np.ndarray
 
     @staticmethod
     def specs() -> ArraySpecs:
-        """Requirements on ``arrays``, by name."""
+        """Requirements on the arrays, by the names of their fields."""
         line = ArraySpec((COEFFICIENTS,))
         return {
             "low": ArraySpec((TEXTURES,)),
@@ -70,25 +79,21 @@ class ExpectedEnergy:
         t = textures.reshape(len(textures), TEXTURES, -1).transpose(0, 2, 1).reshape(-1, TEXTURES)
         step = -(-len(y) // MAX_PLACES)
         y, t = y[::step], t[::step]
-        arrays: Arrays = {"low": t.min(axis=0), "high": t.max(axis=0)}
-        shares = np.stack([_share(t[:, i], arrays["low"][i], arrays["high"][i]) for i in range(TEXTURES)], axis=1)
+        low, high = t.min(axis=0), t.max(axis=0)
+        shares = np.stack([_share(t[:, i], low[i], high[i]) for i in range(TEXTURES)], axis=1)
         columns = np.concatenate([np.ones((len(y), 1)), shares, shares**2], axis=1)
-        arrays["energy"] = np.linalg.lstsq(columns, y, rcond=1e-9)[0]
-        away = np.abs(y - columns @ arrays["energy"])
-        arrays["spread"] = np.linalg.lstsq(columns, away, rcond=1e-9)[0]
-        arrays["least"] = np.array(max(MIN_SPREAD * float(away.mean()), 1e-6))
-        return cls(arrays)
+        energy = np.linalg.lstsq(columns, y, rcond=1e-9)[0]
+        away = np.abs(y - columns @ energy)
+        spread = np.linalg.lstsq(columns, away, rcond=1e-9)[0]
+        return cls(low, high, energy, spread, np.array(max(MIN_SPREAD * float(away.mean()), 1e-6)))
 
     def excess(self, energies: np.ndarray, textures: np.ndarray) -> np.ndarray:
         """Energies [N,H,W] minus those that textures [N,TEXTURES,H,W] let expect, in spreads: float64 [N,H,W]."""
         n = len(textures)
-        shares = [
-            _share(textures[:, i].reshape(n, -1), self.arrays["low"][i], self.arrays["high"][i])
-            for i in range(TEXTURES)
-        ]
-        expected, spread = (_quadratic(self.arrays[name], shares) for name in ("energy", "spread"))
+        shares = [_share(textures[:, i].reshape(n, -1), self.low[i], self.high[i]) for i in range(TEXTURES)]
+        expected, spread = (_quadratic(coefficients, shares) for coefficients in (self.energy, self.spread))
         away = energies.reshape(n, -1) - expected
-        away /= np.maximum(spread, self.arrays["least"], out=spread)
+        away /= np.maximum(spread, self.least, out=spread)
         return away.reshape(energies.shape)
 
 
@@ -120,6 +125,6 @@ def _slope(u: np.ndarray) -> np.ndarray:
 
 
 def _add_steps(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-    """Add |a − b| to ``total`` in place."""
+    """Add |a − b| to the array ``total`` itself."""
     steps = a - b
     total += np.abs(steps, out=steps)

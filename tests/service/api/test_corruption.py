@@ -18,7 +18,7 @@ from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.formats.tiling import Stitcher
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.tiled import TiledModel, fit_tails
+from service.inference.tiled import TiledModel, fit_tile_tails
 from service.inference.verification import replay, verify_bundle
 from service.pixels import unit_levels
 from service.repository.presenting import MapDescription, describe_map
@@ -231,16 +231,6 @@ def test_calibrating_keeps_the_graph_and_fits_the_combination_anew(root, fitted,
     assert {COMBINED, "corruption"} <= set(again.manifest.calibration.quantiles)
 
 
-def test_a_bundle_of_format_3_is_written_anew_in_today_s(tmp_path, ppca_path):
-    bundle = open_bundle(write_fitted(tmp_path, ppca_path))
-    earlier = bundle.manifest.model_copy(update={"format_version": 3})
-    old = type(bundle)(bundle.path, earlier, bundle.digest)
-    outcome = recalibrate(
-        old, ModelRows(np.rint(X[[0] * 60] * 255).astype(np.uint8), unit_levels), None, tmp_path, RecalibrationPlan(0)
-    )
-    assert open_bundle(outcome.path).manifest.format_version == 4
-
-
 # Tiles.
 
 
@@ -258,7 +248,7 @@ def test_tiles_are_scored_by_it_under_both_aggregates(tmp_path):
 
         path = write_corruption(tmp_path / aggregate, tiled, name="weave", shape=(1, TILE, TILE), training=crops(5, 1))
         model = load(path)
-        tails = fit_tails({"corruption": model.corruption(crops(5, 2))}) if aggregate == "maximum" else {}
+        tails = fit_tile_tails({"corruption": model.corruption(crops(5, 2))}) if aggregate == "maximum" else {}
         definition = model.manifest.scores["corruption"]
         flawed = surface(64, 48, 7)
         flawed[:, 20:30, 20:30] = np.random.RandomState(0).randint(0, 256, (1, 10, 10))

@@ -61,8 +61,22 @@ def test_requests_are_counted_by_their_route_method_and_status():
         assert line in text.splitlines()
 
 
-def test_requests_in_flight_are_shown_each_second_by_workers_that_are_not_asked(monkeypatch):
-    metrics, lines = Metrics(), []
+def test_a_process_that_serves_alone_sets_no_gauges_before_it_is_asked(monkeypatch):
+    metrics, asked = Metrics(), []
+    monkeypatch.setattr(metrics, "set_gauges", asked.append)
+    asyncio.run(asyncio.wait_for(metrics.follow(Drift(20, 0.01)), 60))
+    assert asked == []
+
+
+def metrics_of_a_worker(folder):
+    """Metrics that are shown each second, but in this process's registry: no value is written to a file."""
+    metrics = Metrics()
+    metrics.folder = folder
+    return metrics
+
+
+def test_requests_in_flight_are_shown_each_second_by_workers_that_are_not_asked(monkeypatch, tmp_path):
+    metrics, lines = metrics_of_a_worker(tmp_path), []
     monkeypatch.setattr(of_metrics, "GAUGE_SECONDS", 0)
 
     async def follow():
@@ -77,13 +91,12 @@ def test_requests_in_flight_are_shown_each_second_by_workers_that_are_not_asked(
     assert "vaeserve_requests_in_flight 1.0" in lines
 
 
-def key(digest="a"):
-    return MonitorKey(MonitorName("m", "1", "elbo", ""), digest, 99)
+KEY = MonitorKey(MonitorName("m", "1", "elbo", ""), 99)
 
 
-def note(drift, ranks, digest="a"):
+def note(drift, ranks):
     ranks = np.array(ranks)
-    drift.record(key(digest), ranks, ranks)
+    drift.record(KEY, ranks, ranks)
 
 
 def drift_lines(metrics):
@@ -93,8 +106,8 @@ def drift_lines(metrics):
     return {line.split("{")[0]: float(line.split()[-1]) for line in values if "_created" not in line}
 
 
-def test_drift_is_shown_each_second_of_what_is_new(monkeypatch):
-    metrics, drift, turns = Metrics(), Drift(20, 0.01), []
+def test_drift_is_shown_each_second_of_what_is_new(monkeypatch, tmp_path):
+    metrics, drift, turns = metrics_of_a_worker(tmp_path), Drift(20, 0.01), []
     monkeypatch.setattr(of_metrics, "GAUGE_SECONDS", 0)
 
     async def follow():
@@ -113,15 +126,15 @@ def test_drift_is_shown_each_second_of_what_is_new(monkeypatch):
     assert (first["p_values_total"], first["alarm"], first["share_up_to_1_percent"]) == (1, 0, 0)
     assert same == first
     assert (more["p_values_total"], more["alarm"], more["share_up_to_1_percent"]) == (21, 1, 1)
-    finding = drift.state(key()).judge(0.01)
+    finding = drift.state(KEY).judge(0.01)
     assert (more["ks_statistic"], more["ks_p_value"]) == (finding.ks_statistic, finding.ks_p_value)
 
 
-def test_p_values_of_a_bundle_that_takes_anothers_place_come_on_top():
-    metrics, drift = Metrics(), Drift(20, 0.01)
-    note(drift, [1, 2, 3])
-    metrics.set_gauges(drift)
-    note(drift, [1, 2], digest="b")
-    metrics.set_gauges(drift)
-    metrics.set_gauges(drift)
+def test_p_values_of_an_apps_next_lifespan_come_on_top():
+    metrics = Metrics()
+    for ranks in ([1, 2, 3], [1, 2]):
+        drift = Drift(20, 0.01)
+        note(drift, ranks)
+        metrics.set_gauges(drift)
+        metrics.set_gauges(drift)
     assert drift_lines(metrics)["p_values_total"] == 5

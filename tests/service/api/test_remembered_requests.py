@@ -13,6 +13,7 @@ from service.api.context import Call
 from service.api.endpoint import MAX_KEY_CHARACTERS, MAX_READERS, MAX_RESOLVED
 from service.inference.jobs import RequestReader
 from tests.ppca_bundle import LATENT_DIM
+from tests.service import tabular
 from tests.service.http import APPS, assert_problem, npy, serving
 from tests.service.requests import (
     JSON,
@@ -115,6 +116,25 @@ def test_a_wrong_body_is_refused_in_the_same_words_behind_a_good_one(client, rep
     assert pairs[1] == pairs[2]
     assert b"a multiple of" in pairs[1][1]
     assert repeated == [ROW]
+
+
+@pytest.mark.parametrize("verb", ["encode", "reconstruct", "score"])
+def test_repeated_rows_of_a_table_or_a_signal_are_read_by_the_reader_of_the_first(linear_root, repeated, verb):
+    with serving(linear_root) as client:
+        for name in ("table", "mixture"):
+            rows = [tabular.rows_of(name, 6)[start : start + 3] for start in (0, 3, 0)]
+            texts = [said_of(tabular.post(client, name, verb, part)) for part in rows]
+            assert repeated == [npy(part) for part in rows[1:]]
+            assert texts[0] == texts[2] != texts[1]
+            repeated.clear()
+            wrong = tabular.post(client, name, verb, rows[0] * np.nan)
+            assert "row 0" in assert_problem(wrong, 422)["detail"]
+            assert repeated == []
+
+
+def said_of(response):
+    assert response.status_code == 200, response.text
+    return response.text
 
 
 def test_repeated_latents_are_decoded_as_the_first(client, repeated):

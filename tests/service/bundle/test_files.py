@@ -83,8 +83,8 @@ def test_an_extra_file_is_refused(copy, name):
 
 
 def test_a_missing_file_is_refused(copy):
-    (copy / "density.onnx").unlink()
-    with pytest.raises(BundleIntegrityError, match=r"density\.onnx cannot be read"):
+    (copy / "joint.onnx").unlink()
+    with pytest.raises(BundleIntegrityError, match=r"joint\.onnx cannot be read"):
         open_bundle(copy)
 
 

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from service.bundle.files import open_bundle
-from service.calibration.conformal import Calibrator, calibration_key, p_values, smoothed_p_values
+from service.calibration.conformal import Calibrator, calibration_key, p_values
 from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from tests.ppca_bundle import images, write_ppca_bundle
 
@@ -141,24 +141,6 @@ def test_given_the_calibration_the_false_positive_rate_follows_a_beta_law():
     assert stats.kstest(realised, stats.beta(11, n + 1 - 11).cdf).pvalue < 0.001, "the test can tell l from l + 1"
 
 
-def test_smoothed_p_values_are_uniform_despite_ties_and_lie_below_the_others():
-    random = np.random.RandomState(6)
-    pairs = [(np.sort(random.randint(0, 4, 20) * 1.0), random.randint(0, 4, 1) * 1.0) for _ in range(4000)]
-    p = np.concatenate([smoothed_p_values(calibration, score, random) for calibration, score in pairs])
-    plain = np.concatenate([p_values(calibration, score) for calibration, score in pairs])
-    assert stats.kstest(p, "uniform").pvalue > 0.001
-    assert stats.kstest(plain, "uniform").pvalue < 1e-6
-    assert ((p > 0) & (p <= plain)).all()
-
-
-def test_smoothed_p_values_are_a_function_of_the_seed():
-    calibration, scores = np.arange(9.0), np.array([-1.0, 4.0, 10.0])
-    first, again = (smoothed_p_values(calibration, scores, np.random.RandomState(1)) for _ in range(2))
-    np.testing.assert_array_equal(first, again)
-    assert (np.array([0.9, 0.4, 0.0]) < first).all()
-    assert (first <= np.array([1.0, 0.6, 0.1])).all()
-
-
 def grouped(random, n=2000):
     """Scores of a quiet group and of one whose inliers are as noisy as the quiet one's outliers."""
     quiet, noisy = random.normal(0, 1, n), random.normal(0, 3, n)
@@ -187,7 +169,6 @@ def test_every_score_is_held_against_its_own_group():
     assert calibrator.names == ["s"]
     assert calibrator.groups("s") == ["noisy", "quiet"]
     assert (calibrator.n("s"), calibrator.n("s", "quiet")) == (100, 50)
-    assert (calibrator.min_p_value("s"), calibrator.min_p_value("s", "quiet")) == (1 / 101, 1 / 51)
 
 
 def test_thresholds_of_groups_agree_with_their_p_values():

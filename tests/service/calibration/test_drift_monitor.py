@@ -21,11 +21,11 @@ from tests.service.http import assert_problem, npy, serving
 NPY = {"content-type": "application/x-npy"}
 
 
-def served(calibration: np.ndarray, digest: str = "a"):
+def served(calibration: np.ndarray):
     """What the drift tests read of a served model."""
     manifest = SimpleNamespace(name="m", version="1")
     calibrator = Calibrator({"elbo": np.sort(calibration)})
-    return SimpleNamespace(manifest=manifest, calibrator=calibrator, model=SimpleNamespace(digest=digest))
+    return SimpleNamespace(manifest=manifest, calibrator=calibrator)
 
 
 def record(drift: Drift, served, score: str, scores: np.ndarray, group: str | None = None) -> None:
@@ -123,15 +123,6 @@ def test_scores_that_have_no_rank_leave_no_trace():
     record(drift, model, "elbo", np.array([np.inf, -np.inf]))
     assert state_of(drift, model, "elbo").ranks.tolist() == [0, 9]
     assert len(list(drift)) == 1
-
-
-def test_another_bundle_in_the_same_place_starts_anew():
-    drift = Drift(20, 0.01)
-    record(drift, served(np.arange(9.0)), "elbo", np.zeros(5))
-    other = served(np.arange(4.0), digest="b")
-    assert state_of(drift, other, "elbo").count == 0
-    record(drift, other, "elbo", np.zeros(2))
-    assert [(state.n, state.count, state.log10_maximum >= 0) for _, state in drift] == [(4, 2, True)]
 
 
 def test_groups_are_watched_apart_under_one_spelling():

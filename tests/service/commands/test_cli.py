@@ -211,11 +211,11 @@ def test_check_says_ok_or_what_is_wrong(ppca_path, tmp_path):
     assert good.exit_code == 0
     assert "parity" in good.stdout
     path, _ = write_ppca_bundle(tmp_path)
-    (path / "density.onnx").write_bytes(b"damaged")
+    (path / "joint.onnx").write_bytes(b"damaged")
     bad = run("check", path)
     assert bad.exit_code == 1
     assert "FAIL" in bad.stdout
-    assert "density.onnx" in bad.stdout
+    assert "joint.onnx" in bad.stdout
     assert run("check", tmp_path / "nothing").exit_code == 1
 
 

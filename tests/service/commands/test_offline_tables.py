@@ -49,6 +49,21 @@ def test_vaeserve_score_refuses_in_one_line(linear_root, tmp_path, name, argumen
     assert words in done.stderr
 
 
+@pytest.mark.parametrize(("fault", "words"), [("a bad row", "row 1 has 3 values"), ("unreadable", "Errno")])
+def test_vaeserve_calibrate_names_the_table_that_cannot_be_read(linear_root, tmp_path, fault, words):
+    (tmp_path / "good.csv").write_text(as_csv(rows_of("table")))
+    bad = tmp_path / "table.csv"
+    if fault == "unreadable":
+        bad.symlink_to("/proc/self/mem")
+    else:
+        bad.write_text("1,2,3,4\n1,2,3\n")
+    arguments = ["calibrate", "table", str(tmp_path), "--repository", str(linear_root), "--to", str(tmp_path / "to")]
+    done = CliRunner().invoke(app, arguments)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert f"vaeserve: {bad}: " in done.stderr
+    assert words in done.stderr
+
+
 def test_vaeserve_score_says_which_files_it_looks_for(linear_root, tmp_path):
     done = CliRunner().invoke(app, ["score", str(tmp_path), "--model", "pca", "--repository", str(linear_root)])
     assert done.exit_code == 1

@@ -16,10 +16,9 @@ from service.commands.recalibration import RecalibrationPlan, recalibrate
 from service.errors import InvalidInput
 from service.inference.model import Model
 from service.inference.sessions import Runtime
-from service.inference.tiled import TiledModel, fit_tails
+from service.inference.tiled import TiledModel, fit_tile_tails, tile_tail_arrays
 from service.inference.verification import open_verified
 from service.pixels import unit_levels
-from service.scores.detectors import to_arrays
 from tests.ppca_bundle import images
 from tests.service.fitted import write_fitted
 from tests.service.fitted_bundles import rewrite
@@ -292,7 +291,9 @@ def test_its_tails_are_those_of_the_tiles_of_the_fitted_share(weave, of_whole_im
     tiled, names = TiledModel(Model.load(bundle, Runtime("cpu"))), bundle.manifest.scores
     images = [np.asarray(Image.open(files[i]))[None] for i in np.random.RandomState(0).permutation(60)[:18]]
     scores = [tiled.tile_scores(image, names) for image in images]
-    expected = to_arrays(fit_tails({name: np.concatenate([each[name] for each in scores]) for name in names}))
+    expected = tile_tail_arrays(
+        fit_tile_tails({name: np.concatenate([each[name] for each in scores]) for name in names})
+    )
     stored = bundle.arrays(TILES)
     assert stored.keys() == expected.keys()
     for key, array in expected.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from service.formats.arrays import (
     as_latents,
     from_json,
     may_hold_booleans,
+    npy_shape,
     parse_json,
     read_npy,
     to_unit,
@@ -267,3 +270,32 @@ def test_whole_numbers_out_of_range(value):
 def test_fractions_are_no_uint8():
     with pytest.raises(InvalidInput, match="fractions"):
         to_unit(np.full((1, 1, 2, 2), 0.5), "uint8")
+
+
+@pytest.fixture
+def _threads_change_places_in_collections():
+    """Collections come often, and let another thread go on, as Python code in a destructor may."""
+    thresholds = gc.get_threshold()
+
+    def yield_to_others(phase, info):
+        time.sleep(1e-5)
+
+    gc.callbacks.append(yield_to_others)
+    gc.set_threshold(7)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.callbacks.remove(yield_to_others)
+
+
+@pytest.mark.usefixtures("_threads_change_places_in_collections")
+def test_headers_are_parsed_on_several_threads_at_once():
+    def shapes(sides):
+        return [npy_shape(npy_raw(text_of(side), b"")) for side in sides]
+
+    def text_of(side):
+        return f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({side}, 0), }}"
+
+    for first in range(0, 2000, 200):  # threads that have just begun are at other depths
+        parts = [range(first + part, first + part + 50) for part in range(0, 200, 50)]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(shapes, parts)) == [[(side, 0) for side in part] for part in parts]

@@ -15,7 +15,7 @@ from service.errors import BundleFormatError, InvalidInput, UnsupportedVerb
 from service.formats.tiling import TilePlan
 from service.inference import tiled as module
 from service.inference.model import Model
-from service.inference.tiled import TiledModel, aggregate, fit_tails, surprisal_of_maximum
+from service.inference.tiled import TiledModel, aggregate, fit_tile_tails, surprisal_of_maximum
 from service.pixels import unit_levels
 from service.repository.model_repository import load_bundle
 from tests.tiled_bundle import TILE, surface, with_scratch, write_tiled_bundle
@@ -54,7 +54,7 @@ def test_the_aggregate_orders_as_sidaks_p_value_does_and_stays_finite():
 def test_the_highest_of_more_tiles_means_less():
     """Of independent tiles the aggregate is a Gumbel variable, whatever their number; the plain maximum is not."""
     random = np.random.RandomState(0)
-    tail = fit_tails({"s": random.exponential(size=20_000)})["s"]
+    tail = fit_tile_tails({"s": random.exponential(size=20_000)})["s"]
     tiling = Tiling(stride=(TILE, TILE))
     for side in (2, 16):
         plan = TilePlan((side * TILE, side * TILE), (TILE, TILE), tuple(range(side)), tuple(range(side)))
@@ -96,7 +96,7 @@ def test_an_image_of_one_tile_is_that_tile(served):
     assert np.array_equal(found.map[0], row.map[0])
     assert found.elbo[0] == row.elbo[0]
     tail = module.load_tails(served.model.bundle)[served.manifest.default_score]
-    assert found.score[0] == pytest.approx(surprisal_of_maximum(tail.score([row.score])[0], 1.0))
+    assert found.score[0] == pytest.approx(surprisal_of_maximum(tail.surprisal(row.score)[0], 1.0))
 
 
 def test_without_overlap_the_map_is_the_tiles_own(root, runtime, tmp_path):
@@ -168,7 +168,7 @@ def test_a_fault_of_the_tails_is_said_of_their_file(served, monkeypatch):
     bundle = served.model.bundle
     arrays = {key: -array if key == "elbo/scale" else array for key, array in bundle.arrays("tiles.npz").items()}
     monkeypatch.setattr(type(bundle), "arrays", lambda *_: arrays)
-    with pytest.raises(BundleFormatError, match=r"tiles\.npz: scale of a combination holds numbers that are not pos"):
+    with pytest.raises(BundleFormatError, match=r"tiles\.npz: scale of a tail holds numbers that are not pos"):
         module.load_tails(bundle)
 
 

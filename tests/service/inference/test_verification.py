@@ -138,11 +138,11 @@ def extra_input(proto):
 
 
 def half_precision(proto):
-    node = next(node for node in proto.graph.node if "log_q" in node.output)
+    node = next(node for node in proto.graph.node if "log_q_z" in node.output)
     node.output[0] = "exact"
-    proto.graph.node.append(helper.make_node("Cast", ["exact"], ["log_q"], to=TensorProto.FLOAT))
+    proto.graph.node.append(helper.make_node("Cast", ["exact"], ["log_q_z"], to=TensorProto.FLOAT))
     next(
-        output for output in proto.graph.output if output.name == "log_q"
+        output for output in proto.graph.output if output.name == "log_q_z"
     ).type.tensor_type.elem_type = TensorProto.FLOAT
 
 
@@ -153,18 +153,18 @@ def evil(proto):
 FAULTS = {
     "another model's weights": (other_weights, BundleParityError, "decoder.mean differs by"),
     "one number of the reference": (
-        in_arrays("reference.npz", nudge("encoder.log_q", 1e-3)),
+        in_arrays("reference.npz", nudge("encoder.log_q_z", 1e-3)),
         BundleParityError,
-        "encoder.log_q differs by 0.001, allowed are atol 2e-05",
+        "encoder.log_q_z differs by 0.001, allowed are atol 2e-05",
     ),
     "an output that depends on the batch": (in_graph("decoder", batch_dependent), BundleParityError, "decoder.scale"),
-    "an operator": (in_graph("density", evil), BundleGraphError, "operator 'Evil'"),
+    "an operator": (in_graph("joint", evil), BundleGraphError, "operator 'Evil'"),
     "an input's name": (in_graph("encoder", rename_input), BundleGraphError, "encoder has inputs ['image', 'noise']"),
     "a missing output": (in_graph("encoder", drop_output), BundleGraphError, "encoder has outputs"),
     "an extra input": (in_graph("encoder", extra_input), BundleGraphError, "'more'"),
     "a fixed batch": (in_graph("encoder", fix_batch), BundleGraphError, "x is tensor(float) [1, 1, 8, 8]"),
     "another image size": (in_graph("encoder", other_pixels), BundleGraphError, "['N', 1, 8, 9]"),
-    "nats in float32": (in_graph("encoder", half_precision), BundleGraphError, "log_q is tensor(float)"),
+    "nats in float32": (in_graph("encoder", half_precision), BundleGraphError, "log_q_z is tensor(float)"),
     "another latent_dim": (
         in_manifest(lambda m: m["signature"].update(latent_dim=6)),
         BundleGraphError,
@@ -176,14 +176,14 @@ FAULTS = {
         "decoder has outputs ['loc', 'mean', 'scale']",
     ),
     "a reference without an output": (
-        in_arrays("reference.npz", lambda arrays: arrays.pop("density.log_p_z")),
+        in_arrays("reference.npz", lambda arrays: arrays.pop("joint.log_p_z")),
         BundleFormatError,
-        "reference.npz lacks ['density.log_p_z']",
+        "reference.npz lacks ['joint.log_p_z']",
     ),
     "a reference of another dtype": (
-        in_arrays("reference.npz", lambda a: a.update({"encoder.log_q": a["encoder.log_q"].astype(np.float32)})),
+        in_arrays("reference.npz", lambda a: a.update({"encoder.log_q_z": a["encoder.log_q_z"].astype(np.float32)})),
         BundleFormatError,
-        "encoder.log_q is float32 (6, 3), expected float64 (6, 3)",
+        "encoder.log_q_z is float32 (6, 3), expected float64 (6, 3)",
     ),
     "a reference of another shape": (
         in_arrays("reference.npz", lambda a: a.update(x=a["x"][:5])),
@@ -211,9 +211,11 @@ FAULTS = {
         "decoder.mean may differ by atol 1e+09 + rtol 0, which is 1e+09 where it is",
     ),
     "a relative tolerance for anything": (
-        in_manifest(lambda m: m["reference"]["tolerances"].update({"density.log_p_x": {"atol": 0.0, "rtol": 0.02}})),
+        in_manifest(
+            lambda m: m["reference"]["tolerances"].update({"joint.log_p_x_given_z": {"atol": 0.0, "rtol": 0.02}})
+        ),
         BundleFormatError,
-        "density.log_p_x may differ by atol 0 + rtol 0.02",
+        "joint.log_p_x_given_z may differ by atol 0 + rtol 0.02",
     ),
     "unsorted calibration": (
         in_arrays("calibration.npz", lambda a: a.update(elbo=a["elbo"][::-1])),
@@ -274,17 +276,26 @@ def test_every_kind_of_bundle_passes(tmp_path, runtime, name):
     assert report.ok, report
 
 
-@pytest.mark.parametrize(
-    ("write", "changes", "words"),
-    [
-        (linear.write_mixture, {"evidence": "exact"}, "evidence is 'exact', but log w spreads over"),
-        (linear.write_table, {"posterior": {"moments": "point"}}, "posterior.moments is 'point', but scale is not 0"),
-    ],
-)
-def test_a_claim_that_the_reference_belies_is_refused(tmp_path, runtime, write, changes, words):
-    report = verify_bundle(write(tmp_path, **changes), runtime)
+def with_reference(path, root, edit):
+    """The bundle at ``path`` again below ``root``, with a change to its reference."""
+    written = open_bundle(path)
+    files = {name: written.read(name) for name in written.manifest.files}
+    in_arrays("reference.npz", edit)({}, files)
+    return write_bundle(root, written.manifest.model_dump(mode="json", exclude={"files"}), files)
+
+
+def test_evidence_that_the_reference_belies_is_refused(tmp_path, runtime):
+    report = verify_bundle(linear.write_mixture(tmp_path, evidence="exact"), runtime)
     assert isinstance(report.error, BundleFormatError)
-    assert words in report.summary()
+    assert "evidence is 'exact', but log w spreads over" in report.summary()
+
+
+@pytest.mark.parametrize("output", ["encoder.scale", "encoder.z"])
+def test_a_point_that_the_reference_belies_is_refused(tmp_path, runtime, output):
+    path = with_reference(linear.write_whitening(tmp_path / "sound"), tmp_path, nudge(output, 1e-3))
+    report = verify_bundle(path, runtime)
+    assert isinstance(report.error, BundleFormatError)
+    assert "posterior.moments is 'point', but scale is not 0 or z not loc" in report.summary()
 
 
 @pytest.mark.parametrize(
@@ -306,10 +317,7 @@ def test_a_claim_that_the_reference_belies_is_refused(tmp_path, runtime, write, 
     ],
 )
 def test_a_prior_s_graph_is_replayed(tmp_path, runtime, edit, error, words):
-    written = open_bundle(linear.write_mixture(tmp_path / "sound"))
-    files = {name: written.read(name) for name in written.manifest.files}
-    in_arrays("reference.npz", edit)({}, files)
-    path = write_bundle(tmp_path, written.manifest.model_dump(mode="json", exclude={"files"}), files)
+    path = with_reference(linear.write_mixture(tmp_path / "sound"), tmp_path, edit)
     report = verify_bundle(path, runtime)
     assert type(report.error) is error
     assert words in report.summary()
@@ -359,10 +367,10 @@ def test_a_tolerance_is_measured_by_what_log_p_x_sums(tmp_path, runtime):
 
     def generous(manifest, files):
         with np.load(io.BytesIO(files["reference.npz"])) as arrays:
-            terms = np.abs(arrays["density.log_p_x_map"]).sum(axis=(-3, -2, -1)).max()
+            terms = np.abs(arrays["joint.log_p_x_given_z_map"]).sum(axis=(-3, -2, -1)).max()
             atol = 0.00999 * float(terms)
-            assert atol > 0.01 * np.abs(arrays["density.log_p_x"]).max()
-        manifest["reference"]["tolerances"]["density.log_p_x"] = {"atol": atol, "rtol": 0.0}
+            assert atol > 0.01 * np.abs(arrays["joint.log_p_x_given_z"]).max()
+        manifest["reference"]["tolerances"]["joint.log_p_x_given_z"] = {"atol": atol, "rtol": 0.0}
 
     path, _ = write_ppca_bundle(tmp_path, change=generous)
     assert verify_bundle(path, runtime).ok

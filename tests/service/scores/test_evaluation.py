@@ -74,17 +74,17 @@ def test_scores_of_samples_are_what_they_say(estimator):
     measured = forward(X, 5, 3, False)
     each = definition(estimator, k=5, seed=3)
     estimates = ScoreEvaluator(ForwardPasses(forward, X, [each], maps=False), {}, {})
-    log_w = measured.log_p_x + measured.log_p_z - measured.log_q
+    log_w = measured.log_p_x_given_z + measured.log_p_z - measured.log_q_z
     wanted = {
         "elbo": -log_w.mean(axis=1),
         "iwae": -np.log(np.exp(log_w).mean(axis=1)),
-        "reconstruction": -measured.log_p_x.mean(axis=1),
-        "rate": (measured.log_q - measured.log_p_z).mean(axis=1),
+        "reconstruction": -measured.log_p_x_given_z.mean(axis=1),
+        "rate": (measured.log_q_z - measured.log_p_z).mean(axis=1),
     }
     assert estimates.score(each) == pytest.approx(wanted[estimator])
     error = estimates.standard_error(each)
     if estimator == "rate":
-        assert error == pytest.approx((measured.log_q - measured.log_p_z).std(axis=1, ddof=1) / np.sqrt(5))
+        assert error == pytest.approx((measured.log_q_z - measured.log_p_z).std(axis=1, ddof=1) / np.sqrt(5))
     assert np.isfinite(error).all()
 
 
@@ -92,7 +92,7 @@ def test_scores_of_samples_are_what_they_say(estimator):
 def test_nan_names_the_row(estimator):
     def broken(x, k, seed, places):
         measured = Forward()(x, k, seed, places)
-        for part in (measured.log_p_x, measured.log_p_z):
+        for part in (measured.log_p_x_given_z, measured.log_p_z):
             part[4] = np.nan
         return measured
 
@@ -243,6 +243,6 @@ def test_a_combination_is_of_the_scores_it_names(served):
     definition = model.manifest.scores["combined"]
     parts = [scores[part] for part in definition.of]
     assert np.array_equal(combined.score(parts), scores["combined"])
-    alone = [combined._surprisal(index, part) for index, part in enumerate(parts)]
+    alone = [tail.surprisal(part) for tail, part in zip(combined.tails, parts, strict=True)]
     np.testing.assert_allclose(np.sum(alone, axis=0), scores["combined"])
     assert (scores["combined"] >= 0).all()

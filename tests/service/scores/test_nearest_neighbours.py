@@ -15,11 +15,16 @@ def by_all(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture
-def held_against_all(monkeypatch):
-    """Rows that float32 could not decide."""
-    rows, kept = [], NearestNeighbours._by_all
-    monkeypatch.setattr(NearestNeighbours, "_by_all", lambda self, row: rows.append(row) or kept(self, row))
-    return rows
+def candidates(monkeypatch):
+    """Numbers of candidates, [N] for each product that was made."""
+    counts, kept = [], NearestNeighbours._are_candidates
+
+    def counted(self, apart):
+        counts.append(kept(self, apart).sum(axis=1))
+        return kept(self, apart)
+
+    monkeypatch.setattr(NearestNeighbours, "_are_candidates", counted)
+    return counts
 
 
 @pytest.mark.parametrize("exponent", [-21, -15, -3, 0, 4, 12, 17, 19])
@@ -40,22 +45,31 @@ def test_they_are_the_nearest_of_all_exactly(exponent, seed):
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e3])
-def test_float32_decides_where_points_lie_as_codes_do(held_against_all, shift):
+def test_candidates_are_few_where_points_lie_as_codes_do(candidates, shift):
     """In a cloud, wherever that lies; also rows outside."""
     random = np.random.default_rng(0)
     points = (random.standard_normal((8000, 32)) + shift).astype(np.float32)
     rows = (random.standard_normal((50, 32)) * np.linspace(0.1, 20, 50)[:, None] + shift).astype(np.float32)
     assert np.array_equal(NearestNeighbours(points, COUNT).distances(rows), by_all(points, rows))
-    assert held_against_all == []
+    assert candidates[0].max() <= 4 * COUNT
 
 
-def test_what_float32_cannot_tell_apart_is_held_against_all(held_against_all):
-    """More points than are looked at lie closer together than float32 resolves from so far away."""
+def test_what_float32_cannot_tell_apart_are_all_candidates(candidates):
+    """The points lie closer together than float32 resolves from so far away."""
     random = np.random.default_rng(0)
     points = (1e-4 * random.standard_normal((500, 8))).astype(np.float32)
     row = np.full((1, 8), 1e3, np.float32)
     assert np.array_equal(NearestNeighbours(points, COUNT).distances(row), by_all(points, row))
-    assert len(held_against_all) == 1
+    assert candidates == [500]
+
+
+def test_near_points_in_clusters_far_apart_are_told_apart_by_float64():
+    """In float32 those of one cluster lie in a random order."""
+    random = np.random.default_rng(0)
+    centres = 1e3 * random.standard_normal((2, 8)).repeat(300, axis=0)
+    points = (centres + 0.1 * random.standard_normal((600, 8))).astype(np.float32)
+    rows = (centres[::60] + 0.1 * random.standard_normal((10, 8))).astype(np.float32)
+    assert np.array_equal(NearestNeighbours(points, COUNT).distances(rows), by_all(points, rows))
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import tracemalloc
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.server.limits import LimitedProtocol
 from tests.service.http import PROBLEM_KEYS, serving
@@ -222,6 +224,33 @@ def test_a_pipelined_body_that_does_not_arrive_is_refused_in_its_turn(ppca_root,
         assert statuses(answered) == [b"200", b"408"]
         assert_refusal(answered)
         assert under_way(client) == IDLE
+
+
+def ids_of(answer):
+    """Request ids of the refusal that ends an answer: its header's and its body's."""
+    head, _, body = answer[answer.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
+    return re.search(rb"x-request-id: (\S+)", head)[1].decode(), json.loads(body)["request_id"]
+
+
+@pytest.mark.parametrize("before", [b"", raw()])
+@pytest.mark.parametrize(
+    "late", [raw(x_request_id="mine")[:-1], CHUNKED.replace(b"host: x", b"host: x\r\nx-request-id: mine") + b"z\r\n"]
+)
+def test_a_refused_body_has_the_id_of_its_request(ppca_root, before, late):
+    with serving(ppca_root, receive_timeout=0.3) as client:
+        answered = received(client, before + late)
+        assert statuses(answered)[-1] in (b"408", b"400")
+        assert ids_of(answered) == ("mine", "mine")
+        until(client, lambda: under_way(client) == IDLE)
+
+
+@pytest.mark.parametrize("late", [raw()[:-1], CHUNKED + b"z\r\n"])
+def test_a_refused_body_without_an_id_has_one_that_the_log_tells_of_it_and_of_its_connection(ppca_root, late):
+    with capture_logs() as lines, serving(ppca_root, receive_timeout=0.3) as client:
+        header, body = ids_of(received(client, late))
+        until(client, lambda: under_way(client) == IDLE)
+    assert header == body
+    assert [line["event"] for line in lines if line.get("request_id") == header] == ["connection refused", "request"]
 
 
 @pytest.mark.parametrize("cut", [-1, -len(ROW), 40])

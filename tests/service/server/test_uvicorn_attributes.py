@@ -43,7 +43,7 @@ PROTOCOL = {
     "transport",
     "url",
 }
-CYCLE = {"disconnected", "message_event", "response_complete", "response_started"}
+CYCLE = {"disconnected", "message_event", "response_complete", "response_started", "scope"}
 FLOW = {"read_paused", "resume_reading"}
 PARSER = {"feed_data", "get_http_version", "get_method", "set_dangerous_leniencies", "should_upgrade"}
 HTTPTOOLS = {"HttpParserError", "HttpParserUpgrade", "HttpRequestParser"}

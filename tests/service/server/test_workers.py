@@ -32,7 +32,7 @@ if sys.platform == "linux":
     from gunicorn.errors import HaltServer
     from gunicorn.workers.base import Worker
 
-    from service.server.workers import Application, PatientArbiter, UvicornWorker
+    from service.server.workers import ORPHAN_SECONDS, Application, PatientArbiter, UvicornWorker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several workers need Linux")
 
@@ -232,9 +232,21 @@ def test_no_worker_outlives_a_killed_master(ppca_root):
         assert until(lambda: not folder.exists(), 5)
 
 
-def run(repository, *flags):
+def test_no_worker_waits_for_requests_in_progress_once_its_master_is_killed(ppca_root):
+    """Their bodies are on their way, for as long as receive_timeout allows."""
+    head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\nContent-Length: 2\r\n\r\n1"
+    with workers(ppca_root, "--receive-timeout", "600") as service, ExitStack() as held:
+        pids, port = service.pids, service.logged("starting")[0]["port"]
+        for _ in range(N):
+            held.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(head)
+        until(lambda: service.metrics()["vaeserve_requests_in_flight",] == N + 1)
+        service.process.kill()
+        assert until(lambda: not any(alive(pid) for pid in pids.values()), ORPHAN_SECONDS + 15)
+
+
+def run(repository, *flags, start=("-m", "service")):
     return subprocess.run(
-        command(repository, "--log-level", "error", *flags),
+        command(repository, "--log-level", "error", *flags, start=start),
         capture_output=True,
         text=True,
         check=False,
@@ -258,6 +270,23 @@ def test_a_broken_bundle_ends_workers_that_load_it_themselves(tmp_path):
     assert several.returncode == 3
     assert "decoder.onnx" in several.stderr
     assert "Traceback" not in several.stderr
+
+
+DEFECT = """
+from service.server import workers
+def fail(*arguments):
+    raise RuntimeError("a defect of ours")
+workers.create_app = fail
+from service.__main__ import main
+main()
+"""
+
+
+def test_an_unexpected_error_at_the_start_of_every_worker_ends_it_with_a_traceback(ppca_root):
+    several = run(ppca_root, "--workers", "2", start=("-c", DEFECT))
+    assert several.returncode == 3
+    assert "RuntimeError: a defect of ours" in several.stderr
+    assert "Traceback" in several.stderr
 
 
 def test_a_folder_without_bundles_ends_it_as_it_ends_one_process(tmp_path):
@@ -441,13 +470,15 @@ def application(ppca_root, tmp_path):
 
 
 def test_loaded_bundles_do_not_go_into_a_fork_while_the_master_has_another_thread(application, monkeypatch):
-    arbiter, worker = SimpleNamespace(WORKERS={}), SimpleNamespace()
-    monkeypatch.setattr("service.server.workers.threads_of_process", lambda: 1)
+    arbiter, worker, counts = SimpleNamespace(WORKERS={}), SimpleNamespace(), [2, 1]
+    monkeypatch.setattr("service.server.workers.threads_of_process", counts.pop)
     application.pre_fork(arbiter, worker)
     assert worker.repository == "loaded"
-    monkeypatch.setattr("service.server.workers.threads_of_process", lambda: 2)
     application.pre_fork(arbiter, worker)
     assert worker.repository is None
+    application.repository = None  # then how many threads there are, which may take a second to tell, is not asked
+    application.pre_fork(arbiter, worker)
+    assert (worker.repository, counts) == (None, [])
 
 
 def test_a_worker_has_the_smallest_number_that_no_living_one_has(application, monkeypatch):

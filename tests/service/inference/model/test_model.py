@@ -163,4 +163,4 @@ def test_8_bit_levels_are_their_pixels(model, verb):
 def test_warm_up_fixes_the_batch_sizes(model):
     model.warm_up()
     assert max(model.batch_sizes["decoder"]) == 32
-    assert model.batch_sizes["density"] == (1,)  # its five latents are an odd number: sums start at odd addresses
+    assert model.batch_sizes["joint"] == (1,)  # its five latents are an odd number: sums start at odd addresses

@@ -10,7 +10,7 @@ import pytest
 
 from service.bundle.files import open_bundle
 from service.errors import BundleGraphError
-from service.inference.model import Model
+from service.inference.model import Model, TileSummary, join_scores
 from service.scores import bounds as estimators
 from tests.ppca_bundle import fit_ppca, graphs, images, write_ppca_bundle
 from tests.service.inference.model.inputs import X, definition, peak
@@ -52,6 +52,23 @@ def test_the_memory_of_a_score_is_that_of_one_part_whatever_the_batch(ppca_path,
     model.score(x[:2], definition(k=k))  # trials of batch sizes are over
     parts, weights = 8 * 2 * 32 * 64 * 4, 10 * 32 * k * 8
     assert peak(lambda: model.score(x, definition(k=k), maps)) < parts + weights + 2**16
+
+
+def test_scores_of_parts_join_to_those_of_all_rows(model):
+    whole = model.score(X, maps=True, latents=True, also={"b": definition(k=2), "a": definition("iwae", 3)})
+    parts = [
+        model.score(x, maps=True, latents=True, also={"b": definition(k=2), "a": definition("iwae", 3)})
+        for x in (X[:2], X[2:])
+    ]
+    joined = join_scores(parts)
+    assert list(joined.also) == ["b", "a"]
+    for one, other in ((whole._asdict(), joined._asdict()), (whole.also, joined.also)):
+        for name, value in one.items():
+            if name != "also":
+                np.testing.assert_array_equal(value, other[name], name)
+    images = [part._replace(map=list(part.map), tiles=[TileSummary(1, 0, 0, 0.0)] * len(part.map)) for part in parts]
+    assert len(join_scores(images).tiles) == len(X)
+    np.testing.assert_array_equal(join_scores(images).map, whole.map)
 
 
 # Rate, distortion, maps and errors.

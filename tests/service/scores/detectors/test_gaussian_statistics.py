@@ -83,4 +83,4 @@ def test_a_path_of_another_family_is_refused(manifest, inliers):
     arrays = LikelihoodPath.fit(in_parts(inliers), definition_, manifest).arrays
     for changes in (BIJECTION, NO_LIKELIHOOD):
         with pytest.raises(BundleFormatError, match="has shape"):
-            LikelihoodPath(arrays, definition_, of_kind(manifest, **changes))
+            LikelihoodPath.from_arrays(arrays, definition_, of_kind(manifest, **changes))

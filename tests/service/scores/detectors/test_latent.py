@@ -62,10 +62,10 @@ def test_many_rows_are_held_against_many_codes_a_few_at_a_time(manifest, monkeyp
     random = np.random.RandomState(3)
     detector = Latent.of(random.standard_normal((200, 5)), definition("latent"), manifest)
     rows = coded(random.standard_normal((40, 5)))
-    whole, held, kept = detector.score(rows), [], NearestNeighbours._candidates
-    monkeypatch.setattr(neighbours, "MAX_DISTANCES", 3 * 256)
+    whole, held, kept = detector.score(rows), [], NearestNeighbours._are_candidates
+    monkeypatch.setattr(neighbours, "MAX_DISTANCES", 3 * 320)
     monkeypatch.setattr(
-        NearestNeighbours, "_candidates", lambda self, apart: held.append(len(apart)) or kept(self, apart)
+        NearestNeighbours, "_are_candidates", lambda self, apart: held.append(len(apart)) or kept(self, apart)
     )
     assert np.array_equal(detector.score(rows), whole)
     assert max(held) == 3

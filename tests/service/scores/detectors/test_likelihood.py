@@ -77,7 +77,7 @@ def test_a_level_s_best_is_its_95_percent_quantile_channel_by_channel(manifest):
         preprocessing={"mode": "RGB", "height": 4, "width": 4},
         signature={"shape": [3, 4, 4], "latent_dim": 5, "noise_dim": 5},
     )
-    best = Debiased.fit(in_parts(simulated(x, distortion=places)), definition("debiased"), of_colours).arrays["best"]
+    best = Debiased.fit(in_parts(simulated(x, distortion=places)), definition("debiased"), of_colours).best
     for channel in range(3):
         for level in (0, 51, 255):
             chosen = -places[:, channel][np.rint(x[:, channel] * 255) == level]

@@ -12,11 +12,8 @@ from service.bundle.files import open_bundle
 from service.bundle.manifest import DETECTORS, FITTED
 from service.errors import BundleFormatError
 from service.inference.model import Model
-from service.scores.detectors import (
-    CLASSES,
-    detector_arrays,
-    load_detectors,
-)
+from service.scores.detectors import CLASSES, detector_arrays, load_detectors, to_arrays
+from service.scores.maps.anomaly_map import load_map, map_arrays
 from tests.service.fitted_bundles import FAMILIES, fit, npz, rewrite
 
 
@@ -46,6 +43,17 @@ def test_what_was_fitted_loads(fitted, tmp_path):
         "whitening",
         "skewness",
     }
+
+
+def test_what_was_read_is_written_again_key_by_key(fitted):
+    bundle = open_bundle(fitted["path"])
+    arrays = detector_arrays(bundle)
+    detectors, anomaly_map = load_detectors(bundle.manifest, arrays), load_map(bundle.manifest, arrays)
+    written = to_arrays(detectors) | map_arrays(anomaly_map.parameters)
+    assert sorted(written) == sorted(arrays)
+    for key, array in arrays.items():
+        assert written[key].dtype == array.dtype, key
+        np.testing.assert_array_equal(written[key], array, key)
 
 
 @pytest.mark.parametrize("score", ["typicality", "complexity", "debiased", "path", "latent", "residual", "combined"])

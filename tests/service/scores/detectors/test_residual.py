@@ -56,7 +56,7 @@ def test_a_number_of_a_table_that_never_changed_is_in_thousandths_of_its_size(ta
     rows = np.random.RandomState(0).standard_normal((60, 1, 1, 4))
     rows[..., 2] = constant
     measured = tabled(rows, 1)
-    scale = Residual.fit([measured], definition("residual"), table).arrays["scale"]
+    scale = Residual.fit([measured], definition("residual"), table).scale
     assert scale[0, 0, 2] == pytest.approx(1e-3 * (constant or 1), rel=1e-5)
     assert scale[0, 0, 0] == pytest.approx(np.sqrt(2) * 0.1 * rows[..., 0].std(), rel=0.3)
 
@@ -65,6 +65,6 @@ def test_the_channels_of_a_signal_have_units_of_their_own(tmp_path):
     signals = open_bundle(FAMILIES["signals"].write(tmp_path)).manifest
     rows = np.random.RandomState(0).standard_normal((60, 2, 1, 6)) * np.array([1.0, 1e3])[:, None, None]
     rows[:, :, 0, 3] = 0  # a step that never changes takes its channel's deviation
-    scale = Residual.fit([tabled(rows, 1)], definition("residual"), signals).arrays["scale"]
+    scale = Residual.fit([tabled(rows, 1)], definition("residual"), signals).scale
     assert np.allclose(scale[1] / scale[0], 1e3, rtol=0.5)
     assert (scale[:, 0, 3] > 0.05 * np.array([1.0, 1e3])).all()

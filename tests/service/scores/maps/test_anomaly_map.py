@@ -19,7 +19,7 @@ from service.formats.rendering import encode_heat_maps, encode_overlays
 from service.inference.model import Model
 from service.inference.tiled import TiledModel
 from service.pixels import unit_levels
-from service.scores.detectors import Combination, detector_arrays
+from service.scores.detectors import detector_arrays
 from service.scores.fitting import fit_map
 from service.scores.maps.anomaly_map import (
     LAST_COLOUR,
@@ -29,10 +29,11 @@ from service.scores.maps.anomaly_map import (
     UNIT,
     AnomalyMap,
     MapInputs,
+    MapParameters,
     load_map,
     map_arrays,
 )
-from service.scores.maps.averages import MAX_PLACES, smoothed
+from service.scores.maps.averages import LONGEST_PRODUCT, smoothed
 from service.scores.maps.textures import NARROW, WIDE, ExpectedEnergy
 from tests.ppca_bundle import images, write_ppca_bundle
 from tests.service.fitted import N_FIT, write_fitted
@@ -93,7 +94,7 @@ def with_spot(x, y, column):
 
 
 @pytest.mark.parametrize("sigma", [0.8, SIGMA, 4.0])
-@pytest.mark.parametrize("shape", [(8, 8), (3, 40, 33), (12, 1), (1, MAX_PLACES + 1)])
+@pytest.mark.parametrize("shape", [(8, 8), (3, 40, 33), (12, 1), (1, LONGEST_PRODUCT + 1)])
 def test_averages_are_scipys(sigma, shape):
     values = np.random.RandomState(0).standard_normal(shape)
     radius = int(np.ceil(3 * sigma))
@@ -109,7 +110,7 @@ def test_without_a_sigma_values_stay_as_they_are():
 
 def test_the_map_is_the_two_tails_joined(fitted):
     """By the formulas of the module, with scipy's filter, of a model that sees nothing but a fixed mean."""
-    found, arrays = fitted.anomaly_map, fitted.anomaly_map.arrays
+    found, arrays = fitted.anomaly_map, fitted.anomaly_map.parameters.arrays
     random = np.random.RandomState(1)
     x, mean, distortion = (random.random_sample((2, 1, 8, 8)).astype(np.float32) for _ in range(3))
     inputs = MapInputs(x, mean, distortion)
@@ -119,7 +120,7 @@ def test_the_map_is_the_two_tails_joined(fitted):
         sigma = SIGMA * wider
         return gaussian_filter(a, sigma, mode="reflect", radius=int(np.ceil(3 * sigma)))
 
-    tail = Combination({k.removeprefix("tail."): v for k, v in arrays.items() if k.startswith("tail.")}, 2)
+    tails = found.parameters.tails
     unit = np.sqrt((arrays["scale"].astype(float) ** 2).mean())
     for i in range(2):
         e = (x[i, 0].astype(float) - mean[i, 0] - arrays["mean"][0]) / arrays["scale"][0]
@@ -137,7 +138,7 @@ def test_the_map_is_the_two_tails_joined(fitted):
         line, width = (arrays[f"texture.{name}"] for name in ("energy", "spread"))
         quadratic = [weights[0] + t @ weights[1:5] + t**2 @ weights[5:] for weights in (line, width)]
         excess = (energy - quadratic[0]) / np.maximum(quadratic[1], arrays["texture.least"])
-        joined = tail.score([excess[None], blurred(distortion[i, 0].astype(float))[None]])[0]
+        joined = tails[0].surprisal(excess) + tails[1].surprisal(blurred(distortion[i, 0].astype(float)))
         expected = (joined - arrays["location"]) / arrays["deviation"]
         np.testing.assert_allclose(values[i], expected, rtol=1e-5, atol=1e-5)
         highest = np.sort(expected.ravel())[-2:]  # 2.5% of 64 places
@@ -196,7 +197,7 @@ def large(tmp_path_factory, runtime):
     """A model of all nine waves at 16×16 pixels, which leaves noise over, and its map."""
     path, _ = write_ppca_bundle(tmp_path_factory.mktemp("large"), shape=LARGE, latent_dim=9)
     model = Model.load(open_bundle(path), runtime)
-    return model, fit_map(model, images(N_FIT, LARGE, seed=1))
+    return model, AnomalyMap(fit_map(model, images(N_FIT, LARGE, seed=1)))
 
 
 @pytest.mark.parametrize(("y", "x"), [(0, 0), (6, 7), (13, 13), (3, 11)])
@@ -215,8 +216,8 @@ def test_a_defect_s_place_is_the_highest_and_has_the_last_colour(large, y, x):
 def test_the_scale_is_the_inliers_and_holds_for_new_ones(fitted):
     maps = fitted.score(images(400, seed=78), maps=True).map
     scale = fitted.anomaly_map.scale("anomaly")
-    assert scale.low == fitted.anomaly_map.arrays["quantiles"][QUANTILES.index(0.5)]
-    assert scale.high == fitted.anomaly_map.arrays["largest"][QUANTILES.index(0.9)]
+    assert scale.low == fitted.anomaly_map.parameters.quantiles[QUANTILES.index(0.5)]
+    assert scale.high == fitted.anomaly_map.parameters.largest[QUANTILES.index(0.9)]
     assert (maps < scale.low).mean() == pytest.approx(0.5, abs=0.12)
     assert (maps.max(axis=(1, 2)) <= scale.high).mean() == pytest.approx(LAST_COLOUR, abs=0.08)
     distortion = fitted.score(
@@ -236,7 +237,7 @@ def test_the_distortion_map_sums_to_the_distortion(fitted):
 @pytest.fixture(scope="module")
 def table(root, runtime):
     plain = Model.load(open_bundle(root / "table" / "1"), runtime)
-    return plain, fit_map(plain, draw(TABLE, 400, seed=5))
+    return plain, AnomalyMap(fit_map(plain, draw(TABLE, 400, seed=5)))
 
 
 @pytest.mark.parametrize("feature", range(4))
@@ -274,9 +275,9 @@ def test_a_vector_s_places_are_no_neighbours_and_have_units_of_their_own(table, 
     ],
 )
 def test_bad_arrays_are_refused(fitted, name, array):
-    arrays = {key: value for key, value in fitted.anomaly_map.arrays.items() if key != name}
+    arrays = {key: value for key, value in fitted.anomaly_map.parameters.arrays.items() if key != name}
     with pytest.raises(BundleFormatError):
-        AnomalyMap(arrays | ({} if array is None else {name: array}), fitted.manifest)
+        MapParameters.from_arrays(arrays | ({} if array is None else {name: array}), fitted.manifest)
 
 
 def test_reserved_arrays_that_nobody_knows_are_refused(fitted, tmp_path):
@@ -287,7 +288,7 @@ def test_reserved_arrays_that_nobody_knows_are_refused(fitted, tmp_path):
 
 
 def test_it_is_the_same_from_its_arrays(fitted, model):
-    again = fit_map(model, images(N_FIT, seed=1))
+    again = AnomalyMap(fit_map(model, images(N_FIT, seed=1)))
     assert np.array_equal(again.values(model.map_inputs(X)), fitted.anomaly_map.values(fitted.map_inputs(X)))
 
 
@@ -295,9 +296,9 @@ def test_a_fit_to_too_little_is_refused(model):
     with pytest.raises(InvalidInput, match="at least"):
         fit_map(model, images(5))
     with pytest.raises(InvalidInput, match="halves"):
-        AnomalyMap.fit([], [model.map_inputs(X)], model.manifest)
+        MapParameters.fit([], [model.map_inputs(X)], model.manifest)
     with pytest.raises(InvalidInput, match="halves"):
-        AnomalyMap.fit([model.map_inputs(X)], [], model.manifest)
+        MapParameters.fit([model.map_inputs(X)], [], model.manifest)
 
 
 def test_an_answer_says_which_map_it_holds(client, fitted):

@@ -41,7 +41,7 @@ def test_no_spread_is_less_than_a_fifth_of_the_mean_one():
     measured = np.zeros((1, TEXTURES, 1, 4000))
     measured[0, 0, 0] = texture
     fitted = ExpectedEnergy.fit(energies[None, None], measured)
-    assert fitted.arrays["least"] == pytest.approx(0.2 * 0.5, rel=0.05)
+    assert fitted.least == pytest.approx(0.2 * 0.5, rel=0.05)
     excess = fitted.excess(np.full((1, 1, 4000), 3.0), measured)[0, 0]
     assert excess[0] == pytest.approx(3 / 0.1, rel=0.05)
     assert excess[-1] == pytest.approx(3 / 1.0, rel=0.05)

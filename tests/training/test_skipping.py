@@ -12,8 +12,10 @@ from training.config import load_config
 from training.data import load_dataset
 from training.errors import CheckpointError, TrainingDiverged
 from training.fitting.checkpoint import FILE, load_checkpoint, save_checkpoint
-from training.fitting.fit import MAX_SKIPPED_IN_A_ROW, Trainer, fit, make_fabric
-from training.fitting.guard import OUTLIER, RECENT, is_sane, remember
+from training.fitting.devices import make_fabric
+from training.fitting.fit import ModelTraining, fit
+from training.fitting.skipping import MAX_SKIPPED_IN_A_ROW, OUTLIER, RECENT, is_sane, remember
+from training.fitting.trainer import Trainer
 
 
 def config_with(*overrides):
@@ -46,14 +48,14 @@ def test_an_outlier_is_skipped_and_moves_the_measure_little():
 
 
 @pytest.mark.parametrize(("norm", "taken"), [(2999.0, True), (3000.0, True), (3001.0, False)])
-def test_thirty_times_the_median_is_taken_and_more_is_skipped(digits, tmp_path, norm, taken):
+def test_thirty_times_the_median_is_taken_and_more_is_skipped(digits, norm, taken):
     """Of norms 50, 100 and 200 the median is 100; the weights move if, and only if, the step is taken."""
     config = config_with()
-    trainer = Trainer(config, digits, tmp_path, make_fabric(config))
+    trainer = Trainer(config, digits, make_fabric(config))
     trainer.training_step(digits.pixels(digits.splits["train"][:64]))  # leaves gradients behind
     trainer.state.recent_norms = [50.0, 100.0, 200.0] * 8
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer._update(norm)
+    trainer.update(norm)
     moved = [name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])]
     assert bool(moved) == taken
     assert trainer.state.skipped == (not taken)
@@ -89,14 +91,14 @@ def test_a_configured_limit_holds_from_the_first_step():
 
 def skipping_at(monkeypatch, outliers, die_at=None):
     """Multiply the gradient of the steps in ``outliers`` by 1e6; die at the beginning of step ``die_at``."""
-    update = Trainer._update
+    update = Trainer.update
 
     def scaled(trainer, norm):
         if trainer.state.step == die_at:
             raise Killed
         return update(trainer, norm * 1e6 if trainer.state.step in outliers else norm)
 
-    monkeypatch.setattr(Trainer, "_update", scaled)
+    monkeypatch.setattr(Trainer, "update", scaled)
 
 
 @pytest.mark.integration
@@ -135,25 +137,25 @@ def test_photographs_on_white_ground_train_on(tmp_path):
     assert fitted.state.skipped <= 3
 
 
-def test_gradients_that_are_not_finite_end_the_run_with_a_remedy(digits, tmp_path):
+def test_gradients_that_are_not_finite_end_the_run_with_a_remedy(digits):
     config = config_with()
-    trainer = Trainer(config, digits, tmp_path, make_fabric(config))
+    trainer = Trainer(config, digits, make_fabric(config))
     for _ in range(99):
-        trainer._update(math.nan)
+        trainer.update(math.nan)
     with pytest.raises(TrainingDiverged, match=r"nan; lower optimiser\.learning_rate$"):
-        trainer._update(math.nan)
+        trainer.update(math.nan)
 
 
 def test_a_checkpoint_from_when_the_limit_was_a_default_goes_on(digits, tmp_path):
     config = config_with("optimiser.skip_above=2000.0")
-    trainer = Trainer(config, digits, tmp_path, make_fabric(config))
-    trainer.save()
+    training = ModelTraining(config, digits, tmp_path, make_fabric(config))
+    training.save()
     content = torch.load(tmp_path / FILE, weights_only=True)
     del content["state"]["recent_norms"]
     torch.save(content, tmp_path / FILE)
-    now = Trainer(config_with(), digits, tmp_path, make_fabric(config))
-    assert now.resume()
-    assert asdict(now.state) == asdict(trainer.state)
+    now = ModelTraining(config_with(), digits, tmp_path, make_fabric(config))
+    assert now.resumed
+    assert asdict(now.state) == asdict(training.state)
     assert load_checkpoint(tmp_path, config)  # as its own config.json has it
     save_checkpoint(tmp_path, config_with("optimiser.skip_above=7.0"), {"best": {}})
     with pytest.raises(CheckpointError, match=r"skip_above: 7\.0 -> None"):

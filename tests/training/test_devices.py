@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.config import load_config
-from training.fitting.threads import chosen, set_threads
+from training.fitting.devices import chosen, set_threads
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_one_thread_for_small_steps_and_half_of_the_cores_for_large_ones(overrid
 
 
 def test_run_threads_goes_over_the_variable_and_that_over_the_choice(monkeypatch, restored):
-    monkeypatch.setattr("training.fitting.threads.available_cpus", lambda: 8)
+    monkeypatch.setattr("training.fitting.devices.available_cpus", lambda: 8)
     convolutions = "model.network.kind=conv"
     torch.set_num_threads(3)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # which torch followed when it was loaded

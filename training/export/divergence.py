@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
 from training.config import Config
-from training.data.batches import derived_seed
 from training.data.dataset import Dataset
 from training.errors import ModelDiverged
 from training.evaluation.best_constant import best_constant
 from training.evaluation.evaluate import bounds
-from training.fitting.fit import start
-from training.fitting.objectives import annealed_beta
+from training.fitting.schedule import annealed_beta
+from training.fitting.trainer import initial_model
 from training.models.base import LatentVariableModel
-from training.models.registry import build_model
+from training.runs import Run
 
 ROWS = 500  # of the validation split, at most
 NOISE = 5.0  # nats: a bound by one sampled z differs by so many from the next one
-A_PLACE = 0.1  # nats a number of x
+A_NUMBER = 0.1  # nats a number of x
 OF_AN_ERROR = 0.1  # of an error, which has no fixed unit: a tenth of it,
 LEAST_ERROR = 1e-3  # and so much a number of x, lest rounding counts where nothing varies
 DEVIATIONS = 4.0  # standard errors by which the mean has to be worse: few odd rows are no divergence
@@ -57,7 +54,7 @@ def standing(model: LatentVariableModel, dataset: Dataset, config: Config, epoch
     slack = slack_of(model, constant) + config.objective.free_bits * model.latent_dim
     untrained, diverged = None, is_worse(found, constant, slack)
     if diverged and not model.closed_form:
-        before = objective_by_row(untrained_model(config, dataset), dataset, rows, config, beta)
+        before = objective_by_row(initial_model(config, dataset).eval(), dataset, rows, config, beta)
         untrained, diverged = float(before.mean()), is_worse(found, before, slack)
     return Standing(float(found.mean()), float(constant.mean()), untrained, model.likelihood.unit_of_error, diverged)
 
@@ -72,20 +69,12 @@ def objective_by_row(
     return found.iwae + (max(0.0, 1 - beta) * found.rate if model.evidence == "bound" else 0.0)
 
 
-def untrained_model(config: Config, dataset: Dataset) -> LatentVariableModel:
-    """The model before its first step."""
-    torch.manual_seed(derived_seed(config.seed, "weights"))
-    model = build_model(dataset.preprocessing, config.model)
-    start(model, dataset)
-    return model.eval()
-
-
 def slack_of(model: LatentVariableModel, constant: np.ndarray) -> float:
     """What a model may be worse by: more than chance, and far less than what a training that diverges loses."""
     numbers = math.prod(model.shape)
     if model.evidence == "none":
         return OF_AN_ERROR * float(np.abs(constant).mean()) + LEAST_ERROR * numbers
-    return NOISE + A_PLACE * numbers
+    return NOISE + A_NUMBER * numbers
 
 
 def is_worse(found: np.ndarray, other: np.ndarray, slack: float) -> bool:
@@ -98,14 +87,14 @@ def is_worse(found: np.ndarray, other: np.ndarray, slack: float) -> bool:
         return not (most >= -slack and float(np.median(gain)) >= -slack)
 
 
-def refuse_diverged(model: LatentVariableModel, dataset: Dataset, config: Config, checkpoint: dict[str, Any]) -> None:
-    """Raises ModelDiverged: the model of that checkpoint's best weights has diverged."""
-    epoch, history = checkpoint["state"]["best_epoch"], checkpoint["history"]
+def refuse_diverged(run: Run) -> None:
+    """Raises ModelDiverged: the run's model has diverged, or no validation gave a finite bound."""
+    epoch, history = run.checkpoint["state"]["best_epoch"], run.checkpoint["history"]
     if history and not epoch:
-        raise ModelDiverged(f"the training has diverged: no validation gave a finite bound; {_advice(model, config)}")
-    found = standing(model, dataset, config, epoch)
+        raise ModelDiverged(f"the training has diverged: no validation gave a finite bound; {_advice(run)}")
+    found = standing(run.model, run.dataset, run.config, epoch)
     if found.diverged:
-        raise ModelDiverged(f"the training has diverged: {_in_words(found)}; {_advice(model, config)}")
+        raise ModelDiverged(f"the training has diverged: {_in_words(found)}; {_advice(run)}")
 
 
 def _in_words(found: Standing) -> str:
@@ -120,8 +109,8 @@ def _in_words(found: Standing) -> str:
     )
 
 
-def _advice(model: LatentVariableModel, config: Config) -> str:
+def _advice(run: Run) -> str:
     better = "train on more rows, or fit fewer parameters"
-    if not model.closed_form:
-        better = f"lower optimiser.learning_rate ({config.optimiser.learning_rate:g} here) and train again"
+    if not run.model.closed_form:
+        better = f"lower optimiser.learning_rate ({run.config.optimiser.learning_rate:g} here) and train again"
     return f"{better}, or publish it all the same with --publish-anyway"

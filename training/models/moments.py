@@ -1,17 +1,14 @@
-"""Moments of the training split in one pass over it, and the decompositions that the linear models share: float64."""
+"""Moments of targets in one pass over their batches, and the decompositions that the linear models share: float64."""
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.batches import pixel_batches
-from training.data.dataset import Dataset
 from training.errors import DataError
 from training.models.likelihoods import Likelihood
 
@@ -49,21 +46,30 @@ def moments_of(batches: Iterable[Tensor]) -> Moments:
     return Moments(count, mean, scatter / count)
 
 
+def first_rows(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The first ``count`` rows of those batches, or all where there are fewer."""
+    for batch in batches:
+        if count <= 0:
+            return
+        yield batch[:count]
+        count -= len(batch)
+
+
 def target_batches(
-    dataset: Dataset, likelihood: Likelihood, indices: np.ndarray, generator: torch.Generator | None = None
+    batches: Iterable[Tensor], likelihood: Likelihood, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
-    """Targets of the rows at ``indices``, flat: float32 [≤1000,D].
+    """Flat targets, float32 [B,D], of batches of values [B,C,H,W].
 
     Where the likelihood dithers, the dither is drawn from ``generator``, or is at its mean ½ without one.
     """
-    for x in pixel_batches(dataset, [indices[i : i + 1000] for i in range(0, len(indices), 1000)]):
+    for x in batches:
         dither = torch.full_like(x, 0.5) if generator is None else torch.rand(x.shape, generator=generator)
         yield likelihood.target(x, dither if likelihood.dither else None).flatten(1)
 
 
-def target_moments(dataset: Dataset, likelihood: Likelihood) -> Moments:
-    """Moments of the training split's targets; what the dither of dequantisation adds is added as its expectation."""
-    found = moments_of(target_batches(dataset, likelihood, dataset.splits["train"]))
+def target_moments(batches: Iterable[Tensor], likelihood: Likelihood) -> Moments:
+    """Moments of the targets of those values; what the dither of dequantisation adds is added as its expectation."""
+    found = moments_of(target_batches(batches, likelihood))
     if not likelihood.dither:
         return found
     return Moments(found.count, found.mean, found.covariance + DITHER_VARIANCE * torch.eye(len(found.mean)))
@@ -80,17 +86,21 @@ class Axes:
     axes: Tensor
 
 
-def target_axes(dataset: Dataset, likelihood: Likelihood) -> Axes:
-    """Principal axes of the training split's targets; the dither enters as in ``target_moments``.
+def target_axes(batches: Iterable[Tensor], count: int, likelihood: Likelihood) -> Axes:
+    """Principal axes of the targets of ``count`` rows; the dither enters as in ``target_moments``.
 
     Of N rows of more than N numbers they come from the rows themselves, in N·D memory: the covariance of a backbone's
-    map is D×D, 20 GB of float64 where D is 50,000.
+    map is D×D, 20 GB of float64 where D is 50,000. Raises DataError: no rows.
     """
-    indices = dataset.splits["train"]
-    if len(indices) >= math.prod(dataset.preprocessing.shape):
-        found = target_moments(dataset, likelihood)
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise DataError("the training split holds no rows, at least one expected")
+    batches = itertools.chain([first], batches)
+    if count >= first[0].numel():
+        found = target_moments(batches, likelihood)
         return Axes(found.count, found.mean, *principal_axes(found.covariance))
-    rows = torch.cat(list(target_batches(dataset, likelihood, indices))).double()
+    rows = torch.cat(list(target_batches(batches, likelihood))).double()
     mean = rows.mean(0)
     _, lengths, axes = torch.linalg.svd(rows - mean, full_matrices=False)
     variances = torch.zeros_like(mean)
