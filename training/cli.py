@@ -22,7 +22,7 @@ from training.errors import TrainingError
 
 if TYPE_CHECKING:
     from training.config import Config
-    from training.runs import Launch
+    from training.runs import Launch, Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,7 +86,7 @@ def fit(
 ) -> None:
     """Train a model and publish it: fit, evaluate, export, calibrate, report, publish. Goes on where it was stopped."""
     with _errors_in_words():
-        from training.pipeline import all_stages, fit_stage
+        from training.console import all_stages, fit_stage
         from training.runs import default_name
 
         before = _backbone(backbone, backbone_output, backbone_normalise)
@@ -177,40 +177,36 @@ def evaluate(
 ) -> None:
     """Measure the averaged weights on the test split; writes RUN/metrics.json."""
     with _errors_in_words():
-        from training.pipeline import evaluate_stage
-        from training.runs import Run
+        from training.console import evaluate_stage
 
-        evaluate_stage(Run.open(run), console, k=k, images=images, gaps=gaps, precision=precision)
+        evaluate_stage(_opened(run), console, k=k, images=images, gaps=gaps, precision=precision)
 
 
 @app.command()
 def export(run: RunArgument) -> None:
     """Write the bundle, uncalibrated, to RUN/bundle, verified against torch."""
     with _errors_in_words():
-        from training.pipeline import export_stage
-        from training.runs import Run
+        from training.console import export_stage
 
-        export_stage(Run.open(run), console)
+        export_stage(_opened(run), console)
 
 
 @app.command()
 def calibrate(run: RunArgument) -> None:
     """Add the scores of held-out images to the bundle in RUN/bundle."""
     with _errors_in_words():
-        from training.pipeline import calibrate_stage
-        from training.runs import Run
+        from training.console import calibrate_stage
 
-        calibrate_stage(Run.open(run), console)
+        calibrate_stage(_opened(run), console)
 
 
 @app.command()
 def report(run: RunArgument) -> None:
     """Draw the figures and RUN/report/report.html."""
     with _errors_in_words():
-        from training.pipeline import report_stage
-        from training.runs import Run
+        from training.console import report_stage
 
-        report_stage(Run.open(run), console)
+        report_stage(_opened(run), console)
 
 
 @app.command()
@@ -222,10 +218,9 @@ def publish(
 ) -> None:
     """Write the calibrated bundle with its card to DIR/NAME/VERSION."""
     with _errors_in_words():
-        from training.pipeline import publish_stage
-        from training.runs import Run
+        from training.console import publish_stage
 
-        _show_served(publish_stage(Run.open(run), to, console, version, publish_anyway), to)
+        _show_served(publish_stage(_opened(run), to, console, version, publish_anyway), to)
 
 
 @app.command()
@@ -260,6 +255,14 @@ def list_presets() -> None:
     width = max(map(len, presets()))
     for name in presets():
         typer.echo(f"{name:{width}}  {summary_of(name)}")
+
+
+def _opened(folder: Path) -> Run:
+    """The run in that folder, which shows on standard error how far the reading of its data has come."""
+    from training.progress import ConsoleTrack
+    from training.runs import Run
+
+    return Run.open(folder, ConsoleTrack(console))
 
 
 def _show_served(bundle: Path, root: Path) -> None:

@@ -21,11 +21,11 @@ from rich.console import Console
 from service.inference.model import Model
 from service.inference.sessions import Runtime
 from training.config import load_config, presets
+from training.console import evaluate_stage, export_stage, fit_stage, say
 from training.data.batches import to_unit
 from training.errors import ConfigError, ExportError
 from training.export.staging import open_staged
 from training.models.base import LatentVariableModel
-from training.pipeline import evaluate_stage, export_stage, fit_stage, say
 from training.reporting import figures
 from training.reporting.card import duration
 from training.runs import CONFIG, Launch, Run, default_name, write_text

@@ -17,9 +17,9 @@ from training import compare as module
 from training.cli import app
 from training.compare import FIGURE, SHEET, TABLE, Row, compare, parameters, rate_distortion, resolve, sheet, table
 from training.config import load_config, presets
+from training.console import evaluate_stage
 from training.errors import ConfigError
 from training.models.registry import build_model
-from training.pipeline import evaluate_stage
 
 SMALL = {"kind": "mlp", "hidden": [8]}
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from tests.training.solved import dataset_of
 from training.compare import resolve
 from training.config import Config, chosen_keys, load_config
+from training.console import fit_stage
 from training.errors import CheckpointError, ConfigError, DataError
 from training.fitting.data_defaults import LEAST, STEPS, adapted, check_dimension, most_axes, varying
-from training.pipeline import fit_stage
 from training.runs import Launch, Run
 
 BATCH, DIMENSION = "optimiser.batch_size", "model.latent_dim"

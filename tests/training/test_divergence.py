@@ -15,6 +15,7 @@ from tests.training.shared import CASES, copied
 from tests.training.solved import dataset_of, solved
 from training.cli import app
 from training.config import Config, LikelihoodConfig
+from training.console import all_stages, publish_stage
 from training.distributions import DiscretisedLogistic
 from training.errors import ModelDiverged
 from training.evaluation.best_constant import CONSTANTS, best_constant
@@ -23,7 +24,6 @@ from training.export.staging import open_staged
 from training.fitting.checkpoint import load_checkpoint, save_checkpoint
 from training.fitting.trainer import State, initial_model
 from training.models.likelihoods import LIKELIHOODS, build_likelihood
-from training.pipeline import all_stages, publish_stage
 from training.reporting import figures
 from training.reporting.report import draw
 from training.runs import SCORES, Run

@@ -19,6 +19,7 @@ from training.data.rows import refuse_options
 from training.data.source import Source, load_source
 from training.data.tables import Table, open_table
 from training.errors import DataFormatError, DataNotFound
+from training.progress import Track, untracked
 
 NAMED: dict[str, Callable[[DataConfig], Source]] = {
     "digits": open_digits,
@@ -39,14 +40,14 @@ FORMS = "a folder of images, or an .npy, .npz, .csv or .parquet file"
 TABLE_OPTIONS = ("keep", "drop", "label")
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig, track: Track = untracked) -> Dataset:
     """Find (or download), read, check and split the rows that ``config`` names.
 
     Raises a DataError that says what was expected: nothing there, bytes that are not their format's, rows refused,
     too few of them left.
     """
     source = _open(config)
-    return load_source(source, config) if config.tile is None else load_crops(source, config)
+    return (load_source if config.tile is None else load_crops)(source, config, track)
 
 
 def kind_of(config: DataConfig) -> Literal["image", "vector", "signal"]:

@@ -22,6 +22,7 @@ from training.distributions import Normal
 from training.evaluation.aggregate import moments, prior_moments
 from training.export.staging import open_staged
 from training.models.base import LatentVariableModel
+from training.progress import Track, untracked
 from training.reporting import curves, figures
 from training.runs import SCORES, Run, write_text
 
@@ -42,10 +43,14 @@ td { border-top: 1px solid #ddd; } .number, th.number { text-align: right; font-
 """
 
 
-def report(run: Run) -> Path:
+def report(run: Run, track: Track = untracked) -> Path:
     """Write runs/NAME/report/*.png and report.html; its path. Raises ExportError without a calibrated bundle."""
     bundle = open_staged(run, calibrated=True)
-    images = {name: figures.png(figure) for name, figure in draw(run, bundle.manifest).items()}
+    drawn, images = draw(run, bundle.manifest), {}
+    with track("report", len(drawn), "figures") as advance:
+        for name, figure in drawn.items():
+            images[name] = figures.png(figure)
+            advance(1)
     folder = run.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
