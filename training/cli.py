@@ -153,7 +153,8 @@ def _configure(
 def _preset_for(source: str, overrides: list[str]) -> str | None:
     """The preset of the data's own name; ``images``, ``vectors`` or ``signals`` for a user's own data; or none."""
     from training.config import load_config, parse_override, presets
-    from training.data.load import NAMED, kind_of
+    from training.data.load import kind_of
+    from training.data.named import NAMED
 
     if source in NAMED:
         return source if source in presets() else None

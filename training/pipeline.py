@@ -25,7 +25,7 @@ from service.scores.fitting import MIN_ROWS
 from training.config import Config
 from training.data.backbone import settled
 from training.data.folders import cut_off
-from training.data.load import NAMED
+from training.data.named import NAMED
 from training.errors import TrainingError
 from training.evaluation.evaluate import evaluate
 from training.export.calibrate import calibrate, images_to_score, suspects

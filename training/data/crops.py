@@ -15,8 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from training.config import DataConfig
-from training.data.dataset import Dataset, WholeImages, digest, fingerprint
-from training.data.parallel import ordered_map
+from training.data.dataset import Dataset, WholeImages, digest, fingerprint, ordered_map
 from training.data.source import Source, check_usable, drawn, pool_labels, split_rows
 from training.data.splits import number_groups
 from training.errors import DataError

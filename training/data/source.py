@@ -11,8 +11,7 @@ import numpy as np
 
 from service.bundle.input_rules import InputRule
 from training.config import DataConfig
-from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint
-from training.data.parallel import ordered_map
+from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint, ordered_map
 from training.data.splits import number_groups, split, split_with_test
 from training.errors import BadImages, DataError, SplitError
 from training.progress import Track, untracked
