@@ -19,6 +19,7 @@ from training.console import evaluate_stage, export_stage, fit_stage, say
 from training.data.batches import to_unit
 from training.errors import ConfigError, ExportError
 from training.export.staging import open_staged
+from training.fitting.objectives import check_objective
 from training.models.base import LatentVariableModel
 from training.reporting import figures
 from training.reporting.comparison import Row, has_rate_and_distortion, rate_distortion, sheet, table
@@ -68,6 +69,7 @@ def resolve(
     if data and default_name(data) not in name:
         name = f"{name}-{default_name(data)}"
     config = load_config(target, overrides, base | {"name": name})
+    check_objective(config)  # of all, before the first is trained
     return Run(Path("runs") / name, config), Launch(data=data, preset=target, name=name, overrides=list(overrides))
 
 

@@ -38,6 +38,7 @@ from training.fitting.corruption import CorruptionTraining, check_corruption
 from training.fitting.data_defaults import DATA_DEFAULTS, DataDefault, adapted, as_before
 from training.fitting.devices import make_fabric, set_threads
 from training.fitting.fit import Fitted, fit
+from training.fitting.objectives import check_objective
 from training.progress import Track, untracked
 from training.publishing import publish
 from training.reporting.report import report
@@ -123,6 +124,7 @@ def prepare(config: Config, folder: Path, launch: Launch, restart: bool = False,
     Under torchrun the first process prepares folder and data before the others look at them. Raises CheckpointError
     when the folder holds a run of another configuration, DataError, ConfigError.
     """
+    check_objective(config)
     fabric, is_new = make_fabric(config), not folder.exists()
     first = fabric.is_global_zero
     run = Run(folder, settled(config), track if first else untracked)
