@@ -79,8 +79,7 @@ class CorruptionTraining:
             self._restore(content)
 
     def run(self, progress: Callable[[int], None]) -> None:
-        """The steps that are left, of which ``progress`` is told. Raises KeyboardInterrupt."""
-        progress(self.state.step)
+        """The steps that are left; ``progress`` is told of each. Raises KeyboardInterrupt."""
         with Interrupt() as interrupt:
             Loop(self, self.config.run.checkpoint_seconds, interrupt, lambda rows_per_second: progress(1)).run()
 
