@@ -33,8 +33,7 @@ from training.errors import CheckpointError, ConfigError
 from training.fitting.averaging import MovingAverage
 from training.fitting.checkpoint import check_identity, digest_of, read_content, write_content
 from training.fitting.devices import seed_generators
-from training.fitting.interrupts import Interrupt
-from training.fitting.loop import Loop, Progress
+from training.fitting.loop import Interrupt, Loop, Progress
 from training.fitting.painting import Painted, painted
 from training.fitting.schedule import learning_rate, set_learning_rate
 from training.nn.unet import UNet
