@@ -23,7 +23,7 @@ from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
 from service.formats.containers import check_container, check_exif
 from service.formats.plain_png import read_plain_png
-from service.formats.png_rows import has_nonzero_last_row, holds_all_rows
+from service.formats.png_chunks import correct_transparency, has_nonzero_last_row, holds_all_rows
 from service.formats.tiling import check_size
 from service.pixels import unit_levels
 
@@ -170,8 +170,10 @@ def _upright(image: Image.Image) -> Image.Image:
         image.load()
     except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
         raise InvalidInput(f"the {image.format} image is damaged or truncated") from error
-    if image.format == "PNG" and isinstance(source, BytesIO) and not _has_all_rows(image, source):
-        raise InvalidInput("the PNG image is damaged or truncated")
+    if image.format == "PNG" and isinstance(source, BytesIO):
+        if not _has_all_rows(image, source):
+            raise InvalidInput("the PNG image is damaged or truncated")
+        correct_transparency(image, source.getvalue())
     if image.mode == "P" and image.palette is None:
         raise InvalidInput(f"the {image.format} image is damaged: its palette is missing")
     transpose = _transpose_of(image)
