@@ -214,7 +214,7 @@ def to_unit(images: np.ndarray, dtype: DType | None = None, first_row: int = 0) 
     return images.astype(np.float32)
 
 
-def as_images(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def as_images(array: np.ndarray, shape: tuple[int, int, int], is_list: bool = False) -> np.ndarray:
     """Bring images to shape [N,C,h,w] from N×C×h×w, N×h×w×C, C×h×w, h×w×C, and for C = 1 also N×h×w and h×w.
 
     Of several layouts that fit, one that gives the model's own size is taken, else the first of this list; but with
@@ -224,6 +224,7 @@ def as_images(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     Args:
         array: the images.
         shape: (C, H, W) of one image of the model.
+        is_list: the first axis is known to count images; then 3 of them are 3 images.
 
     Raises:
         InvalidInput: the array fits none of the layouts, or has a dimension of 0; the text names the layouts.
@@ -234,7 +235,7 @@ def as_images(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     exact = [view for view in views if view.shape[1:] == shape]
     if exact:
         return np.ascontiguousarray(exact[0])
-    if not views or _is_colour(array, shape[0]) or _is_flattened(array, views[0], shape):
+    if not views or _is_colour(array, shape[0], is_list) or _is_flattened(array, views[0], shape):
         raise InvalidInput(f"images have shape {array.shape}: {_expected_layouts(array, shape)}")
     return np.ascontiguousarray(views[0])
 
@@ -255,11 +256,11 @@ def _layouts(array: np.ndarray, channels: int) -> list[np.ndarray]:
     return ([array[None]] if sides[0] == channels else []) + channels_last
 
 
-def _is_colour(array: np.ndarray, channels: int) -> bool:
+def _is_colour(array: np.ndarray, channels: int, is_list: bool) -> bool:
     """True if an array for a model of grey images may be one of several channels instead, or is."""
     if channels > 1 or array.ndim != 3:
         return False
-    return array.shape[0] == 3 or (min(array.shape[:2]) > 4 and array.shape[2] in (2, 3, 4))
+    return (array.shape[0] == 3 and not is_list) or (min(array.shape[:2]) > 4 and array.shape[2] in (2, 3, 4))
 
 
 def _is_flattened(array: np.ndarray, images: np.ndarray, shape: tuple[int, int, int]) -> bool:

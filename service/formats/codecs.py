@@ -114,7 +114,7 @@ class Reader:
             )
 
     def _read_array(self, array: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> np.ndarray:
-        images = as_images(array, self.preprocessing.shape)
+        images = as_images(array, self.preprocessing.shape, is_list=dtype is not None)  # dtype is JSON's
         self._check_count(first_row + len(images))
         if images.dtype != np.uint8:
             unit = to_unit(images, dtype, first_row)
