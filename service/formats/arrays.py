@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 
 from service.errors import InvalidInput, LimitExceeded
+from service.formats.containers import advise
 from service.pixels import unit_levels
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -72,7 +73,7 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """
     version = tuple(data[6:8])
     if not data.startswith(NPY_MAGIC) or len(version) < 2:
-        raise InvalidInput("no npy file: it does not begin as one")
+        raise InvalidInput(f"no npy file: it does not begin as one{advise(data)}")
     if version not in _SIZE_BYTES:
         raise InvalidInput(f"the npy file has format version {version[0]}.{version[1]}: 1.0 or 2.0 expected")
     start = 8 + _SIZE_BYTES[version]
@@ -128,7 +129,7 @@ def parse_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidInput(f"the body is no JSON: {str(error)[:100]}") from error
+        raise InvalidInput(f"the body is no JSON: {str(error)[:100]}{advise(body)}") from error
 
 
 def may_hold_booleans(body: bytes) -> bool:

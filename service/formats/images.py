@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
-from service.formats.containers import check_container, check_exif
+from service.formats.containers import advise, check_container, check_exif
 from service.formats.plain_png import read_plain_png
 from service.formats.png_chunks import correct_transparency, has_nonzero_last_row, holds_all_rows
 from service.formats.tiling import check_size
@@ -122,7 +122,7 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image claims too many pixels: at most {limits.max_pixels} expected") from error
     except (UnidentifiedImageError, *DECODER_ERRORS) as error:
-        raise InvalidInput("no image: a PNG, JPEG or WebP file was expected") from error
+        raise InvalidInput(f"no image: a PNG, JPEG or WebP file was expected{advise(data)}") from error
     width, height = image.size
     if width * height > limits.max_pixels:
         raise PayloadTooLarge(f"the image is {width}×{height}: at most {limits.max_pixels} pixels expected")
