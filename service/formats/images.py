@@ -64,6 +64,15 @@ class ImageLimits:
     max_pixels: int
 
 
+OWN_FILES = ImageLimits(max_bytes=256 * 2**20, max_pixels=150_000_000)
+"""Limits on a user's own files, in training, scoring and calibrating alike: above what cameras make."""
+
+
+def own_file_limits(max_bytes: int, max_pixels: int) -> ImageLimits:
+    """Return OWN_FILES, or where they are larger the limits that the settings have for images of requests."""
+    return ImageLimits(max(OWN_FILES.max_bytes, max_bytes), max(OWN_FILES.max_pixels, max_pixels))
+
+
 def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits, strict: bool = False) -> np.ndarray:
     """Decode the bytes of a PNG, JPEG or WebP into levels of the bundle's size, uint8 [C,H,W].
 
