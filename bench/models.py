@@ -120,7 +120,7 @@ def _made_by(root: Path) -> dict[str, object] | None:
 def _make(name: str, spec: Spec, images: int, root: Path, console: Console) -> Bundle:
     """Fit, evaluate, export and calibrate one model; its bundle is moved to root/NAME/1."""
     from training.config import load_config  # torch is imported only where a model is made
-    from training.pipeline import calibrate_stage, evaluate_stage, export_stage, fit_stage
+    from training.console import calibrate_stage, evaluate_stage, export_stage, fit_stage
     from training.runs import Launch
 
     shape, overrides = spec

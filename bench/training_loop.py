@@ -41,8 +41,7 @@ from training.data.batches import to_unit
 from training.data.dataset import Dataset
 from training.fitting import fit, metrics, trainer
 from training.fitting.devices import make_fabric
-from training.fitting.interrupts import Interrupt
-from training.fitting.loop import Loop
+from training.fitting.loop import Interrupt, Loop
 from training.fitting.objectives import objective
 from training.models.vae import VAE
 

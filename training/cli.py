@@ -22,7 +22,7 @@ from training.errors import TrainingError
 
 if TYPE_CHECKING:
     from training.config import Config
-    from training.runs import Launch
+    from training.runs import Launch, Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +36,9 @@ console = Console(stderr=True)
 ERROR, INTERRUPTED = 2, 130
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, as fit leaves it: runs/NAME")]
+AnywayOption = Annotated[
+    bool, typer.Option("--publish-anyway", help="Also a model that is worse than the best constant: it has diverged")
+]
 ToOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of bundles, NAME/VERSION each")]
 
 
@@ -79,10 +82,11 @@ def fit(
     restart: Annotated[bool, typer.Option("--restart", help="Discard what the run's folder holds")] = False,
     to: ToOption = Path("exported"),
     fit_only: Annotated[bool, typer.Option("--fit-only", help="Stop after the training")] = False,
+    publish_anyway: AnywayOption = False,
 ) -> None:
     """Train a model and publish it: fit, evaluate, export, calibrate, report, publish. Goes on where it was stopped."""
     with _errors_in_words():
-        from training.pipeline import all_stages, fit_stage
+        from training.console import all_stages, fit_stage
         from training.runs import default_name
 
         before = _backbone(backbone, backbone_output, backbone_normalise)
@@ -91,7 +95,7 @@ def fit(
         run, fabric = fit_stage(config, folder, launch, restart, console)
         _leave_group()
         if fabric.is_global_zero and not fit_only:
-            _show_served(all_stages(run, to, console), to)
+            _show_served(all_stages(run, to, console, publish_anyway), to)
 
 
 def _leave_group() -> None:
@@ -149,7 +153,8 @@ def _configure(
 def _preset_for(source: str, overrides: list[str]) -> str | None:
     """The preset of the data's own name; ``images``, ``vectors`` or ``signals`` for a user's own data; or none."""
     from training.config import load_config, parse_override, presets
-    from training.data.load import NAMED, kind_of
+    from training.data.load import kind_of
+    from training.data.named import NAMED
 
     if source in NAMED:
         return source if source in presets() else None
@@ -173,40 +178,36 @@ def evaluate(
 ) -> None:
     """Measure the averaged weights on the test split; writes RUN/metrics.json."""
     with _errors_in_words():
-        from training.pipeline import evaluate_stage
-        from training.runs import Run
+        from training.console import evaluate_stage
 
-        evaluate_stage(Run.open(run), console, k=k, images=images, gaps=gaps, precision=precision)
+        evaluate_stage(_opened(run), console, k=k, images=images, gaps=gaps, precision=precision)
 
 
 @app.command()
 def export(run: RunArgument) -> None:
     """Write the bundle, uncalibrated, to RUN/bundle, verified against torch."""
     with _errors_in_words():
-        from training.pipeline import export_stage
-        from training.runs import Run
+        from training.console import export_stage
 
-        export_stage(Run.open(run), console)
+        export_stage(_opened(run), console)
 
 
 @app.command()
 def calibrate(run: RunArgument) -> None:
     """Add the scores of held-out images to the bundle in RUN/bundle."""
     with _errors_in_words():
-        from training.pipeline import calibrate_stage
-        from training.runs import Run
+        from training.console import calibrate_stage
 
-        calibrate_stage(Run.open(run), console)
+        calibrate_stage(_opened(run), console)
 
 
 @app.command()
 def report(run: RunArgument) -> None:
     """Draw the figures and RUN/report/report.html."""
     with _errors_in_words():
-        from training.pipeline import report_stage
-        from training.runs import Run
+        from training.console import report_stage
 
-        report_stage(Run.open(run), console)
+        report_stage(_opened(run), console)
 
 
 @app.command()
@@ -214,13 +215,13 @@ def publish(
     run: RunArgument,
     to: ToOption = Path("exported"),
     version: Annotated[str | None, typer.Option(help="A whole number from 1; default: the next free one")] = None,
+    publish_anyway: AnywayOption = False,
 ) -> None:
     """Write the calibrated bundle with its card to DIR/NAME/VERSION."""
     with _errors_in_words():
-        from training.pipeline import publish_stage
-        from training.runs import Run
+        from training.console import publish_stage
 
-        _show_served(publish_stage(Run.open(run), to, console, version), to)
+        _show_served(publish_stage(_opened(run), to, console, version, publish_anyway), to)
 
 
 @app.command()
@@ -255,6 +256,14 @@ def list_presets() -> None:
     width = max(map(len, presets()))
     for name in presets():
         typer.echo(f"{name:{width}}  {summary_of(name)}")
+
+
+def _opened(folder: Path) -> Run:
+    """The run in that folder, which shows on standard error how far the reading of its data has come."""
+    from training.progress import ConsoleTrack
+    from training.runs import Run
+
+    return Run.open(folder, ConsoleTrack(console))
 
 
 def _show_served(bundle: Path, root: Path) -> None:

@@ -4,6 +4,7 @@ TrainingError
 ├── ConfigError           a key or value of the configuration is not valid
 ├── CheckpointError       a checkpoint is unreadable or belongs to another configuration
 ├── TrainingDiverged      gradients are no longer sane
+├── ModelDiverged         a trained model is worse than a constant
 ├── ExportError           a model cannot become a bundle
 ├── BackboneError         a user's ONNX feature extractor cannot stand before a model
 └── DataError             the training data cannot be had or used
@@ -29,6 +30,10 @@ class CheckpointError(TrainingError):
 
 class TrainingDiverged(TrainingError):
     """Too many updates in a row had to be skipped."""
+
+
+class ModelDiverged(TrainingError):
+    """A trained model is worse than the best constant of its likelihood; the text gives both numbers."""
 
 
 class ExportError(TrainingError):

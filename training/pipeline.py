@@ -1,14 +1,17 @@
-"""The stages in a row: fit, evaluate, export, calibrate, report, publish. Each says what it does, on stderr."""
+"""The stages of a training: each computes, writes what belongs in the run's folder, and returns what came of it.
+
+They say nothing: training.console runs them before a user's eyes. ``track`` shows how far a long one has come.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,31 +19,28 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from service.calibration.conformal import min_calibration_size
 from service.scores.fitting import MIN_ROWS
-from training.config import Config, parse_override
+from training.config import Config
 from training.data.backbone import settled
 from training.data.folders import cut_off
-from training.data.load import NAMED
+from training.data.named import NAMED
 from training.errors import TrainingError
-from training.evaluation.evaluate import evaluate, summary
+from training.evaluation.evaluate import evaluate
 from training.export.calibrate import calibrate, images_to_score, suspects
+from training.export.divergence import refuse_diverged
 from training.export.provenance import commit, machine, versions
-from training.export.staging import export
+from training.export.staging import export, graphs_to_export
 from training.fitting.checkpoint import FILE as CHECKPOINT
 from training.fitting.checkpoint import load_checkpoint
 from training.fitting.corruption import CorruptionTraining, check_corruption
+from training.fitting.data_defaults import DATA_DEFAULTS, DataDefault, adapted, as_before
 from training.fitting.devices import make_fabric, set_threads
-from training.fitting.dimensions import adapted, with_latent_dim
 from training.fitting.fit import Fitted, fit
-from training.fitting.loop import standing
-from training.fitting.steps import adapted as in_steps
-from training.fitting.steps import with_batch_size
-from training.models.registry import FAMILIES
+from training.fitting.objectives import check_objective
+from training.progress import Track, untracked
 from training.publishing import publish
-from training.reporting.card import duration
 from training.reporting.report import report
 from training.runs import FIT, METRICS, FitRecord, Launch, Run, write_text
 
@@ -49,167 +49,178 @@ DEFAULT_RATE = 0.05
 """The false-positive rate that vaeserve judges by where a request asks for none."""
 
 
-def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, console: Console) -> tuple[Run, Fabric]:
-    """Train, or go on with, the run in ``folder``. Raises CheckpointError when that is one of another configuration.
+@dataclass(frozen=True)
+class Change:
+    """A default that the data, or the run that goes on, changed from ``before`` to ``now``."""
 
-    Under torchrun the first process prepares folder and data before the others look at them.
+    default: DataDefault
+    before: int
+    now: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to be trained: folder, configuration and data stand. ``folder_is_new``: with this call."""
+
+    run: Run
+    fabric: Fabric
+    launch: Launch
+    changes: Sequence[Change]
+    folder_is_new: bool
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.fabric.is_global_zero
+
+
+@dataclass(frozen=True)
+class TooFew:
+    """A split of ``found`` rows (or images) that are fewer than the ``needed`` ones; its fraction is ``fraction``."""
+
+    found: int
+    needed: int
+    fraction: float
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What was read. ``cut_off``: the median and the largest share of an image that the rule ``cover`` leaves out."""
+
+    run: Run
+    cut_off: tuple[float, float] | None
+    few_to_calibrate: TooFew | None
+    few_to_fit_scores: TooFew | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training at its end; ``was_done``: before this call, too."""
+
+    fitted: Fitted
+    was_done: bool
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The staged bundle; a warning of bad images among the good ones, None: nothing, and what they are called."""
+
+    path: Path
+    warning: str | None
+    suspects: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Published:
+    """The bundle under its version, and how large it is."""
+
+    path: Path
+    bytes: int
+
+
+def prepare(config: Config, folder: Path, launch: Launch, restart: bool = False, track: Track = untracked) -> Prepared:
+    """The run in ``folder`` with its data read, and what they change of ``config``.
+
+    Under torchrun the first process prepares folder and data before the others look at them. Raises CheckpointError
+    when the folder holds a run of another configuration, DataError, ConfigError.
     """
-    fabric = make_fabric(config)
-    run, first = Run(folder, settled(config)), fabric.is_global_zero
-    with _leaving_no_trace(folder, first):
-        with fabric.rank_zero_first():
-            if first and restart:
-                run.discard()
-            run = _adapted(run, launch)
-            if first:
-                _prepare(run)
-                _announce(run, config, console)
-            dataset = run.dataset
+    check_objective(config)
+    fabric, is_new = make_fabric(config), not folder.exists()
+    first = fabric.is_global_zero
+    run = Run(folder, settled(config), track if first else untracked)
+    with leaving_no_trace(folder, first and is_new), fabric.rank_zero_first():
+        if first and restart:
+            run.discard()
+        run = _with_data_defaults(run, launch)
         if first:
-            _describe(run, console)
-        fitted = fit(run.config, dataset, folder, fabric, console)
-    if fabric.is_global_zero and not run.has_record:
+            load_checkpoint(run.folder, run.config)
+            check_corruption(run.config, run.dataset)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.save_config()
+        _ = run.dataset  # read here, the first process before the others
+    changes = [Change(default, default.of(config), default.of(run.config)) for default in DATA_DEFAULTS]
+    return Prepared(run, fabric, launch, [change for change in changes if change.now != change.before], is_new)
+
+
+def _with_data_defaults(run: Run, launch: Launch) -> Run:
+    """The run with the defaults of its data, or of its checkpoint where it goes on: see fitting.data_defaults.
+
+    Raises CheckpointError: the checkpoint is of another configuration.
+    """
+    chosen, stored = launch.chosen_keys, load_checkpoint(run.folder)
+    if stored is None:
+        return run.configured(adapted(run.config, run.dataset, chosen))
+    config = as_before(run.config, stored["identity"], chosen)
+    load_checkpoint(run.folder, config)  # another run's features are not replaced before it is refused
+    return run.configured(config)
+
+
+@contextmanager
+def leaving_no_trace(folder: Path, is_new: bool) -> Iterator[None]:
+    """A training that is refused before its first checkpoint leaves no folder that was not there before."""
+    try:
+        yield
+    except (TrainingError, OSError):
+        if is_new and not (folder / CHECKPOINT).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def data_facts(run: Run) -> DataFacts:
+    """What was read of the run's data, and which split is too small for what it is for."""
+    data, dataset = run.config.data, run.dataset
+    held_out = len((dataset.whole_images or dataset).splits["calibration"])
+    calibration = TooFew(held_out, min_calibration_size(DEFAULT_RATE), data.calibration)
+    validation = TooFew(len(dataset.splits["validation"]), MIN_ROWS, data.validation)
+    return DataFacts(
+        run,
+        None if data.source in NAMED else cut_off(data),
+        *(few if few.found < few.needed else None for few in (calibration, validation)),
+    )
+
+
+def train(prepared: Prepared, console: Console | None = None) -> Trained:
+    """Train, or go on with, the prepared run, whose journal is written on ``console``; the first process records it.
+
+    Raises CheckpointError, TrainingDiverged, DataError, ConfigError.
+    """
+    run = prepared.run
+    with leaving_no_trace(run.folder, prepared.first and prepared.folder_is_new):
+        fitted = fit(run.config, run.dataset, run.folder, prepared.fabric, console)
+    was_done = run.has_record
+    if prepared.first and not was_done:
         record = FitRecord(
-            launch=launch,
-            fingerprint=dataset.fingerprint,
+            launch=prepared.launch,
+            fingerprint=run.dataset.fingerprint,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=commit(),
             machine=machine(),
             versions=versions(),
         )
-        write_text(folder / FIT, record.model_dump_json(indent=2) + "\n")
-        say(console, f"fit: {_kept(fitted)}, {duration(fitted.state.seconds)}")
-    if fabric.is_global_zero and run.config.corruption is not None:
-        corruption_stage(run, fabric, console)
-    return run, fabric
+        write_text(run.folder / FIT, record.model_dump_json(indent=2) + "\n")
+    return Trained(fitted, was_done)
 
 
-def corruption_stage(run: Run, fabric: Fabric, console: Console) -> None:
-    """Train, or go on with, the network of the section ``corruption``. Raises CheckpointError."""
-    training = CorruptionTraining(run.config, run.dataset, run.folder, fabric, commit())
-    if training.resumed:
-        say(console, f"corruption: {standing(training)}")
-    with progress_bar(console, "corruption", training.total_steps) as advance:
+def corruption_training(prepared: Prepared) -> CorruptionTraining:
+    """The training of the network of the section ``corruption``, as far as it has come. Raises CheckpointError."""
+    run = prepared.run
+    return CorruptionTraining(run.config, run.dataset, run.folder, prepared.fabric, commit())
+
+
+def train_corruption(training: CorruptionTraining, track: Track = untracked) -> None:
+    """Train, or go on with, that network."""
+    with track("corruption", training.total_steps, "steps", training.state.step) as advance:
         training.run(advance)
-    found = f"cross-entropy {training.state.cross_entropy:.4f} nats a pixel on validation"
-    say(console, f"corruption: {found}, {duration(training.state.seconds)}")
 
 
-def _kept(fitted: Fitted) -> str:
-    """Which weights a training kept, and their bound on the validation split."""
-    state, unit = fitted.state, fitted.model.likelihood.unit_of_error
-    if math.isfinite(state.best_bound):
-        when = f" (epoch {state.best_epoch})" if fitted.history else ""
-        return f"best on validation {state.best_bound:.3f} {unit}{when}"
-    bound = next(row["bound"] for row in reversed(fitted.history) if row["epoch"] == state.best_epoch)
-    return f"{bound:.3f} {unit} on validation at the last epoch, {state.best_epoch}; the annealing had not ended"
-
-
-@contextmanager
-def _leaving_no_trace(folder: Path, first: bool) -> Iterator[None]:
-    """A training that is refused before its first checkpoint leaves no folder that was not there before."""
-    existed = folder.exists()
-    try:
-        yield
-    except (TrainingError, OSError):
-        if first and not existed and not (folder / CHECKPOINT).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _adapted(run: Run, launch: Launch) -> Run:
-    """The run with a dimension that its data can have, or a batch that suits so few of them, where that was nobody's
-    choice: see training.fitting.dimensions and training.fitting.steps."""
-    chosen = [parse_override(text)[0] for text in launch.overrides]
-    stored, family = load_checkpoint(run.folder), FAMILIES[run.config.model.family]
-    # Another run's features are not replaced before it is refused.
-    if family.leaves_axes_out and ["model", "latent_dim"] not in chosen:
-        if stored:
-            load_checkpoint(run.folder, with_latent_dim(run.config, stored["identity"]["model"]["latent_dim"]))
-        return run.configured(adapted(run.config, run.dataset))
-    if not family.closed_form and ["optimiser", "batch_size"] not in chosen:
-        if stored:
-            load_checkpoint(run.folder, with_batch_size(run.config, stored["identity"]["optimiser"]["batch_size"]))
-        return run.configured(in_steps(run.config, len(run.dataset.splits["train"])))
-    return run
-
-
-def _prepare(run: Run) -> None:
-    """A folder that fits the configuration, refused if its checkpoint is of another one."""
-    load_checkpoint(run.folder, run.config)
-    check_corruption(run.config, run.dataset)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.save_config()
-
-
-def _announce(run: Run, asked: Config, console: Console) -> None:
-    """What is about to be read, and what was made of the configuration."""
-    say(console, f"data: {run.config.data.source}")
-    if run.config.backbone:
-        say(console, f"backbone: {run.config.backbone.path}, sha256 {run.config.backbone.sha256}")
-    before, now = asked.model.latent_dim, run.config.model.latent_dim
-    if now != before:
-        say(console, f"model.latent_dim: {now} instead of the preset's {before}, half of the axes of these data")
-    rows, fewer = asked.optimiser.batch_size, run.config.optimiser.batch_size
-    if fewer != rows:
-        say(console, f"optimiser.batch_size: {fewer} instead of the preset's {rows}, for more steps with so few rows")
-
-
-def _describe(run: Run, console: Console) -> None:
-    """What was read: rows, splits, and files that were left out; what is cut off, and which split is too small."""
-    dataset, whole_images = run.dataset, run.dataset.whole_images
-    sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in dataset.splits.items())
-    kind, shape = dataset.preprocessing.kind, dataset.describe()["shape"]
-    what = f"{kind}s" if whole_images is None else "crops"
-    of = " of features" if run.backbone else ""
-    among = "" if whole_images is None else f" of {len(whole_images.kept):,} images"
-    say(console, f"{len(dataset):,} {what}{of} {'×'.join(map(str, shape))}{among}: {sizes}")
-    for path, reason in dataset.skipped[:10]:
-        say(console, f"skipped {path}: {reason}")
-    for note in (_note_on_edges(run), *_notes_on_splits(run)):
-        if note:
-            say(console, note)
-
-
-def _note_on_edges(run: Run) -> str | None:
-    """What the rule ``cover`` cuts off of images of another shape."""
-    cut = cut_off(run.config.data) if run.config.data.source not in NAMED else None
-    if cut is None:
-        return None
-    median, most = cut
-    return (
-        f"data.fit = cover scales images to {run.input_rule.shape[1]}×{run.input_rule.shape[2]} and cuts off what is "
-        f"beyond at two edges: {median:.0%} of an image's pixels in the median, {most:.0%} at most; contain keeps all "
-        "and pads, stretch distorts (--set data.fit=contain)"
-    )
-
-
-def _notes_on_splits(run: Run) -> Iterator[str]:
-    """Which split is too small for what it is for, with the setting to raise."""
-    data, dataset, rows = run.config.data, run.dataset, f"{run.input_rule.kind}s"
-    n, n_fit = len((dataset.whole_images or dataset).splits["calibration"]), len(dataset.splits["validation"])
-    min_size = min_calibration_size(DEFAULT_RATE)
-    if n < min_size:
-        yield (
-            f"calibration: {n} {rows} are too few for verdicts at a false-positive rate of {DEFAULT_RATE:.0%}, the "
-            f"default, which needs {min_size}: raise data.calibration, {data.calibration:g} here"
-        )
-    if n_fit < MIN_ROWS:
-        noun = "crops" if dataset.whole_images else rows
-        yield (
-            f"validation: {n_fit} {noun} are too few to fit the anomaly scores, which needs {MIN_ROWS}, and the bound "
-            f"(or the reconstruction error) will be the score: raise data.validation, {data.validation:g} here"
-        )
-
-
-def evaluate_stage(run: Run, console: Console, **asked: int | str | None) -> dict[str, float]:
+def measure(run: Run, track: Track = untracked, **asked: int | str | None) -> dict[str, float]:
     """Metrics of the test split, also as metrics.json; ``asked`` replaces fields of the run's EvaluateConfig."""
     set_threads(run.config)
     options = run.config.evaluate.model_copy(update={name: value for name, value in asked.items() if value})
     total = min(len(run.dataset.splits[SPLIT]), options.images or len(run.dataset.splits[SPLIT]))
     device = "cuda" if run.config.run.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     model, started = copy.deepcopy(run.model).to(device), time.perf_counter()
-    with progress_bar(console, f"evaluate, k = {options.k}", total) as advance:
+    with track(f"evaluate, k = {options.k}", total) as advance:
         metrics, latents = evaluate(model, run.dataset, SPLIT, options, run.config.seed, advance)
     content: dict[str, Any] = {
         "split": SPLIT,
@@ -223,76 +234,30 @@ def evaluate_stage(run: Run, console: Console, **asked: int | str | None) -> dic
         "weights": run.weights_digest,
     }
     write_text(run.folder / METRICS, json.dumps(content, indent=2) + "\n")
-    say(console, f"evaluate: {summary(metrics)}")
     return metrics
 
 
-def export_stage(run: Run, console: Console) -> Path:
-    """The staged bundle, uncalibrated."""
-    with console.status("export"):
-        path = export(run)
-    say(console, f"export: {path}, verified")
-    return path
+def write_staged(run: Run, track: Track = untracked) -> Path:
+    """The staged bundle, uncalibrated. Raises ExportError."""
+    with track("export", graphs_to_export(run), "graphs") as advance:
+        return export(run, advance)
 
 
-def calibrate_stage(run: Run, console: Console) -> Path:
-    """The staged bundle, calibrated."""
-    with progress_bar(console, "calibrate", images_to_score(run)) as advance:
+def calibrate_staged(run: Run, track: Track = untracked) -> Calibrated:
+    """The staged bundle, calibrated. Raises ExportError."""
+    with track("calibrate", images_to_score(run)) as advance:
         path = calibrate(run, advance)
-    say(console, f"calibrate: {path}, verified")
-    warning, names = suspects(run)
-    if warning:
-        say(console, f"calibrate: {warning}")
-    for name in names:
-        say(console, f"look at {name}")
-    return path
+    return Calibrated(path, *suspects(run))
 
 
-def report_stage(run: Run, console: Console) -> Path:
-    """Figures and report.html."""
-    with console.status("report"):
-        path = report(run)
-    say(console, f"report: {path}")
-    return path
+def write_report(run: Run, track: Track = untracked) -> Path:
+    """Figures and report.html. Raises ExportError."""
+    return report(run, track)
 
 
-def publish_stage(run: Run, root: Path, console: Console, version: str | None = None) -> Path:
-    """The bundle under ``root``."""
-    with console.status("publish"):
-        path = publish(run, root, version)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    say(console, f"publish: {path}, {size / 1e6:.1f} MB, verified")
-    return path
-
-
-def all_stages(run: Run, root: Path, console: Console) -> Path:
-    """Everything after fit; the published bundle. An evaluation that was done before, minutes of work, is kept."""
-    if run.is_evaluated:
-        say(console, f"evaluate: done before, {run.folder / METRICS}")
-    else:
-        evaluate_stage(run, console)
-    export_stage(run, console)
-    calibrate_stage(run, console)
-    report_stage(run, console)
-    return publish_stage(run, root, console)
-
-
-def say(console: Console, text: str) -> None:
-    """One line, whatever the terminal's width, its brackets and numbers left as they are."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` images; yields the function that moves it on."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda done: progress.advance(task, done)
+def publish_run(run: Run, root: Path, version: str | None = None, publish_anyway: bool = False) -> Published:
+    """The bundle under ``root``. Raises ModelDiverged, unless it is to be published anyway; ExportError."""
+    if not publish_anyway:
+        refuse_diverged(run)
+    path = publish(run, root, version)
+    return Published(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))

@@ -38,5 +38,6 @@ def publish(run: Run, root: Path, version: str | None = None) -> Path:
 
 def _figures(run: Run, manifest: Manifest) -> dict[str, bytes]:
     drawn = draw(run, manifest)
-    drawn["score"] = drawn[f"score-{manifest.default_score}"]
+    if f"score-{manifest.default_score}" in drawn:
+        drawn["score"] = drawn[f"score-{manifest.default_score}"]
     return {key: figures.png(drawn[key]) for key in FIGURES if key in drawn}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.bundle.input_rules import Backbone, InputRule
-from training.config import Config
+from training.config import Config, chosen_keys
 from training.data import Dataset, load_dataset
 from training.data.backbone import Imported
 from training.data.features import FOLDER as BACKBONE
@@ -39,6 +39,7 @@ from training.fitting.corruption import describe_corruption, fitted_corruption
 from training.models.base import LatentVariableModel
 from training.models.registry import build_model
 from training.nn.unet import UNet
+from training.progress import Track, untracked
 
 CONFIG, FIT, METRICS, HISTORY, SCORES = "config.json", "fit.json", "metrics.json", "history.csv", "scores.npz"
 LEFTOVERS = (CHECKPOINT, CORRUPTION, CONFIG, FIT, METRICS, HISTORY, SCORES, "bundle", "report", "tensorboard", BACKBONE)
@@ -57,6 +58,11 @@ class Launch(BaseModel):
     name: str | None = None
     overrides: list[str] = []
 
+    @property
+    def chosen_keys(self) -> frozenset[str]:
+        """Dotted keys of the configuration that the user set, not a shipped preset. Raises ConfigError."""
+        return chosen_keys(self.preset, self.overrides)
+
 
 class FitRecord(BaseModel):
     """fit.json: facts of a finished training."""
@@ -73,25 +79,29 @@ class FitRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and configuration; data, weights and records are read when first asked for."""
+    """A run's folder and configuration; data, weights and records are read when first asked for.
+
+    ``track`` shows how far the reading of the data, and of a backbone's features, has come.
+    """
 
     folder: Path
     config: Config
+    track: Track = field(default=untracked, compare=False, repr=False)
 
     @classmethod
-    def open(cls, folder: Path | str) -> Run:
+    def open(cls, folder: Path | str, track: Track = untracked) -> Run:
         """The run in that folder. Raises ConfigError if there is none."""
         path = Path(folder) / CONFIG
         if not path.is_file():
             raise ConfigError(f"{folder} is no run: it holds no {CONFIG}; `vaetrain fit` makes one (in runs/NAME)")
         try:
-            return cls(Path(folder), Config.model_validate_json(path.read_text()))
+            return cls(Path(folder), Config.model_validate_json(path.read_text()), track)
         except ValidationError as error:
             raise ConfigError(f"{path} is not a configuration of this version: {error}") from error
 
     def configured(self, config: Config) -> Run:
         """The run with another configuration of the same data, which are not read again."""
-        other = Run(self.folder, config)
+        other = Run(self.folder, config, self.track)
         vars(other).update({name: vars(self)[name] for name in ("images", "dataset") if name in vars(self)})
         return other
 
@@ -113,7 +123,7 @@ class Run:
         """
         dataset = self.images
         if self.backbone is not None:
-            dataset = feature_dataset(self.images, self.backbone, self.folder)
+            dataset = feature_dataset(self.images, self.backbone, self.folder, self.track)
         if self.has_record and dataset.fingerprint != self.record.fingerprint:
             raise DataError(
                 f"{self.config.data.source} has changed since the run was trained (fingerprint "
@@ -124,7 +134,7 @@ class Run:
     @cached_property
     def images(self) -> Dataset:
         """The rows as they come in: a backbone's images, or ``dataset``. Raises DataError."""
-        return load_dataset(self.config.data)
+        return load_dataset(self.config.data, self.track)
 
     @cached_property
     def backbone(self) -> Imported | None:

@@ -26,9 +26,9 @@ from service.inference.model import Model
 from service.inference.sessions import Runtime
 from service.repository.model_repository import find_bundles
 from training.config import Config, load_config
+from training.console import calibrate_stage, export_stage, fit_stage
 from training.errors import TrainingError
 from training.export.staging import open_staged
-from training.pipeline import calibrate_stage, export_stage, fit_stage
 from training.runs import Launch, Run
 
 PRESET = "one-class"

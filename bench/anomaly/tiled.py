@@ -23,7 +23,7 @@ from bench.anomaly.transforms import as_levels
 from service.inference.sessions import Runtime
 from service.repository.model_repository import Served, load_bundle
 from training.config import load_config
-from training.pipeline import all_stages, fit_stage
+from training.console import all_stages, fit_stage
 from training.runs import Launch, Run
 
 TILE, SIZES = 32, (160, 224)

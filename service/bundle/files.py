@@ -21,6 +21,7 @@ import numpy as np
 
 from service.bundle.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Graph, Manifest, parse_manifest
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
+from service.literals import PARSING
 
 MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_ARRAYS_BYTES = 2**30  # of one .npz, unpacked: a bound on what a hostile archive can make us allocate
@@ -75,7 +76,7 @@ def npz_arrays(filename: str, data: bytes) -> dict[str, np.ndarray]:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_ARRAYS_BYTES:
             raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        with PARSING, np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except NPZ_ERRORS as error:
         raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error

@@ -1,6 +1,6 @@
-"""A reader of the protobuf wire format (protobuf.dev/programming-guides/encoding), enough to inspect a message.
+"""The protobuf wire format (protobuf.dev/programming-guides/encoding), enough to inspect and extend a message.
 
-It copies nothing and allocates nothing of a size that the message claims: a hostile file costs at most one pass.
+Reading copies nothing and allocates nothing of a size that the message claims: a hostile file costs at most one pass.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def fields(message: memoryview) -> Iterator[Field]:
             raise MalformedMessageError(f"field {number} wants {size} bytes, {len(message) - at} are left")
         yield Field(number, wire_type, 0, message[at : at + size])
         at += size
+
+
+def encoded(number: int, payload: bytes) -> bytes:
+    """Return a field of bytes, as it stands on the wire, of a number below 16."""
+    size, length = len(payload), bytearray()
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([number << 3 | BYTES, *length, size]) + payload
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import ast
 import math
 import re
 import struct
-import threading
 from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
@@ -17,6 +16,7 @@ import orjson
 
 from service.errors import InvalidInput, LimitExceeded
 from service.formats.containers import advise
+from service.literals import PARSING
 from service.pixels import unit_levels
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -31,7 +31,6 @@ STRUCT_CODES: dict[type, str] = {int: "qd", float: "d"}
 _SIZE_BYTES = {(1, 0): 2, (2, 0): 4}  # format version -> bytes of the header's length
 _DTYPES = re.compile(r"[<>=|]?(u1|f2|f4|f8)")
 _OTHER_NUMBERS = re.compile(r"[<>=|]?(b1|[iu][1248])")
-_PARSER = threading.Lock()  # CPython 3.11 counts the depth of all threads' syntax trees together: a SystemError
 _SCALE = "; levels from 0 to 255 are sent as uint8, or divided by 255"
 DType = Literal["uint8", "float32"]
 
@@ -86,7 +85,7 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 @lru_cache(maxsize=64)
 def _parse_header(text: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
-        with _PARSER:
+        with PARSING:
             header = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise InvalidInput("no npy file: its header cannot be read") from error

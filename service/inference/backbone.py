@@ -9,6 +9,7 @@ from service.bundle.input_rules import Backbone
 from service.bundle.operators import check_operators
 from service.errors import InvalidInput
 from service.inference.batch_invariance import TWO_PATHS, Arrays, BatchInvariantRunner, random_rows
+from service.inference.row_sums import samples_of_aligned_rows
 from service.inference.row_threads import RowThreads
 from service.inference.sessions import Runtime
 
@@ -22,7 +23,8 @@ class FeatureExtractor:
     """Runs backbone.onnx on images of shape ``image`` (C, H, W); rows are independent, bitwise
     (service.inference.batch_invariance).
 
-    ``vectors``, ``threads``, ``memory``: see BatchInvariantRunner.
+    ``aligned``: whether rows may run together (service.inference.row_sums). ``vectors``, ``threads``, ``memory``: see
+    BatchInvariantRunner.
     """
 
     def __init__(
@@ -30,12 +32,13 @@ class FeatureExtractor:
         session: ort.InferenceSession,
         backbone: Backbone,
         image: Shape,
+        aligned: bool = True,
         vectors: bool = False,
         threads: RowThreads | None = None,
         memory: str | None = None,
     ) -> None:
         self.backbone, self.image = backbone, image
-        sizes = SIZES if backbone.batch == "any" else (1,)
+        sizes = SIZES if backbone.batch == "any" and aligned else (1,)
         trial_rows = random_rows({"x": image}, frozenset({"x"}))
         self._rows = BatchInvariantRunner(session, trial_rows, sizes, vectors, threads, memory)
         self._session = session
@@ -43,9 +46,11 @@ class FeatureExtractor:
     @classmethod
     def load(cls, graph: bytes, backbone: Backbone, image: Shape, runtime: Runtime) -> FeatureExtractor:
         """Load a serialised backbone.onnx that no bundle holds yet. Raises BundleGraphError, DeviceUnavailable."""
-        serial = bool(TWO_PATHS & check_operators(graph).keys())
+        operators = check_operators(graph)
+        serial = bool(TWO_PATHS & operators.keys())
         session = runtime.session(graph, threads=1 if serial else None)
-        return cls(session, backbone, image, serial, runtime.row_threads, runtime.memory)
+        aligned = bool(samples_of_aligned_rows(graph, operators, runtime))
+        return cls(session, backbone, image, aligned, serial, runtime.row_threads, runtime.memory)
 
     def run(self, x: np.ndarray) -> np.ndarray:
         """Features, float32 [N,*backbone.shape], of images x, float32 [N,*image] in [0, 1].

@@ -3,8 +3,8 @@
 ONNX Runtime does not promise that by itself. Measured with 1.31 on x86: the kernels of some operators (TWO_PATHS below;
 float64 Exp and Tanh) have a vectorised path and a scalar one, and the two differ in the last bit for up to 60% of
 values. The scalar path takes the last elements of a tensor, beyond a multiple of the vector's length, and those where
-threads divide the work. A Gemm may have a kernel of its own for a single row, and a sum starts differently on an odd
-address.
+threads divide the work. A Gemm may have a kernel of its own for a single row, and a sum is taken in another order from
+an odd address on (service.inference.row_sums: such graphs are served a row at a time).
 
 So a graph runs at a few batch sizes only. Where it holds an operator of two paths these are multiples of 4 rows, a
 vector's length, on one thread: the scalar path is then never taken. And every size is first tried on random rows: it is

@@ -20,10 +20,10 @@ from service.inference.model import Model
 from service.inference.sessions import Runtime
 from tests.training.finished import finished_run
 from training.config import load_config
+from training.console import fit_stage
 from training.export.calibrate import calibrate
 from training.export.staging import export
 from training.models.base import LatentVariableModel
-from training.pipeline import fit_stage
 from training.runs import Launch, Run
 
 MLP = {"hidden": [12]}

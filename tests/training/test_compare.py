@@ -15,11 +15,12 @@ from tests.training.finished import finished_run
 from tests.training.shared import copied
 from training import compare as module
 from training.cli import app
-from training.compare import FIGURE, SHEET, TABLE, Row, compare, parameters, rate_distortion, resolve, sheet, table
+from training.compare import FIGURE, SHEET, TABLE, compare, parameters, resolve
 from training.config import load_config, presets
+from training.console import evaluate_stage
 from training.errors import ConfigError
 from training.models.registry import build_model
-from training.pipeline import evaluate_stage
+from training.reporting.comparison import Row, rate_distortion, sheet, table
 
 SMALL = {"kind": "mlp", "hidden": [8]}
 

@@ -3,13 +3,16 @@
 from typing import get_args
 
 import pytest
+from typer.testing import CliRunner
 
 from service.bundle.input_rules import Preprocessing
 from service.bundle.manifest import ScoreDefinition
 from service.scores.fitting import DESCRIPTIONS
+from training.cli import app
 from training.config import Config, ScoreName, known_keys, load_config, parse_override, presets
 from training.errors import ConfigError
-from training.models.registry import build_model
+from training.fitting.objectives import check_objective
+from training.models.registry import FAMILIES, build_model
 
 
 def test_layers_are_defaults_then_preset_then_flags_then_overrides(tmp_path):
@@ -94,10 +97,27 @@ def test_known_keys_are_dotted():
     assert {"seed", "model.latent_dim", "model.network.kind", "data.source"} <= set(known_keys(Config))
 
 
-@pytest.mark.parametrize("family", ["flow", "ppca", "autoencoder"])
-def test_weighted_samples_are_for_models_that_have_them(family):
-    with pytest.raises(ConfigError, match="take 'elbo'"):
-        load_config(None, ["objective.kind=dreg", f"model.family={family}"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["elbo", "iwae", "dreg"])
+def test_weighted_samples_are_for_models_that_have_them(family, kind):
+    config = load_config(None, [f"objective.kind={kind}", f"model.family={family}"])
+    if kind == "elbo" or family == "vae" or (family, kind) == ("ladder", "iwae"):
+        check_objective(config)
+        return
+    reason = "'dreg' is for one stochastic layer" if family == "ladder" else "has none to weigh: take 'elbo'"
+    with pytest.raises(ConfigError, match=rf"^objective\.kind '{kind}' .*") as refused:
+        check_objective(config)
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize("words", [["fit", "--run-dir", "run", "--fit-only"], ["compare", "digits"]])
+def test_an_objective_that_a_family_has_not_is_refused_before_the_data_are_read(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", "nowhere", "--set", "model.family=flow", "--set", "objective.kind=iwae"]
+    done = CliRunner().invoke(app, [words[0], *words[1:], *options], catch_exceptions=False)
+    assert done.exit_code == 2
+    assert done.stderr.strip().endswith("family 'flow' has none to weigh: take 'elbo'")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,8 @@ def test_the_graph_gives_what_the_network_gives(fitted_family):
 
 
 def test_an_unfinished_network_is_not_exported(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.export.staging.export_graphs", lambda model: {})  # the model's own take seconds
+    # The model's own graphs take seconds.
+    monkeypatch.setattr("training.export.staging.export_graphs", lambda model, progress: {})
     run = finished_run(tmp_path, (12, 12), {"latent_dim": 3}, corruption={"width": 8, "epochs": 1})
     with pytest.raises(CheckpointError, match="vaetrain fit"):
         export(run)

@@ -1,7 +1,5 @@
-""".npy, .npz, the digits and local IDX sets: the pixels that went in come out; the doubtful is refused in words."""
+""".npy and .npz: the pixels that went in come out; the doubtful is refused in words."""
 
-import gzip
-import os
 import zipfile
 from pathlib import Path
 
@@ -11,10 +9,7 @@ from PIL import Image
 
 from training.config import DataConfig
 from training.data import load_dataset
-from training.data.idx import read_idx
 from training.errors import BadImages, DataError, DataFormatError, DataNotFound, SplitError
-
-from .test_data_idx import idx_bytes
 
 RANDOM = np.random.RandomState(0)
 GREY = RANDOM.randint(0, 256, size=(40, 6, 5), dtype=np.uint8)
@@ -212,100 +207,6 @@ def test_limit_draws_by_the_seed(tmp_path):
     np.testing.assert_array_equal(first, load(path, limit=50).pixels(range(50))[:, 0, 0, 0])
     assert first.tolist() != load(path, limit=50, split_seed=1).pixels(range(50))[:, 0, 0, 0].tolist()
     assert len(load(path, limit=500)) == 200
-
-
-def test_digits():
-    dataset = load_dataset(DataConfig(source="digits"))
-    assert (len(dataset), dataset.preprocessing.shape) == (1797, (1, 8, 8))
-    pixels = dataset.pixels(range(1797))
-    assert set(np.unique(pixels)) == {int(255 * c / 16 + 0.5) for c in range(17)}
-    assert np.bincount(dataset.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert {name: len(indices) for name, indices in dataset.splits.items()} == {
-        "train": 1437,
-        "validation": 90,
-        "calibration": 90,
-        "test": 180,
-    }
-
-
-def write_idx_set(folder: Path, train: int, test: int, compress=gzip.compress, suffix=".gz") -> None:
-    folder.mkdir(parents=True)
-    for part, count in (("train", train), ("t10k", test)):
-        images = RANDOM.randint(0, 256, size=(count, 28, 28))
-        (folder / f"{part}-images-idx3-ubyte{suffix}").write_bytes(compress(idx_bytes(images)))
-        (folder / f"{part}-labels-idx1-ubyte{suffix}").write_bytes(compress(idx_bytes(np.arange(count) % 10)))
-
-
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-@pytest.mark.parametrize(("compress", "suffix"), [(gzip.compress, ".gz"), (bytes, "")], ids=["gz", "raw"])
-def test_local_idx_files_are_taken_as_they_are(tmp_path, name, compress, suffix):
-    write_idx_set(tmp_path / name, 200, 30, compress, suffix)
-    dataset = load_dataset(DataConfig(source=name, directory=tmp_path))
-    assert {split: len(indices) for split, indices in dataset.splits.items()} == {
-        "train": 180,
-        "validation": 10,
-        "calibration": 10,
-        "test": 30,
-    }
-    assert sorted(dataset.splits["test"]) == list(range(200, 230))
-    np.testing.assert_array_equal(dataset.labels, np.concatenate([np.arange(200) % 10, np.arange(30) % 10]))
-    assert len(dataset.label_names) == 10
-    assert set(dataset.describe()["files"]) == {path.name for path in (tmp_path / name).iterdir()}
-
-
-def test_training_images_equal_to_test_images_are_left_out_and_counted(tmp_path):
-    write_idx_set(tmp_path / "mnist", 200, 30)
-    images = RANDOM.randint(0, 256, size=(200, 28, 28))
-    images[:10] = read_idx(tmp_path / "mnist" / "t10k-images-idx3-ubyte.gz", ndim=3)[5:15]
-    (tmp_path / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(idx_bytes(images))
-    dataset = load_dataset(DataConfig(source="mnist", directory=tmp_path))
-    assert {name: len(indices) for name, indices in dataset.splits.items()} == {
-        "train": 170,
-        "validation": 10,
-        "calibration": 10,
-        "test": 30,
-    }
-    assert min(indices.min() for indices in dataset.splits.values()) == 10
-    assert dataset.describe()["copies_of_test_left_out"] == 10
-
-
-def test_labels_are_optional(tmp_path):
-    write_idx_set(tmp_path / "mnist", 200, 30)
-    (tmp_path / "mnist" / "train-labels-idx1-ubyte.gz").unlink()
-    dataset = load_dataset(DataConfig(source="mnist", directory=tmp_path))
-    assert (dataset.labels, dataset.label_names) == (None, None)
-
-
-def test_labels_that_do_not_fit_are_refused(tmp_path):
-    write_idx_set(tmp_path / "mnist", 200, 30)
-    (tmp_path / "mnist" / "train-labels-idx1-ubyte.gz").write_bytes(idx_bytes(np.zeros(199)))
-    with pytest.raises(DataFormatError, match="199 labels for 200 images"):
-        load_dataset(DataConfig(source="mnist", directory=tmp_path))
-
-
-def real_or_made(tmp_path: Path) -> tuple[Path, int, int]:
-    """The directory of the real MNIST with its sizes, or of one made here in the same format."""
-    beside = Path(__file__).parents[2].parent / "shared" / "data"
-    directory = Path(os.environ.get("VAETRAIN_DATA_DIR", beside))
-    if (directory / "mnist" / "train-images-idx3-ubyte.gz").is_file():
-        return directory, 60_000, 10_000
-    write_idx_set(tmp_path / "mnist", 6_000, 1_000)
-    return tmp_path, 6_000, 1_000
-
-
-def test_mnist(tmp_path):
-    directory, train, test = real_or_made(tmp_path)
-    dataset = load_dataset(DataConfig(source="mnist", directory=directory))
-    assert {name: len(indices) for name, indices in dataset.splits.items()} == {
-        "train": train * 9 // 10,
-        "validation": train // 20,
-        "calibration": train // 20,
-        "test": test,
-    }
-    assert dataset.preprocessing.shape == (1, 28, 28)
-    everywhere = np.concatenate(list(dataset.splits.values()))
-    np.testing.assert_array_equal(np.sort(everywhere), np.arange(train + test))
-    assert set(np.unique(dataset.labels)) == set(range(10))
 
 
 @pytest.mark.parametrize(

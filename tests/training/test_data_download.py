@@ -17,11 +17,11 @@ import pytest
 
 from training.config import DataConfig
 from training.data.download import Archive, fetch_all, sha256_file
-from training.data.mnist import FASHION_MNIST, MNIST, IdxSet, open_idx_set
+from training.data.named import FASHION_MNIST, MNIST, IdxSet, open_idx_set
 from training.data.source import load_source
 from training.errors import DataNotFound, DownloadError
 
-from .test_data_idx import idx_bytes
+from .test_data_named import idx_bytes
 
 CONTENT = np.random.RandomState(0).bytes(200_000)
 
@@ -252,7 +252,7 @@ def small_set(mirror: Mirror) -> IdxSet:
 def test_a_data_set_is_downloaded_once_and_loaded(mirror, tmp_path):
     idx_set = small_set(mirror)
     config = DataConfig(source="mnist", directory=tmp_path)
-    dataset = load_source(open_idx_set(config, idx_set), config)
+    dataset = load_source(open_idx_set(idx_set, config), config)
     assert dataset.preprocessing.shape == (1, 5, 4)
     assert {name: len(indices) for name, indices in dataset.splits.items()} == {
         "train": 54,
@@ -261,7 +261,7 @@ def test_a_data_set_is_downloaded_once_and_loaded(mirror, tmp_path):
         "test": 12,
     }
     asked = len(mirror.requests)
-    again = load_source(open_idx_set(config, idx_set), config)
+    again = load_source(open_idx_set(idx_set, config), config)
     assert (again.fingerprint, len(mirror.requests)) == (dataset.fingerprint, asked)
     assert dataset.describe()["files"][MNIST.archives[0].name] == idx_set.archives[0].sha256
 
@@ -271,7 +271,7 @@ def test_an_official_part_is_completed(mirror, tmp_path):
     (tmp_path / "small").mkdir()
     first = idx_set.archives[0].name
     (tmp_path / "small" / first).write_bytes(mirror.files[first])
-    open_idx_set(DataConfig(directory=tmp_path), idx_set)
+    open_idx_set(idx_set, DataConfig(directory=tmp_path))
     assert f"/good/{first}" not in [path for path, _ in mirror.requests]
 
 
@@ -280,7 +280,7 @@ def test_another_edition_is_never_mixed_with_downloads(mirror, tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / idx_set.archives[0].name).write_bytes(gzip.compress(idx_bytes(np.zeros((60, 5, 4)))))
     with pytest.raises(DataNotFound, match=r"train-images-idx3-ubyte\.gz there is not the official one"):
-        open_idx_set(DataConfig(directory=tmp_path), idx_set)
+        open_idx_set(idx_set, DataConfig(directory=tmp_path))
     assert mirror.requests == []
 
 

@@ -12,11 +12,11 @@ from sklearn.datasets import make_circles, make_moons
 from service.bundle.input_rules import ArrayPreprocessing, Preprocessing
 from tests.training.shared import encoded
 from training.config import FlowConfig, LikelihoodConfig, ModelConfig, ObjectiveConfig, load_config
+from training.console import fit_stage
 from training.errors import ConfigError
 from training.export.graphs import export_graphs
 from training.fitting.objectives import objective
 from training.models.flow import Flow, squeezings
-from training.pipeline import fit_stage
 from training.runs import Launch
 
 SHAPES = [(1, 8, 8), (3, 4, 6), (1, 5, 7), (1, 1, 6), (2, 8, 3)]

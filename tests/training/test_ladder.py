@@ -14,7 +14,7 @@ from training.config import LadderConfig, LikelihoodConfig, ModelConfig, Objecti
 from training.errors import ConfigError
 from training.evaluation.evaluate import batch_bounds
 from training.export.graphs import export_graphs
-from training.fitting.objectives import elbo, objective
+from training.fitting.objectives import check_objective, elbo, objective
 from training.models.ladder import Ladder
 from training.models.registry import build_model
 from training.nn.ladder_blocks import layer_shapes
@@ -238,7 +238,7 @@ def test_a_ladder_wants_a_likelihood(family):
 
 def test_dreg_and_uneven_levels_are_refused_in_words():
     with pytest.raises(ConfigError, match="'dreg' is for one stochastic layer"):
-        load_config(overrides=["model.family=ladder", "objective.kind=dreg"])
+        check_objective(load_config(overrides=["model.family=ladder", "objective.kind=dreg"]))
     with pytest.raises(ConfigError, match=r"model\.ladder: .*one entry for each level"):
         load_config(overrides=["model.ladder.channels=[2]"])
     with pytest.raises(ConfigError, match=r"model\.ladder: .*at least 1"):

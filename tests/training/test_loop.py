@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.fitting.interrupts import Interrupt
-from training.fitting.loop import Loop, Progress, standing
+from training.fitting.loop import Interrupt, Loop, Progress, standing
 
 STEPS = 3  # an epoch
 

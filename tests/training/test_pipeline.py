@@ -15,8 +15,9 @@ from service.settings import Settings
 from tests.training.finished import finished_run
 from tests.training.shared import copied
 from training.config import load_config
+from training.console import all_stages, evaluate_stage, fit_stage
 from training.fitting.checkpoint import load_checkpoint, save_checkpoint
-from training.pipeline import DEFAULT_RATE, all_stages, evaluate_stage, fit_stage
+from training.pipeline import DEFAULT_RATE
 from training.runs import METRICS, Launch, Run
 
 
@@ -42,7 +43,7 @@ def test_a_repeated_fit_publishes_what_was_evaluated_before(exported_run, consol
     run = copied(exported_run, tmp_path)
     evaluate_stage(run, console)
     mark(run)
-    monkeypatch.setattr("training.pipeline.export", lambda run: run.staged)
+    monkeypatch.setattr("training.pipeline.export", lambda run, advance: run.staged)
     published = all_stages(Run.open(run.folder), tmp_path / "exported", console)
     assert open_bundle(published).manifest.provenance.metrics["test"]["active_units"] == 77
     assert "evaluate: done before" in console.file.getvalue()

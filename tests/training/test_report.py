@@ -22,6 +22,7 @@ from service.inference.verification import verify_bundle
 from tests.training.finished import finished_run
 from tests.training.shared import copied
 from training.config import ModelConfig, PriorConfig
+from training.console import evaluate_stage
 from training.data.batches import to_unit
 from training.errors import ExportError
 from training.export.graphs import likelihood
@@ -29,7 +30,6 @@ from training.export.graphs import posterior as posterior_of
 from training.export.provenance import cpu_model, evaluate_command, fit_command, public_config
 from training.export.staging import score_definitions
 from training.models.vae import VAE
-from training.pipeline import evaluate_stage
 from training.publishing import publish
 from training.reporting.card import FIGURES, card, duration
 from training.reporting.figures import CELL, FRAME, GAP, latent_scatter, png, score_histogram, tile

@@ -18,8 +18,8 @@ from service.inference.tiled import fit_tile_tails, tile_tail_arrays
 from service.repository.model_repository import load_bundle
 from tests.tiled_bundle import surface, with_scratch
 from training.config import Config, load_config
+from training.console import all_stages, fit_stage
 from training.export.calibrate import images_to_score, score_split, suspects
-from training.pipeline import all_stages, fit_stage
 from training.runs import SCORES, Launch
 
 pytestmark = pytest.mark.integration  # each is of a run from its fit to its bundle

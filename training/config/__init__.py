@@ -1,7 +1,16 @@
 """The typed configuration of a training run: its sections, the presets, and how both become one ``Config``."""
 
 from training.config.data import DataConfig
-from training.config.loading import known_keys, load_config, merge, parse_override, presets, read_preset, summary_of
+from training.config.loading import (
+    chosen_keys,
+    known_keys,
+    load_config,
+    merge,
+    parse_override,
+    presets,
+    read_preset,
+    summary_of,
+)
 from training.config.model import (
     IMAGENET,
     AutoencoderConfig,
@@ -53,6 +62,7 @@ __all__ = [
     "RunConfig",
     "ScoreConfig",
     "ScoreName",
+    "chosen_keys",
     "known_keys",
     "load_config",
     "merge",

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ def presets() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
+def is_own_file(preset: str) -> bool:
+    """Whether that is a user's own .toml file, not the name of a shipped preset."""
+    return Path(preset).suffix == ".toml"
+
+
 def read_preset(name: str) -> dict[str, Any]:
     """A shipped preset by name, or any .toml file by path. Raises ConfigError."""
-    path = Path(name)
     try:
-        if path.suffix == ".toml":
-            return tomllib.loads(path.read_text())
+        if is_own_file(name):
+            return tomllib.loads(Path(name).read_text())
         if name not in presets():
             raise ConfigError(
                 f"unknown preset {name!r}: expected one of {', '.join(presets())}{_nearest(name, presets())}"
@@ -66,17 +70,40 @@ def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load_config(preset: str | None = None, overrides: Iterable[str] = (), base: dict[str, Any] | None = None) -> Config:
-    """Defaults, then the preset, then ``base`` (flags of the command line), then ``--set`` overrides.
-
-    Raises ConfigError: an unknown key is named with the nearest known one.
-    """
-    tree = merge(read_preset(preset) if preset else {}, base or {})
+def override_tree(overrides: Iterable[str]) -> dict[str, Any]:
+    """What ``--set`` overrides say, one laid over the other. Raises ConfigError."""
+    tree: dict[str, Any] = {}
     for text in overrides:
         keys, value = parse_override(text)
         for key in reversed(keys):
             value = {key: value}
         tree = merge(tree, value)
+    return tree
+
+
+def chosen_keys(preset: str | None, overrides: Iterable[str]) -> frozenset[str]:
+    """Dotted keys that the user set: in a .toml file of their own, or by ``--set`` in any form. Raises ConfigError.
+
+    A shipped preset's values are defaults, which nobody set.
+    """
+    own = read_preset(preset) if preset and is_own_file(preset) else {}
+    return frozenset(_leaves(merge(own, override_tree(overrides))))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def load_config(preset: str | None = None, overrides: Iterable[str] = (), base: dict[str, Any] | None = None) -> Config:
+    """Defaults, then the preset, then ``base`` (flags of the command line), then ``--set`` overrides.
+
+    Raises ConfigError: an unknown key is named with the nearest known one.
+    """
+    tree = merge(merge(read_preset(preset) if preset else {}, base or {}), override_tree(overrides))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -139,24 +139,6 @@ class Config(Section):
     score: ScoreConfig = ScoreConfig()
 
     @model_validator(mode="after")
-    def _several_samples_want_a_posterior(self) -> Config:
-        if self.objective.kind != "elbo" and self.model.family not in ("vae", "ladder"):
-            raise ValueError(
-                f"objective.kind {self.objective.kind!r} weighs samples of q(z|x); family {self.model.family!r} has "
-                "none to weigh: take 'elbo'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _dreg_wants_one_layer(self) -> Config:
-        if self.model.family == "ladder" and self.objective.kind == "dreg":
-            raise ValueError(
-                "objective.kind 'dreg' is for one stochastic layer: in a ladder each layer's z sets the parameters of "
-                "the layers below it; take 'elbo' or 'iwae'"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _dreg_evaluates_the_posterior(self) -> Config:
         if self.objective.kind == "dreg" and not self.model.posterior.evaluable:
             raise ValueError(

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from training.config import DataConfig
-from training.data.dataset import Dataset, WholeImages, digest, fingerprint
-from training.data.parallel import ordered_map
+from training.data.dataset import Dataset, WholeImages, digest, fingerprint, ordered_map
 from training.data.source import Source, check_usable, drawn, pool_labels, split_rows
 from training.data.splits import number_groups
 from training.errors import DataError
+from training.progress import Track, untracked
 
 
 class _Cut(NamedTuple):
@@ -29,7 +29,7 @@ class _Cut(NamedTuple):
     crops: np.ndarray
 
 
-def load_crops(source: Source, config: DataConfig) -> Dataset:
+def load_crops(source: Source, config: DataConfig, track: Track = untracked) -> Dataset:
     """Read every image of ``source`` once, keep its crops, split by image.
 
     At any time few images are in memory; the crops are too, if they fit into ``config.memory_limit_mb``, and lie in a
@@ -38,15 +38,17 @@ def load_crops(source: Source, config: DataConfig) -> Dataset:
     rows = drawn(source.count, config)
     pool = _room((len(rows) * config.crops, *source.preprocessing.shape), config.memory_limit_mb)
     kept, digests, counts, skipped, filled = [], [], [], [], 0
-    for row, cut in zip(rows.tolist(), _cuts(source, rows, config), strict=True):
-        if isinstance(cut, DataError):
-            skipped.append((source.pixels.name(row), str(cut)))
-            continue
-        pool[filled : filled + len(cut.crops)] = cut.crops
-        filled += len(cut.crops)
-        kept.append(row)
-        digests.append(cut.digest)
-        counts.append(len(cut.crops))
+    with track(f"read {source.name}", len(rows)) as advance:
+        for row, cut in zip(rows.tolist(), _cuts(source, rows, config), strict=True):
+            advance(1)
+            if isinstance(cut, DataError):
+                skipped.append((source.pixels.name(row), str(cut)))
+                continue
+            pool[filled : filled + len(cut.crops)] = cut.crops
+            filled += len(cut.crops)
+            kept.append(row)
+            digests.append(cut.digest)
+            counts.append(len(cut.crops))
     check_usable(source, skipped, len(kept), config)
     return _dataset(source, config, pool[:filled], np.array(kept), digests, np.array(counts), skipped)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from service.bundle.input_rules import Backbone, InputRule
-from training.data.parallel import ordered_map
 from training.errors import DataError
 
 
@@ -173,3 +175,26 @@ def fingerprint(
     parts = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
     identity = {"shape": list(shape), "dtype": str(dtype), **parts}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int, ahead: int) -> Iterator[B]:
+    """As ``map``, on ``workers`` threads, with at most ``ahead`` results under way or waiting.
+
+    ``items`` is read that far ahead. An exception of ``function`` is raised where its result would have come.
+    """
+    remaining = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[B]] = deque()
+        try:
+            pending.extend(pool.submit(function, item) for item in islice(remaining, max(ahead, 1)))
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()

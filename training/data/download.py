@@ -10,18 +10,9 @@ from pathlib import Path
 
 import httpx
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from training.errors import DownloadError
+from training.progress import Advance, Track, untracked
 
 TIMEOUT = httpx.Timeout(30.0)  # seconds without a byte, not for the whole archive
 
@@ -39,7 +30,7 @@ class _AttemptError(Exception):
     """One attempt at one mirror; the text says why."""
 
 
-def fetch_all(archives: Sequence[Archive], mirrors: Sequence[str], folder: Path) -> None:
+def fetch_all(archives: Sequence[Archive], mirrors: Sequence[str], folder: Path, track: Track = untracked) -> None:
     """Bring every archive into ``folder``, each from the first of ``mirrors`` (base addresses) that has it.
 
     An archive that is there already is left alone. Several processes may call this at once: one downloads, the others
@@ -47,10 +38,11 @@ def fetch_all(archives: Sequence[Archive], mirrors: Sequence[str], folder: Path)
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"), _progress() as progress:
+        with FileLock(folder / ".download.lock"):
             for archive in archives:
                 if not (folder / archive.name).exists():
-                    _fetch(archive, mirrors, folder, progress)
+                    with track(f"download {archive.name}", archive.bytes, "bytes") as advance:
+                        _fetch(archive, mirrors, folder, advance)
     except OSError as error:
         raise DownloadError(
             f"cannot write to {folder} ({error.strerror}): give another data directory, or put {_names(archives)} there"
@@ -63,15 +55,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fetch(archive: Archive, mirrors: Sequence[str], folder: Path, progress: Progress) -> None:
+def _fetch(archive: Archive, mirrors: Sequence[str], folder: Path, advance: Advance) -> None:
     """Try each mirror in turn, going on with what a broken attempt left in NAME.part."""
     tried = []
     part = folder / f"{archive.name}.part"
-    task = progress.add_task(archive.name, total=archive.bytes)
     for mirror in mirrors:
         url = f"{mirror.rstrip('/')}/{archive.name}"
         try:
-            _attempt(archive, url, part, progress, task)
+            _attempt(archive, url, part, advance)
         except _AttemptError as error:
             tried.append(f"  {url}: {error}")
         else:
@@ -85,19 +76,19 @@ def _fetch(archive: Archive, mirrors: Sequence[str], folder: Path, progress: Pro
     )
 
 
-def _attempt(archive: Archive, url: str, part: Path, progress: Progress, task: TaskID) -> None:
+def _attempt(archive: Archive, url: str, part: Path, advance: Advance) -> None:
     """Complete ``part`` from ``url`` and verify it; a continued file that proves wrong is fetched again from zero."""
-    continued = _complete(archive, url, part, progress, task)
+    continued = _complete(archive, url, part, advance)
     found = sha256_file(part)
     if found == archive.sha256:
         return
     part.unlink()
     if not continued:
         raise _AttemptError(f"wrong checksum: sha256 {found}, expected {archive.sha256}")
-    _attempt(archive, url, part, progress, task)
+    _attempt(archive, url, part, advance)
 
 
-def _complete(archive: Archive, url: str, part: Path, progress: Progress, task: TaskID) -> bool:
+def _complete(archive: Archive, url: str, part: Path, advance: Advance) -> bool:
     """Bring ``part`` to full length; True if it began with bytes of an earlier attempt."""
     offset = part.stat().st_size if part.exists() else 0
     if offset >= archive.bytes:
@@ -106,8 +97,7 @@ def _complete(archive: Archive, url: str, part: Path, progress: Progress, task: 
     try:
         with httpx.stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
             offset = _start(archive, response, offset)
-            progress.update(task, completed=offset)
-            _write(archive, response, part, offset, progress, task)
+            _write(archive, response, part, offset, advance)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _AttemptError(f"{type(error).__name__}: {error}") from error
     return offset > 0
@@ -128,26 +118,19 @@ def _start(archive: Archive, response: httpx.Response, offset: int) -> int:
     return 0
 
 
-def _write(
-    archive: Archive, response: httpx.Response, part: Path, offset: int, progress: Progress, task: TaskID
-) -> None:
+def _write(archive: Archive, response: httpx.Response, part: Path, offset: int, advance: Advance) -> None:
     """Append the body to the first ``offset`` bytes of ``part``; what came before a break stays for a next attempt."""
     written = offset
     with part.open("r+b" if offset else "wb") as file:
         file.seek(offset)
         for chunk in response.iter_raw():  # no chunk size: that would hold back, and lose, the bytes before a break
-            written += file.write(chunk[: archive.bytes - written])
-            progress.update(task, completed=written)
+            more = file.write(chunk[: archive.bytes - written])
+            written += more
+            advance(more)
             if written == archive.bytes:
                 break  # more than expected is not read; the checksum judges
     if written < archive.bytes:
         raise _AttemptError(f"broke off after {written} of {archive.bytes} bytes")
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
 
 
 def _names(archives: Sequence[Archive]) -> str:

@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from service.bundle.input_rules import Backbone, InputRule
 from service.errors import InvalidInput
@@ -27,6 +25,7 @@ from training.data.backbone import Imported, import_backbone
 from training.data.batches import to_unit
 from training.data.dataset import Dataset
 from training.errors import BackboneError
+from training.progress import Track, untracked
 
 FOLDER = "backbone"
 GRAPH, DESCRIBED = "backbone.onnx", "backbone.json"
@@ -60,7 +59,7 @@ def stored_backbone(folder: Path, config: BackboneConfig, rule: InputRule) -> Im
     return imported
 
 
-def feature_dataset(images: Dataset, imported: Imported, folder: Path) -> Dataset:
+def feature_dataset(images: Dataset, imported: Imported, folder: Path, track: Track = untracked) -> Dataset:
     """The images' features under the images' splits and labels; computed where the run has none of this graph and data.
 
     Its fingerprint is of the images and the graph. Raises BackboneError for features that are not finite.
@@ -71,7 +70,7 @@ def feature_dataset(images: Dataset, imported: Imported, folder: Path) -> Datase
     if not _is_of(place / OF, identity):
         place.mkdir(parents=True, exist_ok=True)
         part = place / f"{FEATURES}.part"
-        _compute(images, imported, np.lib.format.open_memmap(part, "w+", np.float32, shape))
+        _compute(images, imported, np.lib.format.open_memmap(part, "w+", np.float32, shape), track)
         (place / OF).unlink(missing_ok=True)
         part.replace(place / FEATURES)
         _write(place / OF, json.dumps({"identity": identity}).encode())
@@ -85,18 +84,18 @@ def feature_dataset(images: Dataset, imported: Imported, folder: Path) -> Datase
     )
 
 
-def _compute(images: Dataset, imported: Imported, features: np.ndarray) -> None:
+def _compute(images: Dataset, imported: Imported, features: np.ndarray, track: Track) -> None:
     """Features of every image of the pool, in its order, into an array that may lie in a file."""
     extractor = FeatureExtractor.load(imported.graph, imported.backbone, imported.image, Runtime("cpu"))
-    console = Console(stderr=True)
     starts = range(0, len(images), BATCH)
     batches = images.batches(np.arange(start, min(start + BATCH, len(images))) for start in starts)
-    shown = track(batches, "Features", total=len(starts), console=console, disable=not console.is_terminal)
-    for start, pixels in zip(starts, shown, strict=True):
-        try:
-            features[start : start + len(pixels)] = extractor.run(to_unit(pixels).numpy())
-        except InvalidInput as error:
-            raise BackboneError(f"images {start} to {start + len(pixels) - 1}: {error}") from error
+    with track("features", len(images)) as advance:
+        for start, pixels in zip(starts, batches, strict=True):
+            try:
+                features[start : start + len(pixels)] = extractor.run(to_unit(pixels).numpy())
+            except InvalidInput as error:
+                raise BackboneError(f"images {start} to {start + len(pixels) - 1}: {error}") from error
+            advance(len(pixels))
     if isinstance(features, np.memmap):
         features.flush()
 

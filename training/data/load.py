@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from training.config import DataConfig
-from training.data.arrays import array_kind, open_array
+from training.data.arrays import array_kind, open_array, refuse_options
 from training.data.crops import load_crops
-from training.data.csvs import read_csv
 from training.data.dataset import Dataset
-from training.data.digits import open_digits
 from training.data.folders import open_folder
-from training.data.mnist import FASHION_MNIST, MNIST, open_idx_set
-from training.data.rows import refuse_options
+from training.data.named import NAMED
 from training.data.source import Source, load_source
-from training.data.tables import Table, open_table
+from training.data.tables import TABLES, open_table
 from training.errors import DataFormatError, DataNotFound
+from training.progress import Track, untracked
 
-NAMED: dict[str, Callable[[DataConfig], Source]] = {
-    "digits": open_digits,
-    "mnist": lambda config: open_idx_set(config, MNIST),
-    "fashion-mnist": lambda config: open_idx_set(config, FASHION_MNIST),
-}
-
-
-def _read_parquet(path: Path, config: DataConfig) -> Table:
-    from training.data.parquet import read_parquet  # pyarrow takes a while, and only this wants it
-
-    return read_parquet(path, config)
-
-
-TABLES = {".csv": read_csv, ".parquet": _read_parquet}
 ARRAY_SUFFIXES = {".npy", ".npz", *TABLES}
 FORMS = "a folder of images, or an .npy, .npz, .csv or .parquet file"
 TABLE_OPTIONS = ("keep", "drop", "label")
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig, track: Track = untracked) -> Dataset:
     """Find (or download), read, check and split the rows that ``config`` names.
 
     Raises a DataError that says what was expected: nothing there, bytes that are not their format's, rows refused,
     too few of them left.
     """
-    source = _open(config)
-    return load_source(source, config) if config.tile is None else load_crops(source, config)
+    source = _open(config, track)
+    return (load_source if config.tile is None else load_crops)(source, config, track)
 
 
 def kind_of(config: DataConfig) -> Literal["image", "vector", "signal"]:
@@ -59,7 +42,7 @@ def kind_of(config: DataConfig) -> Literal["image", "vector", "signal"]:
     return array_kind(path, config) if path.suffix.lower() in ARRAY_SUFFIXES else "image"
 
 
-def _open(config: DataConfig) -> Source:
+def _open(config: DataConfig, track: Track) -> Source:
     path = Path(config.source).expanduser()
     named = config.source in NAMED
     suffix = path.suffix.lower() if path.is_file() and not named else ""
@@ -75,7 +58,7 @@ def _open(config: DataConfig) -> Source:
     if config.kind in ("vector", "signal") and (named or path.is_dir()):
         raise DataFormatError(f"{path}: data.kind = {config.kind!r}: these are images")
     if named:
-        return NAMED[config.source](config)
+        return NAMED[config.source](config, track)
     if path.is_dir():
         return open_folder(path, config)
     if path.exists():

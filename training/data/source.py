@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from service.bundle.input_rules import InputRule
 from training.config import DataConfig
-from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint
-from training.data.parallel import ordered_map
+from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint, ordered_map
 from training.data.splits import number_groups, split, split_with_test
 from training.errors import BadImages, DataError, SplitError
+from training.progress import Track, untracked
 
 NAMED = 10  # bad images that a message names
 
@@ -61,10 +59,10 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:64] or "images"
 
 
-def load_source(source: Source, config: DataConfig) -> Dataset:
+def load_source(source: Source, config: DataConfig, track: Track = untracked) -> Dataset:
     """Read, check and split ``source``. Raises BadImages (on_bad = "refuse") and SplitError (too few usable images)."""
     rows = drawn(source.count, config)
-    scan = _scan(source, rows, config)
+    scan = _scan(source, rows, config, track)
     check_usable(source, scan.skipped, len(scan.kept), config)
     kept = np.array(scan.kept, dtype=np.int64)
     digests = np.frombuffer(b"".join(scan.digests), dtype=np.uint8).reshape(len(kept), -1)
@@ -99,21 +97,20 @@ def drawn(count: int, config: DataConfig) -> np.ndarray:
     return np.sort(np.random.RandomState(config.split_seed).permutation(count)[: config.limit])
 
 
-def _scan(source: Source, rows: np.ndarray, config: DataConfig) -> _Scan:
+def _scan(source: Source, rows: np.ndarray, config: DataConfig, track: Track) -> _Scan:
     shape = (len(rows), *source.preprocessing.shape)
     fits = int(np.prod(shape, dtype=np.int64)) * source.dtype.itemsize <= config.memory_limit_mb * 2**20
     scan = _Scan([], [], [], np.empty(shape, dtype=source.dtype) if fits else None)
-    console = Console(stderr=True)
-    quiet = source.workers == 1 or not console.is_terminal
-    outcomes = track(_outcomes(source, rows), f"Reading {source.name}", total=len(rows), console=console, disable=quiet)
-    for row, outcome in zip(rows.tolist(), outcomes, strict=True):
-        if isinstance(outcome, DataError):
-            scan.skipped.append((source.pixels.name(row), str(outcome)))
-            continue
-        if scan.pixels is not None:
-            scan.pixels[len(scan.kept)] = outcome
-        scan.kept.append(row)
-        scan.digests.append(digest(outcome))
+    with track(f"read {source.name}", len(rows), f"{source.noun}s") as advance:
+        for row, outcome in zip(rows.tolist(), _outcomes(source, rows), strict=True):
+            advance(1)
+            if isinstance(outcome, DataError):
+                scan.skipped.append((source.pixels.name(row), str(outcome)))
+                continue
+            if scan.pixels is not None:
+                scan.pixels[len(scan.kept)] = outcome
+            scan.kept.append(row)
+            scan.digests.append(digest(outcome))
     if scan.pixels is not None:
         scan.pixels = scan.pixels[: len(scan.kept)]
     return scan

@@ -1,1 +1,1 @@
-"""Evaluation of a fitted model: bounds on log p(x), how tight they are, and what the latents carry."""
+"""A fitted model: bounds on log p(x), how tight they are, the best constant, and what the latents carry."""

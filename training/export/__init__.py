@@ -1,1 +1,1 @@
-"""From a run to a bundle: graphs, parity with the trainer, calibration, publishing."""
+"""From a run to a bundle: divergence, graphs, parity with the trainer, staging, calibration, provenance."""

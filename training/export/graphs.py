@@ -26,6 +26,7 @@ from training.errors import ExportError
 from training.export.rewrites import with_weights_in_half, without_logs_of_exponentials
 from training.models.base import LatentVariableModel
 from training.onnx_messages import MAX_GRAPH_BYTES, strip
+from training.progress import Advance
 
 OPSET: Final = 18
 """The opset that torch's exporter writes natively: every later one is a conversion, which can only add faults."""
@@ -139,15 +140,18 @@ def posterior(model: LatentVariableModel) -> Posterior:
     return Posterior(family=model.posterior_family, moments=model.moments)
 
 
-def export_graphs(model: LatentVariableModel) -> dict[Graph, bytes]:
+def export_graphs(model: LatentVariableModel, progress: Advance = lambda done: None) -> dict[Graph, bytes]:
     """The model's graphs as serialised ONNX, weights inside. Raises ExportError.
 
-    ``model`` is exported in eval mode, in float32, on the CPU.
+    ``model`` is exported in eval mode, in float32, on the CPU; ``progress`` is told of each graph.
     """
     if model.training:
         raise ExportError("the model is in training mode: dropout would become part of the graphs")
-    draft = _draft(model)
-    return {role: export_graph(model, draft, role) for role in roles(model)}
+    draft, graphs = _draft(model), {}
+    for role in roles(model):
+        graphs[role] = export_graph(model, draft, role)
+        progress(1)
+    return graphs
 
 
 def export_corruption(network: nn.Module, model: LatentVariableModel) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 
 from service.resources import available_cpus
 from training.config import Config
-from training.data.load import NAMED
+from training.data.named import NAMED
 from training.runs import FitRecord, Launch, Run
 
 PACKAGES = ("torch", "lightning", "onnx", "onnxscript", "onnxruntime", "numpy")

@@ -17,10 +17,11 @@ from service.inference.sessions import Runtime
 from service.inference.verification import open_verified, replay
 from training.config import ScoreConfig
 from training.errors import ExportError
-from training.export.graphs import export_corruption, export_graphs, likelihood, posterior, prior, signature
+from training.export.graphs import export_corruption, export_graphs, likelihood, posterior, prior, roles, signature
 from training.export.parity import backbone_arrays, corruption_arrays, reference_arrays, rounds, to_npz, tolerances
 from training.export.provenance import provenance
 from training.models.base import LatentVariableModel
+from training.progress import Advance
 from training.runs import Run
 
 VERSION = "1"
@@ -86,9 +87,17 @@ def describe(run: Run) -> str:
     )
 
 
-def export(run: Run) -> Path:
-    """Write runs/NAME/bundle/NAME/1, uncalibrated, in place of one that is there. Raises ExportError, VaeserveError."""
-    graphs = export_graphs(run.model)
+def graphs_to_export(run: Run) -> int:
+    """How many graphs ``export`` traces."""
+    return len(roles(run.model))
+
+
+def export(run: Run, progress: Advance = lambda done: None) -> Path:
+    """Write runs/NAME/bundle/NAME/1, uncalibrated, in place of one that is there; ``progress`` is told of each graph.
+
+    Raises ExportError, VaeserveError.
+    """
+    graphs = export_graphs(run.model, progress)
     reference = reference_arrays(run.model, run.dataset, run.config.seed)
     if run.backbone is not None:
         graphs["backbone"] = run.backbone.graph

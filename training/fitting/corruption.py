@@ -33,8 +33,7 @@ from training.errors import CheckpointError, ConfigError
 from training.fitting.averaging import MovingAverage
 from training.fitting.checkpoint import check_identity, digest_of, read_content, write_content
 from training.fitting.devices import seed_generators
-from training.fitting.interrupts import Interrupt
-from training.fitting.loop import Loop, Progress
+from training.fitting.loop import Interrupt, Loop, Progress
 from training.fitting.painting import Painted, painted
 from training.fitting.schedule import learning_rate, set_learning_rate
 from training.nn.unet import UNet
@@ -79,8 +78,7 @@ class CorruptionTraining:
             self._restore(content)
 
     def run(self, progress: Callable[[int], None]) -> None:
-        """The steps that are left, of which ``progress`` is told. Raises KeyboardInterrupt."""
-        progress(self.state.step)
+        """The steps that are left; ``progress`` is told of each. Raises KeyboardInterrupt."""
         with Interrupt() as interrupt:
             Loop(self, self.config.run.checkpoint_seconds, interrupt, lambda rows_per_second: progress(1)).run()
 

@@ -25,11 +25,10 @@ from training.errors import CheckpointError
 from training.evaluation.aggregate import collapsed
 from training.evaluation.evaluate import bounds
 from training.fitting.checkpoint import FILE, load_checkpoint, save_checkpoint
+from training.fitting.data_defaults import check_dimension
 from training.fitting.devices import make_fabric
-from training.fitting.dimensions import check_dimension
-from training.fitting.interrupts import Interrupt
 from training.fitting.journal import Journal, Row
-from training.fitting.loop import Loop, standing
+from training.fitting.loop import Interrupt, Loop, standing
 from training.fitting.metrics import SAMPLED, Sums, validate
 from training.fitting.schedule import annealed_beta
 from training.fitting.trainer import State, Trainer, cpu_copy, initial_model, new_model, stored_state

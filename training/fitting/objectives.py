@@ -7,8 +7,24 @@ import math
 import torch
 from torch import Tensor
 
-from training.config import ObjectiveConfig
+from training.config import Config, ObjectiveConfig
+from training.errors import ConfigError
 from training.models.base import Terms
+from training.models.registry import FAMILIES
+
+
+def check_objective(config: Config) -> None:
+    """Raises ConfigError: the configured objective is not defined for the configured family of models."""
+    kind, family = config.objective.kind, FAMILIES[config.model.family]
+    if kind != "elbo" and not family.weighs_samples:
+        raise ConfigError(
+            f"objective.kind {kind!r} weighs samples of q(z|x); family {family.family!r} has none to weigh: take 'elbo'"
+        )
+    if kind == "dreg" and family.kl_groups == "layer":
+        raise ConfigError(
+            "objective.kind 'dreg' is for one stochastic layer: in a ladder each layer's z sets the parameters of the "
+            "layers below it; take 'elbo' or 'iwae'"
+        )
 
 
 def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:

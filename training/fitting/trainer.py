@@ -46,7 +46,7 @@ class State(Progress, Skipping):
 
     def is_best(self, epoch: int, bound: float, warmed_up: bool) -> bool:
         """Take note of a validation; True if none was better. Before β has risen for good the newest is the best."""
-        if warmed_up and bound <= self.best_bound:
+        if warmed_up and not bound > self.best_bound:  # nor is what is not a number
             self.validations_since_best += 1
             return False
         self.best_bound = bound if warmed_up else -math.inf

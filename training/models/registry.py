@@ -6,7 +6,7 @@ from service.bundle.input_rules import Backbone, InputRule
 from training.config import ModelConfig
 from training.errors import ConfigError
 from training.models.autoencoder import Autoencoder
-from training.models.base import LatentVariableModel
+from training.models.base import BijectiveModel, LatentVariableModel
 from training.models.factor import PPCA, FactorAnalysis
 from training.models.flow import Flow
 from training.models.ica import ICA
@@ -31,8 +31,8 @@ def build_model(rule: InputRule | Backbone, config: ModelConfig) -> LatentVariab
     likelihood = config.likelihood.model_copy(update={"values": values})
     model = FAMILIES[config.family](rule.shape, config.model_copy(update={"likelihood": likelihood}))
     _check_likelihood(model, config)
-    if rule.kind == "vector" and config.family == "ladder":
-        raise ConfigError("model.family: a ladder's latents have places, features have none; take 'vae'")
+    if rule.kind == "vector" and model.kl_groups == "layer":
+        raise ConfigError("model.family: a ladder's latents have positions, features have none; take 'vae'")
     return model
 
 
@@ -42,5 +42,5 @@ def _check_likelihood(model: LatentVariableModel, config: ModelConfig) -> None:
     if (measure == "none") != (model.evidence == "none"):
         wanted = "squared_error or cross_entropy" if model.evidence == "none" else "a likelihood, not an error"
         raise ConfigError(f"model.likelihood.family: {config.family!r} wants {wanted}, got {name!r}")
-    if (name == "delta") != (config.family in ("flow", "ica")):
+    if name == "delta" and not isinstance(model, BijectiveModel):
         raise ConfigError(f"model.likelihood.family: 'delta' is of flow and ica, which take no other; got {name!r}")

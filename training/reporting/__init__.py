@@ -1,1 +1,1 @@
-"""What a run looks like: figures, the report, the model card."""
+"""What a run looks like: figures, the report, the model card, the table of a comparison."""

@@ -20,6 +20,7 @@ CELL, GAP = 64, 4  # in a grid: sides of at least so many pixels an image (whole
 FRAME = 0.8  # that grey, and what is around a grid: white pictures end somewhere, black ones too
 DPI = 120
 FEW_DIMENSIONS = 6  # a figure over fewer has room at its sides
+LARGEST = 1e100  # axes of larger numbers overflow
 GRID_LABELS = 4  # of the pictures of a latent plane, every so many values have a label
 
 History = Sequence[Mapping[str, float]]
@@ -30,6 +31,11 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def drawable(*values: np.ndarray) -> bool:
+    """Whether there are numbers, and all can be drawn: a model that has diverged may have others."""
+    return all(array.size > 0 and bool((np.abs(array.astype(np.float64)) < LARGEST).all()) for array in values)
 
 
 BOUND_CURVES = (
@@ -47,7 +53,10 @@ Curves = tuple[str, tuple[tuple[str, str], tuple[str, str]]]
 
 
 def loss_curves(history: History, panels: Sequence[Curves], unit: str = "nats") -> Figure:
-    """Each of ``panels`` by epoch; the first epochs, which dwarf the rest, may lie below the axis."""
+    """Each of ``panels`` by epoch; the first epochs, which dwarf the rest, may lie below the axis.
+
+    Numbers that are not finite are gaps.
+    """
     figure = Figure(figsize=(3.5 * max(len(panels), 1.6), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     epochs = np.array([row["epoch"] for row in history])
@@ -63,9 +72,12 @@ def loss_curves(history: History, panels: Sequence[Curves], unit: str = "nats") 
 
 
 def _limit(ax: Axes, values: np.ndarray) -> None:
-    """y limits that show ``values`` with a margin."""
+    """y limits that show ``values`` with a margin, as far as they can be drawn."""
+    values = values[np.abs(values.astype(np.float64)) < LARGEST]
+    if not values.size:
+        return
     low, high = float(values.min()), float(values.max())
-    margin = 0.06 * (high - low) or 1.0
+    margin = max(0.06 * (high - low), 1e-6 * abs(high)) or 1.0
     ax.set_ylim(low - margin, high + margin)
 
 
@@ -109,6 +121,7 @@ def score_histogram(
     both = np.concatenate([calibration, test])
     low, high = both.min(), np.quantile(both, 0.998)
     high = max(high, *(thresholds.values() or [high]))
+    high = max(high, low + 1e-6 * max(1.0, abs(low)))  # equal scores have a bin, too
     edges = np.linspace(low, high + 0.03 * (high - low), 60 if len(both) > 2000 else 25).tolist()
     test_label, label = f"test, n = {len(test):,}", f"calibration, n = {len(calibration):,}"
     ax.hist(test, edges, density=True, color=BLUE, alpha=0.45, label=test_label)

@@ -22,6 +22,7 @@ from training.distributions import Normal
 from training.evaluation.aggregate import moments, prior_moments
 from training.export.staging import open_staged
 from training.models.base import LatentVariableModel
+from training.progress import Track, untracked
 from training.reporting import curves, figures
 from training.runs import SCORES, Run, write_text
 
@@ -42,10 +43,14 @@ td { border-top: 1px solid #ddd; } .number, th.number { text-align: right; font-
 """
 
 
-def report(run: Run) -> Path:
+def report(run: Run, track: Track = untracked) -> Path:
     """Write runs/NAME/report/*.png and report.html; its path. Raises ExportError without a calibrated bundle."""
     bundle = open_staged(run, calibrated=True)
-    images = {name: figures.png(figure) for name, figure in draw(run, bundle.manifest).items()}
+    drawn, images = draw(run, bundle.manifest), {}
+    with track("report", len(drawn), "figures") as advance:
+        for name, figure in drawn.items():
+            images[name] = figures.png(figure)
+            advance(1)
     folder = run.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
@@ -82,12 +87,14 @@ def draw(run: Run, manifest: Manifest) -> dict[str, Figure]:
 
 
 def _of_latents(pen: Pen, loc: Tensor, scale: Tensor, labels: np.ndarray | None, names: list[str]) -> dict[str, Figure]:
-    """Traversal, rate, aggregate and plane from posterior moments [N,L] of the test rows."""
+    """Traversal, rate, aggregate and plane from posterior moments [N,L] of the test rows, if these can be drawn."""
     model = pen.model
     mean, variance = moments(loc, scale)
     carried, kind = information(model, loc, scale)
     order = np.argsort(-carried, kind="stable")
     shows = pen.manifest.backbone is None
+    if not figures.drawable(carried, loc.numpy(), mean.numpy(), variance.numpy()):
+        return {}
     found = {"traversal": pen.traversal(order[:TRAVERSED], carried, kind, mean, variance)} if shows else {}
     if model.moments == "exact":
         found["rate"] = figures.rate_by_dimension(carried, *RATES[kind])
@@ -230,6 +237,8 @@ def _histograms(run: Run, manifest: Manifest) -> dict[str, Figure]:
     found = {}
     for name in names:
         held_out, test = scores[f"calibration.{name}"], scores[f"test.{name}"]
+        if not figures.drawable(held_out, test):
+            continue
         limits = thresholds(calibrator, name)
         found[name] = figures.score_histogram(held_out, test, limits, name, manifest.scores[name].unit)
     return found

@@ -22,6 +22,7 @@ from service.errors import BundleGraphError
 from service.inference import noise
 from service.inference.backbone import FeatureExtractor
 from service.inference.batch_invariance import TWO_PATHS, Arrays, BatchInvariantRunner, random_rows, sizes_in
+from service.inference.row_sums import samples_of_aligned_rows
 from service.inference.sessions import Runtime
 from service.scores.corruption import SIZES as CORRUPTION_SIZES
 
@@ -56,13 +57,15 @@ class GraphRunners:
         runtime: Runtime,
         sessions: Mapping[Graph, ort.InferenceSession],
         serial: frozenset[Graph],
+        aligned: Mapping[Graph, frozenset[int]],
         nodes: Mapping[Graph, int],
     ) -> None:
         """``sessions``: one of each of the manifest's graphs. ``serial``: the graphs that run on one thread, in batches
-        of whole vectors (service.inference.batch_invariance)."""
+        of whole vectors (service.inference.batch_invariance). ``aligned``: at how many samples a row the rows of a
+        graph may run together (service.inference.row_sums)."""
         self.nodes = nodes
         self._bundle, self._manifest, self._runtime = bundle, bundle.manifest, runtime
-        self._sessions, self._serial = sessions, serial
+        self._sessions, self._serial, self._aligned = sessions, serial, aligned
         signature = bundle.manifest.signature
         self._shape, self._latent_dim, self._noise_dim = signature.shape, signature.latent_dim, signature.noise_dim
         self._parameters, self._fit = bundle.manifest.likelihood.parameters, bundle.manifest.likelihood.fit_output
@@ -90,6 +93,7 @@ class GraphRunners:
         """
         sessions: dict[Graph, ort.InferenceSession] = {}
         serial: set[Graph] = set()
+        aligned: dict[Graph, frozenset[int]] = {}
         nodes: dict[Graph, int] = {}
         for role in bundle.manifest.graphs:
             data = bundle.graph(role)
@@ -100,9 +104,11 @@ class GraphRunners:
                     serial.add(role)
                 sessions[role] = runtime.session(data, threads=1 if role in serial else None)
                 check_signature(sessions[role], bundle.manifest, role)
+                samples = SAMPLE_CHUNKS if role == "encoder" else (1,)
+                aligned[role] = samples_of_aligned_rows(data, operators, runtime, samples)
             except BundleGraphError as error:
                 raise BundleGraphError(f"{bundle.manifest.graphs[role]}: {error}") from error
-        return cls(bundle, runtime, sessions, frozenset(serial), nodes)
+        return cls(bundle, runtime, sessions, frozenset(serial), aligned, nodes)
 
     @property
     def batch_sizes(self) -> dict[str, tuple[int, ...]]:
@@ -226,9 +232,11 @@ class GraphRunners:
         return next((size for size in self._chunks if size >= samples), self._chunks[-1])
 
     def _runner(
-        self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] | None = None
+        self, role: Graph, trial_rows: Callable[[int], Arrays], sizes: tuple[int, ...] | None = None, samples: int = 1
     ) -> BatchInvariantRunner:
-        """The runner of the graph ``role``; ``sizes``: the batch sizes to try."""
+        """The runner of the graph ``role``, for so many samples a row; ``sizes``: the batch sizes to try."""
+        if samples not in self._aligned[role]:
+            sizes = (1,)
         session, is_serial = self._sessions[role], role in self._serial
         threads, memory = self._runtime.row_threads, self._runtime.memory
         return BatchInvariantRunner(session, trial_rows, sizes, is_serial, threads, memory)
@@ -251,16 +259,19 @@ class GraphRunners:
                 if self._manifest.signature.dither:
                     shapes["dither"] = self._shape
                 draw = random_rows(shapes, frozenset({"x", "dither"}))
-                self._encoders[chunk] = self._runner("encoder", lambda n: draw(n) | {"x": self.typical_rows(n)})
+                self._encoders[chunk] = self._runner(
+                    "encoder", lambda n: draw(n) | {"x": self.typical_rows(n)}, samples=chunk
+                )
             return self._encoders[chunk]
 
     def _feature_extractor(self) -> FeatureExtractor | None:
         manifest, runtime = self._manifest, self._runtime
         if manifest.backbone is None:
             return None
-        is_serial, image = "backbone" in self._serial, manifest.preprocessing.shape
-        session = self._sessions["backbone"]
-        return FeatureExtractor(session, manifest.backbone, image, is_serial, runtime.row_threads, runtime.memory)
+        session, image = self._sessions["backbone"], manifest.preprocessing.shape
+        aligned, is_serial = bool(self._aligned["backbone"]), "backbone" in self._serial
+        threads, memory = runtime.row_threads, runtime.memory
+        return FeatureExtractor(session, manifest.backbone, image, aligned, is_serial, threads, memory)
 
     def _joint_rows(self, n: int) -> Arrays:
         """Inputs of the joint graph at one sample each of n typical rows, for trials."""

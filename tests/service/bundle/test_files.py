@@ -18,6 +18,7 @@ from service.bundle import files as bundle_files
 from service.bundle.files import next_version, open_bundle
 from service.bundle.manifest import MANIFEST
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
+from service.literals import PARSING
 from tests.ppca_bundle import write_ppca_bundle
 
 
@@ -234,3 +235,17 @@ def test_a_bundle_that_has_changed_or_is_gone_is_named(tmp_path):
     shutil.rmtree(path)
     with pytest.raises(BundleIntegrityError, match=r"^ppca/1 has changed"):
         bundle_files.check_digests(tmp_path, digests)
+
+
+def test_one_thread_at_a_time_parses_the_headers_of_arrays(ppca_path, monkeypatch):
+    bundle = open_bundle(ppca_path)
+    held, load = [], np.load
+
+    def watched(*args, **kwargs):
+        held.append(PARSING.locked())
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(np, "load", watched)
+    bundle.arrays("reference.npz")
+    assert held == [True]
+    assert not PARSING.locked()

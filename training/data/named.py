@@ -1,19 +1,57 @@
-"""MNIST and Fashion-MNIST: the official IDX archives, from the data directory or from a public mirror."""
+"""Data sets with a name: scikit-learn's digits, MNIST and Fashion-MNIST.
+
+MNIST and Fashion-MNIST are the official archives, from the data directory or from a public mirror. They are IDX files:
+two zero bytes, a type, a number of dimensions, big-endian sizes, then the elements (Y. LeCun, C. Cortes, C. Burges,
+"The MNIST database of handwritten digits", section "File formats").
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from training.config import DataConfig
 from training.data.arrays import ArrayPixels, native_preprocessing
 from training.data.download import Archive, fetch_all, sha256_file
-from training.data.idx import read_idx
 from training.data.source import Source
 from training.errors import DataFormatError, DataNotFound
+from training.progress import Track, untracked
+
+MAX_BYTES = 2**32  # of elements; MNIST has 47 million, and a hostile header could ask for any number
+UNSIGNED_BYTE = 0x08
+CHUNK = 2**20
+GZIP_MAGIC = b"\x1f\x8b"
+LEVELS = 16  # pixel values are counts 0 … 16
+
+
+def open_digits(config: DataConfig, track: Track = untracked) -> Source:
+    """The digits as grey 8-bit images: count c of 0 … 16 becomes ⌊255·c/16 + ½⌋.
+
+    Source: E. Alpaydin, C. Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998 (its test part).
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.floor(bunch.images * (255 / LEVELS) + 0.5).astype(np.uint8)[:, None]
+    preprocessing = native_preprocessing(images.shape[1:], config)
+    return Source(
+        name="digits",
+        pixels=ArrayPixels(images, preprocessing, "digits"),
+        count=len(images),
+        preprocessing=preprocessing,
+        labels=bunch.target.astype(np.int64),
+        label_names=[str(name) for name in bunch.target_names],
+    )
 
 
 @dataclass(frozen=True)
@@ -76,13 +114,13 @@ FASHION_MNIST = IdxSet(
 )  # fmt: skip
 
 
-def open_idx_set(config: DataConfig, idx_set: IdxSet) -> Source:
+def open_idx_set(idx_set: IdxSet, config: DataConfig, track: Track = untracked) -> Source:
     """The official train and test parts, in that order, from DIRECTORY/NAME (gzipped or not), downloaded if need be.
 
     The user's own files are taken as they are, labels or none. Raises DownloadError, DataNotFound, DataFormatError.
     """
     folder = config.directory.expanduser() / idx_set.name
-    files = _files(folder, idx_set)
+    files = _files(folder, idx_set, track)
     train, test = (_part(files, images, labels) for images, labels in ((0, 1), (2, 3)))
     if train[0].shape[1:] != test[0].shape[1:]:
         raise DataFormatError(f"{folder}: train images are {train[0].shape[1:]}, test images {test[0].shape[1:]}")
@@ -101,7 +139,7 @@ def open_idx_set(config: DataConfig, idx_set: IdxSet) -> Source:
     )
 
 
-def _files(folder: Path, idx_set: IdxSet) -> list[Path | None]:
+def _files(folder: Path, idx_set: IdxSet, track: Track) -> list[Path | None]:
     """The four files, or None for labels that the user's own set lacks; downloads what is missing.
 
     Only official archives are completed by official archives: beside another edition (another order of the images,
@@ -116,7 +154,7 @@ def _files(folder: Path, idx_set: IdxSet) -> list[Path | None]:
                 f"{folder} lacks image files, and {path.name} there is not the official one, so the rest is not "
                 f"downloaded beside it: put all of {', '.join(a.name for a in idx_set.archives)} there, or none"
             )
-    fetch_all(idx_set.archives, idx_set.mirrors, folder)
+    fetch_all(idx_set.archives, idx_set.mirrors, folder, track)
     return [_find(folder, archive.name) for archive in idx_set.archives]
 
 
@@ -144,3 +182,71 @@ def _label_names(labels: np.ndarray | None, idx_set: IdxSet) -> list[str] | None
     if labels is None or int(labels.max()) >= len(idx_set.label_names):
         return None
     return list(idx_set.label_names)
+
+
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """The uint8 array of ``ndim`` dimensions in an IDX file, gzipped or not.
+
+    Raises DataNotFound, or DataFormatError naming the file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataNotFound(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        return parse_idx(data, ndim)
+    except DataFormatError as error:
+        raise DataFormatError(f"{path}: {error}") from error
+
+
+def parse_idx(data: bytes, ndim: int) -> np.ndarray:
+    """The uint8 array of ``ndim`` dimensions that IDX bytes hold, gzipped or not.
+
+    Raises DataFormatError unless magic, dimensions and length are exactly right.
+    """
+    try:
+        if data.startswith(GZIP_MAGIC):
+            with gzip.GzipFile(fileobj=BytesIO(data)) as stream:
+                return _parse(stream, ndim)
+        return _parse(BytesIO(data), ndim)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataFormatError(f"damaged gzip data ({error})") from error
+
+
+def _parse(stream: BinaryIO | gzip.GzipFile, ndim: int) -> np.ndarray:
+    shape = _header(stream, ndim)
+    elements = math.prod(shape)
+    if elements > MAX_BYTES:
+        raise DataFormatError(f"the header says {shape}, {elements} bytes; at most {MAX_BYTES} are read")
+    body = bytearray()
+    while len(body) <= elements:
+        chunk = stream.read(min(CHUNK, elements + 1 - len(body)))
+        if not chunk:
+            break
+        body += chunk
+    if len(body) != elements:
+        found = f"only {len(body)}" if len(body) < elements else "more"
+        raise DataFormatError(f"the header says {shape}, {elements} bytes, but {found} follow")
+    return np.frombuffer(body, dtype=np.uint8).reshape(shape)
+
+
+def _header(stream: BinaryIO | gzip.GzipFile, ndim: int) -> tuple[int, ...]:
+    magic = stream.read(4)
+    expected = bytes([0, 0, UNSIGNED_BYTE, ndim])
+    if magic != expected:
+        raise DataFormatError(
+            f"begins with {magic.hex(' ') or 'nothing'}; an IDX file of unsigned bytes in {ndim} dimensions begins "
+            f"with {expected.hex(' ')}"
+        )
+    sizes = stream.read(4 * ndim)
+    if len(sizes) != 4 * ndim:
+        raise DataFormatError(f"ends within the header; {ndim} sizes of 4 bytes were expected")
+    return struct.unpack(f">{ndim}I", sizes)
+
+
+NAMED: dict[str, Callable[[DataConfig, Track], Source]] = {
+    "digits": open_digits,
+    "mnist": partial(open_idx_set, MNIST),
+    "fashion-mnist": partial(open_idx_set, FASHION_MNIST),
+}
+"""From a data set's name to what opens it."""
