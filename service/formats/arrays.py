@@ -31,7 +31,7 @@ STRUCT_CODES: dict[type, str] = {int: "qd", float: "d"}
 _SIZE_BYTES = {(1, 0): 2, (2, 0): 4}  # format version -> bytes of the header's length
 _DTYPES = re.compile(r"[<>=|]?(u1|f2|f4|f8)")
 _OTHER_NUMBERS = re.compile(r"[<>=|]?(b1|[iu][1248])")
-_SCALE = "; levels from 0 to 255 are sent as uint8, or divided by 255"
+_SCALE = '; levels from 0 to 255 are sent as uint8 (in JSON with "dtype": "uint8"), or divided by 255'
 DType = Literal["uint8", "float32"]
 
 
