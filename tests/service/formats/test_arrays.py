@@ -324,7 +324,7 @@ def test_floats_out_of_range_are_named(value):
     x[1, 0, 1, 1] = value
     with pytest.raises(InvalidInput, match="image 1: pixels as float32 from 0 to 1 expected, finite"):
         to_unit(x)
-    with pytest.raises(InvalidInput, match=r"image 8: .*; levels from 0 to 255 are sent as uint8 .*, or divided by 255"):
+    with pytest.raises(InvalidInput, match=r"image 8: .*; levels .* are sent as uint8 .*, or divided by 255"):
         to_unit(x, first_row=7)
 
 
