@@ -40,8 +40,9 @@ class Settings(BaseModel):
     max_buffered_bytes: int = Field(
         default=512 * 2**20, ge=1024, description="bytes of all bodies held by a process; more get 429"
     )
-    max_image_bytes: int = Field(default=16 * 2**20, ge=64, description="bytes of one encoded image")
-    max_image_pixels: int = Field(default=16_777_216, ge=1, description="width × height of one encoded image")
+    max_image_bytes: int = Field(default=32 * 2**20, ge=64, description="bytes of one encoded image")
+    # 61 megapixels are the most that cameras for photographers make; max_batch_pixels bounds the memory of a request.
+    max_image_pixels: int = Field(default=2**26, ge=1, description="width × height of one encoded image")
     max_batch: int = Field(default=1024, ge=1, description="images or latents in one request")
     max_batch_pixels: int = Field(default=2**27, ge=1, description="width × height summed over the encoded images")
     max_numbers_in: int = Field(default=2**26, ge=1, description="images × C·H·W after resizing; 2^26 take 256 MiB")

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable
 from itertools import cycle
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -379,7 +380,7 @@ def json_files() -> list[Body]:
         "no base64": "%%%",
         "bad padding": "aGVsbG8",
         "padding inside": "aGVs=bG8=",
-        "line breaks": base64.encodebytes(grey_8x8()).decode(),
+        "line breaks alone": "\n" * 80,
         "URL alphabet": "-_-_",
         "not ASCII": "é" * 8,
         "text": base64.b64encode(b"hello").decode(),
@@ -578,9 +579,9 @@ def form_parts(shape: Shape) -> list[Body]:
     many = b"".join(b"A%d: b\r\n" % index for index in range(500))
     inner = part(good).replace(b"--x", b"--y") + b"--y--\r\n"
     parts = {
-        "other field": part(good, named.format('"files"; filename="a.png"')),
+        "other field": part(good, named.format('"picture"; filename="a.png"')),
         "field in capitals": part(good, named.format('"IMAGES"; filename="a.png"')),
-        "field with []": part(good, named.format('"images[]"; filename="a.png"')),
+        "field with a key": part(good, named.format('"images[a]"; filename="a.png"')),
         "field of 10,000 letters": part(good, named.format("a" * 10_000)),
         "empty field name": part(good, named.format('""; filename="a.png"')),
         "no field name": part(good, "form-data; filename=a.png"),
@@ -776,6 +777,24 @@ def odd_framing(shape: Shape) -> list[Body]:
         ("odd: form without last line break", X_FORM, whole[:-2]),
         ("odd: form of npy and PNG", X_FORM, part(npy(unit(shape))) + whole),
         ("odd: form, base64 part", X_FORM, part(text, extra=extra) + b"--x--\r\n"),
+        *(
+            (
+                f"odd: form, field {name}",
+                X_FORM,
+                part(picture, f'form-data; name="{name}"; filename="a"') + b"--x--\r\n",
+            )
+            for name in ("file", "files", "image", "images[]", "file[0]")
+        ),
+        *(
+            (f"odd: base64 {name}", JSON, document({"images": [coded]}))
+            for name, coded in {
+                "with line breaks": base64.encodebytes(picture).decode(),
+                "with CRLF": base64.encodebytes(picture).replace(b"\n", b"\r\n").decode(),
+                "URL-safe, no padding": base64.urlsafe_b64encode(picture).decode().rstrip("="),
+                "in a percent-coded data URL": "DATA:image/png;base64," + quote(text.decode(), safe=""),
+            }.items()
+        ),
+        *((f"odd: type {kind}", kind, picture) for kind in ("image/jpg", "image/x-png", "image/pjpeg; q=1")),
         ("odd: form, no file name", X_FORM, part(picture, 'form-data; name="images"') + b"--x--\r\n"),
     ]
 

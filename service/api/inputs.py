@@ -19,6 +19,7 @@ from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocess
 from service.errors import InvalidInput
 from service.formats import codecs
 from service.formats.arrays import read_npy
+from service.formats.containers import describe_file
 from service.formats.images import png_has_model_size, read_png_of_model_size
 from service.formats.media_types import JSON, NPY, OCTETS, PNG
 from service.formats.tables import TableReader
@@ -114,7 +115,9 @@ def latents_reader(call: Call, z: np.ndarray, numbers: int) -> Callable[[bytes],
     return _array_reader(call, z.shape, numbers, read_latents)
 
 
-def _read_octets(shape: tuple[int, ...], body: bytes) -> np.ndarray:
+def _read_octets(shape: tuple[int, ...], body: bytes) -> np.ndarray | None:
+    if describe_file(body):  # which the codecs refuse in words
+        return None
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 

@@ -62,6 +62,7 @@ def _calibrate(
     from service.bundle.input_rules import ArrayPreprocessing
     from service.commands.offline_scoring import find_files
     from service.commands.recalibration import recalibrate
+    from service.formats.folders import printable
     from service.repository.model_repository import load_one
 
     console = Console(stderr=True)
@@ -77,7 +78,7 @@ def _calibrate(
     for note in outcome.notes:
         say(console, f"note: {note}")
     for index in outcome.suspects if rule.kind == "image" else []:
-        say(console, f"look at {read[index]}")
+        say(console, f"look at {printable(read[index])}")
     for line in _describe(outcome, rows.noun, settings.false_positive_rate):
         say(console, line)
 
@@ -89,12 +90,12 @@ def _read_rows(
     from service.bundle.input_rules import ArrayPreprocessing
     from service.commands.calibration_data import ModelRows, open_whole_images
     from service.commands.offline_scoring import read_images, read_tables
-    from service.formats.images import ImageLimits
+    from service.formats.images import own_file_limits
     from service.pixels import unit_levels
 
     if isinstance(rule, ArrayPreprocessing):
         return ModelRows(read_tables(files, rule), lambda x: x), files
-    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    limits = own_file_limits(settings.max_image_bytes, settings.max_image_pixels)
     if rule.tiling is not None:
         rows: CalibrationData
         rows, read, bad = open_whole_images(files, rule, limits)
@@ -102,19 +103,20 @@ def _read_rows(
         pixels, read, bad = read_images(files, rule, limits)
         rows = ModelRows(pixels, unit_levels, "images")
     for file in bad:
-        say(console, f"skipped {file.path}: {file.reason}")
+        say(console, f"skipped {file}")
     return rows, read
 
 
 def _group_names(files: list[Path], roots: list[Path]) -> list[str | None]:
     """Name the group of each file, its subfolder. Raises ConfigurationError if no file lies in a subfolder."""
     from service.commands.offline_scoring import group_of
+    from service.formats.folders import printable
 
     names = [group_of(path, roots) for path in files]
     if not any(names):
         raise ConfigurationError(
-            f"--groups: no image lies in a subfolder of {', '.join(map(str, roots))}: expected a subfolder for each "
-            "group"
+            f"--groups: no image lies in a subfolder of {', '.join(map(printable, roots))}: "
+            "expected a subfolder for each group"
         )
     return names
 

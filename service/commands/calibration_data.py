@@ -13,6 +13,7 @@ from service.bundle.input_rules import Preprocessing
 from service.bundle.manifest import Manifest
 from service.commands.offline_scoring import BadFile
 from service.errors import InvalidInput
+from service.formats.folders import printable
 from service.formats.images import ImageLimits, decode_whole_image
 from service.formats.tiling import TilePlan
 from service.inference.model import Model
@@ -163,7 +164,7 @@ def open_whole_images(
         try:
             return decode_whole_image(good[index].read_bytes(), rule, limits)
         except (InvalidInput, OSError) as error:
-            raise InvalidInput(f"{good[index]} has changed meanwhile: {error}") from error
+            raise InvalidInput(f"{printable(good[index])} has changed meanwhile: {error}") from error
 
     return WholeImages(len(good), read), good, bad
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from service.bundle.input_rules import ArrayPreprocessing, InputRule, Preprocessing
 from service.errors import ConfigurationError, InvalidInput
+from service.formats.folders import is_image, printable, walk
 from service.formats.images import ImageLimits, decode_image, decode_whole_image
 from service.formats.tables import CSV, NPY, TableReader
 from service.pixels import unit_levels
@@ -24,7 +26,6 @@ from service.repository.model_repository import Served
 from service.repository.presenting import describe_map, draw_maps, result_rows
 from service.repository.score_parameters import ScoreParameters
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 TABLE_SUFFIXES = {".csv": CSV, ".npy": NPY}
 BATCH = 64
 FIELDS = [
@@ -60,27 +61,36 @@ class BadFile:
     path: Path
     reason: str
 
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {self.reason}"
+
 
 def find_files(paths: Iterable[Path], rule: InputRule) -> list[Path]:
     """List the files among ``paths``, and those below its folders that a model of ``rule`` reads, sorted by folder.
 
-    A model of images reads PNG, JPEG and WebP files, another one CSV and npy files.
+    A model of images reads PNG, JPEG and WebP files, another one CSV and npy files. Hidden files are left out and links
+    followed, as in training (service.formats.folders).
 
     Raises:
         InvalidInput: a path does not exist, or nothing is found.
     """
-    suffixes = IMAGE_SUFFIXES if rule.kind == "image" else TABLE_SUFFIXES.keys()
+    is_read = is_image if rule.kind == "image" else _is_table
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            files += sorted(filter(is_read, walk(path)))
         elif path.exists():
             files.append(path)
         else:
-            raise InvalidInput(f"{path} does not exist")
+            raise InvalidInput(f"{printable(path)} does not exist")
     if not files:
-        raise InvalidInput(f"no {'PNG, JPEG or WebP' if rule.kind == 'image' else 'CSV or npy'} file found there")
+        kinds = "PNG, JPEG or WebP" if rule.kind == "image" else "CSV or npy"
+        raise InvalidInput(f"no {kinds} file found there; hidden files and folders are left out")
     return files
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLE_SUFFIXES and path.is_file()
 
 
 def read_images(
@@ -104,7 +114,7 @@ def read_tables(files: Sequence[Path], rule: ArrayPreprocessing) -> np.ndarray:
         try:
             tables.append(_read_table(path, rule))
         except (InvalidInput, OSError) as error:
-            raise InvalidInput(f"{path}: {error}") from error
+            raise InvalidInput(f"{printable(path)}: {error}") from error
     return np.concatenate(tables)
 
 
@@ -113,7 +123,7 @@ def group_of(path: Path, roots: Sequence[Path]) -> str | None:
     for root in roots:
         if path.is_relative_to(root):
             parts = path.relative_to(root).parts
-            return parts[0] if len(parts) > 1 else None
+            return printable(parts[0]) if len(parts) > 1 else None
     return None
 
 
@@ -130,10 +140,13 @@ def plan_pictures(files: Sequence[Path], roots: Sequence[Path], folder: Path) ->
         name = file.relative_to(root)
         picture = folder / (name.with_suffix(".png") if name.suffix.lower() == ".png" else f"{name}.png")
         if picture.resolve() in sources:
-            raise ConfigurationError(f"--maps {folder}: the map of {file} would take the place of {picture}")
+            raise ConfigurationError(
+                f"--maps {folder}: the map of {printable(file)} would take the place of {printable(picture)}"
+            )
         earlier = taken.get(picture.resolve())
         if earlier is not None:
-            raise ConfigurationError(f"--maps {folder}: the maps of {earlier} and {file} would both be {picture}")
+            names = map(printable, (earlier, file, picture))
+            raise ConfigurationError("--maps {}: the maps of {} and {} would both be {}".format(folder, *names))
         pictures[file] = picture
         taken[picture.resolve()] = file
     return pictures
@@ -202,7 +215,7 @@ def _score_images(
         _write_pictures(served, verdicts, x, paths, parameters, pictures)
         scored = _flat(verdicts)
     for path, image in zip(files, read, strict=True):
-        yield image if isinstance(image, BadFile) else {"file": str(path), **next(scored)}
+        yield image if isinstance(image, BadFile) else {"file": printable(path), **next(scored)}
 
 
 def _score_whole(
@@ -223,7 +236,7 @@ def _score_whole(
     _write_pictures(served, verdicts, [image], [path], parameters, pictures)
     row = next(_flat(verdicts))
     tiles = row.pop("tiles")
-    return {"file": str(path), **row, **{field: tiles[name] for field, name in TILE_FIELDS.items()}}
+    return {"file": printable(path), **row, **{field: tiles[name] for field, name in TILE_FIELDS.items()}}
 
 
 def _flat(verdicts: Verdicts) -> Iterator[Row]:
@@ -269,7 +282,7 @@ def _score_table(
         return
     for start in range(0, len(x), BATCH):
         for row, scored in enumerate(_flat(judge(served, x[start : start + BATCH], parameters, rate)), start):
-            yield {"file": str(path), "row": row, **scored}
+            yield {"file": printable(path), "row": row, **scored}
 
 
 def _read_table(path: Path, rule: ArrayPreprocessing) -> np.ndarray:
@@ -290,6 +303,8 @@ def open_sink(out: Path | None, stdout: TextIO, fields: Sequence[str]) -> Iterat
         ConfigurationError: a suffix but .csv, .jsonl and .parquet, no such folder, or .parquet without pyarrow.
     """
     if out is None:
+        if isinstance(stdout, TextIOWrapper):  # a name that the terminal's encoding lacks must not end the scoring
+            stdout.reconfigure(errors="backslashreplace")
         yield _csv_writer(stdout, fields)
         return
     if out.suffix not in (".csv", ".jsonl", ".parquet"):

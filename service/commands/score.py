@@ -77,7 +77,7 @@ def _score(
 ) -> int:
     """Score the files and write the results, with progress on stderr; return how many files could not be read."""
     from service.commands.offline_scoring import BadFile, fields_of, find_files, open_sink, plan_pictures, score_files
-    from service.formats.images import ImageLimits
+    from service.formats.images import own_file_limits
     from service.logs import configure_logs
     from service.repository.model_repository import load_one
     from service.repository.resolving import further_scores, missing_verdicts
@@ -94,11 +94,11 @@ def _score(
     fields = fields_of(rule, further_scores(served.manifest, parameters))
     total = len(files) if rule.kind == "image" else None  # a table's rows are not known before it is read
     with open_sink(out, sys.stdout, fields) as write, progress_bar(console, total, "scoring") as advance:
-        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        limits = own_file_limits(settings.max_image_bytes, settings.max_image_pixels)
         for row in score_files(served, files, parameters, settings.false_positive_rate, limits, pictures):
             if isinstance(row, BadFile):
                 bad += 1
-                say(console, f"skipped {row.path}: {row.reason}")
+                say(console, f"skipped {row}")
             else:
                 scored += 1
                 write(row)

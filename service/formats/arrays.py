@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 
 from service.errors import InvalidInput, LimitExceeded
+from service.formats.containers import advise
 from service.literals import PARSING
 from service.pixels import unit_levels
 
@@ -29,6 +30,8 @@ STRUCT_CODES: dict[type, str] = {int: "qd", float: "d"}
 """Formats of ``struct`` to try for a list of numbers, by the type of its first: q is int64, d is float64."""
 _SIZE_BYTES = {(1, 0): 2, (2, 0): 4}  # format version -> bytes of the header's length
 _DTYPES = re.compile(r"[<>=|]?(u1|f2|f4|f8)")
+_OTHER_NUMBERS = re.compile(r"[<>=|]?(b1|[iu][1248])")
+_SCALE = '; levels from 0 to 255 are sent as uint8 (in JSON with "dtype": "uint8"), or divided by 255'
 DType = Literal["uint8", "float32"]
 
 
@@ -69,7 +72,7 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """
     version = tuple(data[6:8])
     if not data.startswith(NPY_MAGIC) or len(version) < 2:
-        raise InvalidInput("no npy file: it does not begin as one")
+        raise InvalidInput(f"no npy file: it does not begin as one{advise(data)}")
     if version not in _SIZE_BYTES:
         raise InvalidInput(f"the npy file has format version {version[0]}.{version[1]}: 1.0 or 2.0 expected")
     start = 8 + _SIZE_BYTES[version]
@@ -92,8 +95,19 @@ def _parse_header(text: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     if not isinstance(shape, tuple) or any(type(side) is not int for side in shape) or not isinstance(fortran, bool):
         raise InvalidInput("the npy header's shape or fortran_order is none")
     if not isinstance(descr, str) or not _DTYPES.fullmatch(descr):
-        raise InvalidInput(f"the npy array has dtype {str(descr)[:60]}: uint8 or float16, float32, float64 expected")
+        raise InvalidInput(
+            f"the npy array has dtype {str(descr)[:60]}: uint8 or float16, float32, float64 expected{_advice(descr)}"
+        )
     return shape, fortran, np.dtype(descr)
+
+
+def _advice(descr: object) -> str:
+    """Say what to do with numbers of another dtype; "" for what are no numbers."""
+    if not isinstance(descr, str) or not _OTHER_NUMBERS.fullmatch(descr):
+        return ""
+    if descr.endswith("b1"):
+        return "; of an image, send (x * 255).astype('uint8')"
+    return "; of an image, send levels from 0 to 255 by x.astype('uint8'), or x / 65535 of 16 bits; else floats"
 
 
 def _short(number: int) -> str:
@@ -114,7 +128,7 @@ def parse_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidInput(f"the body is no JSON: {str(error)[:100]}") from error
+        raise InvalidInput(f"the body is no JSON: {str(error)[:100]}{advise(body)}") from error
 
 
 def may_hold_booleans(body: bytes) -> bool:
@@ -192,35 +206,82 @@ def to_unit(images: np.ndarray, dtype: DType | None = None, first_row: int = 0) 
     if not (low >= 0 and high <= top):
         in_range = (images >= 0) & (images <= top)
         row = int(np.argmin(in_range.reshape(len(images), -1).all(1)))
-        raise InvalidInput(f"image {first_row + row}: pixels as {dtype} from 0 to {top} expected, finite")
+        raise InvalidInput(
+            f"image {first_row + row}: pixels as {dtype} from 0 to {top} expected, finite{_SCALE if top == 1 else ''}"
+        )
     if dtype == "uint8":
         return unit_levels(images)
     return images.astype(np.float32)
 
 
-def as_images(array: np.ndarray, channels: int) -> np.ndarray:
-    """Bring images to shape [N,C,h,w] from N×C×h×w, N×h×w×C, C×h×w, h×w×C, or these without C where C is 1.
+def as_images(array: np.ndarray, shape: tuple[int, int, int], is_list: bool = False) -> np.ndarray:
+    """Bring images to shape [N,C,h,w] from N×C×h×w, N×h×w×C, C×h×w, h×w×C, and for C = 1 also N×h×w and h×w.
 
-    Channels are taken to be last only if channels first does not fit. With one channel, three dimensions are N×h×w.
+    Of several layouts that fit, one that gives the model's own size is taken, else the first of this list; but with
+    C = 1 a last axis of 1 is h×w×1. Unless they give that size, 3 channels are not taken for three images, nor 2 to 4
+    channels for a width, nor a flattened image for one of a single row.
+
+    Args:
+        array: the images.
+        shape: (C, H, W) of one image of the model.
+        is_list: the first axis is known to count images; then 3 of them are 3 images.
 
     Raises:
-        InvalidInput: the array has another shape, or a dimension of 0.
+        InvalidInput: the array fits none of the layouts, or has a dimension of 0; the text names the layouts.
     """
-    shape = array.shape
-    if 0 in shape:
-        raise InvalidInput(f"images have shape {shape}: no dimension may be 0")
-    if array.ndim == 4 and shape[1] == channels:
-        return array
-    if array.ndim == 4 and shape[3] == channels:
-        return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
-    if channels == 1 and array.ndim in (2, 3):
-        return array[None, None] if array.ndim == 2 else array[:, None]
-    if array.ndim == 3 and shape[0] == channels:
-        return array[None]
-    if array.ndim == 3 and shape[2] == channels:
-        return np.ascontiguousarray(array.transpose(2, 0, 1))[None]
-    natural = "(N, 1, H, W), (N, H, W) or (H, W)" if channels == 1 else f"(N, {channels}, H, W) or ({channels}, H, W)"
-    raise InvalidInput(f"images have shape {shape}: {natural} expected")
+    if 0 in array.shape:
+        raise InvalidInput(f"images have shape {array.shape}: no dimension may be 0")
+    views = _layouts(array, shape[0])
+    exact = [view for view in views if view.shape[1:] == shape]
+    if exact:
+        return np.ascontiguousarray(exact[0])
+    if not views or _is_colour(array, shape[0], is_list) or _is_flattened(array, views[0], shape):
+        raise InvalidInput(f"images have shape {array.shape}: {_expected_layouts(array, shape)}")
+    return np.ascontiguousarray(views[0])
+
+
+def _layouts(array: np.ndarray, channels: int) -> list[np.ndarray]:
+    """View an array as [N,C,h,w] in each layout whose count of axes and of channels fits, the likeliest first."""
+    sides = array.shape
+    if array.ndim == 4:
+        views = [array] if sides[1] == channels else []
+        return views + ([array.transpose(0, 3, 1, 2)] if sides[3] == channels else [])
+    if array.ndim == 2 and channels == 1:
+        return [array[None, None]]
+    if array.ndim != 3:
+        return []
+    channels_last = [array.transpose(2, 0, 1)[None]] if sides[2] == channels else []
+    if channels == 1:
+        return [*channels_last, array[:, None]]
+    return ([array[None]] if sides[0] == channels else []) + channels_last
+
+
+def _is_colour(array: np.ndarray, channels: int, is_list: bool) -> bool:
+    """True if an array for a model of grey images may be one of several channels instead, or is."""
+    if channels > 1 or array.ndim != 3:
+        return False
+    return (array.shape[0] == 3 and not is_list) or (min(array.shape[:2]) > 4 and array.shape[2] in (2, 3, 4))
+
+
+def _is_flattened(array: np.ndarray, images: np.ndarray, shape: tuple[int, int, int]) -> bool:
+    """True if rows of an array, or the ``images`` [N,C,h,w] that it would be, are lines of a whole image's numbers."""
+    numbers = math.prod(shape)
+    sides = array.shape[:2] if array.ndim == 3 and array.shape[2] == 1 else array.shape
+    return (len(sides) == 2 and sides[1] == numbers) or images.shape[2:] in ((1, numbers), (numbers, 1))
+
+
+def _expected_layouts(array: np.ndarray, shape: tuple[int, int, int]) -> str:
+    """Name the layouts that images of the model have, and what to do with an array of the likeliest other one."""
+    channels, numbers = shape[0], math.prod(shape)
+    if channels == 1:
+        layouts = "(N, 1, H, W), (N, H, W, 1), (N, H, W), (H, W, 1) or (H, W) expected"
+        other = "this model is of grey images: convert colours to grey, and send three images as (3, 1, H, W)"
+    else:
+        layouts = f"(N, {channels}, H, W), (N, H, W, {channels}), ({channels}, H, W) or (H, W, {channels}) expected"
+        other = "this model is of colour images: repeat grey in three channels, and leave out an alpha channel"
+    if numbers in array.shape:
+        other = f"reshape flattened images to {(-1, *shape)}"
+    return f"{layouts}; {other}"
 
 
 def as_latents(array: np.ndarray, latent_dim: int, max_rows: int) -> np.ndarray:

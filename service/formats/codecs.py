@@ -1,7 +1,7 @@
 """Read request bodies into images and latents; every input format gives the same float32 pixels [N,C,H,W] in [0,1].
 
     image/png, image/jpeg, image/webp      one image
-    multipart/form-data, field ``images``  one or many files: images or npy
+    multipart/form-data, field ``images``  one or many files: images or npy (service.formats.multipart: other names)
     application/x-npy                      uint8, or float in [0,1]; N×C×H×W and the natural shorter shapes
     application/json                       {"images": lists of numbers or base64 strings, "dtype": "float32" | "uint8"}
     application/octet-stream               uint8 pixels in the signature's shape, any number of images
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from service.bundle.input_rules import Preprocessing
-from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge
+from service.errors import InvalidInput, LimitExceeded, PayloadTooLarge, UnsupportedMediaType
 from service.formats.arrays import (
     DType,
     as_images,
@@ -33,6 +33,7 @@ from service.formats.arrays import (
     read_npy,
     to_unit,
 )
+from service.formats.containers import describe_file
 from service.formats.image_bodies import Limits, decode_base64, form_files, json_images, open_files, prefix_errors
 from service.formats.images import open_image, read_image, resize_array
 from service.formats.media_types import IMAGE_INPUTS, INPUTS, JSON, NPY, OCTETS, accepted_media_type
@@ -69,7 +70,7 @@ class Reader:
     """Reads the images of request bodies for one bundle, and brings them to the model's size.
 
     Raises, from ``read`` and ``read_levels``:
-        UnsupportedMediaType: the Content-Type is none of INPUTS.
+        UnsupportedMediaType: the Content-Type is none of INPUTS, or says that a file is raw pixels.
         LimitExceeded: the body holds too many images, bytes or pixels.
         InvalidInput: the body is wrong in another way; the text names the image, what it holds, and what was expected.
     """
@@ -114,7 +115,7 @@ class Reader:
             )
 
     def _read_array(self, array: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> np.ndarray:
-        images = as_images(array, self.preprocessing.channels)
+        images = as_images(array, self.preprocessing.shape, is_list=dtype is not None)  # dtype is JSON's
         self._check_count(first_row + len(images))
         if images.dtype != np.uint8:
             unit = to_unit(images, dtype, first_row)
@@ -125,6 +126,9 @@ class Reader:
 
     def _read_octets(self, body: bytes) -> np.ndarray:
         shape, size = self.preprocessing.shape, self._numbers
+        description = describe_file(body)
+        if description:
+            raise UnsupportedMediaType(f"Content-Type {OCTETS!r} is of raw pixels, but the body is {description}")
         if len(body) % size:
             raise InvalidInput(f"{len(body)} bytes: a multiple of {size} expected, uint8 pixels of shape {shape}")
         self._check_count(len(body) // size)

@@ -7,6 +7,7 @@ import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,8 @@ from service.errors import InvalidInput, PayloadTooLarge
 from service.formats.arrays import NPY_MAGIC, DType, read_npy
 from service.formats.images import ImageLimits, open_image
 from service.formats.multipart import FIELD, read_multipart
+
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,37 @@ def json_images(document: Any) -> tuple[list[Any], DType]:
 
 
 def decode_base64(texts: Sequence[str]) -> list[bytes]:
-    """Decode files in base64, plain or as data URLs. Raises InvalidInput, which names the image."""
+    """Decode files in base64, plain or as data URLs. Raises InvalidInput, which names the image.
+
+    Line breaks and blanks, the URL-safe alphabet (RFC 4648, 5), and a missing padding are read as well.
+    """
     return [_decode_base64(text, index) for index, text in enumerate(texts)]
 
 
 def _decode_base64(text: str, index: int) -> bytes:
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidInput(f"image {index}: base64 of a PNG, JPEG, WebP or npy file expected") from error
+        if text[:5].lower() == "data:":
+            text = _data_of_url(text)
+        try:
+            return base64.b64decode(text, validate=True)
+        except binascii.Error:
+            return base64.b64decode(_plain_base64(text.encode()), validate=True)
+    except ValueError as error:
+        raise InvalidInput(
+            f"image {index}: base64 of a PNG, JPEG, WebP or npy file expected, or a data URL with such base64"
+        ) from error
+
+
+def _data_of_url(url: str) -> str:
+    """Return the data in a data URL, whose characters may be percent-coded. Raises ValueError for bytes but UTF-8."""
+    data = url.partition(",")[2]
+    return unquote(data, errors="strict") if "%" in data else data
+
+
+def _plain_base64(text: bytes) -> bytes:
+    """Bring base64 to the standard alphabet, without blanks and with padding."""
+    plain = text.translate(_STANDARD_ALPHABET, b" \t\r\n")
+    return plain + b"=" * (-len(plain) % 4)
 
 
 def open_files(files: Sequence[bytes], limits: Limits) -> list[np.ndarray | Image.Image]:

@@ -21,9 +21,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput, PayloadTooLarge
-from service.formats.containers import check_container, check_exif
+from service.formats.containers import advise, check_container, check_exif
 from service.formats.plain_png import read_plain_png
-from service.formats.png_rows import has_nonzero_last_row, holds_all_rows
+from service.formats.png_chunks import correct_transparency, has_nonzero_last_row, holds_all_rows
 from service.formats.tiling import check_size
 from service.pixels import unit_levels
 
@@ -62,6 +62,15 @@ class ImageLimits:
 
     max_bytes: int
     max_pixels: int
+
+
+OWN_FILES = ImageLimits(max_bytes=256 * 2**20, max_pixels=150_000_000)
+"""Limits on a user's own files, in training, scoring and calibrating alike: above what cameras make."""
+
+
+def own_file_limits(max_bytes: int, max_pixels: int) -> ImageLimits:
+    """Return OWN_FILES, or where they are larger the limits that the settings have for images of requests."""
+    return ImageLimits(max(OWN_FILES.max_bytes, max_bytes), max(OWN_FILES.max_pixels, max_pixels))
 
 
 def decode_image(data: bytes, preprocessing: Preprocessing, limits: ImageLimits, strict: bool = False) -> np.ndarray:
@@ -122,7 +131,7 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image claims too many pixels: at most {limits.max_pixels} expected") from error
     except (UnidentifiedImageError, *DECODER_ERRORS) as error:
-        raise InvalidInput("no image: a PNG, JPEG or WebP file was expected") from error
+        raise InvalidInput(f"no image: a PNG, JPEG or WebP file was expected{advise(data)}") from error
     width, height = image.size
     if width * height > limits.max_pixels:
         raise PayloadTooLarge(f"the image is {width}×{height}: at most {limits.max_pixels} pixels expected")
@@ -170,8 +179,10 @@ def _upright(image: Image.Image) -> Image.Image:
         image.load()
     except (Image.DecompressionBombError, *DECODER_ERRORS) as error:
         raise InvalidInput(f"the {image.format} image is damaged or truncated") from error
-    if image.format == "PNG" and isinstance(source, BytesIO) and not _has_all_rows(image, source):
-        raise InvalidInput("the PNG image is damaged or truncated")
+    if image.format == "PNG" and isinstance(source, BytesIO):
+        if not _has_all_rows(image, source):
+            raise InvalidInput("the PNG image is damaged or truncated")
+        correct_transparency(image, source.getvalue())
     if image.mode == "P" and image.palette is None:
         raise InvalidInput(f"the {image.format} image is damaged: its palette is missing")
     transpose = _transpose_of(image)

@@ -27,9 +27,24 @@ PICTURES = (PNG, GIF, WEBP)
 """Media types of pictures that the API draws; only models of images have them."""
 
 
+ALIASES = {
+    "image/jpg": JPEG,
+    "image/pjpeg": JPEG,
+    "image/x-png": PNG,
+    "image/apng": PNG,
+    "application/npy": NPY,
+    "application/x-numpy": NPY,
+    "text/json": JSON,
+    "application/csv": CSV,
+    "text/x-csv": CSV,
+}
+"""Names that clients write for media types that the API reads, and the types that they mean."""
+
+
 def media_type(content_type: str) -> str:
-    """Return the media type of a Content-Type header in lower case, without its parameters."""
-    return content_type.partition(";")[0].strip().lower()
+    """Return the media type of a Content-Type header in lower case, without its parameters, by its usual name."""
+    name = content_type.partition(";")[0].strip().lower()
+    return ALIASES.get(name, name)
 
 
 def accepted_media_type(content_type: str, accepted: Sequence[str]) -> str:

@@ -14,12 +14,14 @@ from service.errors import InvalidInput, LimitExceeded
 
 FIELD = "images"
 """Name of the form's field that holds the files."""
+_FIELDS = re.compile(rb"(image|file)s?(\[\d{0,4}\])?")
+"""Names that clients write for it: file, files, image and images, also with [] or [0], as PHP and axios write lists."""
 # The parser logs a warning for each damaged form, which the client learns from the answer.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def read_multipart(content_type: str, body: bytes, max_files: int) -> list[bytes]:
-    """Return the contents of the files in field ``images``, in their order.
+    """Return the contents of the files in field ``images``, or one of the names that stand for it, in their order.
 
     Raises:
         InvalidInput: the form is damaged, lacks its closing boundary, or has a field of another name.
@@ -31,8 +33,8 @@ def read_multipart(content_type: str, body: bytes, max_files: int) -> list[bytes
     closing_boundaries: list[bool] = []
 
     def add(name: bytes | None, content: bytes) -> None:
-        if name != FIELD.encode():
-            raise InvalidInput(f"form field {(name or b'')[:40].decode('latin-1')!r}: only {FIELD!r} expected")
+        if not _FIELDS.fullmatch(name or b""):
+            raise InvalidInput(f"form field {(name or b'')[:40].decode('latin-1')!r}: only files in {FIELD!r} expected")
         if len(contents) >= max_files:
             raise LimitExceeded(f"over {max_files} files: at most {max_files} images here (setting max_batch)")
         contents.append(content)

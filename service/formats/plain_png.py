@@ -12,7 +12,7 @@ import zlib
 
 from PIL import Image
 
-from service.formats.png_rows import has_nonzero_last_row, inflates_to_at_least, row_bytes
+from service.formats.png_chunks import has_nonzero_last_row, inflates_to_at_least, row_bytes
 
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 """First bytes of every PNG: the signature, then length and name of chunk IHDR, whose first field is the width."""

@@ -73,7 +73,7 @@ class WholeImageReader:
             image.close()  # its decoded pixels, which Pillow would keep as long as the list
 
     def _read_array(self, array: np.ndarray, dtype: DType | None = None, first_row: int = 0) -> list[np.ndarray]:
-        images = as_images(array, self.preprocessing.channels)
+        images = as_images(array, self.preprocessing.shape, is_list=dtype is not None)  # dtype is JSON's
         self._check_limits(first_row + len(images), images.size)
         check_size(self.preprocessing, *images.shape[2:])
         if images.dtype == np.uint8:

@@ -60,7 +60,9 @@ def test_floats_stay_floats(tmp_path, dtype):
     ("array", "says"),
     [
         (GREY.astype(np.int64), "pixels are int64; uint8, or floats"),
-        (GREY > 3, "pixels are bool"),
+        (GREY > 3, "pixels are bool; .* masks are given as floats"),
+        ((GREY > 99).astype(np.uint8), "no 8-bit level is above 1, .* multiply them by 255, or give them as floats"),
+        (np.zeros_like(GREY), "no 8-bit level is above 1"),
         (GREY[0], "6×5 is none of"),
         (GREY[:0], "empty"),
         (RANDOM.randint(0, 256, size=(30, 2, 6, 6), dtype=np.uint8), "30×2×6×6 is none of"),
@@ -73,6 +75,19 @@ def test_floats_stay_floats(tmp_path, dtype):
 def test_doubtful_arrays_are_refused(tmp_path, array, says):
     with pytest.raises(DataFormatError, match=says):
         load(saved(tmp_path / "a.npy", array))
+
+
+def test_masks_are_black_and_white_as_floats_and_as_0_and_255(tmp_path):
+    masks = (GREY > 99)[:, None]
+    for array in (masks * 255).astype(np.uint8), masks.astype(np.float32):
+        np.testing.assert_array_equal(load(saved(tmp_path / "a.npy", array)).pixels(range(40)) > 0, masks)
+
+
+def test_a_single_level_above_1_is_enough(tmp_path):
+    """A dark camera is no mask."""
+    array = (GREY > 99).astype(np.uint8)
+    array[3, 2, 1] = 2
+    assert len(load(saved(tmp_path / "a.npy", array))) == 40
 
 
 def test_pickles_are_not_opened(tmp_path):

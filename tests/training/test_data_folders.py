@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from service.bundle.input_rules import Preprocessing
+from service.commands.offline_scoring import find_files
 from service.formats.images import ImageLimits, decode_image
 from training.config import DataConfig
 from training.data import load_dataset
-from training.errors import BadImages, DataError, DataNotFound, SplitError
+from training.errors import BadImages, DataError, DataFormatError, DataNotFound, SplitError
 
 RANDOM = np.random.RandomState(0)
 
@@ -190,6 +191,42 @@ def test_hidden_files_and_loops_are_ignored_and_links_followed(tmp_path):
     (root / "a" / "single.png").symlink_to(tmp_path / "single.png")
     dataset = load(root)
     assert (len(dataset), dataset.skipped) == (21, [])
+
+
+def test_what_is_trained_on_is_what_is_scored(tmp_path):
+    """Of links, hidden copies and names without a suffix, in folders that may lie in hidden ones."""
+    root = tmp_path / ".cache" / "good"
+    fill(root, 10)
+    write(root / "no suffix", picture(), format="PNG")
+    write(root / ".ipynb_checkpoints" / "000-checkpoint.png", picture())
+    fill(tmp_path / "elsewhere", 10)
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "notes.txt").write_text("not a picture")
+    trained = load(root)
+    scored = find_files([root], trained.preprocessing)
+    assert len(trained) == len(scored) == 21
+    assert names(trained) == ["notes.txt"]
+
+
+def test_a_name_that_is_not_utf_8_can_be_written(tmp_path):
+    fill(tmp_path / os.fsdecode(b"h\xf6he"), 20)
+    fill(tmp_path / "b", 20)
+    (tmp_path / "b" / os.fsdecode(b"caf\xe9.png")).write_text("not a picture")
+    dataset = load(tmp_path)
+    assert dataset.label_names == ["b", r"h\xf6he"]
+    assert names(dataset) == [r"b/caf\xe9.png"]
+    assert all(name.encode() for name in dataset.names.values())
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+def test_masks_of_0_and_1_in_files_are_refused_as_in_arrays(tmp_path, tile):
+    for number in range(20):
+        levels = np.random.RandomState(number).randint(0, 2, (12, 10), np.uint8)
+        write(tmp_path / f"{number}.png", Image.fromarray(levels))
+    with pytest.raises(DataFormatError, match="no 8-bit level is above 1"):
+        load(tmp_path, tile=tile)
+    write(tmp_path / "one-bit.png", Image.fromarray(levels > 0))  # 0 and 255
+    assert len(load(tmp_path)) == 21
 
 
 @pytest.mark.parametrize("good", [0, 5])

@@ -174,8 +174,9 @@ def _known(key: str, field: str, keys: Sequence[str], path: Path) -> str:
 def _channels_first(array: np.ndarray, path: Path) -> np.ndarray:
     """A view of ``array`` as N×C×H×W. Raises DataFormatError if dtype or layout leave a doubt."""
     if array.dtype != np.uint8 and array.dtype.kind != "f":
+        masks = "; masks are given as floats" if array.dtype == bool else ""
         raise DataFormatError(
-            f"{path}: pixels are {array.dtype}; uint8, or floats in [0, 1], were expected; {OTHER_KINDS}"
+            f"{path}: pixels are {array.dtype}; uint8, or floats in [0, 1], were expected{masks}; {OTHER_KINDS}"
         )
     shape = "×".join(map(str, array.shape))
     if 0 in array.shape:

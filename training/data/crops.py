@@ -16,7 +16,7 @@ import numpy as np
 
 from training.config import DataConfig
 from training.data.dataset import Dataset, WholeImages, digest, fingerprint, ordered_map
-from training.data.source import Source, check_usable, drawn, pool_labels, split_rows
+from training.data.source import Source, check_levels, check_usable, drawn, pool_labels, split_rows
 from training.data.splits import number_groups
 from training.errors import DataError
 from training.progress import Track, untracked
@@ -50,6 +50,7 @@ def load_crops(source: Source, config: DataConfig, track: Track = untracked) -> 
             digests.append(cut.digest)
             counts.append(len(cut.crops))
     check_usable(source, skipped, len(kept), config)
+    check_levels(source, pool[:filled].max())
     return _dataset(source, config, pool[:filled], np.array(kept), digests, np.array(counts), skipped)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,12 +14,12 @@ from PIL import ExifTags, Image
 
 from service.bundle.input_rules import Preprocessing
 from service.errors import VaeserveError
-from service.formats.images import DECODER_ERRORS, FORMATS, ImageLimits, decode_image, decode_whole_image
+from service.formats.folders import printable, walk
+from service.formats.images import DECODER_ERRORS, FORMATS, OWN_FILES, decode_image, decode_whole_image
 from training.config import DataConfig
 from training.data.source import Source, slug
 from training.errors import DataError, DataFormatError, DataNotFound
 
-LIMITS = ImageLimits(max_bytes=256 * 2**20, max_pixels=150_000_000)  # a user's own files: above what cameras make
 PROBED = 256  # files, spread evenly over the sorted names, that the size and mode rules look at
 KEPT_SIDE = 128  # a size that all images share is kept up to this side: above, networks for a desktop CPU are too slow
 FALLBACK_SIDE = 64
@@ -43,8 +43,8 @@ class FilePixels:
         return _decode(self.root / self.paths[index], self.preprocessing)
 
     def name(self, index: int) -> str:
-        """The path relative to the folder, with forward slashes."""
-        return self.paths[index]
+        """The path relative to the folder, with forward slashes, as UTF-8 can hold it."""
+        return printable(self.paths[index])
 
 
 def open_folder(root: Path, config: DataConfig) -> Source:
@@ -54,9 +54,9 @@ def open_folder(root: Path, config: DataConfig) -> Source:
     that all of them share if no side is over 128 pixels, else 64×64; L if all of them are grey in every pixel, else
     RGB. The names of at least two subfolders are labels, if no image lies beside them. Raises DataNotFound.
     """
-    paths = sorted(_files(root))
+    paths = _files(root)
     if not paths:
-        raise DataNotFound(f"{root}: no file in this folder; PNG, JPEG or WebP images were expected")
+        raise DataNotFound(f"{root}: no file in this folder, hidden ones aside; PNG, JPEG or WebP images were expected")
     preprocessing = _preprocessing(root, paths, config)
     labels, label_names = _labels(paths)
     return Source(
@@ -70,26 +70,17 @@ def open_folder(root: Path, config: DataConfig) -> Source:
     )
 
 
-def _files(root: Path) -> Iterator[str]:
-    """Relative paths, with forward slashes, of all files that are not hidden; each real folder is entered once."""
-    entered = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in entered:
-            subfolders.clear()
-            continue
-        entered.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        inside = Path(folder).relative_to(root)
-        yield from ((inside / name).as_posix() for name in files if not name.startswith("."))
+def _files(root: Path) -> list[str]:
+    """Paths of all files that are not hidden, relative to the folder and with forward slashes, in their order."""
+    return sorted(path.relative_to(root).as_posix() for path in walk(root))
 
 
 def _read(path: Path) -> bytes:
     try:
         if not path.is_file():
             raise DataFormatError("not a regular file")
-        if path.stat().st_size > LIMITS.max_bytes:
-            raise DataFormatError(f"{path.stat().st_size} bytes; at most {LIMITS.max_bytes} are read")
+        if path.stat().st_size > OWN_FILES.max_bytes:
+            raise DataFormatError(f"{path.stat().st_size} bytes; at most {OWN_FILES.max_bytes} are read")
         data = path.read_bytes()
     except OSError as error:
         raise DataFormatError(f"cannot be read ({error.strerror})") from error
@@ -101,8 +92,8 @@ def _read(path: Path) -> bytes:
 def _decode(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     try:
         if preprocessing.tiling is not None:
-            return decode_whole_image(_read(path), preprocessing, LIMITS)
-        return decode_image(_read(path), preprocessing, LIMITS)
+            return decode_whole_image(_read(path), preprocessing, OWN_FILES)
+        return decode_image(_read(path), preprocessing, OWN_FILES)
     except VaeserveError as error:
         raise DataFormatError(str(error)) from error
 
@@ -113,7 +104,7 @@ def cut_off(config: DataConfig) -> tuple[float, float] | None:
     root = Path(config.source).expanduser()
     if config.fit != "cover" or config.tile is not None or not root.is_dir():
         return None
-    paths = sorted(_files(root))
+    paths = _files(root)
     sample = _sample(root, paths)
     height, width = config.shape or _common_size(sample)
     shapes = [(h * width, w * height) for h, w in filter(None, map(_size, sample))]
@@ -169,7 +160,7 @@ def _is_grey(path: Path, colour: Preprocessing) -> bool:
 
 def _labels(paths: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
     """Numbers (-1: in no subfolder) and sorted names of the uppermost subfolders; None if there are fewer than two."""
-    tops = [path.partition("/")[0] if "/" in path else None for path in paths]
+    tops = [printable(path.partition("/")[0]) if "/" in path else None for path in paths]
     names = sorted({top for top in tops if top is not None})
     if len(names) < 2:
         return None, None

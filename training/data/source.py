@@ -13,7 +13,7 @@ from service.bundle.input_rules import InputRule
 from training.config import DataConfig
 from training.data.dataset import Dataset, Pixels, Streamed, digest, fingerprint, ordered_map
 from training.data.splits import number_groups, split, split_with_test
-from training.errors import BadImages, DataError, SplitError
+from training.errors import BadImages, DataError, DataFormatError, SplitError
 from training.progress import Track, untracked
 
 NAMED = 10  # bad images that a message names
@@ -46,12 +46,13 @@ class Source:
 
 @dataclass
 class _Scan:
-    """What came of reading every image once. ``pixels`` [N,C,H,W] if they fit into memory."""
+    """What came of reading every image once: ``pixels`` [N,C,H,W] if they fit into memory, and the highest of all."""
 
     kept: list[int]
     digests: list[bytes]
     skipped: list[tuple[str, str]]
     pixels: np.ndarray | None
+    highest: float = -np.inf
 
 
 def slug(text: str) -> str:
@@ -60,10 +61,11 @@ def slug(text: str) -> str:
 
 
 def load_source(source: Source, config: DataConfig, track: Track = untracked) -> Dataset:
-    """Read, check and split ``source``. Raises BadImages (on_bad = "refuse") and SplitError (too few usable images)."""
+    """Read, check and split ``source``. Raises DataError: bad images, masks as levels, too few usable images."""
     rows = drawn(source.count, config)
     scan = _scan(source, rows, config, track)
     check_usable(source, scan.skipped, len(scan.kept), config)
+    check_levels(source, scan.highest)
     kept = np.array(scan.kept, dtype=np.int64)
     digests = np.frombuffer(b"".join(scan.digests), dtype=np.uint8).reshape(len(kept), -1)
     groups = number_groups(digests)
@@ -110,6 +112,7 @@ def _scan(source: Source, rows: np.ndarray, config: DataConfig, track: Track) ->
             if scan.pixels is not None:
                 scan.pixels[len(scan.kept)] = outcome
             scan.kept.append(row)
+            scan.highest = max(scan.highest, outcome.max())
             scan.digests.append(digest(outcome))
     if scan.pixels is not None:
         scan.pixels = scan.pixels[: len(scan.kept)]
@@ -138,6 +141,15 @@ def check_usable(source: Source, skipped: list[tuple[str, str]], kept: int, conf
     if not kept:
         bad = f"; all {len(skipped)} found cannot be used:\n{_listed(skipped)}" if skipped else ""
         raise SplitError(f"{source.name}: no usable {source.noun}{bad}")
+
+
+def check_levels(source: Source, highest: float) -> None:
+    """Raise DataFormatError for 8-bit images with no level above 1, as masks have: 1 is 1/255, all but black."""
+    if source.dtype == np.uint8 and highest <= 1:
+        raise DataFormatError(
+            f"{source.name}: no 8-bit level is above 1, and white is 255: masks of 0 and 1 would be black images; "
+            "multiply them by 255, or give them as floats"
+        )
 
 
 def split_rows(source: Source, kept: np.ndarray, groups: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:

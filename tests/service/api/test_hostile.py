@@ -198,7 +198,7 @@ def _forms() -> list[tuple[str, Any, str]]:
         ("multipart empty part", _part(b""), "multipart/form-data; boundary=x"),
         ("multipart text field", _part(b"hello", filename=False), "multipart/form-data; boundary=x"),
         ("multipart bad image", _part(b"hello"), "multipart/form-data; boundary=x"),
-        ("multipart other field", _part(picture("PNG"), field="files"), "multipart/form-data; boundary=x"),
+        ("multipart other field", _part(picture("PNG"), field="picture"), "multipart/form-data; boundary=x"),
         (
             "multipart no name",
             b"--x\r\ncontent-disposition: form-data\r\n\r\na\r\n--x--\r\n",

@@ -109,6 +109,16 @@ def test_repeated_requests_at_once_are_answered_in_their_order(client, repeated)
     assert repeated == [other, ROW, other, ROW, other]
 
 
+def test_a_file_is_refused_behind_pixels_of_its_length(client, repeated):
+    picture = png(LEVELS[0])
+    file = picture + bytes(-len(picture) % len(ROW))
+    pixels = raw(bytes(len(file)), accept=JSON)
+    pairs = [said(pair) for pair in exchanged(client, pixels, raw(file, accept=JSON), pixels)]
+    assert [status for status, _ in pairs] == [b"200", b"415", b"200"]
+    assert b"the body is a PNG image: send it as image/png" in pairs[1][1]
+    assert repeated == [bytes(len(file))]
+
+
 def test_a_wrong_body_is_refused_in_the_same_words_behind_a_good_one(client, repeated):
     good, bad = raw(accept=JSON), raw(bytes(7), accept=JSON)
     pairs = [said(pair) for pair in exchanged(client, good, bad, bad, good)]

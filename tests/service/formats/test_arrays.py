@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,7 @@ def test_hostile_headers_are_refused_at_once_in_no_memory(shape):
         tracemalloc.start()
         start = time.process_time()
         with pytest.raises(InvalidInput, match=r"npy|no dimension may be 0"):
-            as_images(read_npy(body), shape[0])
+            as_images(read_npy(body), shape)
         assert time.process_time() - start < 0.3, name
         assert tracemalloc.get_traced_memory()[1] < 2**21, name
         tracemalloc.stop()
@@ -79,7 +80,9 @@ def test_hostile_headers_are_refused_at_once_in_no_memory(shape):
 def test_an_error_says_what_was_found():
     for body, text in [
         (npy(np.zeros(3, np.int64)), "dtype <i8: uint8 or float16, float32, float64 expected"),
-        (npy(np.array([None])), r"dtype \|O"),
+        (npy(np.zeros(3, bool)), r"; of an image, send \(x \* 255\)"),
+        (npy(np.zeros(3, np.uint16)), r"; of an image, send levels from 0 to 255 by .*, or x / 65535 of 16 bits"),
+        (npy(np.array([None])), r"dtype \|O: uint8 or float16, float32, float64 expected$"),
         (npy_of("|u1", "(2, 3)", b"abc"), "promises 6 bytes of data: the body holds 3"),
         (npy_of("<f8", "(1000000, 1000000)"), "promises 8000000000000 bytes"),
         (npy_of("<f8", f"({10**30},)"), "promises over 10\\^18 bytes"),
@@ -194,37 +197,101 @@ def test_json_of_millions_of_lists_is_refused_unparsed():
 # Shapes
 
 
+SIZE = (28, 20)
+"""Height and width of the model's images."""
+
+
 @pytest.mark.parametrize(
-    ("channels", "shape", "expected"),
+    ("channels", "shape", "expected", "axes"),
     [
-        (1, (5, 6), (1, 1, 5, 6)),
-        (1, (4, 5, 6), (4, 1, 5, 6)),
-        (1, (1, 5, 6), (1, 1, 5, 6)),
-        (1, (4, 1, 5, 6), (4, 1, 5, 6)),
-        (1, (4, 5, 6, 1), (4, 1, 5, 6)),
-        (3, (3, 5, 6), (1, 3, 5, 6)),
-        (3, (5, 6, 3), (1, 3, 5, 6)),
-        (3, (4, 3, 5, 6), (4, 3, 5, 6)),
-        (3, (4, 5, 6, 3), (4, 3, 5, 6)),
-        (3, (3, 3, 3, 3), (3, 3, 3, 3)),
+        (1, (5, 6), (1, 1, 5, 6), "HW"),
+        (1, (28, 20), (1, 1, 28, 20), "HW"),
+        (1, (28, 20, 1), (1, 1, 28, 20), "HWC"),
+        (1, (5, 6, 1), (1, 1, 5, 6), "HWC"),
+        (1, (4, 5, 6), (4, 1, 5, 6), "NHW"),
+        (1, (3, 28, 20), (3, 1, 28, 20), "NHW"),
+        (1, (1, 5, 6), (1, 1, 5, 6), "NHW"),
+        (1, (1, 1, 1), (1, 1, 1, 1), "NHW"),
+        (1, (2, 4, 4), (2, 1, 4, 4), "NHW"),
+        (1, (4, 1, 5, 6), (4, 1, 5, 6), "NCHW"),
+        (1, (4, 5, 6, 1), (4, 1, 5, 6), "NHWC"),
+        (1, (4, 1, 6, 1), (4, 1, 6, 1), "NCHW"),
+        (3, (3, 5, 6), (1, 3, 5, 6), "CHW"),
+        (3, (5, 6, 3), (1, 3, 5, 6), "HWC"),
+        (3, (28, 20, 3), (1, 3, 28, 20), "HWC"),
+        (3, (3, 20, 3), (1, 3, 20, 3), "CHW"),
+        (3, (4, 3, 5, 6), (4, 3, 5, 6), "NCHW"),
+        (3, (4, 5, 6, 3), (4, 3, 5, 6), "NHWC"),
+        (3, (3, 3, 3, 3), (3, 3, 3, 3), "NCHW"),
     ],
 )
-def test_natural_shapes(channels, shape, expected):
-    array = np.arange(np.prod(shape)).reshape(shape)
-    images = as_images(array, channels)
-    assert images.shape == expected
-    channels_last = len(shape) > 2 and shape[-1] == channels and shape[-3] != channels
-    batch = array if len(shape) == 4 else array[None]
-    assert np.array_equal(images, batch.transpose(0, 3, 1, 2) if channels_last else array.reshape(expected))
+def test_layouts(channels, shape, expected, axes):
+    array = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    for ordered in (array, np.asfortranarray(array)):
+        images = as_images(ordered, (channels, *SIZE))
+        assert images.shape == expected
+        assert images.flags.c_contiguous
+        known = dict(zip(axes, shape, strict=True))
+        full = array.reshape([known.get(name, 1) for name in "NCHW" if name not in axes] + list(shape))
+        names = [name for name in "NCHW" if name not in axes] + list(axes)
+        assert np.array_equal(images, full.transpose([names.index(name) for name in "NCHW"]))
 
 
 @pytest.mark.parametrize(
-    ("channels", "shape"),
-    [(1, ()), (1, (5,)), (3, (5, 6)), (3, (4, 5, 6)), (1, (4, 2, 5, 6)), (3, (4, 1, 5, 6)), (1, (0, 5)), (1, (1,) * 5)],
+    ("model", "shape", "expected"),
+    [
+        ((1, 28, 1), (5, 28, 1), (5, 1, 28, 1)),
+        ((1, 28, 3), (5, 28, 3), (5, 1, 28, 3)),
+        ((1, 1, 784), (5, 784), None),
+        ((1, 1, 784), (1, 784), (1, 1, 1, 784)),
+        ((1, 1, 784), (5, 1, 784), (5, 1, 1, 784)),
+        ((1, 1, 6), (5, 1, 6, 1), (5, 1, 1, 6)),
+        ((3, 3, 7), (3, 7, 3), (1, 3, 3, 7)),
+        ((3, 3, 3), (3, 3, 3), (1, 3, 3, 3)),
+    ],
 )
-def test_other_shapes_are_refused(channels, shape):
-    with pytest.raises(InvalidInput, match=r"images have shape \("):
-        as_images(np.zeros(shape), channels)
+def test_the_models_own_size_decides_between_layouts(model, shape, expected):
+    array = np.arange(np.prod(shape)).reshape(shape)
+    if expected is None:
+        with pytest.raises(InvalidInput, match=r"reshape flattened images to \(-1, 1, 1, 784\)"):
+            as_images(array, model)
+    else:
+        assert as_images(array, model).shape == expected
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "advice"),
+    [
+        (1, (), "expected"),
+        (1, (560,), "reshape flattened images to (-1, 1, 28, 20)"),
+        (1, (7, 560), "reshape flattened images to (-1, 1, 28, 20)"),
+        (1, (1, 560), "reshape flattened images"),
+        (1, (7, 1, 560), "reshape flattened images"),
+        (1, (7, 560, 1), "reshape flattened images"),
+        (1, (7, 1, 1, 560), "reshape flattened images"),
+        (3, (7, 1680), "reshape flattened images to (-1, 3, 28, 20)"),
+        (3, (1680,), "reshape flattened images"),
+        (3, (7, 3, 1, 1680), "reshape flattened images"),
+        (1, (64, 64, 3), "convert colours to grey"),
+        (1, (64, 64, 4), "convert colours to grey"),
+        (1, (64, 64, 2), "convert colours to grey"),
+        (1, (3, 64, 64), "send three images as (3, 1, H, W)"),
+        (1, (4, 3, 64, 64), "convert colours to grey"),
+        (1, (4, 64, 64, 3), "convert colours to grey"),
+        (1, (4, 2, 5, 6), "(N, 1, H, W), (N, H, W, 1), (N, H, W), (H, W, 1) or (H, W) expected"),
+        (3, (5, 6), "repeat grey in three channels"),
+        (3, (4, 5, 6), "(N, 3, H, W), (N, H, W, 3), (3, H, W) or (H, W, 3) expected"),
+        (3, (28, 20, 4), "leave out an alpha channel"),
+        (3, (5, 28, 20), "repeat grey in three channels"),
+        (3, (4, 1, 5, 6), "repeat grey in three channels"),
+        (3, (4, 28, 20, 4), "leave out an alpha channel"),
+        (1, (0, 5), "no dimension may be 0"),
+        (1, (1,) * 5, "expected"),
+    ],
+)
+def test_what_fits_no_layout_is_refused_and_says_what_to_do(channels, shape, advice):
+    with pytest.raises(InvalidInput, match=r"images have shape \(.*" + re.escape(advice)):
+        as_images(np.zeros(shape, np.uint8), (channels, *SIZE))
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 6), (4,), (1, 2, 5), (0, 5), ()])
@@ -257,7 +324,7 @@ def test_floats_out_of_range_are_named(value):
     x[1, 0, 1, 1] = value
     with pytest.raises(InvalidInput, match="image 1: pixels as float32 from 0 to 1 expected, finite"):
         to_unit(x)
-    with pytest.raises(InvalidInput, match="image 8: "):
+    with pytest.raises(InvalidInput, match=r"image 8: .*; levels .* are sent as uint8 .*, or divided by 255"):
         to_unit(x, first_row=7)
 
 

@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -163,6 +164,54 @@ def test_strict_refuses_what_would_be_resized():
 def test_media_types_are_read_as_http_means_them(kind):
     assert media_type(kind) == "image/png"
     assert read((1, 8, 8), kind, saved(pil((1, 8, 8)), "PNG")).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["image/jpg", "image/pjpeg", "image/x-png", "image/apng", "Image/JPG; charset=binary"])
+def test_other_names_of_image_types(kind):
+    assert read((1, 8, 8), kind, saved(pil((1, 8, 8)), "PNG")).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "usual"), [("application/npy", NPY), ("application/x-numpy", NPY), ("text/json", JSON)]
+)
+def test_other_names_of_array_types(kind, usual):
+    x = levels((1, 8, 8))
+    body = npy(x) if usual == NPY else as_json(x.tolist(), dtype="uint8")
+    assert np.array_equal(read((1, 8, 8), kind, body), read((1, 8, 8), usual, body))
+
+
+BASE64 = {
+    "standard": lambda data: in_base64(data),
+    "line breaks": lambda data: base64.encodebytes(data).decode(),
+    "CRLF": lambda data: base64.encodebytes(data).replace(b"\n", b"\r\n").decode(),
+    "blanks around": lambda data: f"  {in_base64(data)}\n",
+    "URL-safe": lambda data: base64.urlsafe_b64encode(data).decode(),
+    "no padding": lambda data: in_base64(data).rstrip("="),
+    "URL-safe, no padding": lambda data: base64.urlsafe_b64encode(data).decode().rstrip("="),
+    "data URL": lambda data: f"data:image/png;base64,{in_base64(data)}",
+    "data URL in capitals": lambda data: f"DATA:image/PNG;BASE64,{in_base64(data)}",
+    "data URL of parameters": lambda data: f"data:image/png;name=a.png;base64,{in_base64(data)}",
+    "data URL, line breaks": lambda data: f"data:image/png;base64,{base64.encodebytes(data).decode()}",
+    "data URL, percent-coded": lambda data: f"data:image/png;base64,{quote(in_base64(data), safe='')}",
+    "data URL, URL-safe, no padding": lambda data: (
+        f"data:;base64,{base64.urlsafe_b64encode(data).decode().rstrip('=')}"
+    ),
+}
+
+
+@pytest.mark.parametrize("length", range(4))
+@pytest.mark.parametrize("name", BASE64)
+def test_base64_as_clients_write_it(name, length):
+    """Of every length modulo 3, with both characters that the alphabets differ in."""
+    data = saved(pil((1, 8, 8)), "PNG") + bytes([0xFB, 0xFF, 0xFE] * 9)[: 24 + length]
+    assert any(letter in in_base64(data) for letter in "+/")
+    assert np.array_equal(read((1, 8, 8), JSON, as_json([BASE64[name](data)])), read((1, 8, 8), PNG, data))
+
+
+@pytest.mark.parametrize("text", ["a", "aGVs=bG8=", "====", "a*bc", "é" * 8, "b'aGVs'", "aGVs|bG8"])
+def test_what_is_no_base64_is_refused(text):
+    with pytest.raises(InvalidInput, match=r"image 0: base64 of a PNG, JPEG, WebP or npy file expected, or a data URL"):
+        read((1, 8, 8), JSON, as_json([text]))
 
 
 def test_an_unknown_type_names_those_that_are_read():

@@ -154,6 +154,16 @@ UPRIGHT = {
 }
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_an_orientation_that_the_standard_does_not_know_turns_nothing(orientation, form):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = saved(COLOUR, form, exif=exif, **options)
+    np.testing.assert_array_equal(decode_image(data, rule("RGB"), LIMITS), planes(COLOUR))
+
+
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize(("form", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {})])
 def test_exif_orientation_is_applied_before_the_size_is_judged(orientation, form, options):

@@ -64,6 +64,20 @@ def test_dispositions(disposition):
     assert files(part(b"abc", disposition) + END) == [b"abc"]
 
 
+@pytest.mark.parametrize(
+    "name", ["image", "images", "file", "files", "images[]", "image[]", "files[]", "file[]", "images[0]", "file[12]"]
+)
+def test_field_names(name):
+    """Of curl -F file=@…, FastAPI's files, PHP's lists and axios' numbered ones."""
+    assert files(part(b"abc", f'form-data; name="{name}"; filename="a.png"') * 2 + END) == [b"abc"] * 2
+
+
+@pytest.mark.parametrize("name", ["imagess", "IMAGES", "files[a]", "images[-1]", "x", "", "images\n", "seed"])
+def test_other_field_names(name):
+    with pytest.raises(InvalidInput, match=r"form field .*: only files in 'images' expected"):
+        files(part(b"abc") + part(b"1", f'form-data; name="{name}"') + END)
+
+
 def test_files_are_counted_before_they_are_read():
     for count in (2, 3, 4, 5000):
         body = part(b"a") * count + END

@@ -12,9 +12,9 @@ from PIL import Image
 
 from service.bundle.input_rules import Preprocessing
 from service.errors import InvalidInput
-from service.formats import png_rows
+from service.formats import png_chunks
 from service.formats.images import ImageLimits, decode_image
-from service.formats.png_rows import PASSES, holds_all_rows, inflates_to_at_least
+from service.formats.png_chunks import PASSES, holds_all_rows, inflates_to_at_least
 
 LIMITS = ImageLimits(2**22, 2**22)
 KINDS = {(1, 0): 1, (2, 0): 2, (4, 0): 4, (8, 0): 8, (16, 0): 16, (8, 2): 24, (16, 2): 48, (1, 3): 1, (4, 3): 4}
@@ -105,11 +105,11 @@ def test_a_large_piece_is_read_little_by_little(monkeypatch):
             sizes.append((len(data), max_length))
             return self._stream.decompress(data, max_length)
 
-    monkeypatch.setattr(png_rows.zlib, "decompressobj", Recorder)
+    monkeypatch.setattr(png_chunks.zlib, "decompressobj", Recorder)
     noise = np.random.RandomState(0).bytes(2**20)
     assert inflates_to_at_least([zlib.compress(noise)], 2**20)
     assert not inflates_to_at_least([zlib.compress(noise)], 2**20 + 1)
-    assert max(sizes) <= (png_rows.PIECE_BYTES, png_rows.PIECE_BYTES)
+    assert max(sizes) <= (png_chunks.PIECE_BYTES, png_chunks.PIECE_BYTES)
 
 
 def test_much_is_counted_in_pieces():
