@@ -20,7 +20,7 @@ from training.distributions import Bernoulli, ContinuousBernoulli, Delta, Discre
 from training.distributions.continuous_bernoulli import logits_of
 from training.evaluation.evaluate import dither_of
 from training.models.base import LatentVariableModel
-from training.models.likelihoods import Likelihood
+from training.models.likelihood import Likelihood
 
 NUMBERS, FEWEST, MOST = 2**24, 200, 5000
 """The constant is fitted to the first training rows: as many as hold so many numbers, FEWEST at least, MOST at most."""
