@@ -37,7 +37,7 @@ class LogisticSources(Prior):
         return standard_logistic_log_prob(s)
 
     def choose(self, sources: Tensor) -> bool:
-        """Whether the densities change for these sources [B,L]: never, here."""
+        """Fit the kinds of the densities to sources [B,L]; True if any changed. Logistic ones are all of one kind."""
         return False
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Unmixing:
         self.offset = nn.Parameter(torch.zeros(rows.shape[1]))
 
     def loss(self, rows: Tensor, backward: bool = False) -> Tensor:
-        """−mean log p(w) of rows [B,D], chunk by chunk; adds its gradient to the parameters' if asked."""
+        """−mean log p(w) of rows [B,D], chunk by chunk; ``backward`` adds its gradient to the parameters'."""
         with torch.set_grad_enabled(backward):
             total = -torch.linalg.slogdet(self.unmixing.double())[1]
             if backward:
@@ -110,7 +110,7 @@ class Unmixing:
         return total
 
     def optimiser(self) -> torch.optim.LBFGS:
-        """A fresh one: what it remembers of the curvature is that of the present densities."""
+        """A new L-BFGS optimiser, whose memory of the curvature is that of the present densities."""
         return torch.optim.LBFGS(
             [self.unmixing, self.offset],
             max_iter=ROUND,
@@ -122,7 +122,7 @@ class Unmixing:
         )
 
     def fit(self, options: IcaConfig) -> Generator[str, None, tuple[Tensor, Tensor]]:
-        """B [D,D] and c [D] with the best held-out log p(w), float64; the sources keep the densities they were with.
+        """Search for the B [D,D] and c [D] of best held-out log p(w), float64; the sources keep their densities there.
 
         Yields, in words, where each round of the search stands.
         """
@@ -204,8 +204,8 @@ class ICA(BijectiveModel):
 
     def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
         """Whiten, unmix, and multiply the two. Raises DataError: linearly dependent numbers."""
-        found = target_moments(train.batches(ROWS), self.likelihood)
-        variances, axes = principal_axes(found.covariance)
+        moments = target_moments(train.batches(ROWS), self.likelihood)
+        variances, axes = principal_axes(moments.covariance)
         if variances[-1] <= SMALLEST_VARIANCE * variances[0]:
             raise DataError(
                 f"ica expects linearly independent numbers: the training covariance has variances from "
@@ -217,9 +217,9 @@ class ICA(BijectiveModel):
         def whitened(rows: Rows) -> Tensor:
             first = first_rows(rows.batches(ROWS), self.options.rows)
             targets = target_batches(first, self.likelihood, generator)
-            return torch.cat([((batch.double() - found.mean) @ whitening).float() for batch in targets])
+            return torch.cat([((batch.double() - moments.mean) @ whitening).float() for batch in targets])
 
         search = Unmixing(self.prior, whitened(train), whitened(validation))
         unmixing, offset = yield from search.fit(self.options)
         weight = unmixing @ whitening
-        self.set_values(weight, found.mean - torch.linalg.solve(weight, offset))
+        self.set_values(weight, moments.mean - torch.linalg.solve(weight, offset))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ EM_ITERATIONS = 200  # it stops earlier once the mean log density gains less tha
 
 
 class Prior(nn.Module, ABC):
-    """``noise_dim`` standard normal numbers P, and one uniform ``choice`` if it says so, make one draw."""
+    """Base of priors p(z): a draw takes ``noise_dim`` standard normal numbers P, and a uniform one if ``choice``."""
 
     family: ClassVar[str]
     choice: ClassVar[bool] = False
@@ -32,17 +32,17 @@ class Prior(nn.Module, ABC):
         super().__init__()
         self.noise_dim = noise_dim
 
+    @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) of z [...,L] -> [...] float64, nats."""
-        raise NotImplementedError
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        """Noise [M,P], and choice [M] uniform in [0,1) -> z [M,L] float32."""
+        """Noise [M,P], and choice [M] uniform in [0,1) -> z [M,L] float32. Raises NotImplementedError: no prior."""
         raise NotImplementedError("a model without a prior has no draws")
 
 
 class StandardNormal(Prior):
-    """N(0, I)."""
+    """The standard normal prior N(0, I)."""
 
     family = "standard_normal"
 
@@ -54,7 +54,7 @@ class StandardNormal(Prior):
 
 
 class NoPrior(Prior):
-    """None: the model cannot be sampled, and log p(z) is given as 0."""
+    """No prior: the model cannot be sampled, and log p(z) is given as 0."""
 
     family = "none"
 
@@ -63,7 +63,7 @@ class NoPrior(Prior):
 
 
 class GaussianPrior(Prior):
-    """N(loc, A Aᵀ), fitted to the codes of the training split once the encoder stands (Ghosh et al. 2020, sec. 4)."""
+    """A normal prior N(loc, A Aᵀ), fitted to the training codes after the encoder (Ghosh et al. 2020, sec. 4)."""
 
     family = "gaussian"
 
@@ -103,9 +103,9 @@ class MixtureOfGaussians(Prior):
     choice = True
 
     @property
+    @abstractmethod
     def distribution(self) -> Mixture:
-        """p(z)."""
-        raise NotImplementedError
+        """p(z) as it stands."""
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self.distribution.log_prob(z)
