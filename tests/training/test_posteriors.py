@@ -159,6 +159,18 @@ def test_an_autoregressive_network_sees_what_comes_before_and_all_of_it(reverse,
         assert (seen != 0).any(1).all(), "the context reaches every element, the first in order too"
 
 
+@torch.no_grad()
+def test_an_iaf_step_is_the_papers_gate():
+    """z ← σ(s) ⊙ z + (1 − σ(s)) ⊙ m (Kingma et al. 2016, Algorithm 1), s beyond the bias that opens the gates."""
+    posterior = build("iaf", 4, steps=1)
+    q = posterior(torch.randn(2, FEATURES))
+    z_0 = torch.randn(2, 3, 4)
+    m, s = posterior.steps[0](z_0, q.transform.context[:, 0])
+    gate = torch.sigmoid(s + 2)
+    torch.testing.assert_close(q.transform.call_and_ladj(z_0)[0], gate * z_0 + (1 - gate) * m)
+    assert (m.abs() > 0.1).any()
+
+
 def test_iaf_reverses_the_order_from_step_to_step():
     posterior = build("iaf", 4, steps=2)
     reach = []
