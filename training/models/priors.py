@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from training.config import MixtureConfig, PriorConfig
 from training.distributions import Mixture, MultivariateNormal, Normal, standard_normal_log_prob
+from training.distributions.logistic import standard_logistic_from_normal, standard_logistic_log_prob
 from training.errors import ConfigError
 from training.nn.couplings import CouplingStack
 
@@ -222,6 +223,63 @@ class FlowPrior(Prior):
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
         return self.flow.call_and_ladj(noise)[0]
+
+
+class LogisticSources(Prior):
+    """Π_i p(s_i), p(s) = e^{−s}/(1 + e^{−s})²: infomax (Bell & Sejnowski 1995); tails are heavier than N's."""
+
+    family = "logistic"
+
+    def log_density(self, s: Tensor) -> Tensor:
+        """log p(s) of sources [...,L], element by element, in their dtype."""
+        return standard_logistic_log_prob(s)
+
+    def choose(self, sources: Tensor) -> bool:
+        """Fit the kinds of the densities to sources [B,L]; True if any changed. Logistic ones are all of one kind."""
+        return False
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.log_density(z.double()).sum(-1)
+
+    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
+        return standard_logistic_from_normal(noise.double()).float()
+
+
+class ExtendedSources(LogisticSources):
+    """Logistic sources, and sub-Gaussian ones: ½N(−1, 1) + ½N(1, 1) (extended infomax, Lee et al. 1999, eq. 2.14).
+
+    A source of the second kind takes the sign of a normal number for its side. ``mixed`` [L] is 1 for these.
+    """
+
+    family = "extended_logistic"
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(2 * latent_dim)
+        self.mixed: Tensor
+        self.register_buffer("mixed", torch.zeros(latent_dim))
+
+    def log_density(self, s: Tensor) -> Tensor:
+        size = s.abs()
+        mixture = standard_normal_log_prob(size - 1) + torch.log1p(torch.exp(-2 * size)) - math.log(2)
+        return super().log_density(s) + self.mixed * (mixture - super().log_density(s))
+
+    @torch.no_grad()
+    def choose(self, sources: Tensor) -> bool:
+        """Take the density under which separation is stable, by these sources [B,L] (Lee et al. 1999, eq. 2.33).
+
+        Returns whether any changed.
+        """
+        u = (sources - sources.mean(0)) / sources.std(0)
+        squashed = torch.tanh(u)
+        mixed = ((1 - squashed**2).mean(0) < (squashed * u).mean(0)).to(self.mixed.dtype)
+        changed = bool((mixed != self.mixed).any())
+        self.mixed.copy_(mixed)
+        return changed
+
+    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
+        inner, side = noise.double().chunk(2, -1)
+        logistic, mixture = standard_logistic_from_normal(inner), inner + torch.sign(side)
+        return (logistic + self.mixed * (mixture - logistic)).float()
 
 
 def build_prior(config: PriorConfig, latent_dim: int, shape: tuple[int, int, int]) -> Prior:
