@@ -28,7 +28,7 @@ from training.fitting.checkpoint import FILE, load_checkpoint, save_checkpoint
 from training.fitting.data_defaults import check_dimension
 from training.fitting.devices import make_fabric
 from training.fitting.journal import Journal, Row
-from training.fitting.loop import Interrupt, Loop, standing
+from training.fitting.loop import Interrupt, Loop, describe_progress
 from training.fitting.metrics import SAMPLED, Sums, validate
 from training.fitting.schedule import annealed_beta
 from training.fitting.trainer import State, Trainer, cpu_copy, initial_model, new_model, stored_state
@@ -92,7 +92,7 @@ class ModelTraining:
         """Make the steps that are left, then ``finish``. Raises TrainingDiverged, KeyboardInterrupt."""
         with self.journal, Interrupt() as interrupt:
             if self.resumed:
-                self.journal.say(f"fit: {standing(self)}")
+                self.journal.say(f"fit: {describe_progress(self)}")
             Loop(self, self.config.run.checkpoint_seconds, interrupt, self.show).run()
 
     def batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:

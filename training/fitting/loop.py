@@ -90,7 +90,7 @@ class Training(Protocol):
         """Write the checkpoint."""
 
 
-def standing(training: Training) -> str:
+def describe_progress(training: Training) -> str:
     """Where a resumed training stands, in words."""
     state = training.state
     if state.finished:
