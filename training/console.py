@@ -17,7 +17,7 @@ from training.config import Config
 from training.evaluation.evaluate import summary
 from training.export.divergence import refuse_diverged
 from training.fitting.fit import Fitted
-from training.fitting.loop import standing
+from training.fitting.loop import describe_progress
 from training.pipeline import DEFAULT_RATE, DataFacts, Prepared
 from training.progress import ConsoleTrack
 from training.reporting.card import duration
@@ -53,7 +53,7 @@ def fit_stage(config: Config, folder: Path, launch: Launch, restart: bool, conso
 def _corruption_stage(prepared: Prepared, console: Console) -> None:
     training = pipeline.corruption_training(prepared)
     if training.resumed:
-        say(console, f"corruption: {standing(training)}")
+        say(console, f"corruption: {describe_progress(training)}")
     pipeline.train_corruption(training, ConsoleTrack(console))
     found = f"cross-entropy {training.state.cross_entropy:.4f} nats a pixel on validation"
     say(console, f"corruption: {found}, {duration(training.state.seconds)}")

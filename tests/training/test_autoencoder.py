@@ -8,6 +8,7 @@ from scipy.stats import multivariate_normal, norm
 from service.bundle.files import open_bundle
 from tests.training.finished import finished_run
 from tests.training.shared import encoded
+from tests.training.solved import factor_rows, solved, targets
 from training.config import LikelihoodConfig, MixtureConfig, ModelConfig, NetworkConfig, load_config
 from training.data import load_dataset
 from training.distributions import unflattened
@@ -183,6 +184,17 @@ def test_training_lowers_the_error_and_ends_with_a_mixture_of_the_codes(digits):
     z = model.encode(model.likelihood.target(x, None)).loc
     unfitted = FittedMixture(4, MixtureConfig(components=4))
     assert prior.log_prob(z).mean() > unfitted.log_prob(z).mean() + 1
+
+
+@torch.no_grad()
+def test_a_prior_of_vectors_is_fitted_to_the_codes_of_their_standardised_numbers():
+    table = {"network": {"hidden": [12]}, "autoencoder": {"mixture": {"components": 1}}}
+    likelihood = {"family": "squared_error"}
+    model, dataset = solved(factor_rows(), "autoencoder", latent_dim=3, likelihood=likelihood, **table)
+    z = model.encode(targets(model, dataset)).loc.double()
+    torch.testing.assert_close(model.prior.loc[0], z.mean(0), atol=1e-5, rtol=1e-5)
+    covariance = model.prior.factor[0] @ model.prior.factor[0].T
+    torch.testing.assert_close(covariance, torch.cov(z.T, correction=0), atol=1e-4, rtol=1e-3)
 
 
 def test_the_bundle_of_a_mixture_of_codes(fitted_family):

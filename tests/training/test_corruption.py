@@ -25,7 +25,7 @@ from training.fitting.corruption import (
     painted_batch,
 )
 from training.fitting.devices import make_fabric
-from training.fitting.loop import standing
+from training.fitting.loop import describe_progress
 from training.fitting.painting import MAX_SHARE, UNPAINTED, VISIBLE, _coverage, _paint, painted
 from training.nn.unet import UNet
 
@@ -251,7 +251,7 @@ def test_a_finished_training_is_not_repeated(tmp_path):
     again = trained(tmp_path / "run")
     assert (tmp_path / "run" / FILE).read_bytes() == before
     assert again.state == first.state
-    assert "done before" in standing(again)
+    assert "done before" in describe_progress(again)
 
 
 @pytest.mark.parametrize(

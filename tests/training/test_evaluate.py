@@ -12,7 +12,7 @@ from training.distributions import Normal
 from training.evaluation.aggregate import aggregate_posterior, describe
 from training.evaluation.evaluate import _evidence, batch_bounds, bits_per_dim, bounds, evaluate, log_weights, summary
 from training.evaluation.tightness import inference_gap
-from training.models.likelihoods import SquaredError
+from training.models.autoencoder import Autoencoder
 from training.models.vae import VAE
 
 
@@ -200,9 +200,8 @@ def test_a_deterministic_encoder_has_neither_rate_nor_active_units(dataset):
 
 
 def test_without_a_likelihood_there_is_a_reconstruction_error_only(dataset):
-    model = VAE(SHAPE, ModelConfig(latent_dim=2, likelihood=LikelihoodConfig(family="squared_error")))
-    model.evidence, model.moments = "none", "point"
-    assert isinstance(model.likelihood, SquaredError)
+    likelihood = LikelihoodConfig(family="squared_error")
+    model = Autoencoder(SHAPE, ModelConfig(family="autoencoder", latent_dim=2, likelihood=likelihood))
     metrics, latents = evaluate(model, dataset, "test", EvaluateConfig(k=500))
     assert latents is None
     assert summary(metrics).endswith("no likelihood")

@@ -149,6 +149,18 @@ def test_training_examples_start_as_standardised_latents():
 
 
 @torch.no_grad()
+def test_a_level_starts_from_the_half_that_the_one_before_it_keeps():
+    stack = build((1, 8, 8), levels=2, steps=1, hidden=6).flow
+    images = torch.rand(50, 1, 8, 8) ** 3
+    stack.initialise(images)
+    y, _ = stack.levels[0].call_and_ladj(images)
+    squeeze, norm = stack.levels[1].steps[:2]
+    first = norm.call_and_ladj(squeeze.call_and_ladj(y[:, : y.shape[1] - stack.shapes[0][0]])[0])[0]
+    torch.testing.assert_close(first.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(first.std((0, 2, 3), correction=0), torch.ones(8), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_loaded_weights_give_the_same_latents_and_inverse():
     flow, other = image_flow((1, 4, 6)), build((1, 4, 6), levels=3, steps=3, hidden=6)
     other.load_state_dict(flow.state_dict())

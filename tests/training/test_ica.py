@@ -11,7 +11,7 @@ from tests.training.solved import digits, log_weights, solved, targets
 from training.config import ModelConfig
 from training.distributions.logistic import log_normal_tail, standard_logistic_from_normal
 from training.errors import ConfigError, DataError
-from training.models.ica import ExtendedSources, LogisticSources
+from training.models.priors import ExtendedSources, LogisticSources
 from training.models.registry import build_model
 
 ICA = {"likelihood": {"family": "delta"}}

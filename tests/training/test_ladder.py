@@ -232,7 +232,7 @@ def test_what_cannot_be_halved_is_refused(shape, levels, message):
 
 @pytest.mark.parametrize("family", ["delta", "squared_error"])
 def test_a_ladder_wants_a_likelihood(family):
-    with pytest.raises(ConfigError, match="bounds log p"):
+    with pytest.raises(ConfigError, match=r"bounds log p\(x\), and expects one of bernoulli, .*; got"):
         build(family=family)
 
 

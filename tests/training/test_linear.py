@@ -85,6 +85,16 @@ def test_training_terms_are_minus_the_squared_error():
     assert not torch.cat([terms.kl.per_group, terms.log_p_z, terms.log_q_z], 1).any()
 
 
+@torch.no_grad()
+def test_the_linear_autoencoder_starts_with_the_mean_at_zero():
+    dataset = dataset_of(digits())
+    model = build_model(dataset.preprocessing, ModelConfig(family="linear_autoencoder", latent_dim=4, likelihood=ERROR))
+    mean = torch.rand(model.shape)
+    model.initialise(mean, mean.unsqueeze(0))
+    torch.testing.assert_close(model.code(mean.unsqueeze(0)), torch.zeros(1, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.decode(torch.zeros(1, 4)).mean[0], mean)
+
+
 def test_the_linear_autoencoder_finds_the_principal_subspace():
     dataset = dataset_of(digits())
     config = ModelConfig(family="linear_autoencoder", latent_dim=4, likelihood=ERROR)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.fitting.loop import Interrupt, Loop, Progress, standing
+from training.fitting.loop import Interrupt, Loop, Progress, describe_progress
 
 STEPS = 3  # an epoch
 
@@ -106,4 +106,4 @@ def test_seconds_go_on_from_the_checkpoint_and_do_not_count_what_follows_an_epoc
     ],
 )
 def test_where_a_resumed_training_stands_is_said_in_words(state, text):
-    assert standing(Counting(state)) == text
+    assert describe_progress(Counting(state)) == text

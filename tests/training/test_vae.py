@@ -9,6 +9,7 @@ from tests.training.linear_gaussian import SHAPE, Linear
 from tests.training.shared import encoded
 from training.config import LikelihoodConfig, ModelConfig, NetworkConfig, PosteriorConfig
 from training.distributions import Normal, unflattened
+from training.errors import ConfigError
 from training.models.posteriors import build_posterior
 from training.models.vae import VAE
 
@@ -96,6 +97,12 @@ def test_initialise_starts_at_the_training_mean(network, family, tolerance):
     vae.initialise(mean, mean[None])
     found = vae.likelihood.mean(vae.decode(torch.zeros(1, 3)))
     assert found.mean().item() == pytest.approx(0.3, abs=tolerance)
+
+
+@pytest.mark.parametrize("family", ["delta", "squared_error", "cross_entropy"])
+def test_what_gives_no_density_of_x_is_refused(family):
+    with pytest.raises(ConfigError, match=rf"expects one of bernoulli, .*; got '{family}'"):
+        build((1, 4, 4), family=family)
 
 
 def test_stop_gradient_q_changes_gradients_but_no_value():

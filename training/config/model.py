@@ -59,11 +59,6 @@ class PosteriorConfig(Section):
     rank: int = Field(default=8, ge=1, description="sylvester: dimensions that a step moves, all if there are fewer")
     hidden: int = Field(default=256, ge=1, description="iaf: width of a step's masked layers")
 
-    @property
-    def evaluable(self) -> bool:
-        """Whether log q(z|x) is known at any z, not only at its own draws."""
-        return self.family in ("diagonal_gaussian", "householder")
-
 
 class PriorConfig(Section):
     """p(z) of a VAE."""

@@ -138,16 +138,6 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     score: ScoreConfig = ScoreConfig()
 
-    @model_validator(mode="after")
-    def _dreg_evaluates_the_posterior(self) -> Config:
-        if self.objective.kind == "dreg" and not self.model.posterior.evaluable:
-            raise ValueError(
-                "objective.kind 'dreg' needs log q(z|x) with its parameters held constant: expected "
-                "model.posterior.family 'diagonal_gaussian' or 'householder', whose density is known at any z, "
-                f"got {self.model.posterior.family!r}"
-            )
-        return self
-
     @field_validator("name")
     @classmethod
     def _may_name_a_bundle(cls, name: str) -> str:

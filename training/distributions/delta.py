@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Delta(NamedTuple):
-    """x = loc with certainty. It has no density; where one is asked for, as for a bijection's p(x|z), it is 0 nats."""
+    """x = loc with certainty. It has no density: ``log_prob`` is 0, as a bijection takes log p(x|z) to be."""
 
     loc: Tensor
 

@@ -1,4 +1,4 @@
-"""What every distribution here is: a tuple of parameters, with a density, a mean, and draws as functions of noise."""
+"""The protocol of the distributions: a tuple of parameters with a density, a mean, and draws as functions of noise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Distribution(Protocol):
         """log p(x), element by element, in nats."""
 
     def sample(self, noise: Tensor) -> Tensor:
-        """A draw of x from noise, of the distribution that the class names."""
+        """A draw of x, as a function of noise whose distribution the class names."""
 
 
 def unflattened(distribution: D, sizes: tuple[int, ...]) -> D:

@@ -13,8 +13,8 @@ from training.distributions.normal import standard_normal_log_prob
 class MultivariateNormal(NamedTuple):
     """N(loc, A Aᵀ) of vectors [L], in float64; sampled from standard normal noise.
 
-    ``factor`` A is lower triangular [L,L], or [J,L,L] for J components with loc [J,L]. ``inverse_factor`` A⁻¹ stands
-    beside it, because a graph holds no inversion.
+    ``factor`` A is lower triangular with a positive diagonal, [L,L], or [J,L,L] for J components with loc [J,L].
+    ``inverse_factor`` A⁻¹ is given too, because a graph holds no inversion.
 
     log p(x) = −½ ‖A⁻¹(x − loc)‖² − log |det A| − ½ L log 2π.
     """

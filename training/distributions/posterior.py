@@ -1,4 +1,4 @@
-"""What an encoder gives: a distribution q(z|x) for each of N rows, and reparameterised draws of it."""
+"""Posteriors q(z|x) of N rows, as an encoder gives them, and their reparameterised draws."""
 
 from __future__ import annotations
 

@@ -51,11 +51,11 @@ class Aggregate:
         return int((self.moved > ACTIVE_VARIANCE).sum())
 
     def metrics(self) -> dict[str, float]:
-        """The numbers that stand in metrics.json."""
-        found: dict[str, float] = {"active_units": self.active_units}
+        """The numbers for metrics.json."""
+        metrics: dict[str, float] = {"active_units": self.active_units}
         if self.marginal_kl:
-            found |= dict(zip(("marginal_kl_lower", "marginal_kl_upper"), self.marginal_kl, strict=True))
-        return found
+            metrics |= dict(zip(("marginal_kl_lower", "marginal_kl_upper"), self.marginal_kl, strict=True))
+        return metrics
 
     def by_dimension(self) -> dict[str, list[float]]:
         """The arrays, for metrics.json, rounded to what they are good for."""
@@ -75,15 +75,15 @@ def aggregate_posterior(model: LatentVariableModel, dataset: Dataset, indices: n
     device = next(model.parameters()).device
     parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
     torch.manual_seed(derived_seed(seed, "aggregate"))
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    moments_and_draws: list[tuple[Tensor, Tensor, Tensor]] = []
     for part, pixels in zip(parts, pixel_batches(dataset, parts), strict=True):
         dither = None
         if model.likelihood.dither:
             dither = torch.from_numpy(np.stack([image_dither(model.shape, int(i), seed) for i in part])).to(device)
         q = model.encode(model.likelihood.target(pixels.to(device), dither))
         loc, scale, z, _ = q.with_moments(torch.randn(len(part), 1, model.noise_dim, device=device))
-        found.append((loc, scale, z[:, 0]))
-    return describe(model, *(torch.cat(tensors) for tensors in zip(*found, strict=True)))
+        moments_and_draws.append((loc, scale, z[:, 0]))
+    return describe(model, *(torch.cat(tensors) for tensors in zip(*moments_and_draws, strict=True)))
 
 
 @torch.no_grad()
@@ -163,23 +163,8 @@ def aggregate_log_prob(loc: Tensor, scale: Tensor, z: Tensor) -> tuple[Tensor, T
     return torch.cat(with_own), torch.cat(without_own)
 
 
-@torch.no_grad()
-def rate_by_group(model: LatentVariableModel, dataset: Dataset, indices: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Mean rate over the images of each group of latents, [G] as in Terms.kl, float64: what ``collapsed`` judges."""
-    device = next(model.parameters()).device
-    parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
-    torch.manual_seed(derived_seed(seed, "rate"))
-    total: Tensor | float = 0.0
-    for pixels in pixel_batches(dataset, parts):
-        x = pixels.to(device)
-        dither = torch.rand_like(x) if model.likelihood.dither else None
-        noise = torch.randn(len(x), 1, model.noise_dim, device=device)
-        total = total + model(x, noise, dither).kl.per_group.double().sum(0)
-    return (torch.as_tensor(total) / len(indices)).cpu().numpy()
-
-
 def collapsed(kl_per_group: Sequence[float] | np.ndarray, layers: bool = False) -> str | None:
-    """What to tell the user if the posterior has fallen onto the prior (Bowman et al. 2016), else None.
+    """A warning for the user if the posterior has collapsed onto the prior (Bowman et al. 2016), else None.
 
     ``kl_per_group``: mean KL of each latent dimension, or of each stochastic layer (``layers``), in nats. Of dimensions
     USED_SHARE must be in use, of layers every one.

@@ -1,4 +1,4 @@
-"""The best constant p(x|z) = p(x) of a likelihood: what a model that has learned nothing of a row x still reaches.
+"""The best constant p(x|z) = p(x) of a likelihood, the yardstick of a model that learns nothing of a row x.
 
 Its parameters are fitted to the training split, number by number of x, whatever z. A posterior that has collapsed onto
 the prior ends there; a model that is far worse on held-out rows has diverged.
@@ -20,7 +20,7 @@ from training.distributions import Bernoulli, ContinuousBernoulli, Delta, Discre
 from training.distributions.continuous_bernoulli import logits_of
 from training.evaluation.evaluate import dither_of
 from training.models.base import LatentVariableModel
-from training.models.likelihoods import Likelihood
+from training.models.likelihood import Likelihood
 
 NUMBERS, FEWEST, MOST = 2**24, 200, 5000
 """The constant is fitted to the first training rows: as many as hold so many numbers, FEWEST at least, MOST at most."""
@@ -44,8 +44,8 @@ def best_constant(
     train = dataset.splits["train"][: max(FEWEST, min(MOST, NUMBERS // math.prod(model.shape)))]
     constants = CONSTANTS[config.family](model.likelihood, _targets(model, dataset, train, seed), config)
     target = _targets(model, dataset, indices, seed)
-    found = [torch.cat([constant(part) for part in target.split(BATCH)]).numpy() for constant in constants]
-    return max(found, key=lambda log_p: float(log_p.mean()))
+    log_ps = [torch.cat([constant(part) for part in target.split(BATCH)]).numpy() for constant in constants]
+    return max(log_ps, key=lambda log_p: float(log_p.mean()))
 
 
 def _targets(model: LatentVariableModel, dataset: Dataset, indices: np.ndarray, seed: int) -> Tensor:

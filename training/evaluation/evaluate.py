@@ -75,17 +75,17 @@ def batch_bounds(
 ) -> dict[str, Tensor]:
     """The fields of Bounds, each [N]; iwae is the log-mean-exp of sampled weights (Burda et al. 2016, eq. 8)."""
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    fit, log_sum, log_squares = torch.zeros_like(total), total - math.inf, total - math.inf
+    conditional, log_sum, log_squares = torch.zeros_like(total), total - math.inf, total - math.inf
     for log_w, log_p_x_given_z in log_weights(model, x, dither, k, chunk, precision):
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_w, 1))
         log_squares = torch.logaddexp(log_squares, torch.logsumexp(2 * log_w, 1))
         total += log_w.sum(1)
-        fit += log_p_x_given_z.sum(1)
+        conditional += log_p_x_given_z.sum(1)
     return {
         "elbo": total / k,
         "iwae": log_sum - math.log(k),
-        "rate": (fit - total) / k,
-        "distortion": -fit / k,
+        "rate": (conditional - total) / k,
+        "distortion": -conditional / k,
         "effective_samples": effective_samples(log_sum, log_squares),
     }
 
@@ -109,18 +109,18 @@ def bounds(
     chunk = chunk or default_chunk(model, device)
     batch = min(IMAGES, chunk)
     parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
-    found: list[dict[str, Tensor]] = []
+    batches: list[dict[str, Tensor]] = []
     for part, pixels in zip(parts, pixel_batches(dataset, parts), strict=True):
         torch.manual_seed(derived_seed(seed, "evaluate", int(part[0])))
         dither = dither_of(model, part, seed)
-        found.append(batch_bounds(model, pixels.to(device), dither, k, chunk, precision))
+        batches.append(batch_bounds(model, pixels.to(device), dither, k, chunk, precision))
         if progress:
             progress(len(part))
-    return Bounds(**{name: torch.cat([f[name] for f in found]).cpu().numpy() for name in found[0]})
+    return Bounds(**{name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]})
 
 
 def default_chunk(model: LatentVariableModel, device: torch.device) -> int:
-    """Decodes at a time that keep a decoder output in a core's cache, or a GPU busy."""
+    """How many samples to decode at a time, to keep one decoder output in a core's cache, or a GPU busy."""
     return max(1, (IN_CACHE if device.type == "cpu" else ON_DEVICE) // math.prod(model.shape))
 
 
@@ -133,7 +133,7 @@ def dither_of(model: LatentVariableModel, indices: np.ndarray, seed: int) -> Ten
 
 
 def samples_needed(model: LatentVariableModel, k: int) -> int:
-    """k for a bound; 1 where every weight is p(x) itself, or where there is no likelihood."""
+    """Number of samples: k for a bound, 1 where every weight is p(x) itself, or where there is no likelihood."""
     return k if model.evidence == "bound" else 1
 
 
@@ -205,7 +205,7 @@ def summary(metrics: dict[str, float]) -> str:
 
 
 def _evidence(model: LatentVariableModel, result: Bounds) -> dict[str, float]:
-    """What the weights say of log p(x), or the reconstruction error where they say nothing."""
+    """log p(x), its standard error, elbo and bits, or the reconstruction error where there is no likelihood."""
     root = math.sqrt(len(result.elbo))
     if model.evidence == "none":
         error = result.distortion

@@ -27,7 +27,7 @@ def effective_samples(log_sum: Tensor, log_squares: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InferenceGap:
-    """By image, float64 [N]: what the encoder loses against the best diagonal Gaussian, and what that one loses.
+    """The inference gap of each image, float64 [N], in its two parts.
 
     ``amortisation`` = optimised elbo − the encoder's elbo; ``approximation`` = log p(x) − optimised elbo
     (Cremer et al. 2018, eq. 6), with log p(x) by the IWAE bound: too loose a bound makes approximation too small, too
@@ -39,11 +39,11 @@ class InferenceGap:
 
     def metrics(self) -> dict[str, float]:
         """Mean and standard error over the images of each, and how many images they are of."""
-        found = {"gap_images": float(len(self.amortisation))}
+        metrics = {"gap_images": float(len(self.amortisation))}
         for name, values in (("amortisation_gap", self.amortisation), ("approximation_gap", self.approximation)):
-            found[name] = float(values.mean())
-            found[f"{name}_standard_error"] = float(values.std() / math.sqrt(len(values)))
-        return found
+            metrics[name] = float(values.mean())
+            metrics[f"{name}_standard_error"] = float(values.std() / math.sqrt(len(values)))
+        return metrics
 
 
 def inference_gap(
@@ -55,7 +55,7 @@ def inference_gap(
     steps: int,
     seed: int,
 ) -> InferenceGap:
-    """The gap of images x [N,C,H,W], whose amortised ``elbo`` and log p(x) [N] were found at the same dither."""
+    """The gap of images x [N,C,H,W], whose amortised ``elbo`` and log p(x) [N] are given, at the same dither."""
     optimised = []
     block = max(1, ELEMENTS // (SAMPLES * math.prod(model.shape)))
     for start in range(0, len(x), block):

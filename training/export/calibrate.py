@@ -58,7 +58,7 @@ def score_split(
 def score_whole_images(
     model: TiledModel, whole_images: WholeImages, split: str, names: list[str], progress: Progress | None = None
 ) -> dict[str, np.ndarray]:
-    """As score_split, of the whole images that a split's crops are of: by tiles, as the service scores them."""
+    """Scores, float64 [N] by name, of the whole images that a split's crops are of: by tiles, as the service does."""
     definitions = {name: model.model.manifest.scores[name] for name in names}
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for index in whole_images.splits[split]:

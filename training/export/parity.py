@@ -16,7 +16,7 @@ from training.data.batches import derived_seed, to_unit
 from training.distributions import unflattened
 from training.export.graphs import roles
 from training.models.base import LatentVariableModel
-from training.models.likelihoods import Likelihood
+from training.models.likelihood import Likelihood
 
 Arrays = dict[str, np.ndarray]
 
@@ -119,9 +119,9 @@ def tolerances(arrays: Arrays, rounded: bool) -> dict[str, Tolerance]:
         if "." in name:
             atol = ATOL_BY_SCALE * max(1.0, float(np.abs(value).max()))
             result[name] = Tolerance(atol=atol, rtol=RTOL)
-    (fit,) = (name.removesuffix("_map") for name in arrays if name.startswith("joint.") and name.endswith("_map"))
-    terms = float(np.abs(arrays[f"{fit}_map"]).sum(axis=(-3, -2, -1), dtype=np.float64).max())
-    result[fit] = Tolerance(atol=max(1e-4, NAT_BY_TERM * terms), rtol=RTOL / 100)
+    (log_p,) = (name.removesuffix("_map") for name in arrays if name.startswith("joint.") and name.endswith("_map"))
+    terms = float(np.abs(arrays[f"{log_p}_map"]).sum(axis=(-3, -2, -1), dtype=np.float64).max())
+    result[log_p] = Tolerance(atol=max(1e-4, NAT_BY_TERM * terms), rtol=RTOL / 100)
     result["encoder.target"] = Tolerance(atol=1e-6, rtol=0.0)  # compared and rounded, never computed at length
     if rounded:
         result["observation.sample"] = Tolerance(atol=ONE_LEVEL, rtol=0.0)

@@ -77,9 +77,9 @@ def describe(run: Run) -> str:
     prior = priors.get(model.prior.family, f", {model.prior.family.replace('_', ' ')} prior")
     plain = model.posterior_family == "diagonal_gaussian" or model.evidence != "bound" or model.kl_groups == "layer"
     posterior = "" if plain else f", {model.posterior_family.replace('_', ' ')} posterior"
-    fit = model.likelihood.family.replace("_", " ")
-    explained = {"none": fit, "delta": "exact density"}.get(
-        "delta" if model.likelihood.family == "delta" else model.likelihood.measure, f"{fit} likelihood"
+    likelihood_name = model.likelihood.family.replace("_", " ")
+    explained = {"none": likelihood_name, "delta": "exact density"}.get(
+        "delta" if model.likelihood.family == "delta" else model.likelihood.measure, f"{likelihood_name} likelihood"
     )
     return (
         f"{family[0].upper()}{family[1:]} of {run.dataset.name} ({size}): {model.latent_dim} latent dimensions, "

@@ -11,7 +11,7 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def average_decay(decay: float, half_at: int, updates: int, taken: int = 1) -> float:
-    """What the average keeps of itself as it takes in the last ``taken`` of so many ``updates`` at once.
+    """The average's decay for the last ``taken`` of so many ``updates`` together.
 
     The decay of the u-th update is u / (``half_at`` + u), at most ``decay``: short runs are not all start.
     """
@@ -37,13 +37,13 @@ class MovingAverage:
         return self._averaged.module
 
     def update(self, updates: int) -> None:
-        """Take note of an update of the module's weights, the ``updates``-th."""
+        """Count an update of the module's weights, the ``updates``-th, and average them if it is due."""
         self.pending += 1
         if self.pending >= self._every:
             self.catch_up(updates)
 
     def catch_up(self, updates: int) -> None:
-        """Bring the average up to the weights as they stand, after so many updates in all."""
+        """Average the weights as they are, after so many updates in all, if any is pending."""
         if self.pending:
             self._updates = updates
             self._averaged.update_parameters(self._module)
@@ -54,7 +54,7 @@ class MovingAverage:
         return self._averaged.state_dict()
 
     def load_state_dict(self, stored: dict[str, Any], pending: int = 0) -> None:
-        """Go on from what ``state_dict`` gave."""
+        """Restore what ``state_dict`` gave."""
         self._averaged.load_state_dict(stored)
         self.pending = pending
 

@@ -116,8 +116,8 @@ def _completed(stored: dict[str, Any], wanted: Config) -> dict[str, Any]:
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [
-            found
+            text
             for key in sorted(set(old) | set(new))
-            for found in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+            for text in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         ]
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]

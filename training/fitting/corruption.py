@@ -1,6 +1,6 @@
-"""A network that tells at each place of an image whether noise was painted over it: the score ``corruption``.
+"""A network that classifies each pixel of an image, painted over with noise or not: the score ``corruption``.
 
-    log odds   t(x)_i = log p(painted at i | x) / p(not painted at i | x)
+    log odds   t(x)_i = log p(painted at i | x) / p(not painted at i | x), i a pixel
 
 It is fitted by classification: cross-entropy, at every place, of training images that were painted over by
 fitting.painting. With enough of everything t is the log ratio of two densities, of images painted at i and of images
@@ -104,7 +104,7 @@ class CorruptionTraining:
         self.average.update(state.step)
 
     def end_epoch(self, epoch: int, rows_per_second: float) -> None:
-        """Nothing: the cross-entropy is measured at the end."""
+        """Do nothing: the cross-entropy is measured at the end."""
 
     def finish(self) -> None:
         """Measure the cross-entropy on the validation split."""
@@ -196,7 +196,7 @@ def load_corruption(folder: Path, config: Config, dataset: Dataset) -> dict[str,
 
 
 def _finished(folder: Path, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """As ``load_corruption``, of a training that has come to its end. Raises CheckpointError where there is none."""
+    """Content of the checkpoint of a training that has ended. Raises CheckpointError where there is none."""
     content = load_corruption(folder, config, dataset)
     if content is None or not content["finished"]:
         raise CheckpointError(f"{folder} holds no finished {FILE}: go on with `vaetrain fit`")

@@ -28,7 +28,7 @@ from training.fitting.checkpoint import FILE, load_checkpoint, save_checkpoint
 from training.fitting.data_defaults import check_dimension
 from training.fitting.devices import make_fabric
 from training.fitting.journal import Journal, Row
-from training.fitting.loop import Interrupt, Loop, standing
+from training.fitting.loop import Interrupt, Loop, describe_progress
 from training.fitting.metrics import SAMPLED, Sums, validate
 from training.fitting.schedule import annealed_beta
 from training.fitting.trainer import State, Trainer, cpu_copy, initial_model, new_model, stored_state
@@ -85,14 +85,14 @@ class ModelTraining:
 
     @property
     def state(self) -> State:
-        """Where it stands."""
+        """Where the training stands."""
         return self.trainer.state
 
     def run(self) -> None:
-        """The steps that are left, and what is fitted after them. Raises TrainingDiverged, KeyboardInterrupt."""
+        """Make the steps that are left, then ``finish``. Raises TrainingDiverged, KeyboardInterrupt."""
         with self.journal, Interrupt() as interrupt:
             if self.resumed:
-                self.journal.say(f"fit: {standing(self)}")
+                self.journal.say(f"fit: {describe_progress(self)}")
             Loop(self, self.config.run.checkpoint_seconds, interrupt, self.show).run()
 
     def batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
@@ -102,24 +102,24 @@ class ModelTraining:
         return self.source.batches(epoch_batches(indices, size, self.config.seed, epoch, rank, ranks)[first:])
 
     def step(self, pixels: np.ndarray) -> None:
-        """One step, whose terms are added to those of the epoch."""
+        """Make one step, and add its terms to those of the epoch."""
         self.sums.add(self.trainer.training_step(pixels))
 
     def show(self, rows_per_second: float) -> None:
-        """Show where the training stands, now and then."""
+        """Show progress, every few steps or seconds."""
         if self.journal.is_due(self.state.step):
             elbo, rate, distortion = self.sums.means.tolist()
             self.journal.step(self.state.step, elbo, rate, distortion, rows_per_second * self.fabric.world_size)
 
     def end_epoch(self, epoch: int, rows_per_second: float) -> None:
-        """Validate the averaged weights where it is time, keep them if they are the best, and tell of it."""
+        """Validate the averaged weights if it is due, keep them if they are the best, and log the epoch."""
         sums, self.sums = self.sums, Sums.zero(self.fabric.device)
         if epoch % self.config.run.validate_every and self.state.step < self.total_steps:
             return
         row = self._row(epoch, rows_per_second, sums)
         self.trainer.average.catch_up(self.state.updates)
-        found = validate(self.trainer.averaged, self.dataset, self.config)
-        row |= self.fabric.broadcast(found)  # one judgement for all ranks, to the last bit
+        metrics = validate(self.trainer.averaged, self.dataset, self.config)
+        row |= self.fabric.broadcast(metrics)  # one judgement for all ranks, to the last bit
         self.history.append(row)
         warmed_up = epoch > self.config.objective.warmup_epochs
         if self.state.is_best(epoch, row["bound"], warmed_up):
@@ -130,7 +130,7 @@ class ModelTraining:
             self._warn_of_collapse((sums.kl / sums.steps).cpu().numpy())
 
     def finish(self) -> None:
-        """What is fitted once the weights stand, on the best ones."""
+        """Let the model fit what gradients do not, with the best weights."""
         started = time.perf_counter()
         self.best = finished_weights(self.config, self.dataset, self.best, self.journal)
         self.state.seconds += time.perf_counter() - started
@@ -180,7 +180,7 @@ class ModelTraining:
         }
 
     def _warn_of_collapse(self, kl: np.ndarray) -> None:
-        """Say once in a run that the posterior has fallen onto the prior, by the epoch's mean KL of each group."""
+        """Warn, once in a run, that the posterior has collapsed, by the epoch's mean KL of each group [G]."""
         model = self.trainer.bare
         if self.warned or model.evidence != "bound":
             return
@@ -201,7 +201,7 @@ def solve(config: Config, dataset: Dataset, folder: Path, fabric: Fabric, consol
 
 
 def _solved(config: Config, dataset: Dataset, folder: Path, console: Console | None) -> dict[str, Any]:
-    """The checkpoint's content."""
+    """Content of the checkpoint of a model of closed form, fitted here unless it is there."""
     content = load_checkpoint(folder, config)
     if content is not None and content["fingerprint"] == dataset.fingerprint:
         return content
@@ -228,8 +228,8 @@ def finished_weights(
         model = new_model(config, dataset)
         model.load_state_dict(weights)
     train, validation = (SplitRows(dataset, dataset.splits[name]) for name in ("train", "validation"))
-    for found in model.eval().finish(train, validation, derived_seed(config.seed, "finish")):
-        journal.say(found)
+    for sentence in model.eval().finish(train, validation, derived_seed(config.seed, "finish")):
+        journal.say(sentence)
     return cpu_copy(model.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress bar, history.csv and TensorBoard events."""
+"""The log of a running training: a progress bar, history.csv and TensorBoard events."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import numpy as np
 
 
 class Interrupt:
-    """Within the ``with`` block SIGINT is noted; ``check`` raises KeyboardInterrupt. A second SIGINT raises at once.
+    """Within the ``with`` block SIGINT only makes ``check`` raise KeyboardInterrupt; a second one raises it at once.
 
     An exception at any moment could leave half an optimiser step in the weights, and a lock of the TensorBoard writer
     held for ever. Outside the main thread, which alone gets signals, this does nothing.
@@ -32,7 +32,7 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         if self._active:
-            self._previous = signal.signal(signal.SIGINT, self._note)
+            self._previous = signal.signal(signal.SIGINT, self._on_sigint)
         return self
 
     def __exit__(
@@ -46,7 +46,7 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -90,7 +90,7 @@ class Training(Protocol):
         """Write the checkpoint."""
 
 
-def standing(training: Training) -> str:
+def describe_progress(training: Training) -> str:
     """Where a resumed training stands, in words."""
     state = training.state
     if state.finished:

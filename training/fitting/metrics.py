@@ -1,4 +1,4 @@
-"""What an epoch is told by: the sampled objective's terms on the training batches, and the validation bound."""
+"""Metrics of an epoch: the sampled terms of the training batches, and the validation bound."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from training.evaluation.evaluate import bounds
 from training.models.base import LatentVariableModel, Terms
 
 SAMPLED = ("train_elbo_sampled", "train_rate_sampled", "train_distortion_sampled")
-"""Names of ``Sums.means``: of one batch each, log w at the samples that were drawn, whatever the objective makes of
-them."""
+"""Names of ``Sums.means``, which are of log w at the drawn samples, whatever the objective."""
 
 
 @dataclass
@@ -30,15 +29,15 @@ class Sums:
 
     @classmethod
     def zero(cls, device: torch.device) -> Sums:
-        """Those of no batch."""
+        """The sums of no batch."""
         return cls(torch.zeros(3, device=device))
 
     def add(self, terms: Terms) -> None:
         """Add a batch's means."""
         with torch.no_grad():
             rate = (terms.log_q_z - terms.log_p_z).mean()
-            fit = terms.log_p_x_given_z.mean()
-            self.values += torch.stack([fit - rate, rate, -fit])
+            distortion = -terms.log_p_x_given_z.mean()
+            self.values += torch.stack([-distortion - rate, rate, distortion])
             kl = terms.kl.per_group.mean(0)
             self.kl = kl if self.kl is None else self.kl + kl
         self.steps += 1

@@ -10,11 +10,12 @@ from torch import Tensor
 from training.config import Config, ObjectiveConfig
 from training.errors import ConfigError
 from training.models.base import Terms
+from training.models.posteriors import POSTERIORS
 from training.models.registry import FAMILIES
 
 
 def check_objective(config: Config) -> None:
-    """Raises ConfigError: the configured objective is not defined for the configured family of models."""
+    """Raise ConfigError where the objective is not defined for the configured model or posterior."""
     kind, family = config.objective.kind, FAMILIES[config.model.family]
     if kind != "elbo" and not family.weighs_samples:
         raise ConfigError(
@@ -25,13 +26,19 @@ def check_objective(config: Config) -> None:
             "objective.kind 'dreg' is for one stochastic layer: in a ladder each layer's z sets the parameters of the "
             "layers below it; take 'elbo' or 'iwae'"
         )
+    if kind == "dreg" and not POSTERIORS[config.model.posterior.family].evaluable:
+        known = " or ".join(repr(name) for name, cls in POSTERIORS.items() if cls.evaluable)
+        raise ConfigError(
+            "objective.kind 'dreg' needs log q(z|x) with its parameters held constant: expected "
+            f"model.posterior.family {known}, whose density is known at any z, got {config.model.posterior.family!r}"
+        )
 
 
 def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
     """E_q[log p(x|z)] − β Σ_j max(λ, KL_j), averaged over the batch; KL as terms.kl has it.
 
     β: Higgins et al. 2017. λ = ``free_bits`` nats for each group's batch mean: Kingma et al. 2016, eq. 15. Without it
-    no floor is meant: a sampled KL may be negative, and a bijection's −log p(x) is where the density exceeds 1.
+    there is no floor: a sampled KL may be negative, and so is a bijection's −log p(x) where the density exceeds 1.
     """
     rate = terms.kl.per_group.mean(0)
     if free_bits:
@@ -50,7 +57,7 @@ def dreg(terms: Terms, beta: float = 1.0) -> Tensor:
 
     The terms are those of ``stop_gradient_q``. The decoder sees Σ w̃ ∂log w, and the encoder Σ w̃ (1 − β + β w̃)
     ∂log w/∂z ∂z/∂φ, which is the paper's Σ w̃² at β = 1: log q enters log w β-fold, and so does its score term.
-    What is beyond w̃ enters as a hook on z.
+    A hook on z multiplies by the second factor.
     """
     log_w = terms.log_p_x_given_z + beta * (terms.log_p_z - terms.log_q_z)
     weights = torch.softmax(log_w.detach(), 1)

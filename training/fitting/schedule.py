@@ -1,4 +1,4 @@
-"""What changes from step to step by plan alone: the learning rate, and β of the objective."""
+"""Schedules: the learning rate, and β of the objective, as functions of the step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def learning_rate(
 
 
 def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
-    """Let the optimiser's next step take that rate for all parameters."""
+    """Set the learning rate of all parameter groups."""
     for group in optimiser.param_groups:
         group["lr"] = rate
 

@@ -1,4 +1,4 @@
-"""Which updates a run leaves out: gradients that are not finite, and those far from the run's own recent ones.
+"""Which updates a run skips: those of gradients that are not finite, or far larger than its recent ones.
 
 A limit in absolute numbers cannot serve: the norm of a sane gradient grows with the image, with the share of it that
 is constant, and with the precision that the decoder reaches, by orders of magnitude within one training.
@@ -25,7 +25,7 @@ MAX_SKIPPED_IN_A_ROW = 100
 
 @dataclass
 class Skipping:
-    """The updates that a run has left out, and the newest finite norms of its gradients."""
+    """Counts of the updates that a run has skipped, and the newest finite norms of its gradients."""
 
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -63,7 +63,7 @@ def remember(norm: float, recent: list[float]) -> None:
 
 
 def _diverged(norm: float, limit: float | None) -> str:
-    """What happened, in words, and what to do about it."""
+    """The error's text: the norm, the limit, and what to do."""
     text = f"{MAX_SKIPPED_IN_A_ROW} updates in a row were skipped: the last gradient's norm is {norm:.3g}"
     if limit is None or not math.isfinite(norm):
         return f"{text}; lower optimiser.learning_rate"

@@ -45,7 +45,7 @@ class State(Progress, Skipping):
         return self.step - self.skipped
 
     def is_best(self, epoch: int, bound: float, warmed_up: bool) -> bool:
-        """Take note of a validation; True if none was better. Before β has risen for good the newest is the best."""
+        """Record a validation; True if none was better. Before β has risen for good the newest is the best."""
         if warmed_up and not bound > self.best_bound:  # nor is what is not a number
             self.validations_since_best += 1
             return False
@@ -55,9 +55,9 @@ class State(Progress, Skipping):
 
 
 def stored_state(stored: dict[str, Any]) -> State:
-    """The state in a checkpoint; an earlier version called a run finished that had run out of patience."""
-    known = {name: value for name, value in stored.items() if name != UNAVERAGED}
-    return State(**{"stopped": stored["finished"]} | known)
+    """The state in a checkpoint; in an earlier version's, ``finished`` stands for ``stopped`` too."""
+    values = {name: value for name, value in stored.items() if name != UNAVERAGED}
+    return State(**{"stopped": stored["finished"]} | values)
 
 
 class Trainer:
@@ -92,7 +92,7 @@ class Trainer:
         return averaged
 
     def content(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The trainer's part of a checkpoint."""
         return {
             "model": self.bare.state_dict(),
             "ema": self.average.state_dict(),
@@ -125,7 +125,7 @@ class Trainer:
         return terms
 
     def learning_rate(self, step: int) -> float:
-        """Of ``step``."""
+        """The learning rate of ``step``."""
         options = self.config.optimiser
         return learning_rate(step, self.total_steps, options.learning_rate, options.warmup_steps, options.schedule)
 
@@ -137,7 +137,7 @@ class Trainer:
 
 
 def initial_model(config: Config, dataset: Dataset) -> LatentVariableModel:
-    """The model as a training begins: weights drawn from the seed, and what it takes from the training rows."""
+    """The model before its first step: weights drawn from the seed, and initialised from training rows."""
     model = new_model(config, dataset)
     start(model, dataset)
     return model
@@ -150,7 +150,7 @@ def new_model(config: Config, dataset: Dataset) -> LatentVariableModel:
 
 
 def start(model: LatentVariableModel, dataset: Dataset, rows: int = 5000, examples: int = 500) -> None:
-    """Let the model start from the mean and deviation of the first training rows, and from some of them as they are."""
+    """Initialise the model from the mean and deviation of its first training rows, and from some examples."""
     indices = dataset.splits["train"][:rows]
     parts = [indices[i : i + examples] for i in range(0, len(indices), examples)]
     first = to_unit(dataset.pixels(parts[0]))

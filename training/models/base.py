@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from training.config import ModelConfig
 from training.distributions import Distribution, PointPosterior, Posterior, unflattened
 from training.errors import ConfigError
-from training.models.likelihoods import LIKELIHOODS, Likelihood, build_likelihood
+from training.models.likelihood import Likelihood
+from training.models.likelihoods import LIKELIHOODS, build_likelihood
 from training.models.priors import Prior
 from training.nn.networks import Shape
 
 
 class Rows(Protocol):
-    """The rows of a split, to be read as often as one likes."""
+    """The rows of a split, which can be read more than once."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -129,14 +130,10 @@ class LatentVariableModel(nn.Module, ABC):
         """The terms of an objective for values x [N,C,H,W] at K samples, from noise [N,K,E].
 
         ``stop_gradient_q`` evaluates log q with its parameters held constant, so that its gradient flows through z
-        alone (sticking the landing, Roeder et al. 2017; DReG, Tucker et al. 2019).
+        alone (sticking the landing, Roeder et al. 2017; DReG, Tucker et al. 2019). Raises NotImplementedError: a model
+        of closed form.
         """
-        target = self.likelihood.target(x, dither)
-        q = self.encode(target)
-        z, log_q_z = q.rsample(noise)
-        log_p_x_given_z, _, log_p_z = self.joint(target, z, self.decode_samples(z))
-        rate = (log_q_z - log_p_z).mean(1, keepdim=True)
-        return Terms(log_p_x_given_z.float(), log_p_z.float(), log_q_z.float(), KL(rate.float(), analytic=False), z)
+        raise NotImplementedError(f"a model of family {self.family!r} is solved in closed form, and has no objective")
 
     @torch.no_grad()
     def log_prob(self, x: Tensor, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -172,7 +169,7 @@ class LatentVariableModel(nn.Module, ABC):
         """Start from the training mean [C,H,W] and some training images [B,C,H,W]."""
 
     def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
-        """Fit to the training rows what gradients do not, and yield, in words, what was found as it is found."""
+        """Fit to the training rows what gradients do not; yields sentences for the log, one after each stage."""
         return iter(())
 
 
@@ -211,7 +208,7 @@ class Reconstruction(LatentVariableModel):
         return NegativeError(*super().joint(target, z, p))
 
     def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, stop_gradient_q: bool = False) -> Terms:
-        """Minus the error of each row; the other terms are 0."""
+        """Terms whose log_p_x_given_z is minus the error of each row; the others are 0."""
         target, copies = self.likelihood.target(x, dither), noise.shape[1]
         z = self.code(target)
         errors = self.likelihood.log_prob(target, self.decode(z)).sum((-3, -2, -1)).unsqueeze(1).expand(-1, copies)
@@ -250,7 +247,7 @@ class BijectiveModel(LatentVariableModel):
         return PointPosterior(z, -ladj)
 
     def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, stop_gradient_q: bool = False) -> Terms:
-        """The terms, of one z a row; log q is what is learned, so ``stop_gradient_q`` changes nothing."""
+        """The terms of an objective, of one z a row; ``stop_gradient_q`` changes nothing: log q is what is learned."""
         z, log_q_z = self.encode(self.likelihood.target(x, dither)).rsample(noise)
         log_p_z = self.prior.log_prob(z)
         rate = (log_q_z - log_p_z)[:, :1].float()

@@ -70,7 +70,7 @@ class LinearGaussian(LatentVariableModel):
         return p
 
     def joint(self, target: Tensor, z: Tensor, p: Distribution) -> Joint:
-        """As the base's, log p(x|z) in float64 from the residual on: float32 would lose what makes it exact."""
+        """The parts of log p(x,z), log p(x|z) by residuals in float64: float32 would lose what makes it exact."""
         exact = Normal(*(parameter.double() for parameter in self.likelihood.parameters_of(p)))
         log_prob_map = self.likelihood.log_prob(target.unsqueeze(1).double(), exact)
         return Joint(self.likelihood.total(log_prob_map), log_prob_map.float(), self.prior.log_prob(z))
@@ -106,15 +106,15 @@ class LinearGaussian(LatentVariableModel):
         self.inverse_factor.copy_(torch.linalg.inv(self.factor))
 
 
-def ppca(found: Axes, latent_dim: int, narrowest: float) -> tuple[Tensor, float]:
+def ppca(axes: Axes, latent_dim: int, narrowest: float) -> tuple[Tensor, float]:
     """W [D,L] and σ of maximum likelihood among σ ≥ ``narrowest`` (Tipping & Bishop 1999, eqs. 7 and 8, R = I).
 
     σ² is the mean of the variances that are left out, W the axes kept, each √(λ − σ²) long: given σ, that W is the best
     one, and the likelihood falls on either side of the mean, so that a floor above it is where the maximum lies.
     """
-    variance = max(float(found.variances[latent_dim:].mean()), narrowest**2)
-    lengths = torch.sqrt((found.variances[:latent_dim] - variance).clamp(min=0))
-    return found.axes[:, :latent_dim] * lengths, math.sqrt(variance)
+    variance = max(float(axes.variances[latent_dim:].mean()), narrowest**2)
+    lengths = torch.sqrt((axes.variances[:latent_dim] - variance).clamp(min=0))
+    return axes.axes[:, :latent_dim] * lengths, math.sqrt(variance)
 
 
 class PPCA(LinearGaussian):
@@ -137,11 +137,11 @@ class PPCA(LinearGaussian):
 
     @torch.no_grad()
     def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
-        found = target_axes(train.batches(ROWS), len(train), self.likelihood)
-        weight, sigma = ppca(found, self.latent_dim, self.narrowest)
-        self.set_values(weight, found.mean, torch.tensor(sigma, dtype=torch.float64))
-        explained = float(weight.pow(2).sum() + sigma**2 * self.latent_dim) / float(found.variances.sum())
-        yield f"{self.latent_dim} axes hold {explained:.1%} of the variance of {found.count} rows, σ = {sigma:.4g}"
+        axes = target_axes(train.batches(ROWS), len(train), self.likelihood)
+        weight, sigma = ppca(axes, self.latent_dim, self.narrowest)
+        self.set_values(weight, axes.mean, torch.tensor(sigma, dtype=torch.float64))
+        explained = float(weight.pow(2).sum() + sigma**2 * self.latent_dim) / float(axes.variances.sum())
+        yield f"{self.latent_dim} axes hold {explained:.1%} of the variance of {axes.count} rows, σ = {sigma:.4g}"
 
 
 def em_step(covariance: Tensor, weight: Tensor, variance: Tensor, floor: float) -> tuple[Tensor, Tensor, float]:
@@ -190,15 +190,15 @@ class FactorAnalysis(LinearGaussian):
 
     @torch.no_grad()
     def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
-        found = target_moments(train.batches(ROWS), self.likelihood)
-        axes = Axes(found.count, found.mean, *principal_axes(found.covariance))
+        moments = target_moments(train.batches(ROWS), self.likelihood)
+        axes = Axes(moments.count, moments.mean, *principal_axes(moments.covariance))
         weight, sigma = ppca(axes, self.latent_dim, self.narrowest)
-        variance = torch.full_like(found.mean, sigma**2)
+        variance = torch.full_like(moments.mean, sigma**2)
         iterations, log_p, gain = 0, -math.inf, math.inf
         while gain >= self.options.tolerance and iterations < self.options.iterations:
             before = log_p
-            weight, variance, log_p = em_step(found.covariance, weight, variance, self.narrowest**2)
+            weight, variance, log_p = em_step(moments.covariance, weight, variance, self.narrowest**2)
             iterations, gain = iterations + 1, log_p - before
-        self.set_values(identified(weight, variance), found.mean, torch.sqrt(variance))
+        self.set_values(identified(weight, variance), moments.mean, torch.sqrt(variance))
         log_p += float(self.likelihood.log_volume)
-        yield f"EM: {iterations} iterations, mean log p(x) of {found.count} training rows {log_p:.4f} nats"
+        yield f"EM: {iterations} iterations, mean log p(x) of {moments.count} training rows {log_p:.4f} nats"

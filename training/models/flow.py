@@ -26,15 +26,15 @@ def squeezings(shape: Shape, levels: int) -> list[tuple[int, int]]:
 
     Padding would not be invertible, so levels end where both sides are odd; the first level is there in any case.
     """
-    found: list[tuple[int, int]] = []
+    squeezes: list[tuple[int, int]] = []
     height, width = shape[1:]
     for level in range(levels):
         factors = (2 - height % 2, 2 - width % 2)
         if level and factors == (1, 1):
             break
-        found.append(factors)
+        squeezes.append(factors)
         height, width = height // factors[0], width // factors[1]
-    return found
+    return squeezes
 
 
 def flow_step(shape: Shape, hidden: int, index: int) -> list[Bijection]:
@@ -45,10 +45,10 @@ def flow_step(shape: Shape, hidden: int, index: int) -> list[Bijection]:
 
 
 class MultiScale(Bijection):
-    """Images -> latents by levels: squeeze, steps of flow, and the second half of the channels is done (sec. 3.6).
+    """Images -> latents by levels: squeeze, steps of flow, split off half of the channels (Dinh et al. 2017, sec. 3.6).
 
-    What is done has been normalised given the other half by one more coupling: Glow's learned prior of the split part,
-    written as a bijection. Latents are the levels' parts, flat, one after the other.
+    Before a split one more coupling normalises the half that leaves given the half that stays: Glow's learned prior of
+    the split part, written as a bijection. Latents are the levels' parts, flat, one after the other.
     """
 
     def __init__(self, shape: Shape, config: FlowConfig) -> None:
@@ -151,6 +151,6 @@ class Flow(BijectiveModel):
 
     @torch.no_grad()
     def initialise(self, mean: Tensor, examples: Tensor) -> None:
-        """Units of the values, and activations normalised at every step, by training examples."""
+        """Normalise the activations at every step by training examples."""
         dither = torch.rand_like(examples) if self.likelihood.dither else None
         self.flow.initialise(self.likelihood.target(examples, dither))

@@ -9,79 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from training.config import IcaConfig, ModelConfig
-from training.distributions import Distribution, standard_normal_log_prob
-from training.distributions.logistic import (
-    STANDARD_DEVIATION,
-    standard_logistic_from_normal,
-    standard_logistic_log_prob,
-)
+from training.distributions import Distribution
+from training.distributions.logistic import STANDARD_DEVIATION
 from training.errors import DataError
 from training.models.base import BijectiveModel, Rows
 from training.models.moments import first_rows, principal_axes, target_batches, target_moments
-from training.models.priors import Prior
+from training.models.priors import ExtendedSources, LogisticSources
 from training.nn.networks import Shape
 
 ROWS = 1000  # at a time
 SMALLEST_VARIANCE = 1e-10
 """Of the largest: axes of less are taken for linear dependence. Dequantised pixels keep above by their dither alone."""
 ROUND, PATIENCE, CHUNK = 10, 3, 2000  # iterations between looks at the validation split; rounds without gain; rows
-
-
-class LogisticSources(Prior):
-    """Π_i p(s_i), p(s) = e^{−s}/(1 + e^{−s})²: infomax (Bell & Sejnowski 1995); tails are heavier than N's."""
-
-    family = "logistic"
-
-    def log_density(self, s: Tensor) -> Tensor:
-        """log p(s) of sources [...,L], element by element, in their dtype."""
-        return standard_logistic_log_prob(s)
-
-    def choose(self, sources: Tensor) -> bool:
-        """Whether the densities change for these sources [B,L]: never, here."""
-        return False
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self.log_density(z.double()).sum(-1)
-
-    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        return standard_logistic_from_normal(noise.double()).float()
-
-
-class ExtendedSources(LogisticSources):
-    """Logistic sources, and sub-Gaussian ones: ½N(−1, 1) + ½N(1, 1) (extended infomax, Lee et al. 1999, eq. 2.14).
-
-    A source of the second kind takes the sign of a normal number for its side. ``mixed`` [L] is 1 for these.
-    """
-
-    family = "extended_logistic"
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__(2 * latent_dim)
-        self.mixed: Tensor
-        self.register_buffer("mixed", torch.zeros(latent_dim))
-
-    def log_density(self, s: Tensor) -> Tensor:
-        size = s.abs()
-        mixture = standard_normal_log_prob(size - 1) + torch.log1p(torch.exp(-2 * size)) - math.log(2)
-        return super().log_density(s) + self.mixed * (mixture - super().log_density(s))
-
-    @torch.no_grad()
-    def choose(self, sources: Tensor) -> bool:
-        """Take the density under which separation is stable, by these sources [B,L] (Lee et al. 1999, eq. 2.33).
-
-        Returns whether any changed.
-        """
-        u = (sources - sources.mean(0)) / sources.std(0)
-        squashed = torch.tanh(u)
-        mixed = ((1 - squashed**2).mean(0) < (squashed * u).mean(0)).to(self.mixed.dtype)
-        changed = bool((mixed != self.mixed).any())
-        self.mixed.copy_(mixed)
-        return changed
-
-    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        inner, side = noise.double().chunk(2, -1)
-        logistic, mixture = standard_logistic_from_normal(inner), inner + torch.sign(side)
-        return (logistic + self.mixed * (mixture - logistic)).float()
 
 
 SOURCES: dict[str, type[LogisticSources]] = {"logistic": LogisticSources, "extended": ExtendedSources}
@@ -96,7 +35,7 @@ class Unmixing:
         self.offset = nn.Parameter(torch.zeros(rows.shape[1]))
 
     def loss(self, rows: Tensor, backward: bool = False) -> Tensor:
-        """−mean log p(w) of rows [B,D], chunk by chunk; adds its gradient to the parameters' if asked."""
+        """−mean log p(w) of rows [B,D], chunk by chunk; ``backward`` adds its gradient to the parameters'."""
         with torch.set_grad_enabled(backward):
             total = -torch.linalg.slogdet(self.unmixing.double())[1]
             if backward:
@@ -110,7 +49,7 @@ class Unmixing:
         return total
 
     def optimiser(self) -> torch.optim.LBFGS:
-        """A fresh one: what it remembers of the curvature is that of the present densities."""
+        """A new L-BFGS optimiser, whose memory of the curvature is that of the present densities."""
         return torch.optim.LBFGS(
             [self.unmixing, self.offset],
             max_iter=ROUND,
@@ -122,7 +61,7 @@ class Unmixing:
         )
 
     def fit(self, options: IcaConfig) -> Generator[str, None, tuple[Tensor, Tensor]]:
-        """B [D,D] and c [D] with the best held-out log p(w), float64; the sources keep the densities they were with.
+        """Search for the B [D,D] and c [D] of best held-out log p(w), float64; the sources keep their densities there.
 
         Yields, in words, where each round of the search stands.
         """
@@ -204,8 +143,8 @@ class ICA(BijectiveModel):
 
     def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
         """Whiten, unmix, and multiply the two. Raises DataError: linearly dependent numbers."""
-        found = target_moments(train.batches(ROWS), self.likelihood)
-        variances, axes = principal_axes(found.covariance)
+        moments = target_moments(train.batches(ROWS), self.likelihood)
+        variances, axes = principal_axes(moments.covariance)
         if variances[-1] <= SMALLEST_VARIANCE * variances[0]:
             raise DataError(
                 f"ica expects linearly independent numbers: the training covariance has variances from "
@@ -217,9 +156,9 @@ class ICA(BijectiveModel):
         def whitened(rows: Rows) -> Tensor:
             first = first_rows(rows.batches(ROWS), self.options.rows)
             targets = target_batches(first, self.likelihood, generator)
-            return torch.cat([((batch.double() - found.mean) @ whitening).float() for batch in targets])
+            return torch.cat([((batch.double() - moments.mean) @ whitening).float() for batch in targets])
 
         search = Unmixing(self.prior, whitened(train), whitened(validation))
         unmixing, offset = yield from search.fit(self.options)
         weight = unmixing @ whitening
-        self.set_values(weight, found.mean - torch.linalg.solve(weight, offset))
+        self.set_values(weight, moments.mean - torch.linalg.solve(weight, offset))

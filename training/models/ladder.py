@@ -9,19 +9,19 @@ from training.config import ModelConfig
 from training.distributions import Distribution, Draw, Normal, Posterior, standard_normal_log_prob, unflattened
 from training.errors import ConfigError
 from training.models.base import KL, LatentVariableModel, Terms
-from training.models.likelihoods import build_likelihood
+from training.models.likelihoods import build_density
 from training.models.priors import Prior
 from training.nn.ladder_blocks import BottomUp, PosteriorLayer, TopDown
 from training.nn.networks import Shape, Upsample
 
 
 def flattened(parts: list[Tensor]) -> Tensor:
-    """Every layer's [M,c,h,w] -> [M,L], top first."""
+    """Every layer's [M,c,h,w'] -> [M,L], top first."""
     return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 class LadderPrior(Prior):
-    """p(z) = Π_i N(z_i; loc_i(z_{>i}), scale_i(z_{>i})²), a pass down the network that the decoder goes down too."""
+    """p(z) = Π_i N(z_i; loc_i(z_{>i}), scale_i(z_{>i})²), by a pass down the network that the decoder shares."""
 
     family = "ladder"
 
@@ -31,14 +31,14 @@ class LadderPrior(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         layers = self.top_down.split(z.reshape(-1, self.noise_dim))
-        found: list[Tensor] = []
+        log_p: list[Tensor] = []
 
         def choose(i: int, h: Tensor, prior: Normal) -> Tensor:
-            found.append(prior.log_prob(layers[i]))
+            log_p.append(prior.log_prob(layers[i]))
             return layers[i]
 
         self.top_down(layers[0].shape[0], choose)
-        return flattened(found).double().sum(-1).reshape(z.shape[:-1])
+        return flattened(log_p).double().sum(-1).reshape(z.shape[:-1])
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
         layers = self.top_down.split(noise)
@@ -59,9 +59,9 @@ class LadderPrior(Prior):
 
 
 class Descent:
-    """One way down the posterior: for each layer [M,c,h,w], top first, what is drawn and its densities in nats.
+    """One pass down the posterior: each layer's z [M,c,h,w'], top first, q's scale there, and log densities in nats.
 
-    ``h`` [M,w,h,w'] are the features at the end of the way, of which the image is made.
+    ``h`` [M,w,h,w'] are the features at the end of the pass, which the image is decoded from.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Descent:
 
 
 class LadderPosterior(Posterior):
-    """q(z|x) = Π_i q(z_i|z_{>i}, x): layers that go down with what each takes from the way up, [N,2w,h,w].
+    """q(z|x) = Π_i q(z_i|z_{>i}, x): layers from the top down, each with its features of the pass up, [N,2w,h,w'].
 
     ``loc`` [N,L] is the path of zero noise, ``scale`` q's deviations along it.
     """
@@ -95,7 +95,7 @@ class LadderPosterior(Posterior):
         self._top_down, self._layers, self._laterals = top_down, layers, laterals
 
     def descend(self, noise: Tensor) -> Descent:
-        """Noise [N,K,L] -> the way down of all N·K rows."""
+        """Noise [N,K,L] -> one pass down with all N·K rows."""
         samples, descent = noise.shape[1], Descent()
         layers = self._top_down.split(noise.flatten(0, 1))
         laterals = [part.unsqueeze(1).expand(-1, samples, -1, -1, -1).flatten(0, 1) for part in self._laterals]
@@ -126,7 +126,7 @@ class LadderPosterior(Posterior):
         return self.descend(rows.new_zeros(len(rows), 1, sum(self._top_down.sizes)))
 
     def with_moments(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The path of zero noise goes down beside the K draws, as one more of them."""
+        """loc, scale, z, log q(z|x) as the base's, by one descent: the path of zero noise is an extra sample."""
         paths = torch.cat([torch.zeros_like(noise[:, :1]), noise], 1)
         descent = self.descend(paths)
         z, scale, log_q_z = (
@@ -136,7 +136,7 @@ class LadderPosterior(Posterior):
 
 
 class Ladder(LatentVariableModel):
-    """q(z|x) = Π_i q(z_i|z_{>i}, x), drawn on one way down with features of the way up; z is all layers, top first.
+    """A hierarchical VAE, q(z|x) = Π_i q(z_i|z_{>i}, x) on the pass down that p(z) takes; z is all layers, top first.
 
     ``loc`` is the path of zero noise and ``scale`` q's deviations along it. ``kl`` is analytic in each layer at the
     parents drawn, averaged over the K samples: [N, layers]. Raises ConfigError: no likelihood, or too small an image.
@@ -158,11 +158,7 @@ class Ladder(LatentVariableModel):
     def __init__(self, shape: Shape, config: ModelConfig) -> None:
         super().__init__()
         self.shape = shape
-        self.likelihood = build_likelihood(config.likelihood, shape)
-        if self.likelihood.family == "delta" or self.likelihood.measure == "none":
-            raise ConfigError(
-                f"model.likelihood.family: a ladder bounds log p(x), of which {self.likelihood.family!r} is none"
-            )
+        self.likelihood = build_density(config.likelihood, shape)
         top_down = TopDown(shape, config.ladder)
         self.prior: LadderPrior = LadderPrior(top_down)
         self.latent_dim = self.noise_dim = self.prior.noise_dim
@@ -188,9 +184,9 @@ class Ladder(LatentVariableModel):
         return self._decode_features(self.prior.features(z))
 
     def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, stop_gradient_q: bool = False) -> Terms:
-        """As the base's, all in float32 on one way down.
+        """The terms of an objective as the base has them, all in float32, by one pass down.
 
-        Raises ConfigError for ``stop_gradient_q``, which a chain of conditionals has no use for.
+        Raises ConfigError for ``stop_gradient_q``: the parameters of a layer's q depend on the z of those above.
         """
         if stop_gradient_q:
             raise ConfigError("a ladder's log q has no parameters that could be held constant while its z move")

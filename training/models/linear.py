@@ -1,4 +1,4 @@
-"""Linear models without a likelihood: PCA in closed form, and the linear autoencoder that finds its subspace."""
+"""Linear models without a likelihood: PCA in closed form, and the linear autoencoder that learns its subspace."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LinearReconstruction(Reconstruction):
 class PCA(LinearReconstruction):
     """Principal component analysis: z = Vᵀ (t − μ) with the L axes of largest variance, uncorrelated and in that order.
 
-    The axes are the right singular vectors of the centred training targets, found as eigenvectors of their float64
+    The axes are the right singular vectors of the centred training targets, computed as eigenvectors of their float64
     covariance, which needs D² memory whatever the number of rows. Each axis has its largest entry positive.
 
     >>> from training.config import LikelihoodConfig
@@ -87,15 +87,15 @@ class PCA(LinearReconstruction):
 
     @torch.no_grad()
     def finish(self, train: Rows, validation: Rows, seed: int) -> Iterator[str]:
-        found = target_axes(train.batches(ROWS), len(train), self.likelihood)
-        variances = found.variances
-        self.loc.copy_(found.mean)
-        self.axes.copy_(found.axes[:, : self.latent_dim])
+        axes = target_axes(train.batches(ROWS), len(train), self.likelihood)
+        variances = axes.variances
+        self.loc.copy_(axes.mean)
+        self.axes.copy_(axes.axes[:, : self.latent_dim])
         kept = variances[: self.latent_dim]
         if isinstance(self.prior, GaussianPrior):
             self.prior.set_moments(torch.zeros_like(kept), torch.diag(kept))
         share = float(kept.sum() / variances.sum()) if variances.sum() > 0 else 1.0
-        yield f"{self.latent_dim} axes hold {share:.1%} of the variance of {found.count} rows"
+        yield f"{self.latent_dim} axes hold {share:.1%} of the variance of {axes.count} rows"
 
 
 class LinearAutoencoder(LinearReconstruction):
@@ -124,7 +124,7 @@ class LinearAutoencoder(LinearReconstruction):
 
     @torch.no_grad()
     def initialise(self, mean: Tensor, examples: Tensor) -> None:
-        """The mean is encoded as 0 and decoded as itself."""
+        """Start where the mean is encoded as 0 and decoded as itself."""
         start = self.likelihood.target(mean.unsqueeze(0), None).flatten()
         self.decoder.bias.copy_(start)
         self.encoder.bias.copy_(-self.encoder.weight @ start)
@@ -134,6 +134,6 @@ class LinearAutoencoder(LinearReconstruction):
         """Fit the prior to the training codes."""
         if isinstance(self.prior, GaussianPrior):
             targets = target_batches(train.batches(ROWS), self.likelihood)
-            found = moments_of(self.flat_code(batch) for batch in targets)
-            self.prior.set_moments(found.mean, found.covariance)
-            yield f"a Gaussian prior fitted to the codes of {found.count} rows"
+            moments = moments_of(self.flat_code(batch) for batch in targets)
+            self.prior.set_moments(moments.mean, moments.covariance)
+            yield f"a Gaussian prior fitted to the codes of {moments.count} rows"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.errors import DataError
-from training.models.likelihoods import Likelihood
+from training.models.likelihood import Likelihood
 
 DITHER_VARIANCE = 1 / (12 * 256**2)
 """Of u/256 for the uniform u that dequantises 8-bit pixels."""
@@ -69,10 +69,10 @@ def target_batches(
 
 def target_moments(batches: Iterable[Tensor], likelihood: Likelihood) -> Moments:
     """Moments of the targets of those values; what the dither of dequantisation adds is added as its expectation."""
-    found = moments_of(target_batches(batches, likelihood))
+    moments = moments_of(target_batches(batches, likelihood))
     if not likelihood.dither:
-        return found
-    return Moments(found.count, found.mean, found.covariance + DITHER_VARIANCE * torch.eye(len(found.mean)))
+        return moments
+    return Moments(moments.count, moments.mean, moments.covariance + DITHER_VARIANCE * torch.eye(len(moments.mean)))
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def target_axes(batches: Iterable[Tensor], count: int, likelihood: Likelihood) -
         raise DataError("the training split holds no rows, at least one expected")
     batches = itertools.chain([first], batches)
     if count >= first[0].numel():
-        found = target_moments(batches, likelihood)
-        return Axes(found.count, found.mean, *principal_axes(found.covariance))
+        moments = target_moments(batches, likelihood)
+        return Axes(moments.count, moments.mean, *principal_axes(moments.covariance))
     rows = torch.cat(list(target_batches(batches, likelihood))).double()
     mean = rows.mean(0)
     _, lengths, axes = torch.linalg.svd(rows - mean, full_matrices=False)

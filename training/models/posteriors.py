@@ -259,6 +259,12 @@ def unit(vectors: Tensor) -> Tensor:
     return vectors * torch.rsqrt((vectors**2).sum(-1, keepdim=True).clamp(min=1e-30))
 
 
+POSTERIORS: dict[str, type[PosteriorHead]] = {
+    cls.family: cls for cls in (DiagonalGaussian, Householder, Planar, Sylvester, InverseAutoregressive)
+}
+"""From ``model.posterior.family`` to the class that it names."""
+
+
 def build_posterior(config: PosteriorConfig, features: int, latent_dim: int) -> PosteriorHead:
     """The configured posterior on F = ``features`` encoder features."""
     match config.family:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from training.config import MixtureConfig, PriorConfig
 from training.distributions import Mixture, MultivariateNormal, Normal, standard_normal_log_prob
+from training.distributions.logistic import standard_logistic_from_normal, standard_logistic_log_prob
 from training.errors import ConfigError
 from training.nn.couplings import CouplingStack
 
@@ -23,7 +24,7 @@ EM_ITERATIONS = 200  # it stops earlier once the mean log density gains less tha
 
 
 class Prior(nn.Module, ABC):
-    """``noise_dim`` standard normal numbers P, and one uniform ``choice`` if it says so, make one draw."""
+    """Base of priors p(z): a draw takes ``noise_dim`` standard normal numbers P, and a uniform one if ``choice``."""
 
     family: ClassVar[str]
     choice: ClassVar[bool] = False
@@ -32,17 +33,17 @@ class Prior(nn.Module, ABC):
         super().__init__()
         self.noise_dim = noise_dim
 
+    @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) of z [...,L] -> [...] float64, nats."""
-        raise NotImplementedError
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
-        """Noise [M,P], and choice [M] uniform in [0,1) -> z [M,L] float32."""
+        """Noise [M,P], and choice [M] uniform in [0,1) -> z [M,L] float32. Raises NotImplementedError: no prior."""
         raise NotImplementedError("a model without a prior has no draws")
 
 
 class StandardNormal(Prior):
-    """N(0, I)."""
+    """The standard normal prior N(0, I)."""
 
     family = "standard_normal"
 
@@ -54,7 +55,7 @@ class StandardNormal(Prior):
 
 
 class NoPrior(Prior):
-    """None: the model cannot be sampled, and log p(z) is given as 0."""
+    """No prior: the model cannot be sampled, and log p(z) is given as 0."""
 
     family = "none"
 
@@ -63,7 +64,7 @@ class NoPrior(Prior):
 
 
 class GaussianPrior(Prior):
-    """N(loc, A Aᵀ), fitted to the codes of the training split once the encoder stands (Ghosh et al. 2020, sec. 4)."""
+    """A normal prior N(loc, A Aᵀ), fitted to the training codes after the encoder (Ghosh et al. 2020, sec. 4)."""
 
     family = "gaussian"
 
@@ -103,9 +104,9 @@ class MixtureOfGaussians(Prior):
     choice = True
 
     @property
+    @abstractmethod
     def distribution(self) -> Mixture:
-        """p(z)."""
-        raise NotImplementedError
+        """p(z) as it stands."""
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self.distribution.log_prob(z)
@@ -222,6 +223,63 @@ class FlowPrior(Prior):
 
     def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
         return self.flow.call_and_ladj(noise)[0]
+
+
+class LogisticSources(Prior):
+    """Π_i p(s_i), p(s) = e^{−s}/(1 + e^{−s})²: infomax (Bell & Sejnowski 1995); tails are heavier than N's."""
+
+    family = "logistic"
+
+    def log_density(self, s: Tensor) -> Tensor:
+        """log p(s) of sources [...,L], element by element, in their dtype."""
+        return standard_logistic_log_prob(s)
+
+    def choose(self, sources: Tensor) -> bool:
+        """Fit the kinds of the densities to sources [B,L]; True if any changed. Logistic ones are all of one kind."""
+        return False
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.log_density(z.double()).sum(-1)
+
+    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
+        return standard_logistic_from_normal(noise.double()).float()
+
+
+class ExtendedSources(LogisticSources):
+    """Logistic sources, and sub-Gaussian ones: ½N(−1, 1) + ½N(1, 1) (extended infomax, Lee et al. 1999, eq. 2.14).
+
+    A source of the second kind takes the sign of a normal number for its side. ``mixed`` [L] is 1 for these.
+    """
+
+    family = "extended_logistic"
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(2 * latent_dim)
+        self.mixed: Tensor
+        self.register_buffer("mixed", torch.zeros(latent_dim))
+
+    def log_density(self, s: Tensor) -> Tensor:
+        size = s.abs()
+        mixture = standard_normal_log_prob(size - 1) + torch.log1p(torch.exp(-2 * size)) - math.log(2)
+        return super().log_density(s) + self.mixed * (mixture - super().log_density(s))
+
+    @torch.no_grad()
+    def choose(self, sources: Tensor) -> bool:
+        """Take the density under which separation is stable, by these sources [B,L] (Lee et al. 1999, eq. 2.33).
+
+        Returns whether any changed.
+        """
+        u = (sources - sources.mean(0)) / sources.std(0)
+        squashed = torch.tanh(u)
+        mixed = ((1 - squashed**2).mean(0) < (squashed * u).mean(0)).to(self.mixed.dtype)
+        changed = bool((mixed != self.mixed).any())
+        self.mixed.copy_(mixed)
+        return changed
+
+    def sample(self, noise: Tensor, choice: Tensor | None = None) -> Tensor:
+        inner, side = noise.double().chunk(2, -1)
+        logistic, mixture = standard_logistic_from_normal(inner), inner + torch.sign(side)
+        return (logistic + self.mixed * (mixture - logistic)).float()
 
 
 def build_prior(config: PriorConfig, latent_dim: int, shape: tuple[int, int, int]) -> Prior:

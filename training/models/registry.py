@@ -6,7 +6,7 @@ from service.bundle.input_rules import Backbone, InputRule
 from training.config import ModelConfig
 from training.errors import ConfigError
 from training.models.autoencoder import Autoencoder
-from training.models.base import BijectiveModel, LatentVariableModel
+from training.models.base import LatentVariableModel
 from training.models.factor import PPCA, FactorAnalysis
 from training.models.flow import Flow
 from training.models.ica import ICA
@@ -30,17 +30,6 @@ def build_model(rule: InputRule | Backbone, config: ModelConfig) -> LatentVariab
     values = "pixels" if rule.kind == "image" else "reals"
     likelihood = config.likelihood.model_copy(update={"values": values})
     model = FAMILIES[config.family](rule.shape, config.model_copy(update={"likelihood": likelihood}))
-    _check_likelihood(model, config)
     if rule.kind == "vector" and model.kl_groups == "layer":
         raise ConfigError("model.family: a ladder's latents have positions, features have none; take 'vae'")
     return model
-
-
-def _check_likelihood(model: LatentVariableModel, config: ModelConfig) -> None:
-    """A reconstruction error is no likelihood, and only a bijection's density is all in its Jacobian."""
-    name, measure = config.likelihood.family, model.likelihood.measure
-    if (measure == "none") != (model.evidence == "none"):
-        wanted = "squared_error or cross_entropy" if model.evidence == "none" else "a likelihood, not an error"
-        raise ConfigError(f"model.likelihood.family: {config.family!r} wants {wanted}, got {name!r}")
-    if name == "delta" and not isinstance(model, BijectiveModel):
-        raise ConfigError(f"model.likelihood.family: 'delta' is of flow and ica, which take no other; got {name!r}")

@@ -11,7 +11,7 @@ from training.config import ModelConfig
 from training.distributions import DiagonalGaussianPosterior, Distribution, Normal, Posterior
 from training.errors import ConfigError
 from training.models.base import KL, LatentVariableModel, Terms
-from training.models.likelihoods import build_likelihood, initialise_head
+from training.models.likelihoods import build_density, initialise_head
 from training.models.posteriors import build_posterior
 from training.models.priors import StandardNormal, VampPrior, build_prior
 from training.nn.networks import Shape, build_decoder, build_encoder
@@ -19,6 +19,8 @@ from training.nn.networks import Shape, build_decoder, build_encoder
 
 class VAE(LatentVariableModel):
     """p(z) by the prior, p(x|z) by the decoder and the likelihood, q(z|x) by the encoder and the posterior.
+
+    Raises ConfigError: a likelihood without a density, or a prior that is not for such rows.
 
     >>> from training.config import ModelConfig
     >>> vae = VAE((1, 8, 8), ModelConfig(latent_dim=2))
@@ -34,7 +36,7 @@ class VAE(LatentVariableModel):
         super().__init__()
         self.shape = shape
         self.latent_dim = config.latent_dim
-        self.likelihood = build_likelihood(config.likelihood, shape)
+        self.likelihood = build_density(config.likelihood, shape)
         self.encoder, features = build_encoder(shape, config.network)
         self.posterior = build_posterior(config.posterior, features, config.latent_dim)
         self.posterior_family, self.moments = self.posterior.family, self.posterior.moments
@@ -65,7 +67,7 @@ class VAE(LatentVariableModel):
         return p
 
     def forward(self, x: Tensor, noise: Tensor, dither: Tensor | None = None, stop_gradient_q: bool = False) -> Terms:
-        """As the base's, with log p(x|z) summed in float32."""
+        """The terms of an objective as the base has them, log p(x|z) summed in float32."""
         target = self.likelihood.target(x, dither)
         q = self.encode(target)
         z, log_q_z = q.rsample(noise)

@@ -30,7 +30,7 @@ class Bijection(nn.Module, Transform):
         """y -> x."""
 
     def initialise(self, x: Tensor) -> Tensor:
-        """x -> y, having set from the training examples x what starts from data."""
+        """Set the parameters that start from data by training examples x; x -> y with them."""
         return self.call_and_ladj(x)[0]
 
 

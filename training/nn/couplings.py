@@ -1,4 +1,4 @@
-"""Couplings: bijections that move one half of their input by what the other half says (Dinh et al. 2017)."""
+"""Couplings: bijections that scale and shift one half of their input by functions of the other (Dinh et al. 2017)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class ChannelCoupling(Bijection):
 
 
 class CheckerboardCoupling(Bijection):
-    """The same between the two colours of a checkerboard (Dinh et al. 2017, sec. 3.4): for a single channel."""
+    """An affine coupling of the two colours of a checkerboard (Dinh et al. 2017, sec. 3.4), for a single channel."""
 
     def __init__(self, shape: tuple[int, int, int], hidden: int, swap: bool) -> None:
         super().__init__()

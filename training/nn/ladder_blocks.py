@@ -153,7 +153,7 @@ class TopDown(nn.Module):
             self.layers.append(PriorLayer(layer, entry, config))
 
     def forward(self, rows: int, choose: Callable[[int, Tensor, Normal], Tensor]) -> Tensor:
-        """``choose`` makes z_i [M,c,h,w'] of the layer's number, its features and p(z_i|z_{>i}), from the top on."""
+        """Pass M = ``rows`` rows down; ``choose(i, h, p)`` is z_i [M,c,h,w'], with features h and p = p(z_i|z_{>i})."""
         h = self.constant.unsqueeze(0).expand(rows, -1, -1, -1)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, PriorLayer)

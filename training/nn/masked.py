@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def mask_between(inputs: Tensor, outputs: Tensor, strict: bool) -> Tensor:
-    """Degrees [I] and [O] -> [O,I] of ones where an output's degree is not below (``strict``: above) the input's.
+    """Degrees [I] and [O] -> mask [O,I], 1 where an output's degree is at least (``strict``: above) the input's.
 
     Germain et al. 2015, eq. 12 and 13.
     """
@@ -36,7 +36,7 @@ class MaskedLinear(nn.Linear):
         self.weight.mul_(self.mask)
 
     def train(self, mode: bool = True) -> Self:
-        """As everywhere; leaving training mode folds the mask."""
+        """Set train or eval mode; eval mode folds the mask into the weight."""
         super().train(mode)
         if not mode:
             self._fold()

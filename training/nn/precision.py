@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def full_precision(z: Tensor) -> AbstractContextManager[object]:
-    """Where autocast is on, a context that turns it off on z's device.
+    """A context that turns autocast off on z's device, where it is on.
 
     A map rounded to bfloat16 is not the inverse of its inverse, nor the one that its Jacobian is of.
     """

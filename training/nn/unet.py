@@ -1,4 +1,4 @@
-"""A U-Net: one number for each place of an image, from what is there and what surrounds it."""
+"""A U-Net: one number for each position of an image, from its neighbourhood."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 from training.nn.networks import Shape
 
-PATCH = 2  # places in each direction that are one at the network's finest level
+PATCH = 2  # pixels a side of a patch, which is one position at the network's finest level
 LEVELS = 3
 GROUPS = 8
 
 
 class UNet(nn.Module):
-    """x, float32 [N,C,H,W] -> a number for each place, float32 [N,H,W].
+    """x, float32 [N,C,H,W] -> a number for each position, float32 [N,H,W].
 
-    Ronneberger et al. 2015, of three levels, the finest at half the image's size, where numbers are patches of 2×2
-    pixels. Images are continued at two edges to a multiple of 8. ``width``: channels of the finest level.
+    Ronneberger et al. 2015, of three levels, the finest at half the image's size, where positions are patches of
+    2×2 pixels. Images are padded at the bottom and the right, by their last pixels, to a multiple of 8. ``width``:
+    channels of the finest level.
     """
 
     def __init__(self, shape: Shape, width: int) -> None:
@@ -40,8 +41,8 @@ class UNet(nn.Module):
         coarse = self.coarse(F.max_pool2d(middle, 2))
         middle = self.middle_up(torch.cat([middle, F.interpolate(coarse, scale_factor=2.0)], dim=1))
         fine = self.fine_up(torch.cat([fine, F.interpolate(middle, scale_factor=2.0)], dim=1))
-        by_place: Tensor = F.pixel_shuffle(self.head(fine), PATCH)[:, 0, :height, :width]
-        return by_place
+        by_position: Tensor = F.pixel_shuffle(self.head(fine), PATCH)[:, 0, :height, :width]
+        return by_position
 
 
 class Residual(nn.Module):
