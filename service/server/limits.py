@@ -19,6 +19,8 @@ from service.api.problems import problem_response
 from service.logs import get_logger
 from service.settings import Settings
 
+PIECE_BYTES = 1024  # parsed at once of a read that holds several requests: they are some 40 at most
+
 
 class LimitedProtocol(HttpToolsProtocol):
     """A connection, under the limits of ``settings``. Unread answers count in the app's ``budget``."""
@@ -34,12 +36,13 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._answers = AnswerTransport(transport, self.budget, self.settings.send_timeout)
         super().connection_made(self._answers)  # type: ignore[arg-type]
-        self.flow = PipelineFlow(transport)
+        self.flow: PipelineFlow = PipelineFlow(transport)
         self.flow.waiting = self.pipeline
         self._watch_arrival()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._set_timer()
+        self.flow.unparsed = b""
         super().connection_lost(exc)
         self._answers.end()
 
@@ -58,6 +61,19 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
+        if len(data) <= PIECE_BYTES or data.count(b" HTTP/") < 2:
+            self._parse(data)
+        else:
+            self.flow.unparsed = memoryview(data)
+            self._parse_pieces()
+
+    def _parse_pieces(self) -> None:
+        """Parse on, piece by piece, until requests wait for their turn; each costs a hundred times its bytes."""
+        while self.flow.unparsed and not self.pipeline:
+            piece, self.flow.unparsed = self.flow.unparsed[:PIECE_BYTES], self.flow.unparsed[PIECE_BYTES:]
+            self._parse(piece)
+
+    def _parse(self, data: bytes | memoryview) -> None:
         self._unset_keepalive_if_required()
         self._reading = len(data)
         self._feed(data)
@@ -87,7 +103,7 @@ class LimitedProtocol(HttpToolsProtocol):
             text = f"the {part} did not arrive within {getattr(self.settings, setting):g} s (setting {setting})"
             self._refuse(408, text)
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, data: bytes | memoryview) -> None:
         """Parse, as uvicorn does; but a head that asks for an Upgrade, where the parser stops, is read without it."""
         try:
             while data:
@@ -139,6 +155,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None and not self.pipeline:
             self._part()
         super().on_response_complete()
+        if self.flow.unparsed and not self.transport.is_closing():
+            self._parse_pieces()
+            self.flow.resume_reading()
 
     def _check_lines(self, size: int) -> None:
         if len(self.headers) > self.settings.max_headers:
@@ -157,6 +176,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         self._set_timer()
+        self.flow.unparsed = b""
         cycle, in_body = self.cycle, self._in_message and not self._in_headers  # the body of the latest request
         request_id = request_id_of(cycle.scope) if in_body else new_request_id()  # type: ignore[arg-type]
         get_logger().info("connection refused", request_id=request_id, status=status, detail=detail, client=self.client)
@@ -184,12 +204,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 class PipelineFlow(FlowControl):
-    """uvicorn's flow control, but for reading on while pipelined requests wait."""
+    """uvicorn's flow control, but for reading on while pipelined requests wait, or bytes that are not parsed yet."""
 
     waiting: Sized
+    unparsed: bytes | memoryview = b""
 
     def resume_reading(self) -> None:
-        if self.read_paused and not self.waiting:
+        if self.read_paused and not self.waiting and not self.unparsed:
             super().resume_reading()
 
 

@@ -284,9 +284,10 @@ def test_headers_without_an_end_are_refused(client, before):
         assert_refusal(answered)
 
 
-def test_what_pipelines_waits_in_the_socket(ppca_root, all_are_long, stuck, protocols):
-    """However many requests come behind one that takes long, no more are kept than one read holds."""
-    count, request = 6000, LIVE.replace(b"host: x", b"host: x\r\nx-padding: " + b"x" * 200)
+@pytest.mark.parametrize(("count", "padding", "most_waiting"), [(6000, 200, 8), (10_000, 0, 64)])
+def test_what_pipelines_waits_in_the_socket(ppca_root, all_are_long, stuck, protocols, count, padding, most_waiting):
+    """However many requests come behind one that takes long, few are made of the bytes of one read."""
+    request = LIVE.replace(b"host: x", b"host: x\r\nx-padding: " + b"x" * padding) if padding else LIVE
     with serving(ppca_root, receive_timeout=0.3) as client, connected(client) as (connection, stream):
         hurry(client, protocols, connection)
         waiting = next(protocol for protocol in protocols if protocol.timeout_keep_alive < 1)
@@ -294,12 +295,21 @@ def test_what_pipelines_waits_in_the_socket(ppca_root, all_are_long, stuck, prot
         sender.start()
         until(client, lambda: stuck.rows)
         received(client, raw()[:-1])  # for as long as a body may take: the client of the first is watched by then
-        most = len(waiting.pipeline)
+        most = [len(waiting.pipeline)]
         stuck.release()
-        assert len(answers(stream, count + 1)) == count + 1
+        for _ in range(count + 1):
+            assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 200")
+            most.append(len(waiting.pipeline))
         sender.join()
-        assert 0 < most <= 2**18 / len(request) + 1
+        assert 0 < max(most) <= most_waiting
         assert under_way(client) == IDLE
+
+
+def test_what_pipelines_behind_a_read_that_was_parsed_in_part_is_refused_in_its_turn(client):
+    """The rest of a read waits as it came: half a head of it is late, noise is noise, and a head is a head."""
+    assert statuses(received(client, LIVE * 500 + LIVE[:20])) == [b"200"] * 500 + [b"408"]
+    assert statuses(received(client, LIVE * 500 + NOISE)) == [b"200"] * 500 + [b"400"]
+    assert statuses(received(client, LIVE * 500 + raw() * 20 + NOISE)) == [b"200"] * 520 + [b"400"]
 
 
 @pytest.mark.parametrize("cut", [0, 20, -len(ROW), -1])
