@@ -31,6 +31,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None  # of headers, a body, or the end of a refused connection
         self._in_headers, self._in_message = True, False  # a new connection owes its first request
         self._reading = self._line_bytes = 0  # bytes of this piece; of headers, trailers and chunk extensions so far
+        self._behind_answer = 0  # bytes of a request that came after its answer, which nobody reads
         self._refusal: bytes | None = None  # the last bytes of the connection, written when no answer is due
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -82,6 +83,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._check_lines(self._line_bytes)
         if not self._in_headers:
             self.headers.clear()  # trailers
+            self._check_behind_answer(len(data))
         if self._refusal is None and self._timer is None:
             self._watch_arrival()
 
@@ -128,6 +130,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_headers, self._in_message, self._line_bytes = True, True, -self._reading
+        self._behind_answer = 0
 
     def on_body(self, body: bytes) -> None:
         self._line_bytes = -self._reading  # which bytes of a piece are whose the parser does not tell
@@ -164,6 +167,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(431, f"more than {self.settings.max_headers} header lines (setting max_headers)")
         elif size > self.settings.max_header_bytes:
             self._refuse(431, f"more than {self.settings.max_header_bytes} bytes of headers (setting max_header_bytes)")
+
+    def _check_behind_answer(self, size: int) -> None:
+        self._behind_answer += size if self._in_message and self.cycle.response_complete else 0
+        if self._behind_answer > self.settings.max_body_bytes:
+            self._refuse(413, f"more than {self.settings.max_body_bytes} bytes behind an answer (max_body_bytes)")
 
     def _set_timer(self, seconds: float = 0, then: Callable[..., None] | None = None, *arguments: str) -> None:
         """Call ``then`` after ``seconds`` in place of what the timer would have called before."""

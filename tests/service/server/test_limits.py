@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import tracemalloc
+from contextlib import suppress
 
 import pytest
 from structlog.testing import capture_logs
@@ -176,6 +177,27 @@ def test_a_connection_whose_body_comes_late_or_never_ends_after_an_early_answer(
         assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
         connection.sendall(rest)
         assert stream.read() == b""
+
+
+@pytest.mark.parametrize(
+    "rest", [b"%x\r\n%b\r\n" % (2**16, bytes(2**16)), b"x: y\r\n" * 2**12, b"1;%b\r\nx\r\n" % bytes(2**12)]
+)
+def test_a_body_that_never_ends_is_ended_after_an_early_answer(ppca_root, rest):
+    """Chunks, trailers or chunk extensions: however fast they come, and although nobody waits for them."""
+    with (
+        serving(ppca_root, receive_timeout=1e6, max_body_bytes=2**20) as client,
+        connected(client) as (connection, stream),
+    ):
+        connection.sendall(NOWHERE + b"transfer-encoding: chunked\r\n\r\n")
+        assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
+        sent = b"0\r\n" * rest.startswith(b"x") + rest
+        with suppress(OSError):  # closed on what is still under way
+            while True:
+                connection.sendall(sent)
+                sent = rest
+        with suppress(ConnectionResetError):
+            assert stream.read() == b""
+        until(client, lambda: under_way(client) == IDLE)
 
 
 @pytest.mark.parametrize("request_", [raw(), LIVE])
