@@ -52,6 +52,11 @@ class Settings(BaseModel):
     max_evaluated_pixels: int = Field(
         default=80_000_000, ge=1, description="images × k × C·H·W of one score request; 100 000 samples of 28×28"
     )
+    max_request_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        description="seconds that a request may be estimated to compute, by what the model was measured to take",
+    )
     # A float32 takes up to 16 bytes of JSON ("-1.2345678e-10,"): an answer stays below some 100 MB.
     max_numbers_out: int = Field(default=6 * 2**20, ge=1, description="numbers in one answer: pixels, latents, maps")
     false_positive_rate: float = Field(default=0.05, gt=0, lt=1, description="rate of score when none is asked")

@@ -70,6 +70,15 @@ class AppContext:
         """Raise LimitExceeded if ``rows`` rows of ``numbers`` numbers each are above the setting max_numbers_out."""
         self.limit(f"the count of numbers in the answer ({rows} rows of {numbers})", rows * numbers, "max_numbers_out")
 
+    def limit_seconds(self, model: Model, rows: int, samples: int, work: str) -> None:
+        """Raise LimitExceeded if ``work``, of ``rows`` rows with ``samples`` samples each, would take too long here."""
+        seconds, allowed = model.estimated_seconds(rows, samples), self.settings.max_request_seconds
+        if seconds > allowed:
+            raise LimitExceeded(
+                f"{work} would take some {seconds:.2g} s here, as this model was measured: at most {allowed:g} s "
+                "(setting max_request_seconds); send fewer rows at once, or ask for fewer samples"
+            )
+
 
 async def get_context(request: Request) -> AppContext:
     """Return the context of the request's app, as a dependency of routes."""
