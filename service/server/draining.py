@@ -58,7 +58,7 @@ class DrainingServer(uvicorn.Server):
         return ends or time.monotonic() >= self._stop_at
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more, let requests arrive on accepted connections, end, and write what is deferred."""
+        """Accept no more, let requests arrive on accepted connections, end these, and write what is deferred."""
         for server in self.servers:
             server.close()
         await asyncio.sleep(LAST_REQUESTS_SECONDS)

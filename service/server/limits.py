@@ -87,6 +87,13 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is None and self._timer is None:
             self._watch_arrival()
 
+    def shutdown(self) -> None:
+        """End as the server ends: what came whole is answered; a body that is still on its way is refused."""
+        if self._in_message and not self._in_headers:
+            self._refuse(503, "the service is stopping, and the body has not arrived: send it again")
+        if self._refusal is None:  # which is the last answer, after those that are due
+            super().shutdown()
+
     def _watch_arrival(self) -> None:
         """Set the timer of what has to come: headers, a body, or another request."""
         if self._in_headers:

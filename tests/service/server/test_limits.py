@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 import tracemalloc
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 from structlog.testing import capture_logs
@@ -246,6 +247,41 @@ def test_a_pipelined_body_that_does_not_arrive_is_refused_in_its_turn(ppca_root,
         assert statuses(answered) == [b"200", b"408"]
         assert_refusal(answered)
         assert under_way(client) == IDLE
+
+
+@pytest.mark.parametrize("before", [b"", LIVE])
+@pytest.mark.parametrize("rest", [raw()[:-1], CHUNKED + b"1\r\na", chunked(ROW, b"x-trailer: 1\r\n")[:-2]])
+def test_a_body_that_is_on_its_way_is_ended_with_the_server(ppca_root, before, rest):
+    """One slow body does not delay the stop until it, or its time, is over."""
+    with ExitStack() as held:
+        with serving(ppca_root, receive_timeout=1e6, request_timeout=1e6) as client:
+            _, stream = held.enter_context(connected(client, before + rest))
+            until(client, lambda: under_way(client)[2] == 2)
+            started = time.monotonic()
+        assert time.monotonic() - started < 30
+        answered = stream.read()
+    assert statuses(answered) == [*[b"200"] * bool(before), b"503"]
+    assert_refusal(answered)
+
+
+@pytest.mark.parametrize("rest", [LIVE[:20], NOWHERE + b"content-length: 10\r\n\r\na"])
+def test_what_will_not_be_answered_does_not_delay_the_end_of_the_server(ppca_root, rest):
+    """Half a head, and the rest of a body whose answer was early."""
+    with ExitStack() as held:
+        with serving(ppca_root, receive_timeout=1e6, header_timeout=1e6, request_timeout=1e6) as client:
+            _, stream = held.enter_context(connected(client, LIVE + rest))
+            answers(stream, 1 + rest.startswith(b"POST"))
+        assert stream.read() == b""
+
+
+def test_what_came_whole_is_answered_by_a_server_that_ends(ppca_root, all_are_long, stuck, monkeypatch):
+    shutdown = LimitedProtocol.shutdown
+    monkeypatch.setattr(LimitedProtocol, "shutdown", lambda self: (shutdown(self), stuck.release()))
+    with ExitStack() as held:
+        with serving(ppca_root, receive_timeout=1e6, request_timeout=1e6) as client:
+            _, stream = held.enter_context(connected(client, raw() + raw()[:-1]))
+            until(client, lambda: stuck.rows)
+        assert statuses(stream.read()) == [b"200", b"503"]
 
 
 def ids_of(answer):
