@@ -1,12 +1,14 @@
 """Limits on connections that uvicorn's HTTP protocol lacks, and that no ASGI application can set.
 
-Long (431) or late (408) headers, late bodies and unread answers end a connection. Mended are bodies behind an Upgrade,
-trailers, pipelining, and answers in two writes. A test names the undocumented attributes of uvicorn that this takes.
+Long (431) or late (408) headers, heads that are not HTTP/1 (400), late bodies and unread answers end a connection.
+Mended are bodies behind an Upgrade, trailers, pipelining, and answers in two writes. A test names the undocumented
+attributes of uvicorn that this takes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sized
 from typing import Any
 
@@ -20,6 +22,8 @@ from service.logs import get_logger
 from service.settings import Settings
 
 PIECE_BYTES = 1024  # parsed at once of a read that holds several requests: they are some 40 at most
+
+_HOST = re.compile(rb"(\[[^\]\s]+\]|[\w.~!$&'()*+,;=%-]*)(:[0-9]*)?", re.ASCII)  # RFC 9110, 7.2
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -146,6 +150,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         is_small = self._line_bytes < 0 and self._reading <= self.settings.max_header_bytes  # they began in this piece
         self._check_lines(0 if is_small else len(self.url) + sum(len(name + value) for name, value in self.headers))
+        self._check_framing()
         if self._refusal is not None:
             raise httptools.HttpParserError("headers refused")
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
@@ -174,6 +179,20 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(431, f"more than {self.settings.max_headers} header lines (setting max_headers)")
         elif size > self.settings.max_header_bytes:
             self._refuse(431, f"more than {self.settings.max_header_bytes} bytes of headers (setting max_header_bytes)")
+
+    def _check_framing(self) -> None:
+        """Refuse a head that RFC 9112 (2.3, 3.2, 6.1) has a server refuse, and that the parser takes."""
+        version = self.parser.get_http_version()
+        hosts = [value for name, value in self.headers if name == b"host"]
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if version not in ("1.1", "1.0"):
+            self._refuse(400, f"HTTP/{version} is not read here: send HTTP/1.1")
+        elif len(hosts) > 1 or (version == "1.1" and not hosts):
+            self._refuse(400, f"{len(hosts)} Host headers: one is expected")
+        elif hosts and not _HOST.fullmatch(hosts[0]):
+            self._refuse(400, "the Host header is none: a name or an address is expected, and a port if need be")
+        elif codings and (codings != [b"chunked"] or version == "1.0"):
+            self._refuse(400, "this Transfer-Encoding is not read here: chunked alone, of HTTP/1.1, is")
 
     def _check_behind_answer(self, size: int) -> None:
         self._behind_answer += size if self._in_message and self.cycle.response_complete else 0

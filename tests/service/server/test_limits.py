@@ -10,6 +10,7 @@ import tracemalloc
 from contextlib import ExitStack, suppress
 
 import pytest
+from hypothesis import given, settings, strategies
 from structlog.testing import capture_logs
 
 from service.server.limits import LimitedProtocol
@@ -120,6 +121,68 @@ def test_a_refusal_waits_for_the_answers_that_are_due(client, all_are_long, stuc
         stuck.release()
         answered = stream.read()
     assert statuses(answered) == [b"200", b"200", LAST[last][1]]
+
+
+HEADS = {
+    "no host": b"GET /livez HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /livez HTTP/1.1\r\nhost: x\r\nhost: x\r\n\r\n",
+    "two hosts of 1.0": b"GET /livez HTTP/1.0\r\nhost: x\r\nHost: y\r\n\r\n",
+    "a host of two words": b"GET /livez HTTP/1.1\r\nhost: x y\r\n\r\n",
+    "a host with a path": b"GET /livez HTTP/1.1\r\nhost: x/y\r\n\r\n",
+    "a host with a user": b"GET /livez HTTP/1.1\r\nhost: a@x\r\n\r\n",
+    "a host and a word for a port": b"GET /livez HTTP/1.1\r\nhost: x:http\r\n\r\n",
+    "2.0": LIVE.replace(b"1.1", b"2.0"),
+    "1.2": LIVE.replace(b"1.1", b"1.2"),
+    "0.9": LIVE.replace(b"1.1", b"0.9"),
+    "gzip, chunked": CHUNKED.replace(b"chunked", b"gzip, chunked") + b"1\r\na\r\n0\r\n\r\n",
+    "gzip and chunked": CHUNKED.replace(b"transfer", b"transfer-encoding: gzip\r\ntransfer") + b"0\r\n\r\n",
+    "identity": CHUNKED.replace(b"chunked", b"identity"),
+    "chunked twice": CHUNKED.replace(b"chunked", b"chunked, chunked") + b"0\r\n\r\n",
+    "chunked of 1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n",
+    "chunked, and a length": CHUNKED.replace(b"transfer", b"content-length: 1\r\ntransfer") + b"0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("before", [b"", LIVE])
+def test_a_head_that_is_not_http_1_is_refused(client, before, head):
+    answered = received(client, before + HEADS[head] + LIVE)
+    assert statuses(answered) == [*[b"200"] * bool(before), b"400"]
+    assert_refusal(answered)
+
+
+@pytest.mark.parametrize("host", ["", "x", "x:80", "x:", "1.2.3.4:8000", "[::1]", "[fe80::1%25eth0]:8000", "a_b-c.d~"])
+def test_a_host_may_be_any_name_or_address(client, host):
+    for version in ("1.1", "1.0"):
+        request = f"GET /livez HTTP/{version}\r\nhost: {host}\r\nconnection: close\r\n\r\n"
+        assert statuses(received(client, request.encode())) == [b"200"]
+    assert statuses(received(client, b"GET /livez HTTP/1.0\r\n\r\n")) == [b"200"]
+
+
+@pytest.mark.parametrize("coding", ["Chunked", "chunked ", "CHUNKED"])
+def test_chunked_may_be_written_in_any_case(client, coding):
+    request = chunked(ROW).replace(b"chunked", coding.encode()).replace(b"host", b"connection: close\r\nhost")
+    assert statuses(received(client, request)) == [b"200"]
+
+
+@pytest.mark.parametrize("size", [0, 12_000, 25_000, 32_600])
+@pytest.mark.parametrize("body", [0, 64, 3200])
+@settings(max_examples=25, deadline=None)
+@given(data=strategies.data())
+def test_what_arrives_with_a_request_counts_as_the_next(client, size, body, data):
+    """However the bytes of requests that are valid are cut, also some bytes of the next in one read with the last."""
+    one = (
+        raw(bytes(body), padding="x" * size)
+        if body
+        else LIVE.replace(b"host", b"padding: " + b"x" * size + b"\r\nhost")
+    )
+    stream_, cuts = one * 3, sorted(data.draw(strategies.lists(strategies.integers(1, 3 * len(one) - 1), max_size=4)))
+    pieces = [stream_[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream_)], strict=True)]
+    with connected(client) as (connection, stream):
+        for piece in pieces:
+            turn(client)
+            connection.sendall(piece)
+        assert [head[9:12] for head, _ in answers(stream, 3)] == [b"200"] * 3
 
 
 @pytest.mark.parametrize("last", ["noise", "many headers"])
