@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MIN_SAMPLES = 64  # of a run that is learnt from: the interpreter's share of fewer would count as the model's
-SHORT_SECONDS = 0.1  # a work that is over sooner is timed twice, since the first time fills caches
+TIMED_SECONDS = 0.02  # that a measurement takes at least
 
 
 @dataclass
 class Cost:
-    """Seconds that a model takes, as measured: ``row`` of the backbone, ``sample`` of one posterior sample of a row.
+    """CPU seconds of a thread that a model was measured to take: ``row`` of its backbone, ``sample`` of one of k.
 
-    ``sample`` is the least that was measured, at the start and of every larger run since: what other work slows down
-    does not raise an estimate. It is infinite, and no estimate is made, before the first measurement.
+    ``sample`` is of one posterior sample of one row, the least of the start and of every larger run since, so that what
+    slows the machine down raises no estimate. It is infinite, and nothing is estimated, before the first measurement.
     """
 
     row: float = 0.0
@@ -33,12 +33,15 @@ class Cost:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that the work takes; the less of two times, where the first is short."""
-    seconds = math.inf
-    for _ in range(2):
-        started = time.perf_counter()
+    """Return the least CPU seconds that the work takes this thread, once it has run: the first tries batch sizes, too.
+
+    It is repeated until TIMED_SECONDS are over. Time in which the thread waits for a CPU does not count.
+    """
+    work()
+    least, total = math.inf, 0.0
+    while total < TIMED_SECONDS:
+        started = time.thread_time()
         work()
-        seconds = min(seconds, time.perf_counter() - started)
-        if seconds > SHORT_SECONDS:
-            break
-    return seconds
+        seconds = time.thread_time() - started
+        least, total = min(least, seconds), total + seconds
+    return least

@@ -255,9 +255,9 @@ class Model:
             self.require_map(kind)
         if latents:
             self.require("score.top_latents")
-        rows, started = self.features(x), time.perf_counter()
+        rows, started = self.features(x), time.thread_time()
         scores = self._scorer.score(rows, main, further, kind if maps else None, latents)
-        self.cost.learn(len(x) * self._runners.distinct_samples(main.k), time.perf_counter() - started)
+        self.cost.learn(len(x) * self._runners.distinct_samples(main.k), time.thread_time() - started)
         return scores
 
     def estimated_seconds(self, rows: int, samples: int) -> float:
