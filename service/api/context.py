@@ -14,7 +14,7 @@ from service.api.metrics import Metrics
 from service.api.negotiation import negotiate
 from service.bundle.input_rules import InputRule, Preprocessing
 from service.calibration.drift_monitor import Drift
-from service.errors import LimitExceeded
+from service.errors import InvalidInput, LimitExceeded
 from service.formats.arrays import parse_json
 from service.formats.codecs import Limits, Reader
 from service.formats.images import ImageLimits
@@ -89,18 +89,29 @@ async def get_context(request: Request) -> AppContext:
 ContextDep = Annotated[AppContext, Depends(get_context)]
 
 
+def _refuse_repeated(request: Request) -> None:
+    """Raise InvalidInput for a parameter that the query says twice: no parameter is a list, and one would be lost."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if len(names) > len(request.query_params):
+        name = next(name for name in names if names.count(name) > 1)
+        raise InvalidInput(f"{name[:80]!r} stands {names.count(name)} times in the query: once is expected")
+
+
 async def find_latest(request: Request, context: ContextDep, model: str) -> None:
     """Put the latest version of a model into the request's state, as the dependency of /v1/models/{model}/…"""
+    _refuse_repeated(request)
     request.state.served = context.repository.get(model)
 
 
 async def find_version(request: Request, context: ContextDep, model: str, version: str) -> None:
     """Put one version into the request's state, as the dependency of /v1/models/{model}/versions/{version}/…"""
+    _refuse_repeated(request)
     request.state.served = context.repository.get(model, version)
 
 
 async def find_default(request: Request, context: ContextDep) -> None:
     """Put the default model into the request's state, as the dependency of /v1/…"""
+    _refuse_repeated(request)
     request.state.served = context.repository.get()
 
 

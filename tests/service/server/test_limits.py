@@ -191,11 +191,11 @@ def test_nothing_is_counted_twice_or_left_under_way(client, last, capsys):
     before = [metric(client, start) for start in starts]
     for _ in range(3):
         received(client, raw() + raw() + b"HEAD" + LIVE[3:] + LAST[last][0])
-    assert [metric(client, start) - then for start, then in zip(starts, before, strict=True)] == [6, 0]
+    assert [metric(client, start) - then for start, then in zip(starts, before, strict=True)] == [6, 3]
     assert_no_errors(capsys)
 
 
-COUNTED = ("POST", "/v1/models/{model}/encode"), ("HEAD", "/livez")  # HEAD is answered by 405
+COUNTED = ("POST", "/v1/models/{model}/encode"), ("HEAD", "/livez")
 
 
 def assert_no_errors(capsys):
