@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import select
+import stat
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from select import PIPE_BUF
 from typing import Any
 
 import orjson
@@ -23,7 +25,7 @@ def configure_logs(level: str, form: str, **fields: Any) -> None:
     library's loggers, which would take twice the time.
     """
     shared = _shared_processors(fields)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _LineHandler()
     handler.setFormatter(_library_formatter(shared, _renderer(form, _as_text)))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     structlog.configure(
@@ -109,7 +111,7 @@ def _write_together(lines: list[bytes]) -> None:
     """Write as many lines at once as a pipe takes whole, so that those of several processes do not mix."""
     writer, together, size = LineWriter(), list[bytes](), 0
     for line in lines:
-        if together and size + len(line) >= PIPE_BUF:
+        if together and size + len(line) >= select.PIPE_BUF:
             writer.msg(b"\n".join(together))
             together, size = [], 0
         together.append(line)
@@ -118,18 +120,89 @@ def _write_together(lines: list[bytes]) -> None:
 
 
 class LineWriter:
-    """Writes lines to the present sys.stderr. One that cannot be written (full disk, closed pipe) fails no request."""
+    """Writes lines to the present sys.stderr, which is never waited for: what cannot be written fails no request.
+
+    Lines for a pipe or a terminal that nobody reads are dropped and counted; so are those for a full disk.
+    """
 
     def __init__(self, *_name: Any) -> None: ...
 
     def msg(self, line: str | bytes) -> None:
         """Write one line by one call, so that lines of several threads do not mix."""
-        with contextlib.suppress(OSError, ValueError):
-            stream = sys.stderr.buffer
-            stream.write((line if isinstance(line, bytes) else line.encode()) + b"\n")
-            stream.flush()
+        _output.write((line if isinstance(line, bytes) else line.encode()) + b"\n")
 
     debug = info = warning = error = critical = msg
+
+
+class _Output:
+    """The bytes on their way to sys.stderr. ``dropped``: how many lines were lost since the process began."""
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._unsaid = 0  # of the dropped lines, those that no line has told of
+        self._is_cut = False  # true behind a line of which only a part was written
+        self._opened: tuple[tuple[int, int], int] | None = None  # device and inode of stderr, and our descriptor of it
+
+    def write(self, lines: bytes) -> None:
+        """Write whole lines, before them how many were lost; or count them, where stderr takes none now."""
+        told = orjson.dumps({"event": "log lines dropped", "level": "warning", "count": self._unsaid}) + b"\n"
+        data = b"\n" * self._is_cut + told * bool(self._unsaid) + lines
+        try:
+            written = self._write(data)
+        except (OSError, ValueError):
+            written = 0
+        if written:
+            self._unsaid, self._is_cut = 0, written < len(data)
+        lost = 0 if written == len(data) else lines.count(b"\n")
+        self.dropped, self._unsaid = self.dropped + lost, self._unsaid + lost
+
+    def _write(self, data: bytes) -> int:
+        """Write as many of the bytes as stderr takes at once, and return how many. Raises OSError, ValueError."""
+        try:
+            status = os.fstat(descriptor := sys.stderr.fileno())
+        except (OSError, ValueError):  # one that is no file, or closed
+            sys.stderr.buffer.write(data)
+            sys.stderr.buffer.flush()
+            return len(data)
+        if not stat.S_ISFIFO(status.st_mode) and not stat.S_ISCHR(status.st_mode):
+            return os.write(descriptor, data)
+        return os.write(self._unwaited(descriptor, (status.st_dev, status.st_ino)), data)
+
+    def _unwaited(self, descriptor: int, identity: tuple[int, int]) -> int:
+        """Return a descriptor of the same pipe or terminal that does not block.
+
+        To set that on stderr itself would set it for all processes that share it. Raises BlockingIOError where it
+        cannot be opened again, and takes nothing now.
+        """
+        if self._opened is None or self._opened[0] != identity:
+            if self._opened is not None:
+                os.close(self._opened[1])
+                self._opened = None
+            with contextlib.suppress(OSError):
+                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                self._opened = identity, os.open(f"/proc/self/fd/{descriptor}", flags)
+        if self._opened is not None:
+            return self._opened[1]
+        ready = select.poll()
+        ready.register(descriptor, select.POLLOUT)
+        if not ready.poll(0):
+            raise BlockingIOError
+        return descriptor
+
+
+_output = _Output()
+
+
+def dropped_lines() -> int:
+    """Count the lines that this process could not write to stderr."""
+    return _output.dropped
+
+
+class _LineHandler(logging.Handler):
+    """Writes the lines of the standard library's loggers."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        LineWriter().msg(self.format(record))
 
 
 def get_logger() -> Any:

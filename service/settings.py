@@ -25,6 +25,14 @@ class Settings(BaseModel):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    root_path: str = Field(
+        default="",
+        pattern=r"^(/[\w.~-]+)*$",
+        description="prefix of all paths behind a proxy, /vae say, whether it strips it or not",
+    )
+    cors_origins: str = Field(
+        default="", description="origins, with commas between, whose pages may read answers; *: any; empty: none (CORS)"
+    )
     device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; no silent fallback")
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | Literal["auto"] = Field(
         default=1,
@@ -53,6 +61,11 @@ class Settings(BaseModel):
     max_evaluated_pixels: int = Field(
         default=80_000_000, ge=1, description="images × k × C·H·W of one score request; 100 000 samples of 28×28"
     )
+    max_request_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        description="seconds that a request may be estimated to compute, by what the model was measured to take",
+    )
     # A float32 takes up to 16 bytes of JSON ("-1.2345678e-10,"): an answer stays below some 100 MB.
     max_numbers_out: int = Field(default=6 * 2**20, ge=1, description="numbers in one answer: pixels, latents, maps")
     false_positive_rate: float = Field(default=0.05, gt=0, lt=1, description="rate of score when none is asked")
@@ -70,6 +83,10 @@ class Settings(BaseModel):
     receive_timeout: float = Field(default=30.0, gt=0, description="seconds in which the body must arrive")
     send_timeout: float = Field(
         default=30.0, gt=0, description="seconds in which some of an answer that waits to be read must be read"
+    )
+    # Balancers keep theirs for some 60 s: who closes first must not be the one that is sent requests.
+    keep_alive_timeout: float = Field(
+        default=75.0, gt=0, description="seconds that an idle connection is kept; above the load balancer's own"
     )
     request_timeout: float = Field(default=60.0, gt=0, description="seconds from a complete body to its answer")
     drain_seconds: float = Field(

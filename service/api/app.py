@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from service import __version__, errors
@@ -87,10 +88,22 @@ def create_app(
     app.state.remembers = not _telemetry()["tracing"]  # whose spans are named by FastAPI's router
     app.add_middleware(RouteResolver, remembered=app.state.remembered)
     app.add_middleware(BodyLimits, budget=app.state.budget)
-    app.add_middleware(RequestContext, metrics=app.state.metrics)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, **_cross_origin(settings))
+    app.add_middleware(RequestContext, metrics=app.state.metrics, root_path=settings.root_path)
     _include_routes(app)
     _handle_errors(app)
     return app
+
+
+def _cross_origin(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of starlette's CORSMiddleware: no cookies, and what a page must be able to send and read."""
+    return {
+        "allow_origins": [origin.strip() for origin in settings.cors_origins.split(",")],
+        "allow_methods": ["GET", "HEAD", "POST"],
+        "allow_headers": ["*"],
+        "expose_headers": ["x-request-id", "retry-after"],
+    }
 
 
 def _telemetry() -> TelemetryConfig:

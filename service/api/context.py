@@ -14,7 +14,7 @@ from service.api.metrics import Metrics
 from service.api.negotiation import negotiate
 from service.bundle.input_rules import InputRule, Preprocessing
 from service.calibration.drift_monitor import Drift
-from service.errors import LimitExceeded
+from service.errors import InvalidInput, LimitExceeded
 from service.formats.arrays import parse_json
 from service.formats.codecs import Limits, Reader
 from service.formats.images import ImageLimits
@@ -70,6 +70,15 @@ class AppContext:
         """Raise LimitExceeded if ``rows`` rows of ``numbers`` numbers each are above the setting max_numbers_out."""
         self.limit(f"the count of numbers in the answer ({rows} rows of {numbers})", rows * numbers, "max_numbers_out")
 
+    def limit_seconds(self, model: Model, rows: int, samples: int, work: str) -> None:
+        """Raise LimitExceeded if ``work``, of ``rows`` rows with ``samples`` samples each, would take too long here."""
+        seconds, allowed = model.estimated_seconds(rows, samples), self.settings.max_request_seconds
+        if seconds > allowed:
+            raise LimitExceeded(
+                f"{work} would take some {seconds:.2g} s here, as this model was measured: at most {allowed:g} s "
+                "(setting max_request_seconds); send fewer rows at once, or ask for fewer samples"
+            )
+
 
 async def get_context(request: Request) -> AppContext:
     """Return the context of the request's app, as a dependency of routes."""
@@ -80,18 +89,29 @@ async def get_context(request: Request) -> AppContext:
 ContextDep = Annotated[AppContext, Depends(get_context)]
 
 
+def _refuse_repeated(request: Request) -> None:
+    """Raise InvalidInput for a parameter that the query says twice: no parameter is a list, and one would be lost."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if len(names) > len(request.query_params):
+        name = next(name for name in names if names.count(name) > 1)
+        raise InvalidInput(f"{name[:80]!r} stands {names.count(name)} times in the query: once is expected")
+
+
 async def find_latest(request: Request, context: ContextDep, model: str) -> None:
     """Put the latest version of a model into the request's state, as the dependency of /v1/models/{model}/…"""
+    _refuse_repeated(request)
     request.state.served = context.repository.get(model)
 
 
 async def find_version(request: Request, context: ContextDep, model: str, version: str) -> None:
     """Put one version into the request's state, as the dependency of /v1/models/{model}/versions/{version}/…"""
+    _refuse_repeated(request)
     request.state.served = context.repository.get(model, version)
 
 
 async def find_default(request: Request, context: ContextDep) -> None:
     """Put the default model into the request's state, as the dependency of /v1/…"""
+    _refuse_repeated(request)
     request.state.served = context.repository.get()
 
 

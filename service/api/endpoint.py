@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.context import PREFIXES, AppContext, Call, Content
-from service.api.headers import header
+from service.api.headers import header, list_header
 from service.api.small_requests import fits_event_loop
 from service.errors import InvalidInput
 from service.formats.media_types import PNG
@@ -72,7 +72,7 @@ class ResolvedRequest:
         self._readers: OrderedDict[Hashable, RequestReader] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        content_type, accept = header(scope, b"content-type"), header(scope, b"accept")
+        content_type, accept = header(scope, b"content-type"), list_header(scope, b"accept")
         body = await read_body(receive)
         key = content_type, accept, 0 if content_type == PNG else len(body)  # a PNG says itself how large it is
         reader, rows = self._read_again(key, body)
@@ -128,12 +128,20 @@ ResolvedRequests = OrderedDict[Hashable, ResolvedRequest]
 
 
 class RouteResolver:
-    """Middleware that answers a request by its ResolvedRequest, if one of its method, path and query is remembered."""
+    """Middleware that answers a request by its ResolvedRequest, if one of its method, path and query is remembered.
+
+    HEAD is answered as GET is; the server leaves the body out.
+    """
 
     def __init__(self, app: ASGIApp, remembered: ResolvedRequests) -> None:
         self.app, self._remembered = app, remembered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            as_get = {**scope, "method": "GET"}
+            await self(as_get, receive, send)
+            scope["route"] = as_get.get("route")
+            return
         key = _key(scope) if scope["type"] == "http" else None
         resolved = self._remembered.get(key)
         if resolved is None or scope["app"].dependency_overrides:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from service.inference.jobs import Job, RequestReader
 from service.repository.score_parameters import Parameters
 
 P = TypeVar("P", bound=Parameters)
+MAX_FAULTS = 20  # of the fields of a body, that a refusal names
 IMAGES, ROWS, LATENTS = ("images", "dtype"), ("rows",), ("latents",)
 """Names in a JSON body that hold data, or say how they are to be read, for images, rows and latents."""
 
@@ -52,13 +54,13 @@ def read_parameters(call: Call, query: P, *data: str) -> P:
     unread = [name for name in (*IMAGES, *ROWS, *LATENTS) if name in document and name not in data]
     if unread:
         raise InvalidInput(f'"{unread[0]}" is not read here: expected {" and ".join(data) or "parameters alone"}')
-    fields = {name: value for name, value in document.items() if name not in data}
+    fields = _without_most_unknown({name: value for name, value in document.items() if name not in data}, query)
     if not fields:
         return query
     try:
         from_body = type(query).model_validate(fields, strict=True).model_dump(exclude_unset=True)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}" for fault in error.errors()[:20]]
+        faults = [f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}" for fault in error.errors()[:MAX_FAULTS]]
         raise InvalidInput("; ".join(faults)) from error
     from_query = query.model_dump(exclude_unset=True)
     for name in from_query.keys() & from_body.keys():
@@ -67,6 +69,15 @@ def read_parameters(call: Call, query: P, *data: str) -> P:
                 f"{name} is said twice: {from_query[name]!r} in the query, {from_body[name]!r} in the body"
             )
     return type(query).model_validate({**from_body, **from_query})
+
+
+def _without_most_unknown(fields: dict[str, Any], query: Parameters) -> dict[str, Any]:
+    """Leave out unknown names beyond the first MAX_FAULTS, which are all that an error's text names."""
+    known = type(query).model_fields
+    if len(fields) <= len(known) + MAX_FAULTS:
+        return fields
+    unknown = list(islice((name for name in fields if name not in known), MAX_FAULTS))
+    return {name: fields[name] for name in (*(fields.keys() & known.keys()), *unknown)}
 
 
 def read_x(call: Call, strict: bool) -> np.ndarray:

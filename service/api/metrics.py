@@ -22,6 +22,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from service.calibration.drift_monitor import Drift, Finding, MonitorName, MonitorState
 from service.deferred import DeferredWriter
+from service.logs import dropped_lines
 
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _P_VALUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -105,6 +106,10 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="livesum",
         )
+        self.dropped_lines = Counter(
+            "vaeserve_log_lines_dropped", "Lines of the log that stderr did not take", registry=self.registry
+        )
+        self._counted_dropped_lines = 0
         self.refused = Counter("vaeserve_queue_refusals", "Requests refused by a full queue", registry=self.registry)
         self._in_flight = 0
         self._deferred: DeferredWriter[Measurement] = DeferredWriter(self._write)
@@ -228,6 +233,9 @@ class Metrics:
     def set_gauges(self, drift: Drift) -> None:
         """Set the gauges of this process: its requests in flight, and its drift tests that have new p-values."""
         self.in_flight.set(self._in_flight)
+        dropped = dropped_lines()
+        self.dropped_lines.inc(dropped - self._counted_dropped_lines)
+        self._counted_dropped_lines = dropped
         for name, state in drift:
             before = self._counted_p_values.get(name, 0)
             if state.count == before or (finding := state.judge(drift.level)) is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.headers import header
+from service.api.headers import header, list_header
 from service.api.metrics import Metrics
 from service.api.problems import problem
 from service.errors import Overloaded, PayloadTooLarge, UnsupportedMediaType
@@ -36,12 +36,14 @@ MAX_LENGTH_DIGITS = 18  # of a Content-Length; no body is as long as a number wi
 class RequestContext:
     """Middleware that gives each request an id, logs and counts its answer, and adds the security headers.
 
-    It is the outermost of ours, so that answers of other middleware are logged as well.
+    It is the outermost of ours, so that answers of other middleware are logged as well. Paths may come with the prefix
+    ``root_path`` or, from a proxy that strips it, without.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, root_path: str = "") -> None:
         self.app = app
         self.metrics = metrics
+        self.root_path = root_path
         self.log = get_logger()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,13 +51,15 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         request_id = request_id_of(scope)
+        if self.root_path:
+            _add_prefix(scope, self.root_path)
         status, started = 0, time.perf_counter()
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _add_headers(message, request_id, scope["path"])
+                _add_headers(message, request_id, scope["path"].removeprefix(self.root_path))
             await send(message)
 
         self.metrics.begun()
@@ -143,7 +147,8 @@ class _Body:
     async def _check_headers(self) -> None:
         """Refuse an encoded body, and one that is declared to be too long."""
         self.started = True
-        if header(self.scope, b"content-encoding").strip().lower() not in ("", "identity"):
+        encodings = list_header(self.scope, b"content-encoding").lower().split(",")
+        if any(encoding.strip() not in ("", "identity") for encoding in encodings):
             await self._refuse(UnsupportedMediaType("a Content-Encoding is not read: send the body uncompressed"))
         length = header(self.scope, b"content-length").lstrip("0")
         if length.isdecimal() and (len(length) > MAX_LENGTH_DIGITS or int(length) > self.budget.max_body):
@@ -176,6 +181,13 @@ class _Body:
             pass  # the client is slower than we are patient: the answer goes out all the same
         self.complete = True
         raise error
+
+
+def _add_prefix(scope: Scope, prefix: str) -> None:
+    """Have routes, links of the documentation and static files know the prefix, which the path may lack."""
+    scope["root_path"] = prefix
+    if scope["path"] != prefix and not scope["path"].startswith(f"{prefix}/"):
+        scope["path"] = prefix + scope["path"]
 
 
 def route_template(scope: Scope) -> str:

@@ -1,7 +1,7 @@
 """The contract between training and serving: what a bundle is. The trainer writes it, the service reads it.
 
 Nothing else passes between them. A bundle is a folder exported/NAME/VERSION/ with a manifest (manifest.json, see
-service.bundle.manifest), ONNX graphs, reference tensors and calibration scores.
+service.bundle.manifest), manifest.sha256, which seals it, ONNX graphs, reference tensors and calibration scores.
 Shapes below use N rows (images, vectors or signals), K posterior samples a row, M latents, L latent dimensions, E noise
 numbers a posterior sample, P a prior sample, and C×H×W numbers a row: an image's pixels, 1×1×D for a vector of D
 features, C×1×T for a signal. Graphs are pure functions; every random number is an input.

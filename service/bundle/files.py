@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from service.bundle.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Graph, Manifest, parse_manifest
+from service.bundle.manifest import FORMAT_VERSION, MANIFEST, SEAL, FileRecord, Graph, Manifest, parse_manifest
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
 from service.literals import PARSING
 
@@ -104,7 +104,7 @@ def check_digests(root: Path, digests: Digests) -> None:
 
 
 def open_bundle(path: Path | str) -> Bundle:
-    """Open the bundle in that folder, after checking its manifest and every file's size and sha256.
+    """Open the bundle in that folder, after checking its manifest, the seal of it, and every file's size and sha256.
 
     Raises BundleNotFound (no folder, or no manifest.json in it), BundleFormatError (manifest unreadable, of another
     format_version, or against the schema) and BundleIntegrityError (a file missing, extra, a link, or changed).
@@ -112,6 +112,7 @@ def open_bundle(path: Path | str) -> Bundle:
     folder = Path(path)
     data = read_manifest(folder)
     manifest = parse_manifest(data)
+    _check_seal(folder, data)
     for _ in read_files(folder, manifest.files):
         pass  # each was checked as it was read
     return Bundle(folder, manifest, hashlib.sha256(data).hexdigest())
@@ -131,7 +132,7 @@ def read_files(folder: Path, records: Mapping[str, FileRecord]) -> Iterator[tupl
 
     Raises BundleIntegrityError (a file missing, extra, a link, or changed).
     """
-    if extra := sorted(set(_walk(folder)) - set(records) - {MANIFEST}):
+    if extra := sorted(set(_walk(folder)) - set(records) - {MANIFEST, SEAL}):
         raise BundleIntegrityError(f"files that the manifest does not list: {extra[:10]}; remove them")
     for name, record in records.items():
         yield name, _read_checked(folder, name, record)
@@ -160,7 +161,9 @@ def write_bundle(
         folder.chmod(0o755)  # mkdtemp's 0700 would hide the bundle from the server's user
         for name, data in files.items():
             _write_synced(folder / name, data)
-        _write_synced(folder / MANIFEST, _to_json(content.model_dump(mode="json")))
+        data = _to_json(content.model_dump(mode="json"))
+        _write_synced(folder / MANIFEST, data)
+        _write_synced(folder / SEAL, seal(data))
         open_bundle(folder)
         if verify is not None:
             verify(folder)
@@ -172,11 +175,31 @@ def write_bundle(
     return target
 
 
+def seal(manifest: bytes) -> bytes:
+    """Return manifest.sha256 for a manifest.json of these bytes, as ``sha256sum`` writes and checks it."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
 def next_version(root: Path | str, name: str) -> str:
     """Return the smallest version above every existing one of root/name: "1" where there is none."""
     folder = Path(root) / name
     versions = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
     return str(max(versions, default=0) + 1)
+
+
+def _check_seal(folder: Path, manifest: bytes) -> None:
+    """Raise BundleIntegrityError if manifest.sha256 is missing, or is not that of the manifest's bytes.
+
+    The manifest guards every other file, and this guards the manifest: a changed tolerance or quantile is valid JSON.
+    """
+    if not (folder / SEAL).exists():
+        raise BundleIntegrityError(
+            f"{SEAL} is missing, so that nothing tells whether {MANIFEST} was changed; where you trust it, make it by "
+            f"`sha256sum {MANIFEST} > {SEAL}` in that folder"
+        )
+    expected = seal(manifest)
+    if _read_regular(folder, SEAL, len(expected)) != expected:
+        raise BundleIntegrityError(f"{MANIFEST} has not the sha256 that {SEAL} says: one of the two was changed")
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from service.errors import BundleFormatError
 FORMAT_VERSION: Final = 5
 CONVERTIBLE_VERSIONS: Final = (3, 4)
 """Earlier formats that ``vaeserve convert`` turns into this one."""
-MANIFEST = "manifest.json"
+MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 REFERENCE = "reference.npz"
 CALIBRATION = "calibration.npz"
 DETECTORS = "detectors.npz"
@@ -219,7 +219,9 @@ class Manifest(StrictModel):
     default_score: Name
     calibration: Calibration | None = None
     reference: Reference
-    files: dict[FileName, FileRecord] = Field(description="every file of the bundle but manifest.json")
+    files: dict[FileName, FileRecord] = Field(
+        description="every file of the bundle but manifest.json and manifest.sha256"
+    )
     provenance: Provenance = Provenance()
 
     @property
@@ -298,8 +300,9 @@ class Manifest(StrictModel):
         unlisted = needed - set(self.files)
         if unlisted:
             raise ValueError(f"files lacks {sorted(unlisted)}")
-        if MANIFEST in self.files:
-            raise ValueError(f"files lists {MANIFEST}, which cannot hold its own hash")
+        for name in (MANIFEST, SEAL):
+            if name in self.files:
+                raise ValueError(f"files lists {name}: the manifest cannot hold its own hash")
 
 
 def parse_manifest(data: bytes) -> Manifest:

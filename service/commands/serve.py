@@ -14,11 +14,12 @@ from pathlib import Path
 import typer
 
 from service.commands.console import exit_on_error
-from service.commands.environment import read_settings
+from service.commands.environment import read_settings, variables_of_kubernetes
 from service.errors import ConfigurationError
 from service.resources import available_cpus, available_memory, fitting_workers, freeze_gc
 from service.settings import MAX_WORKERS, Settings
 
+MADE_OF_A_SERVICE = "Kubernetes makes them of a Service of that name; enableServiceLinks: false leaves them out"
 ADDRESS_TAKEN = 3  # uvicorn's exit code where it cannot listen
 
 
@@ -27,9 +28,11 @@ def serve(context: typer.Context) -> None:
     with exit_on_error():
         settings = read_settings(context.args)
         gc.disable()  # what is imported and loaded from now on stays, and freeze_gc comes next
-        from service.logs import configure_logs
+        from service.logs import configure_logs, get_logger
 
         configure_logs(settings.log_level, settings.log_format)
+        if ignored := variables_of_kubernetes(os.environ):
+            get_logger().warning("variables ignored", variables=ignored, reason=MADE_OF_A_SERVICE)
         settings = _choose_workers(settings).for_each_worker()
         if settings.workers == 1:
             _serve_alone(settings)

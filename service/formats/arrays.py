@@ -26,6 +26,9 @@ MAX_DIMENSIONS = 4
 MAX_LISTS = 2**19
 """Lists and objects in one JSON body: 32 MB of empty ones would take 13 s and 1 GB to parse. Rows of pixels need far
 fewer: 1024 RGB images of 128×128 have 2^18.6."""
+MAX_NAMES = 2**16
+"""Names in each object of a JSON body, on the average: 25 MB of other names would hold the interpreter for a second,
+and be refused one by one. A row of a table has as many names as the model has features."""
 STRUCT_CODES: dict[type, str] = {int: "qd", float: "d"}
 """Formats of ``struct`` to try for a list of numbers, by the type of its first: q is int64, d is float64."""
 _SIZE_BYTES = {(1, 0): 2, (2, 0): 4}  # format version -> bytes of the header's length
@@ -120,15 +123,24 @@ def parse_json(body: bytes) -> Any:
 
     Raises:
         InvalidInput: the body is no JSON, is nested over 1024 deep, or holds NaN or infinities.
-        LimitExceeded: it has more than MAX_LISTS lists and objects.
+        LimitExceeded: it has more than MAX_LISTS lists and objects, or more than MAX_NAMES names an object.
     """
-    lists = body.count(b"[") + body.count(b"{") if len(body) > MAX_LISTS else 0
-    if lists > MAX_LISTS:
-        raise LimitExceeded(f"the JSON body opens {lists} lists and objects: at most {MAX_LISTS} here")
+    if len(body) > 2 * MAX_NAMES:
+        _check_size(body)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidInput(f"the body is no JSON: {str(error)[:100]}{advise(body)}") from error
+
+
+def _check_size(body: bytes) -> None:
+    """Raise LimitExceeded for a JSON body of too many lists, objects or names; those inside of texts count, too."""
+    objects = body.count(b"{")
+    lists, names = body.count(b"[") + objects, body.count(b":")
+    if lists > MAX_LISTS:
+        raise LimitExceeded(f"the JSON body opens {lists} lists and objects: at most {MAX_LISTS} here")
+    if names > MAX_NAMES * max(1, objects):
+        raise LimitExceeded(f"the JSON body has {names} names in {objects} objects: at most {MAX_NAMES} each here")
 
 
 def may_hold_booleans(body: bytes) -> bool:

@@ -34,6 +34,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, app: FastAPI, settings: Settings, tick: Callable[[], None] = lambda: None) -> None:
         options = {**OPTIONS, "timeout_graceful_shutdown": int(settings.request_timeout) + 1}
+        options["timeout_keep_alive"] = settings.keep_alive_timeout
         options["http"] = partial(LimitedProtocol, settings, app.state.budget)
         super().__init__(uvicorn.Config(app, settings.host, settings.port, **options))
         self._app_state, self._drain_seconds, self._tick = app.state, settings.drain_seconds, tick
@@ -58,7 +59,7 @@ class DrainingServer(uvicorn.Server):
         return ends or time.monotonic() >= self._stop_at
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more, let requests arrive on accepted connections, end, and write what is deferred."""
+        """Accept no more, let requests arrive on accepted connections, end these, and write what is deferred."""
         for server in self.servers:
             server.close()
         await asyncio.sleep(LAST_REQUESTS_SECONDS)

@@ -1,12 +1,14 @@
 """Limits on connections that uvicorn's HTTP protocol lacks, and that no ASGI application can set.
 
-Long (431) or late (408) headers, late bodies and unread answers end a connection. Mended are bodies behind an Upgrade,
-trailers, pipelining, and answers in two writes. A test names the undocumented attributes of uvicorn that this takes.
+Long (431) or late (408) headers, heads that are not HTTP/1 (400), late bodies and unread answers end a connection.
+Mended are bodies behind an Upgrade, trailers, pipelining, and answers in two writes. A test names the undocumented
+attributes of uvicorn that this takes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sized
 from typing import Any
 
@@ -19,6 +21,10 @@ from service.api.problems import problem_response
 from service.logs import get_logger
 from service.settings import Settings
 
+PIECE_BYTES = 1024  # parsed at once of a read that holds several requests: they are some 40 at most
+
+_HOST = re.compile(rb"(\[[^\]\s]+\]|[\w.~!$&'()*+,;=%-]*)(:[0-9]*)?", re.ASCII)  # RFC 9110, 7.2
+
 
 class LimitedProtocol(HttpToolsProtocol):
     """A connection, under the limits of ``settings``. Unread answers count in the app's ``budget``."""
@@ -29,17 +35,19 @@ class LimitedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None  # of headers, a body, or the end of a refused connection
         self._in_headers, self._in_message = True, False  # a new connection owes its first request
         self._reading = self._line_bytes = 0  # bytes of this piece; of headers, trailers and chunk extensions so far
+        self._behind_answer = 0  # bytes of a request that came after its answer, which nobody reads
         self._refusal: bytes | None = None  # the last bytes of the connection, written when no answer is due
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._answers = AnswerTransport(transport, self.budget, self.settings.send_timeout)
         super().connection_made(self._answers)  # type: ignore[arg-type]
-        self.flow = PipelineFlow(transport)
+        self.flow: PipelineFlow = PipelineFlow(transport)
         self.flow.waiting = self.pipeline
         self._watch_arrival()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._set_timer()
+        self.flow.unparsed = b""
         super().connection_lost(exc)
         self._answers.end()
 
@@ -58,6 +66,19 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
+        if len(data) <= PIECE_BYTES or data.count(b" HTTP/") < 2:
+            self._parse(data)
+        else:
+            self.flow.unparsed = memoryview(data)
+            self._parse_pieces()
+
+    def _parse_pieces(self) -> None:
+        """Parse on, piece by piece, until requests wait for their turn; each costs a hundred times its bytes."""
+        while self.flow.unparsed and not self.pipeline:
+            piece, self.flow.unparsed = self.flow.unparsed[:PIECE_BYTES], self.flow.unparsed[PIECE_BYTES:]
+            self._parse(piece)
+
+    def _parse(self, data: bytes | memoryview) -> None:
         self._unset_keepalive_if_required()
         self._reading = len(data)
         self._feed(data)
@@ -66,8 +87,16 @@ class LimitedProtocol(HttpToolsProtocol):
             self._check_lines(self._line_bytes)
         if not self._in_headers:
             self.headers.clear()  # trailers
+            self._check_behind_answer(len(data))
         if self._refusal is None and self._timer is None:
             self._watch_arrival()
+
+    def shutdown(self) -> None:
+        """End as the server ends: what came whole is answered; a body that is still on its way is refused."""
+        if self._in_message and not self._in_headers:
+            self._refuse(503, "the service is stopping, and the body has not arrived: send it again")
+        if self._refusal is None:  # which is the last answer, after those that are due
+            super().shutdown()
 
     def _watch_arrival(self) -> None:
         """Set the timer of what has to come: headers, a body, or another request."""
@@ -87,7 +116,7 @@ class LimitedProtocol(HttpToolsProtocol):
             text = f"the {part} did not arrive within {getattr(self.settings, setting):g} s (setting {setting})"
             self._refuse(408, text)
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, data: bytes | memoryview) -> None:
         """Parse, as uvicorn does; but a head that asks for an Upgrade, where the parser stops, is read without it."""
         try:
             while data:
@@ -112,6 +141,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_headers, self._in_message, self._line_bytes = True, True, -self._reading
+        self._behind_answer = 0
 
     def on_body(self, body: bytes) -> None:
         self._line_bytes = -self._reading  # which bytes of a piece are whose the parser does not tell
@@ -120,6 +150,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         is_small = self._line_bytes < 0 and self._reading <= self.settings.max_header_bytes  # they began in this piece
         self._check_lines(0 if is_small else len(self.url) + sum(len(name + value) for name, value in self.headers))
+        self._check_framing()
         if self._refusal is not None:
             raise httptools.HttpParserError("headers refused")
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
@@ -139,12 +170,34 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None and not self.pipeline:
             self._part()
         super().on_response_complete()
+        if self.flow.unparsed and not self.transport.is_closing():
+            self._parse_pieces()
+            self.flow.resume_reading()
 
     def _check_lines(self, size: int) -> None:
         if len(self.headers) > self.settings.max_headers:
             self._refuse(431, f"more than {self.settings.max_headers} header lines (setting max_headers)")
         elif size > self.settings.max_header_bytes:
             self._refuse(431, f"more than {self.settings.max_header_bytes} bytes of headers (setting max_header_bytes)")
+
+    def _check_framing(self) -> None:
+        """Refuse a head that RFC 9112 (2.3, 3.2, 6.1) has a server refuse, and that the parser takes."""
+        version = self.parser.get_http_version()
+        hosts = [value for name, value in self.headers if name == b"host"]
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if version not in ("1.1", "1.0"):
+            self._refuse(400, f"HTTP/{version} is not read here: send HTTP/1.1")
+        elif len(hosts) > 1 or (version == "1.1" and not hosts):
+            self._refuse(400, f"{len(hosts)} Host headers: one is expected")
+        elif hosts and not _HOST.fullmatch(hosts[0]):
+            self._refuse(400, "the Host header is none: a name or an address is expected, and a port if need be")
+        elif codings and (codings != [b"chunked"] or version == "1.0"):
+            self._refuse(400, "this Transfer-Encoding is not read here: chunked alone, of HTTP/1.1, is")
+
+    def _check_behind_answer(self, size: int) -> None:
+        self._behind_answer += size if self._in_message and self.cycle.response_complete else 0
+        if self._behind_answer > self.settings.max_body_bytes:
+            self._refuse(413, f"more than {self.settings.max_body_bytes} bytes behind an answer (max_body_bytes)")
 
     def _set_timer(self, seconds: float = 0, then: Callable[..., None] | None = None, *arguments: str) -> None:
         """Call ``then`` after ``seconds`` in place of what the timer would have called before."""
@@ -157,6 +210,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         self._set_timer()
+        self.flow.unparsed = b""
         cycle, in_body = self.cycle, self._in_message and not self._in_headers  # the body of the latest request
         request_id = request_id_of(cycle.scope) if in_body else new_request_id()  # type: ignore[arg-type]
         get_logger().info("connection refused", request_id=request_id, status=status, detail=detail, client=self.client)
@@ -184,12 +238,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 class PipelineFlow(FlowControl):
-    """uvicorn's flow control, but for reading on while pipelined requests wait."""
+    """uvicorn's flow control, but for reading on while pipelined requests wait, or bytes that are not parsed yet."""
 
     waiting: Sized
+    unparsed: bytes | memoryview = b""
 
     def resume_reading(self) -> None:
-        if self.read_paused and not self.waiting:
+        if self.read_paused and not self.waiting and not self.unparsed:
             super().resume_reading()
 
 

@@ -2,11 +2,16 @@
 
 import io
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
+
+from service.logs import LineWriter, dropped_lines
 
 PROGRAM = """
 import sys
@@ -70,11 +75,69 @@ def test_the_level_and_the_console_form_are_kept():
 
 
 def test_a_closed_stderr_costs_nothing(monkeypatch):
-    from service.logs import LineWriter
-
     stream = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stderr", stream)
     LineWriter().info(b"a line")
     assert stream.buffer.getvalue() == b"a line\n"
     stream.close()
     LineWriter().info("another")
+
+
+UNREAD = """
+import logging, sys
+from service.logs import configure_logs, dropped_lines, get_logger, log_request
+configure_logs("info", "json")
+for number in range(2000):
+    get_logger().info("ours", number=number, padding="x" * 50)
+    logging.getLogger("theirs").warning("a warning")
+    log_request(path="/" + "y" * 50)
+print(dropped_lines(), flush=True)
+sys.stdin.readline()
+get_logger().info("again")
+print(dropped_lines(), flush=True)
+"""
+
+
+def test_a_stderr_that_nobody_reads_is_not_waited_for_and_what_it_lost_is_counted():
+    """A pipe takes 64 KiB, of 6000 lines. That of this process keeps its flags, which others may share."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", UNREAD], **pipes) as process:
+        dropped = int(process.stdout.readline())
+        assert 3000 < dropped < 6000
+        assert os.get_blocking(process.stderr.fileno())
+        before = b""
+        while before.count(b"\n") < 6000 - dropped:
+            before += os.read(process.stderr.fileno(), 2**16)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        after = process.stderr.read()
+        assert int(process.stdout.readline()) == dropped
+    lines = [json.loads(line) for line in (before + after).splitlines() if line]
+    assert len(lines) == 6000 - dropped + 2
+    assert (lines[-2]["event"], lines[-2]["count"], lines[-1]["event"]) == ("log lines dropped", dropped, "again")
+
+
+def test_a_stderr_that_cannot_be_opened_again_is_asked_whether_it_takes_more(monkeypatch):
+    """A socket, or a pipe of another user."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ours.makefile("w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr("service.logs.stat.S_ISFIFO", lambda mode: True)
+        before = dropped_lines()
+        for _ in range(20_000):
+            LineWriter().info(b"x" * 100)
+        assert 0 < dropped_lines() - before < 20_000
+        theirs.setblocking(False)
+        with suppress(BlockingIOError):
+            while theirs.recv(2**20):
+                pass
+        LineWriter().info(b"again")
+        assert b'"event":"log lines dropped"' in theirs.recv(2**20)
+
+
+def test_a_full_disk_costs_lines_and_nothing_else(monkeypatch):
+    with open("/dev/full", "w", closefd=True) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        before = dropped_lines()
+        LineWriter().info("lost")
+        assert dropped_lines() == before + 1

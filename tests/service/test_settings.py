@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from service import settings
-from service.commands.environment import REMOVED, check_environment, read_settings
+from service.commands.environment import (
+    REMOVED,
+    check_environment,
+    read_settings,
+    settings_with,
+    variables_of_kubernetes,
+)
 from service.errors import ConfigurationError
 from service.settings import Settings
 
@@ -29,6 +35,47 @@ def test_flags_win_over_the_environment_and_that_over_defaults(monkeypatch):
 def test_an_unknown_variable_is_an_error_that_suggests_the_nearest():
     with pytest.raises(ConfigurationError, match=r"VAESERVE_MAX_BACH.*did you mean VAESERVE_MAX_BATCH"):
         check_environment({"VAESERVE_MAX_BACH": "3", "HOME": "/"})
+
+
+OF_KUBERNETES = {
+    "VAESERVE_SERVICE_HOST": "10.0.0.1",
+    "VAESERVE_SERVICE_PORT": "8000",
+    "VAESERVE_SERVICE_PORT_HTTP": "8000",
+    "VAESERVE_PORT": "tcp://10.0.0.1:8000",
+    "VAESERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "VAESERVE_PORT_8000_TCP_PROTO": "tcp",
+    "VAESERVE_PORT_8000_TCP_PORT": "8000",
+    "VAESERVE_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "VAESERVE_GPU_2_SERVICE_HOST": "fd00::1",
+    "VAESERVE_GPU_2_PORT": "udp://[fd00::1]:53",
+    "VAESERVE_GPU_2_PORT_53_UDP": "udp://[fd00::1]:53",
+}
+"""What Kubernetes puts into each container of a namespace with Services named vaeserve and vaeserve-gpu-2."""
+
+
+def test_what_kubernetes_makes_of_a_service_is_no_setting(monkeypatch):
+    for name, value in OF_KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VAESERVE_MAX_K", "7")
+    given = {**OF_KUBERNETES, "VAESERVE_MAX_K": "7"}
+    assert variables_of_kubernetes(given) == sorted(OF_KUBERNETES)
+    assert (read_settings([]).port, read_settings([]).max_k) == (8000, 7)
+    assert read_settings(["--port", "81"]).port == 81
+    assert settings_with(max_batch=3).model_dump(include={"port", "max_k", "max_batch"}) == {
+        "port": 8000,
+        "max_k": 7,
+        "max_batch": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("VAESERVE_PORT", "tcp"), ("VAESERVE_PORT", "80a"), ("VAESERVE_POTR", "tcp://a:1"), ("VAESERVE_SERVICE", "x")],
+)
+def test_what_only_looks_like_kubernetes_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError):
+        read_settings([])
 
 
 def test_every_setting_is_a_known_variable():

@@ -101,11 +101,18 @@ def _encode(call: Call, query: EncodeParameters) -> Work[Content]:
     call.context.limit("samples", parameters.samples, "max_samples")
     if parameters.samples:
         call.served.model.require("encode.samples")
-    x = read_x(call, parameters.strict)
+    x = _read_rows(call, parameters.strict)
     call.context.limit_numbers_out(len(x), (2 + parameters.samples) * call.served.manifest.signature.latent_dim)
     job = _encode_job(call.served.model, x, parameters.samples, parameters.seed)
     answer = partial(_encode_answer, parameters, media_type)
     return answer(call, (yield repeatable(call, job, answer, x_reader(call, parameters.strict, x))))
+
+
+def _read_rows(call: Call, strict: bool) -> np.ndarray:
+    """Read the body's rows as ``read_x`` does. Raises LimitExceeded for more than a slow backbone can take in time."""
+    x = read_x(call, strict)
+    call.context.limit_seconds(call.served.model, len(x), 0, f"{len(x)} {data_names(call.rule)[0]}")
+    return x
 
 
 def _encode_job(model: Model, x: np.ndarray, samples: int, seed: int) -> Job:
@@ -148,7 +155,7 @@ def _reconstruct(call: Call, query: ReconstructParameters) -> Work[Content]:
     media_type = call.negotiate(ROWS)
     parameters = read_parameters(call, query, *data_names(call.rule))
     call.served.model.require("reconstruct")
-    x = read_x(call, parameters.strict)
+    x = _read_rows(call, parameters.strict)
     call.context.limit_numbers_out(len(x), _row_numbers(call))
     model, seed = call.served.model, parameters.seed
     answer = partial(_reconstruct_answer, media_type)

@@ -118,6 +118,7 @@ def _limit_work(call: Call, x: InputRows, samples: int, parameters: ScoreParamet
         numbers, pixels = math.prod(call.rule.shape), sum(math.prod(image.shape[1:]) for image in x)
     work = f"{rows} {name} × k={samples} × {numbers} numbers"
     call.context.limit(work, rows * numbers * samples, "max_evaluated_pixels")
+    call.context.limit_seconds(call.served.model, rows, samples, f"{rows} {name} × k={samples}")
     if parameters.map:
         call.context.limit("the count of numbers in the maps", pixels, "max_numbers_out")
     if parameters.top_latents:

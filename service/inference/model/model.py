@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from service.bundle.manifest import Graph, ScoreDefinition
 from service.errors import InvalidInput, UnsupportedVerb
 from service.inference import noise
 from service.inference.batch_invariance import Arrays, random_rows
+from service.inference.cost import MIN_SAMPLES, Cost, timed
 from service.inference.model.graph_runners import GraphRunners
 from service.inference.model.latents import draw_prior_noise, path_between
 from service.inference.model.maps import NO_ANOMALY_MAP, map_inputs
@@ -50,7 +52,7 @@ class Model:
 
     ``bundle``, ``manifest`` and ``digest`` tell what was loaded, ``runtime`` on what, ``nodes`` how many operators each
     graph has, ``refused`` which verbs the model cannot answer and why (service.bundle.capabilities). ``detectors``: the
-    fitted scores, by name; ``anomaly_map``: the fitted map, or None.
+    fitted scores, by name; ``anomaly_map``: the fitted map, or None. ``cost``: what its rows were measured to take.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, runners: GraphRunners) -> None:
@@ -61,7 +63,7 @@ class Model:
         self.anomaly_map: AnomalyMap | None = load_map(self.manifest, fitted)
         if self.anomaly_map is None:
             self.refused.setdefault("score.map.anomaly", NO_ANOMALY_MAP)
-        self.nodes = runners.nodes
+        self.nodes, self.cost = runners.nodes, Cost()
         self._runners, self._backbone = runners, runners.backbone
         self._scorer = Scorer(self.manifest, runners, self.detectors, self.anomaly_map)
         self._latent_dim = self.manifest.signature.latent_dim
@@ -83,7 +85,7 @@ class Model:
     def warm_up(self, pool: Executor | None = None) -> None:
         """Run every graph once, with the default score and one sample, so that no request pays for first uses.
 
-        Idle threads of ``pool`` take a part of it.
+        Idle threads of ``pool`` take a part of it. Then the model's cost is measured.
         """
         x, behind = self._runners.typical_rows(1), self.without_backbone()
         tasks: list[Callable[[], object]] = [lambda: behind.score(x)]
@@ -97,6 +99,10 @@ class Model:
         if "corruption" in self.manifest.graphs:
             tasks.append(lambda: self.corruption(x))
         share(tasks, pool)
+        if self._backbone is not None:
+            self.cost.row = timed(tasks[1])
+        samples = self._runners.distinct_samples(MIN_SAMPLES)
+        self.cost.learn(MIN_SAMPLES, timed(lambda: behind.forward_pass(x, samples, 0)) * MIN_SAMPLES / samples)
 
     def _warm_up_decoding(self, latents: np.ndarray) -> None:
         """Run the graphs of the prior, the decoder and the observation once, as far as the bundle has them."""
@@ -249,7 +255,14 @@ class Model:
             self.require_map(kind)
         if latents:
             self.require("score.top_latents")
-        return self._scorer.score(self.features(x), main, further, kind if maps else None, latents)
+        rows, started = self.features(x), time.thread_time()
+        scores = self._scorer.score(rows, main, further, kind if maps else None, latents)
+        self.cost.learn(len(x) * self._runners.distinct_samples(main.k), time.thread_time() - started)
+        return scores
+
+    def estimated_seconds(self, rows: int, samples: int) -> float:
+        """Estimate the seconds of scoring so many rows with so many samples each, which may be copies of one."""
+        return self.cost.estimate(rows, self._runners.distinct_samples(samples))
 
     def forward_pass(self, x: np.ndarray, k: int, seed: int, stretch: bool = False) -> ForwardPass:
         """Run one forward pass of x, float32 [N,C,H,W] (images in [0, 1]), at the seed's k samples.

@@ -191,7 +191,7 @@ def test_too_many_images_or_bytes(client):
 
 
 def test_a_full_queue_refuses_at_once_and_liveness_does_not_care(ppca_root):
-    with serving(ppca_root, concurrency=1, queue=0, max_k=5000, max_evaluated_pixels=10**9) as client:
+    with serving(ppca_root, concurrency=1, queue=0, max_evaluated_pixels=10**9, max_request_seconds=1e6) as client:
         slow = npy(np.zeros((60, 1, 8, 8), np.uint8))
         results: list[httpx.Response] = []
 
@@ -221,7 +221,7 @@ def test_a_full_queue_refuses_at_once_and_liveness_does_not_care(ppca_root):
 
 
 def test_a_deadline_ends_a_request(ppca_root):
-    with serving(ppca_root, request_timeout=0.05, max_k=5000, max_evaluated_pixels=10**9) as client:
+    with serving(ppca_root, request_timeout=0.05, max_evaluated_pixels=10**9, max_request_seconds=1e6) as client:
         body = npy(np.zeros((20, 1, 8, 8), np.uint8))
         slow = client.post("/v1/score", content=body, params={"k": 3000}, headers=NPY)
         assert_problem(slow, 503)

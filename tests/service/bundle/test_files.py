@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from service.bundle import files as bundle_files
 from service.bundle.files import next_version, open_bundle
-from service.bundle.manifest import MANIFEST
+from service.bundle.manifest import MANIFEST, SEAL
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
 from service.literals import PARSING
 from tests.ppca_bundle import write_ppca_bundle
@@ -42,7 +42,7 @@ def test_any_flipped_byte_is_refused(copy, name):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_refused(ppca_path, tmp_path, data):
-    """In the manifest too: there a flip breaks the JSON or the schema, or changes the digest that names the bundle."""
+    """In the manifest too, and in the file that seals it."""
     names = sorted(entry.name for entry in ppca_path.iterdir())
     name = data.draw(st.sampled_from(names))
     content = bytearray((ppca_path / name).read_bytes())
@@ -51,14 +51,30 @@ def test_a_flipped_bit_anywhere_is_refused(ppca_path, tmp_path, data):
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ppca_path, copy)
     (copy / name).write_bytes(content)
-    if name == MANIFEST:
-        try:
-            assert open_bundle(copy).digest != open_bundle(ppca_path).digest
-        except (BundleFormatError, BundleIntegrityError):
-            return
-    else:
-        with pytest.raises(BundleIntegrityError):
+    with pytest.raises((BundleFormatError, BundleIntegrityError) if name == MANIFEST else BundleIntegrityError):
+        open_bundle(copy)
+
+
+def test_a_changed_number_of_the_manifest_is_refused(copy):
+    """It is valid, and would be believed: a tolerance, a quantile, a rate."""
+    text = (copy / MANIFEST).read_text()
+    for old, new in (('"shape"', '"shape" '), ("1e-", "2e-"), ("0.0", "0.9")):
+        assert old in text
+        (copy / MANIFEST).write_text(text.replace(old, new, 1))
+        with pytest.raises(BundleIntegrityError, match=r"manifest\.json has not the sha256 that manifest\.sha256 says"):
             open_bundle(copy)
+
+
+def test_the_seal_is_what_sha256sum_writes(copy):
+    expected = hashlib.sha256((copy / MANIFEST).read_bytes()).hexdigest() + "  manifest.json\n"
+    assert (copy / SEAL).read_text() == expected
+    for other in ("", expected[:-1], expected + "\n", expected.upper(), expected.replace("  ", " ")):
+        (copy / SEAL).write_text(other)
+        with pytest.raises(BundleIntegrityError, match=r"manifest\.sha256"):
+            open_bundle(copy)
+    (copy / SEAL).unlink()
+    with pytest.raises(BundleIntegrityError, match=r"`sha256sum manifest\.json > manifest\.sha256`"):
+        open_bundle(copy)
 
 
 def test_truncation_is_refused(copy):
@@ -89,7 +105,7 @@ def test_a_missing_file_is_refused(copy):
         open_bundle(copy)
 
 
-@pytest.mark.parametrize("name", ["encoder.onnx", MANIFEST])
+@pytest.mark.parametrize("name", ["encoder.onnx", MANIFEST, SEAL])
 def test_a_link_is_refused_even_to_the_same_bytes(copy, tmp_path, name):
     outside = tmp_path / "outside"
     shutil.move(copy / name, outside)

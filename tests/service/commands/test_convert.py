@@ -21,7 +21,7 @@ from onnx import helper
 from typer.testing import CliRunner
 
 from service.bundle.files import open_bundle
-from service.bundle.manifest import MANIFEST
+from service.bundle.manifest import MANIFEST, SEAL
 from service.commands import conversion
 from service.commands.cli import app
 from service.commands.conversion import convert_bundle
@@ -134,8 +134,8 @@ def test_noise_stays_only_where_something_is_drawn(converted, name, noise_dim, o
 def test_what_no_format_changed_is_carried_over(converted):
     for name in MODELS:
         old, new = contents(OLD / name / "1"), contents(converted / name / "1")
-        assert new.keys() - {"joint.onnx"} == old.keys() - {"density.onnx"}
-        rewritten = {"joint.onnx", "encoder.onnx", "reference.npz", MANIFEST}
+        assert new.keys() - {"joint.onnx", SEAL} == old.keys() - {"density.onnx"}
+        rewritten = {"joint.onnx", "encoder.onnx", "reference.npz", MANIFEST, SEAL}
         if name in ("pca", "ica"):
             rewritten.add("observation.onnx")
         assert {file for file, data in new.items() if old.get(file) != data} == rewritten

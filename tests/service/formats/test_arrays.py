@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as hn
 from service.errors import InvalidInput, LimitExceeded
 from service.formats.arrays import (
     MAX_LISTS,
+    MAX_NAMES,
     as_images,
     as_latents,
     from_json,
@@ -192,6 +193,19 @@ def test_json_of_millions_of_lists_is_refused_unparsed():
     for item in (b"[],", b"{},", b"[{},"):
         with pytest.raises(LimitExceeded, match=f"at most {MAX_LISTS}"):
             parse_json(b"[" + item * MAX_LISTS + b"0]")
+
+
+def test_json_of_millions_of_names_is_refused_unparsed():
+    names = b",".join(b'"%x":1' % number for number in range(MAX_NAMES + 1))
+    with pytest.raises(LimitExceeded, match=f"65537 names in 1 objects: at most {MAX_NAMES} each"):
+        parse_json(b"{" + names + b"}")
+    assert len(parse_json(b"{" + names.rpartition(b",")[0] + b"}")) == MAX_NAMES
+
+
+def test_json_of_many_objects_may_have_many_names():
+    """A table of 1024 rows by the names of 784 features."""
+    row = b"{" + b",".join(b'"x%d":1' % number for number in range(784)) + b"}"
+    assert len(parse_json(b"[" + b",".join([row] * 1024) + b"]")) == 1024
 
 
 # Shapes

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 import tracemalloc
+from contextlib import ExitStack, suppress
 
 import pytest
+from hypothesis import given, settings, strategies
 from structlog.testing import capture_logs
 
 from service.server.limits import LimitedProtocol
@@ -120,17 +123,79 @@ def test_a_refusal_waits_for_the_answers_that_are_due(client, all_are_long, stuc
     assert statuses(answered) == [b"200", b"200", LAST[last][1]]
 
 
+HEADS = {
+    "no host": b"GET /livez HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /livez HTTP/1.1\r\nhost: x\r\nhost: x\r\n\r\n",
+    "two hosts of 1.0": b"GET /livez HTTP/1.0\r\nhost: x\r\nHost: y\r\n\r\n",
+    "a host of two words": b"GET /livez HTTP/1.1\r\nhost: x y\r\n\r\n",
+    "a host with a path": b"GET /livez HTTP/1.1\r\nhost: x/y\r\n\r\n",
+    "a host with a user": b"GET /livez HTTP/1.1\r\nhost: a@x\r\n\r\n",
+    "a host and a word for a port": b"GET /livez HTTP/1.1\r\nhost: x:http\r\n\r\n",
+    "2.0": LIVE.replace(b"1.1", b"2.0"),
+    "1.2": LIVE.replace(b"1.1", b"1.2"),
+    "0.9": LIVE.replace(b"1.1", b"0.9"),
+    "gzip, chunked": CHUNKED.replace(b"chunked", b"gzip, chunked") + b"1\r\na\r\n0\r\n\r\n",
+    "gzip and chunked": CHUNKED.replace(b"transfer", b"transfer-encoding: gzip\r\ntransfer") + b"0\r\n\r\n",
+    "identity": CHUNKED.replace(b"chunked", b"identity"),
+    "chunked twice": CHUNKED.replace(b"chunked", b"chunked, chunked") + b"0\r\n\r\n",
+    "chunked of 1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n",
+    "chunked, and a length": CHUNKED.replace(b"transfer", b"content-length: 1\r\ntransfer") + b"0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("before", [b"", LIVE])
+def test_a_head_that_is_not_http_1_is_refused(client, before, head):
+    answered = received(client, before + HEADS[head] + LIVE)
+    assert statuses(answered) == [*[b"200"] * bool(before), b"400"]
+    assert_refusal(answered)
+
+
+@pytest.mark.parametrize("host", ["", "x", "x:80", "x:", "1.2.3.4:8000", "[::1]", "[fe80::1%25eth0]:8000", "a_b-c.d~"])
+def test_a_host_may_be_any_name_or_address(client, host):
+    for version in ("1.1", "1.0"):
+        request = f"GET /livez HTTP/{version}\r\nhost: {host}\r\nconnection: close\r\n\r\n"
+        assert statuses(received(client, request.encode())) == [b"200"]
+    assert statuses(received(client, b"GET /livez HTTP/1.0\r\n\r\n")) == [b"200"]
+
+
+@pytest.mark.parametrize("coding", ["Chunked", "chunked ", "CHUNKED"])
+def test_chunked_may_be_written_in_any_case(client, coding):
+    request = chunked(ROW).replace(b"chunked", coding.encode()).replace(b"host", b"connection: close\r\nhost")
+    assert statuses(received(client, request)) == [b"200"]
+
+
+@pytest.mark.parametrize("size", [0, 12_000, 25_000, 32_600])
+@pytest.mark.parametrize("body", [0, 64, 3200])
+@settings(max_examples=25, deadline=None)
+@given(data=strategies.data())
+def test_what_arrives_with_a_request_counts_as_the_next(client, size, body, data):
+    """However the bytes of requests that are valid are cut, also some bytes of the next in one read with the last."""
+    one = (
+        raw(bytes(body), padding="x" * size)
+        if body
+        else LIVE.replace(b"host", b"padding: " + b"x" * size + b"\r\nhost")
+    )
+    stream_, cuts = one * 3, sorted(data.draw(strategies.lists(strategies.integers(1, 3 * len(one) - 1), max_size=4)))
+    pieces = [stream_[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream_)], strict=True)]
+    with connected(client) as (connection, stream):
+        for piece in pieces:
+            turn(client)
+            connection.sendall(piece)
+        assert [head[9:12] for head, _ in answers(stream, 3)] == [b"200"] * 3
+
+
 @pytest.mark.parametrize("last", ["noise", "many headers"])
 def test_nothing_is_counted_twice_or_left_under_way(client, last, capsys):
     starts = [f'vaeserve_requests_total{{method="{method}",route="{route}",status="200"}}' for method, route in COUNTED]
     before = [metric(client, start) for start in starts]
     for _ in range(3):
         received(client, raw() + raw() + b"HEAD" + LIVE[3:] + LAST[last][0])
-    assert [metric(client, start) - then for start, then in zip(starts, before, strict=True)] == [6, 0]
+    assert [metric(client, start) - then for start, then in zip(starts, before, strict=True)] == [6, 3]
     assert_no_errors(capsys)
 
 
-COUNTED = ("POST", "/v1/models/{model}/encode"), ("HEAD", "/livez")  # HEAD is answered by 405
+COUNTED = ("POST", "/v1/models/{model}/encode"), ("HEAD", "/livez")
 
 
 def assert_no_errors(capsys):
@@ -176,6 +241,27 @@ def test_a_connection_whose_body_comes_late_or_never_ends_after_an_early_answer(
         assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
         connection.sendall(rest)
         assert stream.read() == b""
+
+
+@pytest.mark.parametrize(
+    "rest", [b"%x\r\n%b\r\n" % (2**16, bytes(2**16)), b"x: y\r\n" * 2**12, b"1;%b\r\nx\r\n" % bytes(2**12)]
+)
+def test_a_body_that_never_ends_is_ended_after_an_early_answer(ppca_root, rest):
+    """Chunks, trailers or chunk extensions: however fast they come, and although nobody waits for them."""
+    with (
+        serving(ppca_root, receive_timeout=1e6, max_body_bytes=2**20) as client,
+        connected(client) as (connection, stream),
+    ):
+        connection.sendall(NOWHERE + b"transfer-encoding: chunked\r\n\r\n")
+        assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 404")
+        sent = b"0\r\n" * rest.startswith(b"x") + rest
+        with suppress(OSError):  # closed on what is still under way
+            while True:
+                connection.sendall(sent)
+                sent = rest
+        with suppress(ConnectionResetError):
+            assert stream.read() == b""
+        until(client, lambda: under_way(client) == IDLE)
 
 
 @pytest.mark.parametrize("request_", [raw(), LIVE])
@@ -224,6 +310,41 @@ def test_a_pipelined_body_that_does_not_arrive_is_refused_in_its_turn(ppca_root,
         assert statuses(answered) == [b"200", b"408"]
         assert_refusal(answered)
         assert under_way(client) == IDLE
+
+
+@pytest.mark.parametrize("before", [b"", LIVE])
+@pytest.mark.parametrize("rest", [raw()[:-1], CHUNKED + b"1\r\na", chunked(ROW, b"x-trailer: 1\r\n")[:-2]])
+def test_a_body_that_is_on_its_way_is_ended_with_the_server(ppca_root, before, rest):
+    """One slow body does not delay the stop until it, or its time, is over."""
+    with ExitStack() as held:
+        with serving(ppca_root, receive_timeout=1e6, request_timeout=1e6) as client:
+            _, stream = held.enter_context(connected(client, before + rest))
+            until(client, lambda: under_way(client)[2] == 2)
+            started = time.monotonic()
+        assert time.monotonic() - started < 30
+        answered = stream.read()
+    assert statuses(answered) == [*[b"200"] * bool(before), b"503"]
+    assert_refusal(answered)
+
+
+@pytest.mark.parametrize("rest", [LIVE[:20], NOWHERE + b"content-length: 10\r\n\r\na"])
+def test_what_will_not_be_answered_does_not_delay_the_end_of_the_server(ppca_root, rest):
+    """Half a head, and the rest of a body whose answer was early."""
+    with ExitStack() as held:
+        with serving(ppca_root, receive_timeout=1e6, header_timeout=1e6, request_timeout=1e6) as client:
+            _, stream = held.enter_context(connected(client, LIVE + rest))
+            answers(stream, 1 + rest.startswith(b"POST"))
+        assert stream.read() == b""
+
+
+def test_what_came_whole_is_answered_by_a_server_that_ends(ppca_root, all_are_long, stuck, monkeypatch):
+    shutdown = LimitedProtocol.shutdown
+    monkeypatch.setattr(LimitedProtocol, "shutdown", lambda self: (shutdown(self), stuck.release()))
+    with ExitStack() as held:
+        with serving(ppca_root, receive_timeout=1e6, request_timeout=1e6) as client:
+            _, stream = held.enter_context(connected(client, raw() + raw()[:-1]))
+            until(client, lambda: stuck.rows)
+        assert statuses(stream.read()) == [b"200", b"503"]
 
 
 def ids_of(answer):
@@ -284,9 +405,10 @@ def test_headers_without_an_end_are_refused(client, before):
         assert_refusal(answered)
 
 
-def test_what_pipelines_waits_in_the_socket(ppca_root, all_are_long, stuck, protocols):
-    """However many requests come behind one that takes long, no more are kept than one read holds."""
-    count, request = 6000, LIVE.replace(b"host: x", b"host: x\r\nx-padding: " + b"x" * 200)
+@pytest.mark.parametrize(("count", "padding", "most_waiting"), [(6000, 200, 8), (10_000, 0, 64)])
+def test_what_pipelines_waits_in_the_socket(ppca_root, all_are_long, stuck, protocols, count, padding, most_waiting):
+    """However many requests come behind one that takes long, few are made of the bytes of one read."""
+    request = LIVE.replace(b"host: x", b"host: x\r\nx-padding: " + b"x" * padding) if padding else LIVE
     with serving(ppca_root, receive_timeout=0.3) as client, connected(client) as (connection, stream):
         hurry(client, protocols, connection)
         waiting = next(protocol for protocol in protocols if protocol.timeout_keep_alive < 1)
@@ -294,12 +416,21 @@ def test_what_pipelines_waits_in_the_socket(ppca_root, all_are_long, stuck, prot
         sender.start()
         until(client, lambda: stuck.rows)
         received(client, raw()[:-1])  # for as long as a body may take: the client of the first is watched by then
-        most = len(waiting.pipeline)
+        most = [len(waiting.pipeline)]
         stuck.release()
-        assert len(answers(stream, count + 1)) == count + 1
+        for _ in range(count + 1):
+            assert answers(stream, 1)[0][0].startswith(b"HTTP/1.1 200")
+            most.append(len(waiting.pipeline))
         sender.join()
-        assert 0 < most <= 2**18 / len(request) + 1
+        assert 0 < max(most) <= most_waiting
         assert under_way(client) == IDLE
+
+
+def test_what_pipelines_behind_a_read_that_was_parsed_in_part_is_refused_in_its_turn(client):
+    """The rest of a read waits as it came: half a head of it is late, noise is noise, and a head is a head."""
+    assert statuses(received(client, LIVE * 500 + LIVE[:20])) == [b"200"] * 500 + [b"408"]
+    assert statuses(received(client, LIVE * 500 + NOISE)) == [b"200"] * 500 + [b"400"]
+    assert statuses(received(client, LIVE * 500 + raw() * 20 + NOISE)) == [b"200"] * 520 + [b"400"]
 
 
 @pytest.mark.parametrize("cut", [0, 20, -len(ROW), -1])

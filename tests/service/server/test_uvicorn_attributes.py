@@ -26,8 +26,9 @@ OVERRIDDEN = {
     "on_headers_complete",
     "on_message_complete",
     "on_response_complete",
+    "shutdown",
 }
-"""Methods of HttpToolsProtocol that the event loop, the parser and a finished answer call."""
+"""Methods of HttpToolsProtocol that the event loop, the parser, a finished answer and the ending server call."""
 PROTOCOL = {
     "_unset_keepalive_if_required",
     "client",
