@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,8 @@ NPZ_ERRORS = (
     *(RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
 """What NumPy and zipfile raise for damaged archives (RuntimeError: encrypted members, unknown compression)."""
+
+_READING = threading.Lock()  # CPython 3.11 counts the depth of the syntax trees of all threads together, in headers
 
 Digests = dict[str, str]
 """Digests of bundles by "NAME/VERSION"."""
@@ -75,7 +78,7 @@ def npz_arrays(filename: str, data: bytes) -> dict[str, np.ndarray]:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_ARRAYS_BYTES:
             raise BundleFormatError(f"{filename} unpacks to {size} bytes, more than {MAX_ARRAYS_BYTES}")
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        with _READING, np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except NPZ_ERRORS as error:
         raise BundleFormatError(f"{filename} is not a readable .npz of plain arrays: {error}") from error
