@@ -33,6 +33,13 @@ class Settings(BaseModel):
     cors_origins: str = Field(
         default="", description="origins, with commas between, whose pages may read answers; *: any; empty: none (CORS)"
     )
+    trusted_proxies: str = Field(
+        default="",
+        description="addresses and networks, with commas between, whose X-Forwarded-For names the client of a log line",
+    )
+    metrics: bool = Field(default=True, description="answer /metrics")
+    docs: bool = Field(default=True, description="answer /docs and /openapi.json")
+    drift: bool = Field(default=True, description="compare recent p-values with uniformity, and answer drift")
     device: Literal["cpu", "cuda", "auto"] = Field(default="cpu", description="execution provider; no silent fallback")
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | Literal["auto"] = Field(
         default=1,

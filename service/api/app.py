@@ -70,8 +70,9 @@ def create_app(
     Raises (at startup):
         BundleError, ConfigurationError, DeviceUnavailable: see ModelRepository.load and Runtime.
     """
-    app = FastAPIOffline(
-        redoc_url=None,
+    documented: dict[str, Any] = {"redoc_url": None} if settings.docs else {"docs_url": None, "openapi_url": None}
+    app = (FastAPIOffline if settings.docs else FastAPI)(
+        **documented,
         title="vaeserve",
         version=__version__,
         description="Latents, samples and calibrated anomaly scores of latent variable models.",
@@ -91,7 +92,7 @@ def create_app(
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **_cross_origin(settings))
     app.add_middleware(RequestContext, metrics=app.state.metrics, root_path=settings.root_path)
-    _include_routes(app)
+    _include_routes(app, settings)
     _handle_errors(app)
     return app
 
@@ -136,10 +137,12 @@ def _lifespan(settings: Settings, repository: ModelRepository | None, drift: Dri
     return lifespan
 
 
-def _include_routes(app: FastAPI) -> None:
+def _include_routes(app: FastAPI, settings: Settings) -> None:
     app.include_router(health.router)
+    if settings.metrics:
+        app.include_router(health.metrics_router)
     app.include_router(models.router)
-    for router in (latents.router, scoring.router, drift_route.router):
+    for router in (latents.router, scoring.router, *([drift_route.router] if settings.drift else [])):
         for route in router.routes:
             assert isinstance(route, APIRoute)
             for prefix, find_model in PREFIXES.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from service.api.metric_files import MetricFiles, value_class
 from service.calibration.drift_monitor import Drift, Finding, MonitorName, MonitorState
 from service.deferred import DeferredWriter
 from service.logs import dropped_lines
@@ -259,13 +259,8 @@ class Metrics:
 
 
 def _write_to(folder: Path) -> None:
-    """Have prometheus_client keep the numbers of this process in files of ``folder``.
-
-    It would call os.getpid with every number that it writes; here the process id is fixed.
-    """
-    pid = os.getpid()
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    values.ValueClass = values.MultiProcessValue(lambda: pid)
+    """Have prometheus_client keep the numbers of this process in files of ``folder``."""
+    values.ValueClass = value_class(MetricFiles(folder))
 
 
 def _drift_values(state: MonitorState, finding: Finding) -> dict[str, float]:

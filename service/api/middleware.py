@@ -29,6 +29,7 @@ _SECURITY = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-
 _API_HEADERS = (*_SECURITY, (b"content-security-policy", _API_POLICY.encode()))
 _DOCS_HEADERS = (*_SECURITY, (b"content-security-policy", _DOCS_POLICY.encode()))
 _NO_STORE = (b"cache-control", b"no-store")
+_STORE_ASSET = (b"cache-control", b"public, max-age=3600")  # 1.5 MB of script, which only another release changes
 LINGER_SECONDS = 0.5  # in which the rest of a refused body is received and dropped
 MAX_LENGTH_DIGITS = 18  # of a Content-Length; no body is as long as a number with more of them
 
@@ -79,6 +80,7 @@ class RequestContext:
         self.metrics.answered(method, route, status, seconds)
         log_request(
             request_id=scope["state"]["request_id"],
+            client=(scope.get("client") or ("",))[0],
             method=method,
             route=route,
             path=path[:200],
@@ -216,5 +218,6 @@ def _add_headers(start: Message, request_id: str, path: str) -> None:
     headers.append((b"x-request-id", request_id.encode()))
     headers.extend(_DOCS_HEADERS if path.startswith("/docs") else _API_HEADERS)
     if b"cache-control" not in dict(headers):
-        headers.append(_NO_STORE)
+        is_asset = path.startswith("/static-offline-docs/") and start["status"] in (200, 304)
+        headers.append(_STORE_ASSET if is_asset else _NO_STORE)
     start["headers"] = headers

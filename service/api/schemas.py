@@ -330,7 +330,7 @@ class Health(BaseModel, defer_build=True):
 
     status: Literal["live", "ready", "not ready"]
     models: list[str] = []
-    skipped: dict[str, str] = Field(default={}, description="bundle -> why it is not served")
+    skipped: dict[str, str] = Field(default={}, description="NAME/VERSION of a bundle -> why it is not served")
 
 
 class Problem(BaseModel, defer_build=True):

@@ -31,6 +31,7 @@ NPZ_ERRORS = (
 )
 """What NumPy and zipfile raise for damaged archives (RuntimeError: encrypted members, unknown compression)."""
 
+
 Digests = dict[str, str]
 """Digests of bundles by "NAME/VERSION"."""
 

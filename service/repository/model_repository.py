@@ -77,12 +77,13 @@ class ModelRepository:
         """
         paths = [p for p in bundles_of(self.root) if only is None or f"{p.parent.name}/{p.name}" in only]
         with ThreadPoolExecutor(available_cpus(), thread_name_prefix="load") as pool:
-            for path, loading in [(path, pool.submit(load_bundle, path, self.runtime, pool)) for path in paths]:
-                self._take(path, loading)
+            loadings = [(path, pool.submit(load_bundle, path, self.runtime, pool)) for path in paths]
+            for number, (path, loading) in enumerate(loadings, 1):
+                self._take(path, loading, f"{number} of {len(paths)}")
         if self._default_model and self._default_model not in self._served:
             raise ConfigurationError(f"default_model {self._default_model!r} is not served: {self._names()}")
 
-    def _take(self, path: Path, loading: Future[Served]) -> None:
+    def _take(self, path: Path, loading: Future[Served], progress: str) -> None:
         """Serve a bundle that has been loaded, or skip it if it is broken and may be skipped. Raises as ``load``."""
         try:
             served = loading.result()
@@ -90,10 +91,10 @@ class ModelRepository:
             if not self._skip_broken:
                 raise
             self.skipped[str(path)] = str(error)
-            get_logger().error("bundle skipped", path=str(path), reason=str(error))
+            get_logger().error("bundle skipped", path=str(path), reason=str(error), progress=progress)
             return
         self._served.setdefault(served.manifest.name, {})[int(served.manifest.version)] = served
-        get_logger().info("model loaded", **served.identity)
+        get_logger().info("model loaded", **served.identity, progress=progress)
 
     def get(self, name: str | None = None, version: str | None = None) -> Served:
         """Look up a model by its name (None: the default one) and its version (None: the latest).

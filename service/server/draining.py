@@ -35,6 +35,8 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings, tick: Callable[[], None] = lambda: None) -> None:
         options = {**OPTIONS, "timeout_graceful_shutdown": int(settings.request_timeout) + 1}
         options["timeout_keep_alive"] = settings.keep_alive_timeout
+        if settings.trusted_proxies:
+            options |= {"proxy_headers": True, "forwarded_allow_ips": settings.trusted_proxies}
         options["http"] = partial(LimitedProtocol, settings, app.state.budget)
         super().__init__(uvicorn.Config(app, settings.host, settings.port, **options))
         self._app_state, self._drain_seconds, self._tick = app.state, settings.drain_seconds, tick

@@ -82,7 +82,8 @@ def _answer(
     """Write the answer to a request whose scores are computed; ``x`` are the rows, of an answer with maps only."""
     verdicts = judge_scores(call.served, resolved, scores)
     _count(call, verdicts)
-    _record_drift(call, verdicts, resolved)
+    if call.context.settings.drift:
+        _record_drift(call, verdicts, resolved)
     if media_type == JSON:
         return dump(_content(call, verdicts, resolved, description)), JSON
     if media_type == PNG:
