@@ -68,8 +68,9 @@ def test_rows_of_more_numbers_than_there_are_rows_need_no_covariance(monkeypatch
     np.testing.assert_allclose(pca.axes.detach().abs(), np.abs(vectors[:, :-6:-1]), atol=1e-5)
 
 
-def test_ppca_of_images_has_the_dithers_expectation_in_its_covariance():
-    model, dataset = solved(digits(), "ppca", **PPCA)
+@pytest.mark.parametrize("count", [1797, 70], ids=["by covariance", "by the rows themselves"])
+def test_ppca_of_images_has_the_dithers_expectation_in_its_covariance(count):
+    model, dataset = solved(digits()[:count], "ppca", **PPCA)
     levels = dataset.pixels(dataset.splits["train"]).reshape(-1, 64).astype(np.float64)
     values = np.linalg.eigvalsh(np.cov(levels.T, bias=True) / 256**2)[::-1] + 1 / (12 * 256**2)
     np.testing.assert_allclose(model.loc.detach(), (levels.mean(0) + 0.5) / 256, atol=1e-6)

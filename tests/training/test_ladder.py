@@ -17,7 +17,7 @@ from training.export.graphs import export_graphs
 from training.fitting.objectives import check_objective, elbo, objective
 from training.models.ladder import Ladder
 from training.models.registry import build_model
-from training.nn.ladder_blocks import layer_shapes
+from training.nn.ladder_blocks import BOUND, layer_shapes
 
 SMALL = LadderConfig(channels=[4, 6], latents=[1, 2], layers=[1, 2], blocks=1)
 
@@ -105,6 +105,18 @@ def test_a_prior_draws_density_is_the_noises_over_the_volume():
         expected = Normal(0.0, 1.0).log_prob(noise[row].double()).sum() - log_volume
         torch.testing.assert_close(model.prior.log_prob(z)[row], expected, atol=1e-3, rtol=1e-5)
         assert torch.triu(jacobian, 1).abs().max() == 0, "a layer's z follows from those above it"
+
+
+@torch.no_grad()
+def test_log_scales_of_prior_and_posterior_are_bounded():
+    model = build(spread=1.0)
+    for layer in (*model.prior.top_down.layers, *model.posteriors):
+        layer.head.bias.copy_(100 * torch.randn_like(layer.head.bias))
+    x, _, dither = inputs(model)
+    p, q, _ = layerwise(model, model.likelihood.target(x, dither), torch.zeros(3, model.latent_dim))
+    priors, factors = ([normal.scale.log() for normal in normals] for normals in (p, q))
+    assert max(float(log_scale.abs().max()) for log_scale in priors) <= BOUND + 1e-4
+    assert max(float((b - a).abs().max()) for a, b in zip(priors, factors, strict=True)) <= BOUND + 1e-4
 
 
 @torch.no_grad()
