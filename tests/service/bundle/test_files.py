@@ -6,7 +6,9 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.bundle import files as bundle_files
-from service.bundle.files import next_version, open_bundle
+from service.bundle.files import next_version, npz_arrays, open_bundle
 from service.bundle.manifest import MANIFEST, SEAL
 from service.errors import BundleError, BundleFormatError, BundleIntegrityError, BundleNotFound
 from tests.ppca_bundle import write_ppca_bundle
@@ -250,3 +252,16 @@ def test_a_bundle_that_has_changed_or_is_gone_is_named(tmp_path):
     shutil.rmtree(path)
     with pytest.raises(BundleIntegrityError, match=r"^ppca/1 has changed"):
         bundle_files.check_digests(tmp_path, digests)
+
+
+def test_arrays_are_read_by_several_threads_at_once(ppca_path):
+    """Bundles are loaded side by side; CPython 3.11 counts the depth of all threads' syntax trees together."""
+    data = (ppca_path / "reference.npz").read_bytes()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            arrays = list(pool.map(lambda _: npz_arrays("reference.npz", data), range(400)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(found.keys() == arrays[0].keys() for found in arrays)
