@@ -11,6 +11,8 @@ SERVE_VENV ?= .venv-serve-$(RUNTIME)
 LOCK_VENV ?= .venv-lock
 IMAGE ?= vaeserve:$(RUNTIME)
 BUILD ?= docker build
+# buildah and podman write OCI images unless told otherwise, and OCI has no HEALTHCHECK.
+BUILD_FORMAT = $(if $(filter buildah podman,$(notdir $(firstword $(BUILD)))),--format docker)
 ENGINE ?= docker
 ARGS ?=
 TEST_WORKERS ?= logical
@@ -90,7 +92,7 @@ lock: $(LOCK_VENV)/bin/pip-compile ## write deploy/constraints.txt from pyprojec
 	sed -i '1i # Exact versions of everything that any extra installs. Written by `make lock`; not edited by hand.' $(CONSTRAINTS)
 
 image: ## build the container image (BUILD="podman build" or "buildah bud" where there is no docker)
-	$(BUILD) --tag $(IMAGE) --target $(RUNTIME) .
+	$(BUILD) $(BUILD_FORMAT) --tag $(IMAGE) --target $(RUNTIME) .
 
 image-check: ## run the built image read-only, score with each model, look for what must not be in it (ENGINE=podman|buildah)
 	$(PYTHON) deploy/check_image.py --engine $(ENGINE) $(ARGS) $(IMAGE)

@@ -35,6 +35,7 @@ START_SECONDS = 120
 STOP_SECONDS = 30
 Body = tuple[bytes, str]
 """What is posted, and its Content-Type."""
+NO_HEALTHCHECK = "none: the OCI format has no HEALTHCHECK, so build by `make image`, or with --format docker"
 FORBIDDEN_MODULES = ("torch", "lightning", "onnx", "sklearn", "matplotlib", "pip")
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "make", "ld")
 
@@ -279,7 +280,7 @@ def check_contents(engine: ContainerEngine | BuildahEngine, check: Checks, limit
     check("folders that anyone can write", not found["writable"], found["writable"][:5] or "none")
     check("runs on a read-only root", found["read_only"], "yes" if found["read_only"] else "no, /tmp took a file")
     check("caches", not found["caches"], found["caches"] or "none")
-    check("health check declared", bool(config.healthcheck), config.healthcheck[:1] or "none")
+    check("health check declared", bool(config.healthcheck), config.healthcheck[:1] or NO_HEALTHCHECK)
 
 
 def check_service(engine: ContainerEngine | BuildahEngine, check: Checks) -> None:

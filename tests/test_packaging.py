@@ -320,6 +320,24 @@ def test_the_environment_of_the_image_is_made_of_known_settings() -> None:
     check_environment(variables)
 
 
+@pytest.mark.parametrize(
+    ("build", "format_"),
+    [
+        ("docker build", ""),
+        ("buildah bud", "--format docker"),
+        ("podman build", "--format docker"),
+        ("/usr/bin/podman build --layers", "--format docker"),
+    ],
+)
+def test_an_image_is_built_in_the_format_that_has_a_healthcheck(build: str, format_: str) -> None:
+    """buildah and podman write OCI images unless told otherwise."""
+    made = subprocess.run(
+        ["make", "-n", "image", f"BUILD={build}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert " ".join(made.stdout.split()) == " ".join(f"{build} {format_} --tag vaeserve:cpu --target cpu .".split())
+    assert "--format docker" in (ROOT / "deploy/check_image.py").read_text()
+
+
 def test_what_the_image_copies_is_let_through_by_dockerignore() -> None:
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line[1:] for line in ignore if line.startswith("!")}

@@ -47,6 +47,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._set_timer()
+        self._unset_keepalive_if_required()  # uvicorn leaves it where the client has reset the connection
         self.flow.unparsed = b""
         super().connection_lost(exc)
         self._answers.end()

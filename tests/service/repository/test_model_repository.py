@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.errors import BundleFormatError, BundleIntegrityError, BundleNotFound, ConfigurationError, ModelNotFound
 from service.repository.model_repository import ModelRepository, load_one
@@ -91,6 +92,13 @@ def test_only_broken_bundles_means_not_ready(source, runtime, tmp_path):
     (tmp_path / "b/1/extra").write_text("x")
     repository = load(tmp_path, runtime, skip_broken=True)
     assert not repository.ready
+
+
+def test_the_log_says_how_far_the_loading_is(source, runtime):
+    with capture_logs() as lines:
+        count = len(list(load(source, runtime)))
+    loaded = [line["progress"] for line in lines if line["event"] == "model loaded"]
+    assert loaded == [f"{number} of {count}" for number in range(1, count + 1)]
 
 
 def test_one_model_is_loaded_without_reading_another(source, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import struct
 import threading
 import time
 import tracemalloc
@@ -424,6 +426,25 @@ def test_what_pipelines_waits_in_the_socket(ppca_root, all_are_long, stuck, prot
         sender.join()
         assert 0 < max(most) <= most_waiting
         assert under_way(client) == IDLE
+
+
+def test_nothing_is_kept_of_a_connection_that_its_client_resets(client, protocols, monkeypatch):
+    """As proxies end idle ones: uvicorn's timer would hold the request for as long as a connection may be idle."""
+    lost, connection_lost = [], LimitedProtocol.connection_lost
+
+    def noted(self, error):
+        connection_lost(self, error)
+        lost.append((self.client, error, self.timeout_keep_alive_task))
+
+    monkeypatch.setattr(LimitedProtocol, "connection_lost", noted)
+    with connected(client, raw()) as (connection, stream):
+        answers(stream, 1)
+        peer = connection.getsockname()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    until(client, lambda: any(who == peer for who, *_ in lost))
+    ((error, timer),) = [rest for who, *rest in lost if who == peer]
+    assert isinstance(error, ConnectionResetError)
+    assert timer is None
 
 
 def test_what_pipelines_behind_a_read_that_was_parsed_in_part_is_refused_in_its_turn(client):
