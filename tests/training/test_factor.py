@@ -11,6 +11,7 @@ from training.config import ModelConfig
 from training.data.batches import to_unit
 from training.errors import ConfigError
 from training.models import moments
+from training.models.factor import identified
 from training.models.moments import moments_of
 from training.models.registry import build_model
 
@@ -97,6 +98,10 @@ def test_factors_are_told_apart():
     strengths = scaled.T @ scaled
     assert strengths[0, 0] > strengths[1, 1]
     assert abs(strengths[0, 1]) < 1e-4 * strengths[1, 1]
+    for weight in torch.randn(4, 7, 2).double():
+        rotated = identified(weight, torch.ones(7).double())
+        assert (rotated.gather(0, rotated.abs().argmax(0, keepdim=True)) > 0).all(), "and their signs"
+        torch.testing.assert_close(rotated @ rotated.T, weight @ weight.T)
 
 
 @torch.no_grad()
