@@ -284,6 +284,7 @@ def test_every_request_is_logged_alike(client, monkeypatch):
     assert logged == [logged[0]] * 3
     assert logged[0] == {
         "request_id": "logged",
+        "client": "127.0.0.1",
         "method": "POST",
         "route": "/v1/models/{model}/encode",
         "path": "/v1/models/ppca/encode",
