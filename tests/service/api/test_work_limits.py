@@ -80,7 +80,7 @@ def model(client):
 
 def test_a_score_that_would_take_long_is_refused_with_its_seconds(client, model):
     """Bytes tell nothing of it: this body has 273."""
-    small = npy(np.zeros((8, 1, 1), np.uint8))
+    small = npy(np.zeros((8, 1, 1, 1), np.uint8))
     for query, status in (("k=625", 200), ("k=626", 422), ("estimator=iwae&k=5000", 422), ("k=2&also=all", 200)):
         model.cost = Cost(sample=1e-3)
         assert post(client, "score", query, NPY, small, JSON).status_code == status
