@@ -331,9 +331,7 @@ def test_the_environment_of_the_image_is_made_of_known_settings() -> None:
 )
 def test_an_image_is_built_in_the_format_that_has_a_healthcheck(build: str, format_: str) -> None:
     """buildah and podman write OCI images unless told otherwise."""
-    made = subprocess.run(
-        ["make", "-n", "image", f"BUILD={build}"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    made = run("make", "-n", "image", f"BUILD={build}")
     assert " ".join(made.stdout.split()) == " ".join(f"{build} {format_} --tag vaeserve:cpu --target cpu .".split())
     assert "--format docker" in (ROOT / "deploy/check_image.py").read_text()
 
