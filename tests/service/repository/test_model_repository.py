@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from structlog.testing import capture_logs
+from structlog.testing import CapturingLogger
 
 from service.errors import BundleFormatError, BundleIntegrityError, BundleNotFound, ConfigurationError, ModelNotFound
 from service.repository.model_repository import ModelRepository, load_one
@@ -94,10 +94,11 @@ def test_only_broken_bundles_means_not_ready(source, runtime, tmp_path):
     assert not repository.ready
 
 
-def test_the_log_says_how_far_the_loading_is(source, runtime):
-    with capture_logs() as lines:
-        count = len(list(load(source, runtime)))
-    loaded = [line["progress"] for line in lines if line["event"] == "model loaded"]
+def test_the_log_says_how_far_the_loading_is(source, runtime, monkeypatch):
+    log = CapturingLogger()  # whatever another test has configured
+    monkeypatch.setattr("service.repository.model_repository.get_logger", lambda: log)
+    count = len(list(load(source, runtime)))
+    loaded = [call.kwargs["progress"] for call in log.calls if call.args == ("model loaded",)]
     assert loaded == [f"{number} of {count}" for number in range(1, count + 1)]
 
 
